@@ -1,0 +1,379 @@
+"""Command-line arguments: their names, defaults, help, and every check that needs no file.
+
+Names follow Hugging Face's `TrainingArguments` and `run_classification.py`; those of the prefix
+follow P-tuning v2. Nothing heavy is imported here, so that `--help` and a typo answer at once.
+"""
+
+import argparse
+import os
+from typing import NoReturn
+
+DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
+
+# What depends on the way of tuning, measured on the bundled backbone (README, "Defaults").
+TUNING_DEFAULTS = {
+    "full": {"learning_rate": 2e-4, "num_train_epochs": 8},
+    "prefix": {"learning_rate": 2e-2, "num_train_epochs": 15},
+    "projected prefix": {"learning_rate": 1e-3, "num_train_epochs": 15},
+}
+# Outside these bounds a learning rate most likely was meant for another way of tuning.
+SUITABLE_LEARNING_RATES = {
+    "full": (0, 1e-3),
+    "prefix": (1e-3, 1),
+    "projected prefix": (5e-5, 1e-2),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with the way out, and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message.removeprefix('argument ')} (see python main.py --help)\n")
+
+
+def number(kind: type, low: float, high: float, *, open_low: bool = False):
+    """Make an argparse type: a number within [low, high], or (low, high] where `open_low`.
+
+    A whole number may be written as `3.0`, as scripts for the Trainer often do.
+    """
+
+    def convert(text: str):
+        try:
+            value = float(text)
+            if kind is int and value != int(value):
+                raise ValueError
+        except (ValueError, OverflowError):
+            noun = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {noun}") from None
+        if not low <= value <= high or (open_low and value == low):
+            bound = f"above {low:g}" if open_low else f"{low:g} or more"
+            limit = "" if high == float("inf") else f" and at most {high:.10g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: give {bound}{limit}")
+        return int(float(text)) if kind is int else value
+
+    return convert
+
+
+def boolean(text: str) -> bool:
+    """Read `True`/`False` as HF's parser does (also yes/no, 1/0)."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+    return words[text.lower()]
+
+
+def names(text: str) -> list[str]:
+    """Split `title,tags` at the commas."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"'{text}' holds an empty column name")
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"'{text}' names a column twice")
+    return found
+
+
+POSITIVE_INT = number(int, 1, float("inf"))
+COUNT = number(int, 0, float("inf"))
+POSITIVE = number(float, 0, float("inf"), open_low=True)
+LEARNING_RATE = number(float, 0, 1e30, open_low=True)
+NON_NEGATIVE = number(float, 0, float("inf"))
+
+
+def build_parser() -> Parser:
+    """All flags, in groups."""
+    parser = Parser(
+        prog="main.py",
+        description="Tune a BERT classifier on CSV files of texts and labels: "
+        "all of its weights, or a prefix of virtual tokens (--prefix).",
+        allow_abbrev=False,
+    )
+
+    def switch(group, flag: str, help_text: str, **options) -> None:
+        """A boolean that takes `--flag` and `--flag True|False` alike."""
+        group.add_argument(
+            flag, type=boolean, nargs="?", const=True, metavar="BOOL", help=help_text, **options
+        )
+
+    task = parser.add_argument_group("what to do (at least one)")
+    switch(task, "--do_train", "tune on the training file", default=False)
+    switch(task, "--do_eval", "evaluate on the validation file", default=False)
+    switch(task, "--do_predict", "predict the test file; score it if it has labels", default=False)
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--train_file", default="csv/train_simple.csv", help="[%(default)s]")
+    data.add_argument("--validation_file", default="csv/val_simple.csv", help="[%(default)s]")
+    data.add_argument("--test_file", default="csv/test_simple.csv", help="[%(default)s]")
+    data.add_argument(
+        "--text_column_names",
+        type=names,
+        default=["text"],
+        metavar="A,B",
+        help="column(s) that hold the text, separated by commas [text]",
+    )
+    data.add_argument(
+        "--text_column_delimiter",
+        default=" ",
+        metavar="STR",
+        help="what joins several text columns [one blank]",
+    )
+    data.add_argument(
+        "--label_column_name", default="label", metavar="NAME", help="label column [%(default)s]"
+    )
+    data.add_argument(
+        "--problem_type",
+        default="single_label_classification",
+        choices=["single_label_classification", "multi_label_classification"],
+        help="multi-label: the labels of one row are separated by | [single]",
+    )
+    data.add_argument(
+        "--csv_encoding",
+        default="utf-8",
+        metavar="NAME",
+        help="encoding of the CSV files, such as cp1252 or utf-16 [%(default)s]",
+    )
+    switch(data, "--drop_empty", "drop rows with a blank text instead of refusing", default=False)
+    data.add_argument(
+        "--max_train_samples",
+        type=POSITIVE_INT,
+        metavar="N",
+        help="train on N rows drawn at random by --seed [all]",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model_name_or_path",
+        default=DEFAULT_BACKBONE,
+        metavar="NAME",
+        help="a BERT on the hub, a local folder, or a folder that this program wrote [%(default)s]",
+    )
+    model.add_argument(
+        "--max_seq_length",
+        type=number(int, 3, 1e6),
+        metavar="N",
+        help="longest text in tokens, [CLS] and [SEP] included; the rest is cut "
+        "[128, or that of the tuned folder]",
+    )
+    model.add_argument(
+        "--hidden_dropout_prob",
+        type=number(float, 0, 0.99),
+        metavar="P",
+        help="dropout of the backbone's hidden layers and before the head [the backbone's own]",
+    )
+
+    prefix = parser.add_argument_group("prefix tuning")
+    switch(prefix, "--prefix", "freeze the backbone; tune a prefix in every layer", default=False)
+    prefix.add_argument(
+        "--pre_seq_len", type=POSITIVE_INT, metavar="N", help="number of virtual tokens [64]"
+    )
+    switch(prefix, "--prefix_projection", "reparametrise the prefix by an MLP [False]")
+    prefix.add_argument(
+        "--prefix_hidden_size", type=POSITIVE_INT, metavar="N", help="width of that MLP [512]"
+    )
+
+    loop = parser.add_argument_group("training")
+    loop.add_argument(
+        "--num_train_epochs", type=POSITIVE_INT, metavar="N", help="[full 8, prefix 15]"
+    )
+    loop.add_argument(
+        "--per_device_train_batch_size", type=POSITIVE_INT, default=32, metavar="N", help="[32]"
+    )
+    loop.add_argument(
+        "--per_device_eval_batch_size", type=POSITIVE_INT, default=64, metavar="N", help="[64]"
+    )
+    loop.add_argument(
+        "--gradient_accumulation_steps",
+        type=POSITIVE_INT,
+        default=1,
+        metavar="N",
+        help="batches whose gradients make one step; their examples all weigh the same [1]",
+    )
+    loop.add_argument(
+        "--learning_rate", type=LEARNING_RATE, metavar="LR", help="peak [full 2e-4, prefix 2e-2]"
+    )
+    loop.add_argument(
+        "--head_learning_rate",
+        type=LEARNING_RATE,
+        metavar="LR",
+        help="peak, of the classification head [that of --learning_rate]",
+    )
+    loop.add_argument(
+        "--weight_decay",
+        type=NON_NEGATIVE,
+        default=0.01,
+        metavar="W",
+        help="AdamW's, not on biases, LayerNorm and the prefix [%(default)s]",
+    )
+    loop.add_argument(
+        "--max_grad_norm", type=POSITIVE, default=1.0, metavar="X", help="clip above it [1.0]"
+    )
+    loop.add_argument(
+        "--warmup_steps",
+        type=NON_NEGATIVE,
+        default=0.06,
+        metavar="N",
+        help="steps of linear warm-up; below 1: a share of all steps [0.06]",
+    )
+    loop.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="[%(default)s]"
+    )
+    loop.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="auto: bfloat16 autocast where the processor has it [auto]",
+    )
+
+    choice = parser.add_argument_group("evaluation and choice of the best epoch")
+    choice.add_argument(
+        "--eval_strategy",
+        "--evaluation_strategy",
+        choices=["no", "epoch"],
+        help="when to evaluate while training [epoch, with --do_eval]",
+    )
+    switch(
+        choice, "--load_best_model_at_end", "keep the best epoch, not the last [where evaluated]"
+    )
+    choice.add_argument(
+        "--metric_for_best_model",
+        choices=["accuracy", "macro_f1", "micro_f1", "loss"],
+        help="on the validation file [accuracy; multi-label: micro_f1]",
+    )
+    choice.add_argument(
+        "--early_stopping_patience",
+        type=COUNT,
+        default=0,
+        metavar="N",
+        help="stop after N evaluations without a better one; 0: never [0]",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", required=True, metavar="DIR", help="folder of the results")
+    switch(
+        output,
+        "--overwrite_output_dir",
+        "replace the results that an earlier run left there",
+        default=False,
+    )
+    output.add_argument(
+        "--save_strategy",
+        default="no",
+        choices=["no", "epoch"],
+        help="epoch: also keep each epoch's model, in checkpoint-STEP [no]",
+    )
+    output.add_argument(
+        "--logging_steps",
+        type=POSITIVE_INT,
+        default=50,
+        metavar="N",
+        help="steps between two lines of metrics.jsonl [%(default)s]",
+    )
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check; fill in the defaults that depend on the way of tuning.
+
+    Returns the settings, complete but for those that only the model knows
+    (`max_seq_length` and `hidden_dropout_prob` may be None).
+    A bad flag, value or combination ends the program: one line, exit status 2.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_tasks(parser, args)
+    check_prefix(parser, args)
+    check_evaluation(parser, args)
+    check_columns_and_paths(parser, args)
+    fill_learning(args)
+    return args
+
+
+def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
+    """At least one task; evaluation asked for by its strategy counts, as in HF's Trainer."""
+    if args.do_train and args.eval_strategy == "epoch":
+        args.do_eval = True
+    if not (args.do_train or args.do_eval or args.do_predict):
+        parser.error("nothing to do: give --do_train, --do_eval or --do_predict")
+
+
+def check_prefix(parser: Parser, args: argparse.Namespace) -> None:
+    """A flag of the prefix without the prefix would do nothing, so it is refused."""
+    if args.prefix and not args.do_train:
+        parser.error("--prefix needs --do_train: a tuned folder knows its own way of tuning")
+    for name, needs, default in (
+        ("pre_seq_len", "prefix", 64),
+        ("prefix_projection", "prefix", False),
+        ("prefix_hidden_size", "prefix_projection", 512),
+    ):
+        if getattr(args, name) is None:
+            setattr(args, name, default if getattr(args, needs) else None)
+        elif not getattr(args, needs):
+            parser.error(f"--{name} needs --{needs}")
+
+
+def check_evaluation(parser: Parser, args: argparse.Namespace) -> None:
+    """Choosing an epoch needs an evaluation after each."""
+    multi_label = args.problem_type == "multi_label_classification"
+    if not args.do_train:
+        for name in ("eval_strategy", "load_best_model_at_end"):
+            if getattr(args, name):
+                parser.error(f"--{name} needs --do_train")
+    if args.eval_strategy is None:
+        args.eval_strategy = "epoch" if args.do_train and args.do_eval else "no"
+    if args.load_best_model_at_end is None:
+        args.load_best_model_at_end = args.eval_strategy == "epoch"
+    if args.eval_strategy == "no":
+        if args.load_best_model_at_end:
+            parser.error("--load_best_model_at_end needs --do_eval and --eval_strategy epoch")
+        if args.early_stopping_patience:
+            parser.error("--early_stopping_patience needs --do_eval and --eval_strategy epoch")
+    if args.metric_for_best_model is None:
+        args.metric_for_best_model = "micro_f1" if multi_label else "accuracy"
+    elif args.metric_for_best_model == "micro_f1" and not multi_label:
+        parser.error(
+            "--metric_for_best_model: micro_f1 is for multi-label data; with one label a row it "
+            "equals accuracy"
+        )
+
+
+def check_columns_and_paths(parser: Parser, args: argparse.Namespace) -> None:
+    """Columns and folders that contradict each other."""
+    if args.label_column_name in args.text_column_names:
+        parser.error(f"--text_column_names: '{args.label_column_name}' is the label column")
+    try:
+        "".encode(args.csv_encoding)
+    except LookupError:
+        parser.error(f"--csv_encoding: Python knows no encoding '{args.csv_encoding}'")
+    output, model = (os.path.realpath(p) for p in (args.output_dir, args.model_name_or_path))
+    if output == model:
+        parser.error("--output_dir is the folder of --model_name_or_path: give another one")
+
+
+def way_of_tuning(args: argparse.Namespace) -> str:
+    """A key of `TUNING_DEFAULTS`."""
+    if not args.prefix:
+        return "full"
+    return "projected prefix" if args.prefix_projection else "prefix"
+
+
+def fill_learning(args: argparse.Namespace) -> None:
+    """Learning rates and epochs by the way of tuning."""
+    for name, default in TUNING_DEFAULTS[way_of_tuning(args)].items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.head_learning_rate is None:
+        args.head_learning_rate = args.learning_rate
+
+
+def learning_rate_warning(args: argparse.Namespace) -> str | None:
+    """A sentence where the learning rate looks meant for another way of tuning, else None."""
+    way = way_of_tuning(args)
+    low, high = SUITABLE_LEARNING_RATES[way]
+    if low <= args.learning_rate <= high:
+        return None
+    side, effect = (
+        ("low", "slowly") if args.learning_rate < low else ("high", "badly or not at all")
+    )
+    return (
+        f"--learning_rate {args.learning_rate:g} is {side} for {way} tuning: expect it to learn "
+        f"{effect} (the default is {TUNING_DEFAULTS[way]['learning_rate']:g})"
+    )

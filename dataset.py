@@ -1,0 +1,426 @@
+"""CSV files in; checked rows, labels, tokens, batches of like length and the leak audit out.
+
+Nothing here knows of models. N rows, U distinct texts, C classes, B rows of a batch, T tokens.
+"""
+
+import csv
+import hashlib
+import logging
+import re
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+logger = logging.getLogger(__name__)
+
+LABEL_SEPARATOR = "|"
+# Rows that are shuffled together before they are sorted by length: large enough to leave little
+# padding, small enough that an epoch is not one sorted list.
+WINDOW_BATCHES = 100
+
+
+class DataError(ValueError):
+    """A data file that cannot be used: its message names the file, the row and the way out."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A checked CSV file."""
+
+    path: str
+    sha256: str
+    table: pd.DataFrame  # every column as text, N rows
+    texts: list[str]
+    labels: list[list[str]] | None  # one or more names a row; None: the file has no labels
+    rows: list[int]  # each row's number in the file, from 1
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def sample(self, count: int, seed: int) -> "Split":
+        """`count` rows drawn at random, in the file's order; all where there are no more."""
+        if count >= len(self):
+            return self
+        drawn = np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))
+        texts, labels, rows = (
+            [values[i] for i in drawn] for values in (self.texts, self.labels, self.rows)
+        )
+        return replace(self, table=self.table.iloc[drawn], texts=texts, labels=labels, rows=rows)
+
+
+# ---------------------------------------------------------------------------------- CSV files
+
+
+def read_rows(path: str | Path, encoding: str = "utf-8") -> Iterator[list[str]]:
+    """Yield the header, then each row, of a CSV file, as text.
+
+    Stricter than pandas, which fills up short rows and joins lines at a stray quote: there are
+    never fewer rows in silence. Blank lines are no rows.
+
+    Raises: DataError for a file that is missing, empty, not in `encoding`, cut off inside a
+        quoted field, ragged, or holds a NUL byte.
+    """
+    csv.field_size_limit(2**31 - 1)
+    # The "-sig" codec also takes a file without the byte order mark.
+    codec = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+    line = 1
+    try:
+        with open(path, encoding=codec, newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, None)
+            if not header:
+                raise DataError(f"{path} is empty: a header and rows are needed")
+            check_header(path, header)
+            yield header
+            line = reader.line_num + 1
+            for number, row in enumerate((row for row in reader if row), start=1):
+                if len(row) != len(header):
+                    raise DataError(
+                        f"{path}, row {number} (line {line}) has {len(row)} fields, the header "
+                        f"{len(header)}: quote fields that hold a comma, a quote or a line break"
+                    )
+                if any("\0" in field for field in row):
+                    raise DataError(f"{path}, row {number} (line {line}) holds a NUL byte")
+                yield row
+                line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, the row that starts at line {line}: {error}; is a quote missing or doubled?"
+        ) from None
+    except UnicodeError as error:
+        raise DataError(encoding_message(path, encoding, codec, error)) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def check_header(path: str | Path, header: list[str]) -> None:
+    """Refuse a column that is there twice, since one of them would be lost."""
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{path} has the column {', '.join(map(repr, twice))} more than once")
+
+
+def encoding_message(path: str | Path, encoding: str, codec: str, error: UnicodeError) -> str:
+    """Name the byte at which decoding fails, and the encoding that the file looks to be in."""
+    data = Path(path).read_bytes()
+    try:
+        data.decode(codec)
+    except UnicodeDecodeError as whole:  # `error` counts from the start of a chunk, not the file
+        error = whole
+    utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
+    return (
+        f"{path} is not {encoding}{at}: give its encoding, "
+        f"perhaps --csv_encoding {'utf-16' if utf16 else 'cp1252'}"
+    )
+
+
+def read_split(
+    path: str | Path,
+    *,
+    text_columns: list[str],
+    label_column: str = "label",
+    delimiter: str = " ",
+    encoding: str = "utf-8",
+    multi_label: bool = False,
+    drop_empty: bool = False,
+    labels_required: bool = True,
+) -> Split:
+    """Read and check one split file.
+
+    Several text columns are joined by `delimiter`. With `labels_required=False` the label column
+    may be missing or all blank.
+
+    Raises: DataError, with the file, the rows and the way out.
+    """
+    lines = read_rows(path, encoding)
+    header = next(lines)
+    table = pd.DataFrame(list(lines), columns=header, dtype=object)
+    if table.empty:
+        raise DataError(f"{path} has a header and no rows")
+    wanted = [*text_columns, label_column] if labels_required else text_columns
+    missing = [name for name in wanted if name not in header]
+    if missing:
+        raise DataError(
+            f"{path} has no column {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(repr, header))}: see --text_column_names and --label_column_name"
+        )
+
+    fields = list(zip(*(table[name] for name in text_columns), strict=True))
+    kept = np.array([bool("".join(row).strip()) for row in fields])
+    if not kept.all() and not drop_empty:
+        raise DataError(
+            f"{path}: the text is blank in {row_list(np.flatnonzero(~kept) + 1)}; "
+            "fill it in, or drop such rows with --drop_empty"
+        )
+    if not kept.any():
+        raise DataError(f"{path}: every text is blank")
+    texts = [delimiter.join(row) for row, keep in zip(fields, kept, strict=True) if keep]
+    table = table[kept].reset_index(drop=True)
+    rows = (np.flatnonzero(kept) + 1).tolist()
+    labels = read_labels(path, table, rows, label_column, multi_label, labels_required)
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return Split(str(path), sha256, table, texts, labels, rows)
+
+
+def read_splits(args: Namespace) -> dict[str, Split]:
+    """The files that the tasks need, as `train`, `eval` and `test`; the last may lack labels."""
+    wanted = {
+        "train": args.do_train and args.train_file,
+        "eval": args.do_eval and args.validation_file,
+        "test": args.do_predict and args.test_file,
+    }
+    return {
+        name: read_split(
+            path,
+            text_columns=args.text_column_names,
+            label_column=args.label_column_name,
+            delimiter=args.text_column_delimiter,
+            encoding=args.csv_encoding,
+            multi_label=args.problem_type == "multi_label_classification",
+            drop_empty=args.drop_empty,
+            labels_required=name != "test",
+        )
+        for name, path in wanted.items()
+        if path
+    }
+
+
+def row_list(rows: np.ndarray | list[int], shown: int = 5) -> str:
+    """`row 3`, or `9 rows (3, 5, 8, 9, 12, ...)`."""
+    if len(rows) == 1:
+        return f"row {rows[0]}"
+    dots = ", ..." if len(rows) > shown else ""
+    return f"{len(rows)} rows ({', '.join(map(str, rows[:shown]))}{dots})"
+
+
+# ------------------------------------------------------------------------------------- labels
+
+
+def canonical_label(text: str) -> str:
+    """One spelling of a label: `1`, ` 1` and `1.0` (pandas writes it so) are the same."""
+    text = text.strip()
+    return re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
+
+
+def read_labels(
+    path: str | Path,
+    table: pd.DataFrame,
+    rows: list[int],
+    column: str,
+    multi_label: bool,
+    required: bool,
+) -> list[list[str]] | None:
+    """The labels of each row; None where they are not required and not there.
+
+    Raises: DataError for a row without a label (with several labels a row, a blank cell means
+        that none applies).
+    """
+    if column not in table or (not required and not table[column].str.strip().any()):
+        return None
+    if multi_label:
+        cells = (cell.split(LABEL_SEPARATOR) if cell.strip() else [] for cell in table[column])
+        labels = [list(dict.fromkeys(canonical_label(part) for part in cell)) for cell in cells]
+    else:
+        labels = [[canonical_label(cell)] for cell in table[column]]
+    missing = [row for row, names in zip(rows, labels, strict=True) if "" in names]
+    if missing:
+        raise DataError(f"{path}: no '{column}' in {row_list(missing)}")
+    return labels
+
+
+def label_names(train: Split) -> list[str]:
+    """The C labels of the training file, sorted: numbers as numbers, before words.
+
+    Raises: DataError where there are fewer than two.
+    """
+
+    def key(name: str) -> tuple:
+        number = re.fullmatch(r"[+-]?\d+(\.\d+)?", name)
+        return (0, float(name), name) if number else (1, 0.0, name)
+
+    names = sorted({name for row in train.labels for name in row}, key=key)
+    if len(names) < 2:
+        raise DataError(f"{train.path} has one label only ({names}): there is nothing to learn")
+    return names
+
+
+def number_labels(
+    splits: dict[str, Split], names: list[str], args: Namespace
+) -> dict[str, np.ndarray | None]:
+    """`label_ids` of each split; None for one without labels."""
+    multi_label = args.problem_type == "multi_label_classification"
+    return {
+        name: None if split.labels is None else label_ids(split, names, multi_label)
+        for name, split in splits.items()
+    }
+
+
+def label_ids(split: Split, names: list[str], multi_label: bool) -> np.ndarray:
+    """Labels as numbers: int64 [N], or for several labels a row float32 [N, C] of 0 and 1.
+
+    Raises: DataError naming the labels, and their rows, that the training file lacks.
+    """
+    index = {name: number for number, name in enumerate(names)}
+    unknown = [
+        (row, name)
+        for row, labels in zip(split.rows, split.labels, strict=True)
+        for name in labels
+        if name not in index
+    ]
+    if unknown:
+        strange = sorted({name for _, name in unknown})
+        raise DataError(
+            f"{split.path}: label {', '.join(map(repr, strange[:10]))} in "
+            f"{row_list(sorted({row for row, _ in unknown}))} is none of the training "
+            f"file's: {', '.join(map(repr, names))}"
+        )
+    if not multi_label:
+        return np.array([index[labels[0]] for labels in split.labels], dtype=np.int64)
+    hot = np.zeros((len(split), len(names)), dtype=np.float32)
+    for row, labels in enumerate(split.labels):
+        hot[row, [index[name] for name in labels]] = 1
+    return hot
+
+
+# ---------------------------------------------------------------------------------- leak audit
+
+
+def text_key(text: str) -> str:
+    """What makes two texts the same for the audit: letters' case and white space do not count."""
+    return " ".join(text.split()).casefold()
+
+
+def seen_texts(train: Split, other: Split) -> np.ndarray:
+    """Whether each row's text of `other` stands in the training file: bool [N]."""
+    known = {text_key(text) for text in train.texts}
+    return np.array([text_key(text) in known for text in other.texts])
+
+
+def audit(splits: dict[str, Split]) -> dict[str, np.ndarray]:
+    """Log what weakens the numbers to come; nothing is dropped.
+
+    Returns, where there is a training file, `seen_texts` of the validation and test files.
+    """
+    if "train" not in splits:
+        return {}
+    train = splits["train"]
+    distinct = len({text_key(text) for text in train.texts})
+    logger.info("%s: %d rows, %d distinct texts", train.path, len(train), distinct)
+    counts = Counter(name for names in train.labels for name in names)
+    single = [name for name, count in counts.items() if count == 1]
+    if single:
+        logger.warning("warning: %s: only one row of label %s", train.path, ", ".join(single))
+    if doubtful := contradictions(train):
+        logger.warning(
+            "warning: %s: %d texts stand under more than one label", train.path, doubtful
+        )
+    seen = {name: seen_texts(train, split) for name, split in splits.items() if name != "train"}
+    for name, mask in seen.items():
+        logger.info(
+            "%s: %d rows, of which %.1f %% have a text that stands in the training file",
+            splits[name].path, len(mask), 100 * mask.mean(),
+        )  # fmt: skip
+    return seen
+
+
+def contradictions(split: Split) -> int:
+    """How many distinct texts carry more than one set of labels."""
+    labels: dict[str, set] = {}
+    for text, names in zip(split.texts, split.labels, strict=True):
+        labels.setdefault(text_key(text), set()).add(tuple(sorted(names)))
+    return sum(len(found) > 1 for found in labels.values())
+
+
+# ---------------------------------------------------------------------------- tokens, batches
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of a split; each distinct text is held, and later scored, once."""
+
+    token_ids: list[list[int]]  # U distinct texts
+    text_of_row: np.ndarray  # [N], an index into token_ids
+    labels: np.ndarray | None  # see label_ids
+    rows: list[int]  # each row's number in its file, for messages
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        return len(self.text_of_row)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each distinct text: [U]."""
+        return np.array([len(ids) for ids in self.token_ids])
+
+    def collate(self, texts: np.ndarray) -> dict[str, torch.Tensor]:
+        """Pad the given distinct texts to the longest of them: int64 [B, T]."""
+        ids = [torch.tensor(self.token_ids[text]) for text in texts]
+        input_ids = torch.nn.utils.rnn.pad_sequence(
+            ids, batch_first=True, padding_value=self.pad_token_id
+        )
+        lengths = torch.tensor([len(row) for row in ids])
+        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def encode(tokenizer, split: Split, labels: np.ndarray | None, max_length: int) -> Encoded:
+    """Tokenize each distinct text of a split once, cut to `max_length` tokens."""
+    text_of_row, distinct = pd.factorize(pd.Series(split.texts, dtype=object))
+    tokens = tokenizer(
+        distinct.tolist(),
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    cut = np.array([bool(encoding.overflowing) for encoding in tokens.encodings])[text_of_row]
+    if cut.any():
+        logger.warning(
+            "%s: %d of %d texts are longer than %d tokens and were cut (--max_seq_length)",
+            split.path, cut.sum(), len(split), max_length,
+        )  # fmt: skip
+    return Encoded(
+        token_ids=tokens["input_ids"],
+        text_of_row=text_of_row,
+        labels=labels,
+        rows=split.rows,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def training_batches(
+    lengths: np.ndarray, batch_size: int, seed: int, epoch: int
+) -> list[np.ndarray]:
+    """Rows of each step of one epoch: texts of like length, in an order drawn anew each epoch.
+
+    The order is a function of (seed, epoch) alone, so that a resumed run needs no random state.
+    Shuffled rows are cut into windows, sorted by length inside a window, cut into batches, and
+    the batches are shuffled.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), WINDOW_BATCHES * batch_size):
+        window = order[start : start + WINDOW_BATCHES * batch_size]
+        window = window[np.argsort(lengths[window], kind="stable")]
+        batches += np.split(window, range(batch_size, len(window), batch_size))
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def length_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """All texts, the longest first (what does not fit in memory fails at once)."""
+    order = np.argsort(-lengths, kind="stable")
+    return np.split(order, range(batch_size, len(order), batch_size))
+
+
+def padding_share(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
+    """Share of the tokens in `batches` that is padding."""
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    return 1 - sum(lengths[batch].sum() for batch in batches) / padded

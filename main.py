@@ -1,0 +1,126 @@
+"""Tune a BERT classifier on CSV files, by full fine-tuning or by a prefix, and score it.
+
+The story of a run: arguments, data, model, train, evaluate, predict. `python main.py --help`
+lists the flags; `bash script/run_og.sh` and `bash script/run_prefix.sh` are the usual ways in.
+"""
+
+import logging
+import sys
+from argparse import Namespace
+
+from arguments import learning_rate_warning, parse_args
+
+logger = logging.getLogger("main")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line; returns the exit status.
+
+    0; 2 after one line about what the user can mend; 130 when interrupted.
+    """
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logger.info("loading libraries ...")  # seconds of silence otherwise
+
+    # After the arguments, so that --help and a typo are answered without importing torch.
+    from dataset import DataError
+    from model.output_folder import OutputError
+    from model.utils import ModelError
+    from trainer import TrainingError
+
+    try:
+        run(args)
+    except (DataError, ModelError, OutputError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: earlier results are as they were", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(args: Namespace) -> None:
+    """One run, from checked arguments to published results."""
+    import torch
+
+    import dataset
+    import trainer
+    from model import report, utils
+    from model.metrics import score
+    from model.output_folder import OutputFolder
+
+    # where to write, what to compute with, what to start from: a mistake here costs a second
+    output = OutputFolder(args.output_dir, args.overwrite_output_dir)
+    machine = trainer.pick_machine(args.precision)
+    source = utils.locate(args.model_name_or_path)
+    config = utils.load_config(source, tuned=not args.do_train)
+    args.device, args.precision = str(machine.device), machine.precision
+    logger.info("device %s, precision %s, model %s", args.device, args.precision, source.name)
+
+    # data: read, checked, audited for leaks
+    if not args.do_train:
+        args.problem_type = config.problem_type or args.problem_type
+    splits = dataset.read_splits(args)
+    if args.do_train:
+        utils.describe_task(config, dataset.label_names(splits["train"]), args)
+        if args.max_train_samples:
+            splits["train"] = splits["train"].sample(args.max_train_samples, args.seed)
+    names = list(config.id2label.values())
+    labels = dataset.number_labels(splits, names, args)
+    seen = dataset.audit(splits)
+    output.check_columns(splits, names)
+
+    # tokens
+    args.max_seq_length = utils.set_max_seq_length(config, args.max_seq_length)
+    tokenizer = utils.load_tokenizer(source, config)
+    encoded = {
+        name: dataset.encode(tokenizer, split, labels[name], args.max_seq_length)
+        for name, split in splits.items()
+    }
+
+    # model
+    torch.manual_seed(args.seed)
+    make = utils.build_model if args.do_train else utils.load_model
+    model = make(source, config).to(machine.device)
+    results = {f"{name}_rows": len(split) for name, split in splits.items()}
+    results |= utils.count_parameters(model)
+    logger.info(report.parameters(results))
+    about = report.about(args, source.name, names, splits)
+    output.write_json("run.json", about)
+
+    # train; the model ends as its best epoch by the validation file
+    if args.do_train:
+        if warning := learning_rate_warning(args):
+            logger.warning("warning: %s", warning)
+        results |= trainer.train(
+            model,
+            encoded["train"],
+            encoded["eval"] if args.eval_strategy == "epoch" else None,
+            args,
+            machine,
+            record=lambda line: output.append_json("metrics.jsonl", line),
+            save=lambda step: utils.save_model(
+                model, tokenizer, source, output.staging / f"checkpoint-{step}"
+            ),
+        )
+        utils.save_model(model, tokenizer, source, output.staging)
+
+    # evaluate and predict: each file is scored once, the test file after every choice is made
+    for name in ("eval", "test"):
+        if name in splits:
+            logits = trainer.predict(model, encoded[name], args, machine)
+            results |= score(name, logits, labels[name], seen.get(name))
+    if args.do_predict:
+        output.write_predictions(splits["test"].table, names, logits, args.problem_type)
+
+    # publish: all files appear at once
+    results["peak_memory_bytes"] = report.peak_memory_bytes()
+    output.write_json("all_results.json", results)
+    if args.do_train:
+        output.write_text("README.md", report.model_card(about, results))
+    output.publish(about)
+    print(report.summary(args, results, output.path))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

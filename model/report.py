@@ -1,0 +1,162 @@
+"""What a person reads of a run: its record, its model card, its closing table."""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+from argparse import Namespace
+from importlib.metadata import version
+from pathlib import Path
+
+from dataset import Split
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "scikit-learn")
+
+CARD = """---
+base_model: {backbone}
+pipeline_tag: text-classification
+library_name: {library}
+metrics: [accuracy, f1]
+---
+
+# {title}
+
+{backbone}, tuned by {way} to tell {count} labels apart: {labels}.
+
+## Results
+
+| | validation | test |
+|---|---|---|
+| rows | {eval_rows} | {test_rows} |
+| accuracy | {eval_accuracy} | {test_accuracy} |
+| macro F1 | {eval_macro_f1} | {test_macro_f1} |
+| texts that stand in the training file too | {eval_seen_share} | {test_seen_share} |
+| accuracy on those | {eval_accuracy_seen} | {test_accuracy_seen} |
+| accuracy on all others | {eval_accuracy_unseen} | {test_accuracy_unseen} |
+
+The last row is the one to expect on new texts. The best epoch was chosen by the validation file
+alone; the test file was scored once.
+
+## Training data and procedure
+
+{train_rows} rows of `{train_file}` (SHA-256 `{train_sha256}`); {trainable:,} of {total:,}
+parameters tuned, in {seconds:.0f} s. All settings:
+
+```json
+{settings}
+```
+
+## Versions
+
+{versions}
+
+## Limits
+
+It knows the labels above and texts of the kind it was tuned on; texts are cut to
+{max_seq_length} tokens. Confidences are not calibrated.
+"""
+
+
+def about(args: Namespace, backbone: str, names: list[str], splits: dict[str, Split]) -> dict:
+    """All that a run's results depend on; becomes run.json."""
+    return {
+        "settings": vars(args),
+        "backbone": backbone,
+        "labels": names,
+        "data": {
+            name: {"path": split.path, "rows": len(split), "sha256": split.sha256}
+            for name, split in splits.items()
+        },
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of this program, with "+" where files were changed since; None without git."""
+    here = Path(__file__).parent
+    try:
+        name, status = (
+            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def parameters(results: dict) -> str:
+    """One line of the log: tuned, held and stored parameters."""
+    return "parameters (without the head): " + ", ".join(
+        f"{results[f'{kind}_parameters']:,} ({results[f'{kind}_parameters_without_head']:,}) {kind}"
+        for kind in ("trainable", "total", "stored")
+    )
+
+
+def shown(value: float | int | None) -> str:
+    """A figure of a table: a share with four decimals, a count with commas."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+
+
+def model_card(about: dict, results: dict) -> str:
+    """The README.md beside a tuned model."""
+    settings = about["settings"]
+    keys = ("rows", "accuracy", "macro_f1", "seen_share", "accuracy_seen", "accuracy_unseen")
+    cells = {f"{split}_{key}": f"{split}_{key}" for split in ("eval", "test") for key in keys}
+    return CARD.format(
+        backbone=about["backbone"],
+        library="peft" if settings["prefix"] else "transformers",
+        title="A tuned prefix" if settings["prefix"] else "A tuned classifier",
+        way="prefix tuning in every layer" if settings["prefix"] else "full fine-tuning",
+        count=len(about["labels"]),
+        labels=", ".join(about["labels"]),
+        train_rows=shown(results["train_rows"]),
+        train_file=settings["train_file"],
+        train_sha256=about["data"]["train"]["sha256"],
+        trainable=results["trainable_parameters"],
+        total=results["total_parameters"],
+        seconds=results["train_runtime"],
+        settings=json.dumps(settings, indent=2),
+        versions="\n".join(f"- {name} {number}" for name, number in about["versions"].items()),
+        max_seq_length=settings["max_seq_length"],
+        **{cell: shown(results.get(key)) for cell, key in cells.items()},
+    )
+
+
+def summary(args: Namespace, results: dict, folder: Path) -> str:
+    """The closing table of a run: what was reached, what it took, where it lies."""
+    lines = [f"{'':24}{'validation':>12}{'test':>12}"]
+    for title, key in (
+        ("rows", "rows"),
+        ("accuracy", "accuracy"),
+        ("macro F1", "macro_f1"),
+        ("micro F1", "micro_f1"),
+        ("text in training file", "seen_share"),
+        ("accuracy on seen texts", "accuracy_seen"),
+        ("accuracy on unseen texts", "accuracy_unseen"),
+    ):
+        cells = [results.get(f"{split}_{key}") for split in ("eval", "test")]
+        if any(cell is not None for cell in cells):
+            lines.append(f"{title:24}{shown(cells[0]):>12}{shown(cells[1]):>12}")
+    if args.do_train:
+        tuned, total = results["trainable_parameters"], results["total_parameters"]
+        lines.append(
+            f"tuned {tuned:,} of {total:,} parameters ({100 * tuned / total:.1f} %) "
+            f"in {results['train_runtime']:.0f} s, "
+            f"{results['train_samples_per_second']:.0f} examples/s"
+        )
+    lines.append(f"peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB")
+    if args.do_predict and "test_accuracy" not in results:
+        lines.append(f"{args.test_file} has no labels: predicted, not scored")
+    files = sorted(entry.name for entry in folder.iterdir())
+    lines.append(f"in {folder}: {', '.join(files)}")
+    return "\n".join(lines)

@@ -1,0 +1,330 @@
+"""The training loop, written by hand: `train`, `predict`, `evaluate`.
+
+B batch, C classes, N rows, U distinct texts.
+"""
+
+import logging
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from dataset import Encoded, length_batches, padding_share, training_batches
+from model.metrics import compute_metrics
+from model.sequence_classification import classification_loss
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: its message names the step, the rows and the way out."""
+
+
+# -------------------------------------------------------------------------------- the machine
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and in what precision to compute. Weights are float32 always."""
+
+    device: torch.device
+    precision: str  # "fp32", or "bf16": matrix products run in bfloat16
+
+    def logits(self, model: nn.Module, data: Encoded, texts: np.ndarray) -> torch.Tensor:
+        """Classify the given distinct texts of `data`: float [B, C], on the device."""
+        batch = {name: tensor.to(self.device) for name, tensor in data.collate(texts).items()}
+        bf16 = self.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+            return model(**batch).logits.float()
+
+
+def pick_machine(precision: str) -> Machine:
+    """CUDA, then MPS, then the CPU; `auto` is bf16 where the processor computes in bfloat16."""
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu" and torch.backends.mps.is_available():
+        name = "mps"
+    if precision == "auto":
+        if name == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            has = torch.cpu.get_capabilities()
+            fast = name == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16"))
+        precision = "bf16" if fast else "fp32"
+    return Machine(torch.device(name), precision)
+
+
+# ------------------------------------------------------------------------- optimizer, schedule
+
+
+def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
+    """AdamW over what is tuned, each group with its peak learning rate.
+
+    No decay on biases and LayerNorm, nor on the prefix, which is no weight but a free input.
+    """
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            exempt = parameter.ndim < 2 or name.startswith("prefix_encoder.embedding")
+            rate = args.head_learning_rate if name.startswith("classifier.") else args.learning_rate
+            decay = 0.0 if exempt else args.weight_decay
+            group = groups.setdefault(
+                (rate, decay), {"params": [], "lr": rate, "peak_lr": rate, "weight_decay": decay}
+            )
+            group["params"].append(parameter)
+    return torch.optim.AdamW(list(groups.values()), fused=True)
+
+
+def learning_rate_factor(step: int, total: int, warmup: int) -> float:
+    """Share of the peak at a step counted from 0: a linear rise, then a linear fall to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return (total - step) / (total - warmup)
+
+
+def warmup_steps(wanted: float, total: int) -> int:
+    """Steps of warm-up: below 1 `wanted` is a share of all, as in transformers 5."""
+    return min(round(wanted if wanted >= 1 else wanted * total), total - 1)
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Seed of dropout: a function of its arguments alone, so a resumed run cannot drift."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def train(
+    model: nn.Module,
+    train_set: Encoded,
+    eval_set: Encoded | None,
+    args: Namespace,
+    machine: Machine,
+    *,
+    record: Callable[[dict], None],
+    save: Callable[[int], None],
+) -> dict[str, float]:
+    """Tune, in place, the parameters that require gradients.
+
+    With an `eval_set` each epoch is evaluated, and the model ends as its best one where
+    `args.load_best_model_at_end`. `record` gets a dict for each logged step and evaluation,
+    `save` the number of steps taken, after each epoch where `args.save_strategy` is "epoch".
+
+    Returns `train_loss` (mean over all examples), `train_runtime` (seconds, evaluations
+    included), `train_samples_per_second`, `train_steps` and, where chosen, `best_epoch`.
+    Raises: TrainingError, before the weights change, where loss or gradient is not finite.
+    """
+    optimizer = build_optimizer(model, args)
+    step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    lengths = train_set.lengths[train_set.text_of_row]
+    steps_per_epoch = math.ceil(len(train_set) / step_size)
+    total = steps_per_epoch * args.num_train_epochs
+    warmup = warmup_steps(args.warmup_steps, total)
+    best = BestEpoch(args.metric_for_best_model)
+    progress = Progress(total, args.logging_steps, record)
+
+    step = 0
+    with logging_redirect_tqdm(), progress:
+        for epoch in range(args.num_train_epochs):
+            # the order of the rows: a function of (seed, epoch)
+            batches = training_batches(lengths, step_size, args.seed, epoch)
+            if epoch == 0:
+                padding = 100 * padding_share(lengths, batches)
+                logger.info("%d steps of %d examples, %.1f %% padding", total, step_size, padding)
+
+            # one optimizer step for each batch
+            model.train()
+            for rows in batches:
+                factor = learning_rate_factor(step, total, warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+                loss, norm = training_step(model, optimizer, train_set, rows, step, args, machine)
+                step += 1
+                progress.step(len(rows), loss, norm, args.learning_rate * factor, steps_per_epoch)
+
+            # keep this epoch
+            if args.save_strategy == "epoch":
+                save(step)
+            if eval_set is None:
+                continue
+
+            # evaluate it on the validation file; remember the best
+            metrics = evaluate(model, eval_set, args, machine)
+            record({"step": step, "epoch": epoch + 1, **prefixed("eval", metrics)})
+            better = best.update(model, epoch + 1, metrics, keep=args.load_best_model_at_end)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            logger.info("epoch %d: validation %s%s", epoch + 1, shown, " (best)" * better)
+            if 0 < args.early_stopping_patience <= epoch + 1 - best.epoch:
+                logger.info("stopping early: no better epoch since %d", best.epoch)
+                break
+
+    chosen = {"best_epoch": best.epoch} if best.restore(model) else {}
+    return {**progress.summary(), "train_steps": step, **chosen}
+
+
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train_set: Encoded,
+    rows: np.ndarray,
+    step: int,
+    args: Namespace,
+    machine: Machine,
+) -> tuple[float, float]:
+    """The optimizer's step number `step`, on `rows`; returns mean loss and gradient norm.
+
+    Every row weighs 1 / len(rows), so the last, partial window of an epoch counts right and
+    accumulation equals the big batch.
+    """
+    # forward and backward over micro-batches, with the step's own dropout
+    torch.manual_seed(step_seed(args.seed, step))
+    size, loss = args.per_device_train_batch_size, 0.0
+    for part in np.split(rows, range(size, len(rows), size)):
+        logits = machine.logits(model, train_set, train_set.text_of_row[part])
+        labels = torch.from_numpy(train_set.labels[part]).to(machine.device)
+        part_loss = classification_loss(logits, labels) / len(rows)
+        part_loss.backward()
+        loss += part_loss.item()
+
+    # clip; refuse what is not finite while the weights are still good
+    tuned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(tuned, args.max_grad_norm).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        numbers = ", ".join(str(train_set.rows[row]) for row in sorted(rows)[:8])
+        raise TrainingError(
+            f"the loss is {loss:g} and its gradient's norm {norm:g}, at step {step + 1}, on the "
+            f"training file's rows {numbers}{', ...' if len(rows) > 8 else ''}; "
+            "the weights were not changed by it: lower --learning_rate"
+        )
+
+    # step
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+class BestEpoch:
+    """The best epoch so far by one metric of the validation file, and its weights."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.epoch, self.value = 0, -math.inf
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def update(self, model: nn.Module, epoch: int, metrics: dict[str, float], keep: bool) -> bool:
+        """Whether `epoch` is better than all before it; a tie is not. Copies its weights."""
+        value = -metrics["loss"] if self.metric == "loss" else metrics[self.metric]
+        if not value > self.value:
+            return False
+        self.epoch, self.value = epoch, value
+        if keep:
+            self.weights = {
+                name: parameter.detach().clone()
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            }
+        return True
+
+    def restore(self, model: nn.Module) -> bool:
+        """Put the best weights back, where they were kept."""
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                model.get_parameter(name).copy_(weight)
+        return bool(self.weights)
+
+
+@dataclass
+class Progress:
+    """What the user sees of the training: a bar, lines of the log, and the records."""
+
+    total: int
+    logging_steps: int
+    record: Callable[[dict], None]
+    done: int = 0
+    examples: int = 0
+    loss_sum: float = 0.0
+    recent: list[tuple[int, float]] = field(default_factory=list)  # examples and loss sum
+    start: float = field(default_factory=time.perf_counter)
+
+    def __enter__(self) -> "Progress":
+        # `disable=None`: no bar where the output is no terminal
+        self.bar = tqdm(total=self.total, unit="step", disable=None, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+    def step(
+        self, examples: int, loss: float, norm: float, rate: float, steps_per_epoch: int
+    ) -> None:
+        """Count one step; every `logging_steps`, and at the end, report."""
+        self.done += 1
+        self.examples += examples
+        self.loss_sum += examples * loss
+        self.recent.append((examples, examples * loss))
+        self.bar.update()
+        if self.done % self.logging_steps and self.done != self.total:
+            return
+        seen, recent_sum = map(sum, zip(*self.recent, strict=True))
+        self.recent.clear()
+        elapsed = time.perf_counter() - self.start
+        line = {
+            "step": self.done,
+            "epoch": self.done / steps_per_epoch,
+            "loss": recent_sum / seen,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "samples_per_second": self.examples / elapsed,
+            "eta_seconds": (self.total - self.done) * elapsed / self.done,
+        }
+        self.record(line)
+        self.bar.set_postfix_str(
+            f"loss {line['loss']:.3f}, {line['samples_per_second']:.0f} rows/s"
+        )
+        if self.bar.disable:
+            left = f"{line['samples_per_second']:.0f} examples/s, {line['eta_seconds']:.0f} s left"
+            logger.info("step %d of %d: loss %.4f, %s", self.done, self.total, line["loss"], left)
+
+    def summary(self) -> dict[str, float]:
+        """The whole training in figures."""
+        elapsed = time.perf_counter() - self.start
+        return {
+            "train_loss": self.loss_sum / self.examples,
+            "train_runtime": elapsed,
+            "train_samples_per_second": self.examples / elapsed,
+        }
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, data: Encoded, args: Namespace, machine: Machine) -> torch.Tensor:
+    """Logits of every row, in the rows' order: float32 [N, C]. No text is scored twice."""
+    model.eval()
+    batches = length_batches(data.lengths, args.per_device_eval_batch_size)
+    logits = [machine.logits(model, data, texts).cpu() for texts in tqdm(
+        batches, desc="predict", unit="batch", disable=None, leave=False, dynamic_ncols=True
+    )]  # fmt: skip
+    of_text = torch.empty(len(data.token_ids), logits[0].shape[1])  # [U, C]
+    of_text[np.concatenate(batches)] = torch.cat(logits)
+    return of_text[data.text_of_row]  # [U, C] -> [N, C]
+
+
+def evaluate(
+    model: nn.Module, data: Encoded, args: Namespace, machine: Machine
+) -> dict[str, float]:
+    """Metrics over the whole file at once, see `compute_metrics`."""
+    return compute_metrics(predict(model, data, args, machine), data.labels)
+
+
+def prefixed(name: str, metrics: dict[str, float]) -> dict[str, float]:
+    """`{"accuracy": x}` as `{"eval_accuracy": x}`."""
+    return {f"{name}_{key}": value for key, value in metrics.items()}
