@@ -1,0 +1,163 @@
+"""Write the synthetic sample that stands in where the real data is not there.
+
+    python csv/make_sample.py        # writes csv/USvideos_sample.csv and csv/sample/*.csv
+
+Nothing in it is real: titles, channels and figures are drawn from the word lists below by a
+seeded generator. It rehearses the real file: its 16 columns and quirks, all 16 categories in
+about their real shares, videos that trend on several days, words shared between categories,
+and some wrong labels, so that no model gets everything right.
+"""
+
+import random
+from datetime import date, datetime, timedelta
+from pathlib import Path
+
+import pandas as pd
+from sklearn.model_selection import train_test_split
+
+FOLDER = Path(__file__).parent
+SEED = 42
+VIDEOS = 640
+OWN_WORD = 0.70  # a title's topic word comes from its own category, else from any
+WRONG_LABEL = 0.04
+
+# Category id: (share of the videos in percent, topic words).
+CATEGORIES = {
+    24: (24, "celebrity host interview awards comedian show episode season reality talent judge "
+        "audition couple gossip premiere cast star late night guest prank reunion drama scandal"),
+    10: (16, "official audio lyric remix album single band singer acoustic concert tour guitar "
+        "rapper chorus melody cover live session feat duet ballad vinyl beat"),
+    26: (10, "makeup hair tutorial outfit recipe kitchen cake baking diy decor nails skincare "
+        "haul closet style lipstick foundation routine thrift braid organize pumpkin frosting"),
+    23: (8, "comedy sketch parody roommate awkward joke funny standup roast skit impression "
+        "sarcastic boss neighbour costume laugh spoof improv mishap gag"),
+    22: (8, "vlog family house moving storytime baby wedding life update morning husband daughter "
+        "birthday birth surprise apartment pregnancy goodbye feelings diary"),
+    25: (6, "senate president breaking report investigation election mayor storm border governor "
+        "press court protest police statement anchor minister headlines crisis"),
+    28: (6, "phone review robot laptop camera battery experiment rocket physics engineer laser "
+        "processor unboxing satellite screen telescope drone software magnet"),
+    1: (6, "trailer teaser film scene director animation villain sequel cinema studio superhero "
+        "clip screenplay short remake reel stuntman credits"),
+    17: (5, "goal match playoffs quarterback dunk league coach finals touchdown stadium boxing "
+        "tennis champion overtime rookie penalty sprint highlights"),
+    27: (4, "history explained lesson science language brain university maths essay ancient "
+        "mystery theory economics geography grammar biology professor"),
+    15: (2, "puppy cat kitten dog rescue shelter wildlife parrot elephant aquarium zoo turtle"),
+    20: (2, "gameplay speedrun console boss level multiplayer controller minecraft arcade patch"),
+    19: (1, "travel island hotel flight passport backpack beach resort street food market"),
+    2: (1, "car engine truck racing garage drift electric motor tyre restoration"),
+    43: (0.3, "season pilot series finale recap episode"),
+    29: (0.3, "charity march volunteers donate nonprofit awareness campaign"),
+}  # fmt: skip
+SHARED = (
+    "new best first last world big little day home night time people real never ever every week "
+    "challenge try trying love girl boy money secret why how what happened inside behind story "
+    "full part one two hundred hours million making makes worst perfect wrong crazy american "
+    "london summer winter christmas black white red golden back"
+).split()
+DECORATION = (
+    *[""] * 5, " | Official Video", " (2018)", " ft. Mira Vale", "!!", " 😂", " 🔥", ' "uncut"',
+    " - Part 2", " [4K]", "… again?", " w/ Ünal & Zoë",
+)  # fmt: skip
+NAMES = "Nova Atlas Juniper Orbit Marlow Pixel Harbor Velvet Quill Ember Sable Tango".split()
+
+
+def make_video(random: random.Random, number: int) -> dict:
+    """What stays the same over the days on which a video trends."""
+    ids, shares = list(CATEGORIES), [share for share, _ in CATEGORIES.values()]
+    # each category once, so that none is missing, then by their shares
+    category = ids[number] if number < len(ids) else random.choices(ids, shares)[0]
+
+    def topic_word() -> str:
+        source = category if random.random() < OWN_WORD else random.choices(ids, shares)[0]
+        return random.choice(CATEGORIES[source][1].split())
+
+    words = [topic_word() for _ in range(random.randint(2, 4))]
+    words += random.choices(SHARED, k=random.randint(1, 4))
+    random.shuffle(words)
+    title = " ".join(words).title() if random.random() < 0.85 else " ".join(words).upper()
+    channel = f"{NAMES[(category + number % 3) % len(NAMES)]} {random.choice(NAMES)}"
+    tags = [topic_word() for _ in range(random.randint(0, 8))]
+    tag_cell = "|".join([tags[0], *(f'"{tag}"' for tag in tags[1:])]) if tags else "[none]"
+    link = f"https://example.com/{channel.split()[0].lower()}"
+    text = f'{title}: {" ".join(random.choices(SHARED, k=6))}.\\n\\nSubscribe, "{channel}" ► {link}'
+    published = datetime(2017, 11, 13) + timedelta(minutes=random.randrange(200 * 24 * 60))
+    video_id = "".join(random.choices("ABCDEFGHabcdefgh0123456789_-", k=11))
+    if random.random() < WRONG_LABEL:
+        category = random.choice(ids)
+    return {
+        "video_id": video_id,
+        "trending_date": published.date() + timedelta(days=random.randint(1, 3)),
+        "title": title + random.choice(DECORATION),
+        "channel_title": channel,
+        "category_id": category,
+        "publish_time": published.strftime("%Y-%m-%dT%H:%M:%S.000Z"),
+        "tags": tag_cell,
+        "views": random.randint(5_000, 2_000_000),
+        "thumbnail_link": f"https://example.com/vi/{video_id}/default.jpg",
+        "comments_disabled": random.random() < 0.02,
+        "ratings_disabled": random.random() < 0.005,
+        "video_error_or_removed": random.random() < 0.001,
+        "description": text if random.random() > 0.03 else "",
+    }
+
+
+def make_days(random: random.Random, video: dict) -> list[dict]:
+    """One row for each day on which a video trends: views grow, all else stays."""
+    days = min(14, 1 + int(random.expovariate(1 / 3.5)))
+    rows = []
+    for day in range(days):
+        views = int(video["views"] * (1 + 0.4 * day))
+        trending: date = video["trending_date"] + timedelta(days=day)
+        rating = 0 if video["ratings_disabled"] else views
+        rows.append(
+            video
+            | {
+                "trending_date": trending,
+                "views": views,
+                "likes": rating // 30,
+                "dislikes": rating // 900,
+                "comment_count": 0 if video["comments_disabled"] else views // 200,
+            }
+        )
+    return rows
+
+
+def make_sample() -> pd.DataFrame:
+    """The sample as the raw file has it: 16 columns, a row a trending day, in order of days."""
+    draw = random.Random(SEED)
+    videos = [make_video(draw, number) for number in range(VIDEOS)]
+    table = pd.DataFrame([row for video in videos for row in make_days(draw, video)])
+    table = table.sort_values("trending_date", kind="stable")
+    table["trending_date"] = [day.strftime("%y.%d.%m") for day in table["trending_date"]]
+    columns = (
+        "video_id trending_date title channel_title category_id publish_time tags views likes "
+        "dislikes comment_count thumbnail_link comments_disabled ratings_disabled "
+        "video_error_or_removed description"
+    )
+    return table[columns.split()]
+
+
+def write_splits(sample: pd.DataFrame) -> None:
+    """Training, validation and test file by rows, so that they leak as the original's do.
+
+    Labels as there: the five most frequent categories are 0 to 4, all others 5.
+    """
+    top = sample["category_id"].value_counts().index[:5].tolist()
+    label = sample["category_id"].map(lambda category: (*top, category).index(category))
+    splits = pd.DataFrame({"text": sample["title"], "label": label})
+    train, rest = train_test_split(
+        splits, test_size=0.3, random_state=SEED, stratify=splits["label"]
+    )
+    val, test = train_test_split(rest, test_size=0.7, random_state=SEED, stratify=rest["label"])
+    (FOLDER / "sample").mkdir(exist_ok=True)
+    for name, split in {"train": train, "val": val, "test": test}.items():
+        split.to_csv(FOLDER / "sample" / f"{name}_simple.csv", index=False, lineterminator="\n")
+
+
+if __name__ == "__main__":
+    sample = make_sample()
+    sample.to_csv(FOLDER / "USvideos_sample.csv", index=False, lineterminator="\n")
+    write_splits(sample)
+    print(f"{len(sample)} rows of {sample['video_id'].nunique()} synthetic videos in {FOLDER}")

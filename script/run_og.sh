@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Full fine-tuning, the whole job: train, choose the best epoch, evaluate, predict.
+# Any flag of main.py can be appended and wins over those here; paths count from the root:
+#     bash script/run_og.sh --num_train_epochs 2 --model_name_or_path bert-base-cased
+set -euo pipefail
+source "$(dirname "$0")/environment.sh" requirements.txt
+source script/data.sh "$@"
+
+exec "$PYTHON" main.py \
+    --do_train \
+    --do_eval \
+    --do_predict \
+    ${DATA[@]+"${DATA[@]}"} \
+    --output_dir checkpoints/og \
+    --overwrite_output_dir \
+    "$@"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Prefix tuning in every layer, the whole job: train, choose the best epoch, evaluate, predict.
+# Any flag of main.py can be appended and wins over those here; paths count from the root:
+#     bash script/run_prefix.sh --pre_seq_len 16 --prefix_projection
+set -euo pipefail
+source "$(dirname "$0")/environment.sh" requirements.txt
+source script/data.sh "$@"
+
+exec "$PYTHON" main.py \
+    --prefix \
+    --do_train \
+    --do_eval \
+    --do_predict \
+    ${DATA[@]+"${DATA[@]}"} \
+    --output_dir checkpoints/prefix \
+    --overwrite_output_dir \
+    "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# All checks: lint, format, tests. Arguments go to pytest: bash script/test.sh -k prefix
+set -euo pipefail
+source "$(dirname "$0")/environment.sh" requirements.txt tests/requirements.txt
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+exec "$PYTHON" -m pytest "$@"

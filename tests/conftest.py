@@ -1,0 +1,107 @@
+"""A tiny random BERT with a small vocabulary, CSV files and a runner. No network, no GPU."""
+
+import csv
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
+
+import main
+from model import utils
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = (
+    "cat dog bird fish lion song band drum bass tune goal team ball race coach "
+    "the a of and with big small new old red blue one two three four"
+).split()
+ROWS = [
+    ("the big cat and the dog", "0"),
+    ("a small bird", "0"),
+    ("fish", "0"),
+    ("old lion with a new cat and one small dog", "0"),
+    ("new song of the band", "1"),
+    ("drum and bass", "1"),
+    ("a tune", "1"),
+    ("the red band with two drum", "1"),
+    ("goal of the team", "2"),
+    ("coach", "2"),
+    ("three race and four ball and a big old team of blue", "2"),
+]
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory) -> str:
+    """Folder of a BERT: 2 layers, 2 heads of 8, 64 positions."""
+    folder = tmp_path_factory.mktemp("backbone")
+    (folder / "vocab.txt").write_text("\n".join(SPECIAL + WORDS), encoding="utf-8")
+    config = BertConfig(
+        vocab_size=len(SPECIAL + WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    BertTokenizer.from_pretrained(folder).save_pretrained(folder)
+    return str(folder)
+
+
+def write_csv(path: Path, rows: list, header=("text", "label")) -> str:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    """Flags that name three small split files: some validation and test texts are seen."""
+    train = write_csv(tmp_path / "train.csv", ROWS)
+    val = write_csv(tmp_path / "val.csv", [ROWS[0], ("a new dog", "0"), ("song", "1"), ROWS[8]])
+    test = write_csv(tmp_path / "test.csv", [ROWS[5], ("big team", "2"), ("a dog", "0"), ROWS[5]])
+    return ["--train_file", train, "--validation_file", val, "--test_file", test]
+
+
+@pytest.fixture
+def run(backbone, files, tmp_path):
+    """Call main with three tasks on the small files; returns the output folder."""
+
+    def call(*flags: str, name: str = "out", status: int = 0) -> Path:
+        folder = tmp_path / name
+        argv = ["--do_train", "--do_eval", "--do_predict", *files]
+        argv += ["--model_name_or_path", backbone, "--output_dir", str(folder)]
+        argv += ["--num_train_epochs", "2", "--per_device_train_batch_size", "4"]
+        argv += ["--precision", "fp32", "--max_seq_length", "16"]
+        argv += ["--pre_seq_len", "3"] if "--prefix" in flags else []
+        assert main.main([*argv, *flags]) == status
+        return folder
+
+    return call
+
+
+@pytest.fixture
+def make_model(backbone):
+    """Build a model of 3 classes on the tiny BERT, in eval mode, with a prefix where asked."""
+
+    def make(prefix: bool = False, projection: bool = False, attention: str = "sdpa"):
+        source = utils.locate(backbone)
+        config = utils.load_config(source, tuned=False)
+        config.id2label = {0: "a", 1: "b", 2: "c"}
+        config._attn_implementation = attention
+        if prefix:
+            config.pre_seq_len, config.prefix_projection = 5, projection
+            config.prefix_hidden_size = 7
+        torch.manual_seed(1)
+        model = utils.build_model(source, config).eval()
+        if prefix:  # a prefix as large as keys and values, so that it shows
+            torch.nn.init.normal_(model.prefix_encoder.embedding.weight)
+        return model
+
+    return make

@@ -1,0 +1,101 @@
+"""The command line: what is accepted as it stands, and the one line for what is not."""
+
+import subprocess
+import sys
+
+import pytest
+
+from arguments import TUNING_DEFAULTS, build_parser, learning_rate_warning, parse_args
+
+TASK = ["--do_train", "--do_eval", "--output_dir", "out"]
+ORIGINAL = (
+    "--model_name_or_path bert-base-cased --do_train --do_eval --do_predict --max_seq_length 256 "
+    "--per_device_train_batch_size 16 --learning_rate 5e-5 --num_train_epochs 10 --pre_seq_len 4 "
+    "--output_dir checkpoints/prefix/ --overwrite_output_dir --hidden_dropout_prob 0.1 --seed 11 "
+    "--load_best_model_at_end True --save_strategy epoch --evaluation_strategy epoch --prefix"
+)
+
+
+def test_the_original_command_line_is_accepted_and_warned_of():
+    args = parse_args(ORIGINAL.split())
+    assert (args.prefix, args.pre_seq_len, args.seed, args.max_seq_length) == (True, 4, 11, 256)
+    assert args.load_best_model_at_end is True
+    assert (args.eval_strategy, args.save_strategy) == ("epoch", "epoch")
+    assert "--learning_rate 5e-05 is low for prefix tuning" in learning_rate_warning(args)
+
+
+def test_defaults_depend_on_the_way_of_tuning():
+    for flags, way in (
+        ([], "full"),
+        (["--prefix"], "prefix"),
+        (["--prefix", "--prefix_projection"], "projected prefix"),
+    ):
+        args = parse_args(TASK + flags)
+        assert {name: getattr(args, name) for name in TUNING_DEFAULTS[way]} == TUNING_DEFAULTS[way]
+        assert args.head_learning_rate == args.learning_rate
+        assert learning_rate_warning(args) is None
+    assert "is high for full tuning" in learning_rate_warning(
+        parse_args([*TASK, "--learning_rate", "0.02"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learnig_rate", "1"], "unrecognized arguments: --learnig_rate"),
+        (["--learning_rate", "-1"], "--learning_rate: -1 is out of range"),
+        (["--learning_rate", "nan"], "--learning_rate: nan is out of range"),
+        (["--seed", "-1"], "--seed: -1 is out of range"),
+        (["--seed", "4294967296"], "--seed: 4294967296 is out of range"),
+        (["--num_train_epochs", "0"], "--num_train_epochs: 0 is out of range"),
+        (["--num_train_epochs", "2.5"], "--num_train_epochs: '2.5' is not a whole number"),
+        (["--pre_seq_len", "4"], "--pre_seq_len needs --prefix"),
+        (["--prefix", "--pre_seq_len", "0"], "--pre_seq_len: 0 is out of range"),
+        (["--prefix", "--prefix_hidden_size", "9"], "--prefix_hidden_size needs --prefix_projec"),
+        (["--eval_strategy", "no", "--load_best_model_at_end"], "--load_best_model_at_end needs"),
+        (["--eval_strategy", "no", "--early_stopping_patience", "1"], "--early_stopping_patience"),
+        (["--metric_for_best_model", "micro_f1"], "micro_f1 is for multi-label data"),
+        (["--label_column_name", "text"], "'text' is the label column"),
+        (["--text_column_names", "a,,b"], "'a,,b' holds an empty column name"),
+        (["--csv_encoding", "utf-9"], "Python knows no encoding 'utf-9'"),
+        (["--model_name_or_path", "./out"], "--output_dir is the folder of --model_name_or_path"),
+        (["--load_best_model_at_end", "maybe"], "'maybe' is neither True nor False"),
+    ],
+)
+def test_a_bad_argument_is_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_args(TASK + flags)
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_nothing_to_do_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--output_dir", "out"])
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_whole_numbers_and_booleans_as_trainer_scripts_write_them():
+    args = parse_args([*TASK, "--num_train_epochs", "3.0", "--load_best_model_at_end", "False"])
+    assert args.num_train_epochs == 3
+    assert args.load_best_model_at_end is False
+
+
+def test_every_flag_is_explained_and_in_a_group():
+    parser = build_parser()
+    for group in parser._action_groups[2:]:
+        for action in group._group_actions:
+            assert action.help, action.option_strings
+    assert not parser._action_groups[0]._group_actions
+    assert [a.dest for a in parser._action_groups[1]._group_actions] == ["help"]
+
+
+def test_help_imports_no_torch():
+    code = "import sys, main; main.main(['--help'])"
+    watch = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    shown = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True)
+    assert "--pre_seq_len" in shown.stdout
+    assert shown.stdout.endswith("False\n")

@@ -1,0 +1,191 @@
+"""Reading, refusing, numbering, auditing, batching."""
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import dataset
+from conftest import REAL_DATA, write_csv
+from dataset import DataError, read_split
+
+
+def read(path, **options):
+    return read_split(path, **{"text_columns": ["text"], **options})
+
+
+# Texts that pandas would turn into missing values, or that other readers stumble over.
+ODD_TEXTS = ["NA", "null", "None", "nan", 'a "quoted" word', "two\nlines", "tab\there", "a,b",
+             "עברית 🎉 é", "x" * 10_000_000, " blanks "]  # fmt: skip
+
+
+def test_odd_texts_come_back_unchanged(tmp_path):
+    path = write_csv(tmp_path / "odd ü.csv", [(text, i % 2) for i, text in enumerate(ODD_TEXTS)])
+    assert read(path).texts == ODD_TEXTS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"text,label\n", "a header and no rows"),
+        (b"title,label\nx,1\n", "no column 'text'; it has 'title', 'label'"),
+        (b"text,text,label\nx,y,1\n", "the column 'text' more than once"),
+        (b"text,label\nx,1\ny\n", "row 2 (line 3) has 1 fields, the header 2"),
+        (b'text,label\n"x\ny",1\nz,1,2\n', "row 2 (line 4) has 3 fields, the header 2"),
+        (b"text,label\nx,1\n \t,1\n,0\n", "the text is blank in 2 rows (2, 3)"),
+        (b"text,label\nx\0y,1\n", "row 1 (line 2) holds a NUL byte"),
+        (b'text,label\nx,1\n"y,1\nz,1\n', "the row that starts at line 3"),
+        (b'text,label\n"x"y,1\n', "the row that starts at line 2"),
+        (b"text,label\nx,1\ny,\n", "no 'label' in row 2"),
+        ("text,label\nabcdé,1\n".encode("cp1252"), "not utf-8 at byte 15: give its encoding, per"),
+        ("text,label\nx,1\n".encode("utf-16"), "perhaps --csv_encoding utf-16"),
+    ],
+)
+def test_bad_files_are_refused_with_the_place(tmp_path, content, message):
+    path = tmp_path / "bad.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_the_byte_of_a_wrong_encoding_counts_from_the_start_of_the_file(tmp_path):
+    path = tmp_path / "late.csv"
+    path.write_bytes(b"text,label\n" + b"word,1\n" * 50_000 + b"caf\xe9,1\n")
+    with pytest.raises(DataError, match=f"at byte {11 + 7 * 50_000 + 3}:"):
+        read(path)
+
+
+def test_missing_files_and_folders_are_refused(tmp_path):
+    for path in (tmp_path / "none.csv", tmp_path):
+        with pytest.raises(DataError, match="cannot be read"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding"),
+    [
+        (b"\xef\xbb\xbftext,label,extra\r\nx,1,e\r\ny,0,f\r\n", "utf-8"),
+        ("text,label,extra\nx,1,e\ny,0,f\n".encode("utf-16"), "utf-16"),
+        (b"extra,label,text\n\ne,1.0,x\n\nf, 0,y", "utf-8"),
+    ],
+)
+def test_bom_line_ends_encodings_and_other_columns(tmp_path, content, encoding):
+    path = tmp_path / "good.csv"
+    path.write_bytes(content)
+    split = read(path, encoding=encoding)
+    assert split.texts == ["x", "y"]
+    assert split.labels == [["1"], ["0"]]
+    assert split.table["extra"].tolist() == ["e", "f"]
+
+
+def test_text_columns_are_joined(tmp_path):
+    path = write_csv(tmp_path / "two.csv", [("a", "b", 1), ("", "c", 0)], ("t", "u", "label"))
+    split = read(path, text_columns=["t", "u"], delimiter=" / ")
+    assert split.texts == ["a / b", " / c"]
+
+
+def test_blank_texts_are_dropped_where_allowed_and_rows_keep_their_numbers(tmp_path):
+    path = write_csv(tmp_path / "blank.csv", [("a", 1), ("", 0), ("b", 0)])
+    split = read(path, drop_empty=True)
+    assert (split.texts, split.rows) == (["a", "b"], [1, 3])
+
+
+def test_labels_are_one_whatever_the_spelling_and_sort_as_numbers(tmp_path):
+    rows = [("a", "10"), ("b", "9"), ("c", "9.0"), ("d", " 10 "), ("e", "other"), ("f", "-1")]
+    split = read(write_csv(tmp_path / "a.csv", rows))
+    names = dataset.label_names(split)
+    assert names == ["-1", "9", "10", "other"]
+    assert dataset.label_ids(split, names, False).tolist() == [2, 1, 1, 2, 3, 0]
+
+
+def test_labels_that_training_lacks_are_named_with_their_rows(tmp_path):
+    train = read(write_csv(tmp_path / "a.csv", [("a", "x"), ("b", "y")]))
+    test = read(write_csv(tmp_path / "b.csv", [("a", "x"), ("b", "z"), ("c", "w"), ("d", "z")]))
+    with pytest.raises(DataError, match=r"label 'w', 'z' in 3 rows \(2, 3, 4\)"):
+        dataset.label_ids(test, dataset.label_names(train), False)
+
+
+def test_one_class_only_is_refused(tmp_path):
+    with pytest.raises(DataError, match="one label only"):
+        dataset.label_names(read(write_csv(tmp_path / "a.csv", [("a", 1), ("b", 1)])))
+
+
+def test_several_labels_a_row(tmp_path):
+    path = write_csv(tmp_path / "m.csv", [("a", "x|y"), ("b", ""), ("c", " y |y"), ("d", "2.0|x")])
+    split = read(path, multi_label=True)
+    assert split.labels == [["x", "y"], [], ["y"], ["2", "x"]]
+    names = dataset.label_names(split)
+    hot = dataset.label_ids(split, names, True)
+    assert names == ["2", "x", "y"]
+    assert hot.tolist() == [[0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 0]]
+    assert hot.dtype == np.float32
+
+
+@pytest.mark.parametrize("content", ["text\na\n", "text,label\na,\nb,\n"])
+def test_a_file_to_predict_needs_no_labels(tmp_path, content):
+    path = tmp_path / "new.csv"
+    path.write_text(content)
+    assert read(path, labels_required=False).labels is None
+
+
+def test_the_leak_is_found_whatever_case_and_white_space(tmp_path, caplog):
+    train = read(write_csv(tmp_path / "a.csv", [("A  cat", 0), ("dog", 1), ("DOG", 0), ("x", 2)]))
+    test = read(write_csv(tmp_path / "b.csv", [("a cat", 0), ("bird", 1), ("Dog ", 1)]))
+    caplog.set_level("INFO")
+    seen = dataset.audit({"train": train, "test": test})
+    assert seen["test"].tolist() == [True, False, True]
+    assert "4 rows, 3 distinct texts" in caplog.text
+    assert "66.7 % have a text that stands in the training file" in caplog.text
+    assert "1 texts stand under more than one label" in caplog.text
+    assert "only one row of label 1, 2" in caplog.text
+
+
+def test_a_sample_is_drawn_by_the_seed_and_keeps_the_order(tmp_path):
+    split = read(write_csv(tmp_path / "a.csv", [(f"t{i}", i % 2) for i in range(50)]))
+    some = split.sample(10, seed=1)
+    assert len(some) == 10
+    assert some.rows == sorted(some.rows) == split.sample(10, seed=1).rows
+    assert some.rows != split.sample(10, seed=2).rows
+    assert some.texts == [f"t{row - 1}" for row in some.rows] == some.table["text"].tolist()
+    assert split.sample(99, seed=1) is split
+
+
+def test_each_distinct_text_is_encoded_once_and_cut_texts_are_counted(tmp_path, backbone, caplog):
+    path = write_csv(tmp_path / "a.csv", [("cat", 0), ("dog the cat", 1), ("cat", 0)])
+    data = dataset.encode(AutoTokenizer.from_pretrained(backbone), read(path), None, 4)
+    assert data.text_of_row.tolist() == [0, 1, 0]
+    assert data.lengths.tolist() == [3, 4]
+    assert "1 of 3 texts are longer than 4 tokens" in caplog.text
+    batch = data.collate(np.array([0, 1]))
+    assert batch["input_ids"][0, 3] == data.pad_token_id
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_training_batches_hold_every_row_once_and_follow_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(3, 40, 1003)
+
+    def flat(seed, epoch):
+        return np.concatenate(dataset.training_batches(lengths, 8, seed, epoch)).tolist()
+
+    assert sorted(flat(1, 0)) == list(range(1003))
+    assert flat(1, 0) == flat(1, 0)
+    assert flat(1, 0) != flat(1, 1) != flat(2, 1)
+    sizes = [len(batch) for batch in dataset.training_batches(lengths, 8, 1, 0)]
+    assert sorted(sizes) == [3] + [8] * 125
+
+
+def test_batches_of_like_length_leave_little_padding():
+    lengths = np.random.default_rng(0).integers(3, 40, 5000)
+    assert dataset.padding_share(lengths, dataset.training_batches(lengths, 32, 1, 0)) < 0.05
+    assert dataset.padding_share(lengths, dataset.length_batches(lengths, 64)) < 0.05
+    shuffled = np.array_split(np.random.default_rng(1).permutation(5000), 157)
+    assert dataset.padding_share(lengths, shuffled) > 0.3
+
+
+@pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data is not on this machine")
+def test_the_published_split_leaks_as_measured():
+    train, test = (read(REAL_DATA / "seed_splits" / f"{n}_simple.csv") for n in ("train", "test"))
+    assert (len(train), len(test)) == (15204, 6543)
+    assert round(100 * dataset.seen_texts(train, test).mean(), 1) == 83.5

@@ -1,0 +1,229 @@
+"""The loop: its losses, its steps, its choice of epoch, its refusals."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score
+
+import dataset
+import trainer
+from arguments import parse_args
+from conftest import ROWS
+from dataset import Encoded
+from model.metrics import compute_metrics, confidence, predictions, probabilities, score
+
+FP32 = trainer.Machine(torch.device("cpu"), "fp32")
+
+
+@pytest.fixture
+def data(tmp_path) -> Encoded:
+    """The rows of conftest, words numbered from 5."""
+    words = sorted({word for text, _ in ROWS for word in text.split()})
+    ids = [[2, *(5 + words.index(word) % 30 for word in text.split()), 3] for text, _ in ROWS]
+    labels = np.array([int(label) for _, label in ROWS])
+    rows = list(range(1, len(ROWS) + 1))
+    return Encoded(ids, np.arange(len(ROWS)), labels, rows, pad_token_id=0)
+
+
+def arguments(*flags):
+    return parse_args(["--do_train", "--do_eval", "--output_dir", "out", *flags])
+
+
+def tune(model, data, *flags, eval_set=None, save=None):
+    lines = []
+    args = arguments("--logging_steps", "1", *flags)
+    results = trainer.train(model, data, eval_set, args, FP32, record=lines.append, save=save)
+    return results, lines
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def test_schedule_rises_and_falls_linearly():
+    factors = [trainer.learning_rate_factor(step, 10, 4) for step in range(10)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    np.testing.assert_allclose(factors[4:], [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert trainer.warmup_steps(0.06, 100) == 6
+    assert trainer.warmup_steps(7, 100) == 7
+    assert trainer.warmup_steps(1000, 100) == 99
+
+
+def test_no_decay_on_biases_layer_norms_and_prefix(make_model):
+    for model in (make_model(), make_model(prefix=True), make_model(True, True)):
+        optimizer = trainer.build_optimizer(
+            model, arguments("--weight_decay", "0.1", "--head_learning_rate", "0.5")
+        )
+        decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+        head = {id(p) for g in optimizer.param_groups if g["lr"] == 0.5 for p in g["params"]}
+        for name, parameter in model.named_parameters():
+            free = name.endswith("bias") or "LayerNorm" in name or "prefix_encoder.emb" in name
+            assert (id(parameter) in decayed) == (parameter.requires_grad and not free), name
+            assert (id(parameter) in head) == name.startswith("classifier."), name
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_accumulation_equals_the_big_batch(make_model, data, kind):
+    """11 rows in batches of 6 and 5, at once or in parts of 2 (the last part has one row)."""
+    if kind == "multi":
+        data = dataset.replace(data, labels=np.eye(3, dtype=np.float32)[data.labels])
+    models, losses = [], []
+    for flags in (
+        ["6", "--gradient_accumulation_steps", "1"],
+        ["2", "--gradient_accumulation_steps", "3"],
+    ):
+        model = without_dropout(make_model())
+        _, lines = tune(model, data, "--per_device_train_batch_size", *flags)
+        models.append(model)
+        losses.append([line["loss"] for line in lines])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    big, small = (dict(model.named_parameters()) for model in models)
+    for name in big:
+        if not name.endswith("key.bias"):  # its gradient is 0 but for rounding, which Adam scales
+            torch.testing.assert_close(big[name], small[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+# Losses of the first six steps. A change of these is a change of what is learnt.
+EXPECTED = {
+    "full": [1.129594, 1.312807, 0.927863, 0.985914, 1.221970, 1.043163],
+    "prefix": [1.196701, 1.142763, 1.175955, 1.022137, 1.149607, 1.102996],
+    "projected": [1.174349, 1.046579, 1.095067, 1.080059, 1.070821, 1.138367],
+}
+
+
+@pytest.mark.parametrize("way", EXPECTED)
+def test_expected_losses(make_model, data, way):
+    model = make_model(way != "full", way == "projected")
+    flags = {"full": [], "prefix": ["--prefix"], "projected": ["--prefix", "--prefix_projection"]}
+    _, lines = tune(
+        model, data, *flags[way], "--learning_rate", "0.01",
+        "--per_device_train_batch_size", "4", "--num_train_epochs", "2", "--warmup_steps", "0",
+    )  # fmt: skip
+    np.testing.assert_allclose([line["loss"] for line in lines], EXPECTED[way], atol=1e-4)
+
+
+def test_the_first_loss_is_that_of_the_model(make_model, data):
+    model = without_dropout(make_model())
+    rows = dataset.training_batches(data.lengths, 32, 42, 0)[0]
+    batch = data.collate(rows)
+    logits = model(**batch).logits
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(data.labels[rows])).item()
+    _, lines = tune(model, data, "--num_train_epochs", "1")
+    assert lines[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_frozen_weights_stay_as_they_are_and_the_rest_moves(make_model, data):
+    model = make_model(prefix=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tune(model, data, "--prefix", "--weight_decay", "0.1")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith("bert."), name
+
+
+def test_two_runs_give_the_same_bits_and_another_seed_does_not(make_model, data):
+    def weights(seed):
+        model = make_model()
+        torch.manual_seed(np.random.randint(1000))  # the state left behind does not matter
+        tune(model, data, "--seed", seed, "--num_train_epochs", "2")
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    assert torch.equal(weights("1"), weights("1"))
+    assert not torch.equal(weights("1"), weights("2"))
+
+
+@pytest.mark.parametrize("flag", ["True", "False"])
+def test_the_best_epoch_is_kept_by_validation(make_model, data, monkeypatch, flag):
+    values = iter([0.5, 0.9, 0.9, 0.1])
+    states = []
+
+    def evaluate(model, *rest):
+        states.append(model.classifier.weight.detach().clone())
+        return {"loss": 1.0, "accuracy": next(values), "macro_f1": 0.0}
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    model = make_model()
+    flags = ["--num_train_epochs", "4", "--load_best_model_at_end", flag]
+    results, lines = tune(model, data, *flags, eval_set=data)
+    assert [line["eval_accuracy"] for line in lines if "eval_loss" in line] == [0.5, 0.9, 0.9, 0.1]
+    kept = 1 if flag == "True" else 3
+    assert results.get("best_epoch") == (2 if flag == "True" else None)
+    assert torch.equal(model.classifier.weight, states[kept])
+
+
+def test_early_stopping_counts_evaluations_without_a_better_one(make_model, data, monkeypatch):
+    losses = iter([0.9, 0.5, 0.6, 0.7, 0.1])
+    monkeypatch.setattr(trainer, "evaluate", lambda *rest: {"loss": next(losses), "accuracy": 0.0})
+    flags = ["--num_train_epochs", "5", "--early_stopping_patience", "2"]
+    flags += ["--metric_for_best_model", "loss"]
+    results, lines = tune(make_model(), data, *flags, eval_set=data)
+    assert results["best_epoch"] == 2
+    assert sum("eval_loss" in line for line in lines) == 4
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_is_refused_before_the_weights_change(make_model, data, what):
+    model = make_model()
+    with torch.no_grad():
+        if what == "loss":
+            model.classifier.weight[0, 0] = math.inf
+    if what == "gradient":
+        model.classifier.bias.register_hook(lambda gradient: gradient * math.nan)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(trainer.TrainingError, match=r"at step 1, on the training file's rows 1, 2"):
+        tune(model, data)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_predictions_are_in_the_order_of_the_rows_and_score_no_text_twice(make_model, data):
+    model, args = make_model(), arguments("--per_device_eval_batch_size", "3")
+    twice = dataset.replace(data, text_of_row=np.array([4, 0, 4, 10]), labels=None)
+    scored = []
+    model.register_forward_hook(lambda *hooked: scored.append(len(hooked[2].logits)))
+    logits = trainer.predict(model, twice, args, FP32)
+    assert sum(scored) == len(data.token_ids)
+    for row, text in enumerate(twice.text_of_row):
+        alone = model.eval()(**data.collate(np.array([text]))).logits
+        torch.testing.assert_close(logits[row : row + 1], alone)
+
+
+def test_metrics_are_those_of_the_whole_file():
+    logits = torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 3, 0], [1, 0, 0]])
+    labels = np.array([0, 1, 2, 1])
+    metrics = compute_metrics(logits, labels)
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
+    assert metrics == pytest.approx({"loss": loss, "accuracy": 0.5, "macro_f1": (2 / 3 + 0.5) / 3})
+    some = score("test", logits, labels, np.array([True, True, False, False]))
+    assert (some["test_accuracy_seen"], some["test_accuracy_unseen"]) == (1.0, 0.0)
+    assert some["test_seen_share"] == 0.5
+    none = score("test", logits, labels, np.array([True] * 4))
+    assert none["test_accuracy_unseen"] is None
+    assert score("test", logits, None, None) == {}
+
+
+def test_several_labels_a_row_are_scored_each():
+    logits = torch.tensor([[4.0, 4.0], [-4.0, 4.0], [-1.0, -4.0]])
+    labels = np.array([[1, 1], [1, 1], [0, 0]], dtype=np.float32)
+    found = predictions(probabilities(logits, True), True)
+    assert found.tolist() == [[1, 1], [0, 1], [0, 0]]
+    sure = confidence(probabilities(logits, True), True)
+    np.testing.assert_allclose(sure, [0.982, 0.982, 0.731], atol=1e-3)
+    metrics = compute_metrics(logits, labels)
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["micro_f1"] == pytest.approx(f1_score(labels, found, average="micro"))
+    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_records_are_plain_json_and_complete(make_model, data):
+    _, lines = tune(make_model(), data, "--num_train_epochs", "1", eval_set=data)
+    assert json.loads(json.dumps(lines)) == lines
+    assert set(lines[0]) == {
+        "step", "epoch", "loss", "learning_rate", "grad_norm", "samples_per_second", "eta_seconds"
+    }  # fmt: skip
+    assert set(lines[-1]) == {"step", "epoch", "eval_loss", "eval_accuracy", "eval_macro_f1"}
