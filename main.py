@@ -65,7 +65,7 @@ def run(args: Namespace) -> None:
         utils.describe_task(config, dataset.label_names(splits["train"]), args)
         if args.max_train_samples:
             splits["train"] = splits["train"].sample(args.max_train_samples, args.seed)
-    names = list(config.id2label.values())
+    names = [config.id2label[number] for number in range(config.num_labels)]
     labels = dataset.number_labels(splits, names, args)
     seen = dataset.audit(splits)
     output.check_columns(splits, names)

@@ -1,0 +1,222 @@
+"""Whole runs on the tiny BERT: what lies in the folder afterwards, and what is refused."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+import main
+from conftest import ROWS, write_csv
+
+RESULTS = {"README.md", "all_results.json", "metrics.jsonl", "predictions.csv", "run.json"}
+FULL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+PREFIX = {"adapter_config.json", "adapter_model.safetensors", "config.json"}
+REQUIRED = {
+    "eval_accuracy", "eval_macro_f1", "test_accuracy", "test_macro_f1", "test_accuracy_seen",
+    "test_accuracy_unseen", "test_seen_share", "trainable_parameters", "total_parameters",
+    "train_runtime", "train_samples_per_second",
+}  # fmt: skip
+
+
+def load(folder: Path, name: str):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize(("flags", "model"), [((), FULL), (("--prefix",), PREFIX)])
+def test_a_run_leaves_exactly_its_files(run, flags, model):
+    folder = run(*flags)
+    assert {path.name for path in folder.iterdir()} == RESULTS | model
+    record = load(folder, "run.json")
+    assert set(record["files"]) == RESULTS | model
+    assert record["labels"] == ["0", "1", "2"]
+    assert set(record["data"]) == {"train", "eval", "test"}
+    train = record["data"]["train"]
+    assert train["sha256"] == hashlib.sha256(Path(train["path"]).read_bytes()).hexdigest()
+    assert set(load(folder, "all_results.json")) >= REQUIRED
+    assert load(folder, "all_results.json")["test_seen_share"] == 0.5
+
+
+@pytest.mark.parametrize("flags", [(), ("--prefix",), ("--prefix", "--prefix_projection")])
+def test_a_tuned_folder_predicts_the_same_alone(run, flags, tmp_path):
+    """With labels, without, and whatever the order: same probabilities, row for row."""
+    folder = run(*flags)
+    first = pd.read_csv(folder / "predictions.csv", dtype=str)
+    new = write_csv(tmp_path / "new.csv", [(i, text) for i, (text, _) in enumerate(ROWS[4:6])],
+                    ("id", "text"))  # fmt: skip
+    argv = ["--do_predict", "--model_name_or_path", str(folder), "--precision", "fp32"]
+    again, alone = tmp_path / "again", tmp_path / "alone"
+    assert (
+        main.main([*argv, "--test_file", str(tmp_path / "test.csv"), "--output_dir", str(again)])
+        == 0
+    )
+    assert main.main([*argv, "--test_file", new, "--output_dir", str(alone)]) == 0
+    second = pd.read_csv(again / "predictions.csv", dtype=str)
+    assert second["predicted"].equals(first["predicted"])
+    for column in ("probability_0", "probability_1", "probability_2"):
+        assert (second[column].astype(float) - first[column].astype(float)).abs().max() < 2e-6
+    scored, unscored = load(again, "all_results.json"), load(alone, "all_results.json")
+    assert scored["test_accuracy"] == load(folder, "all_results.json")["test_accuracy"]
+    assert "test_accuracy" not in unscored
+    assert {path.name for path in alone.iterdir()} == {
+        "all_results.json", "predictions.csv", "run.json"
+    }  # fmt: skip
+    third = pd.read_csv(alone / "predictions.csv", dtype=str)
+    assert list(third.columns) == [
+        "id", "text", "predicted", "confidence", "probability_0", "probability_1", "probability_2"
+    ]  # fmt: skip
+    assert third.loc[1, "probability_0"] == second.loc[0, "probability_0"]
+
+
+def test_predictions_carry_the_input_in_its_order(run, tmp_path):
+    table = pd.read_csv(run() / "predictions.csv")
+    assert table["text"].tolist() == [ROWS[5][0], "big team", "a dog", ROWS[5][0]]
+    probability = table[["probability_0", "probability_1", "probability_2"]]
+    assert (probability.sum(axis=1) - 1).abs().max() < 1e-5
+    assert (table["confidence"] == probability.max(axis=1)).all()
+    assert (table["predicted"] == probability.to_numpy().argmax(axis=1)).all()
+
+
+def test_transformers_loads_a_full_folder_with_the_label_names(run, tmp_path):
+    train = write_csv(tmp_path / "named.csv", [(text, f"class {label}") for text, label in ROWS])
+    flags = ["--train_file", train, "--validation_file", train, "--test_file", train]
+    folder = run(*flags)
+    table = pd.read_csv(folder / "predictions.csv")
+    classify = pipeline("text-classification", model=str(folder), top_k=None)
+    for row in table.to_dict("records"):
+        found = {item["label"]: item["score"] for item in classify([row["text"]])[0]}
+        for name, value in found.items():
+            assert value == pytest.approx(row[f"probability_{name}"], abs=2e-6)
+        assert max(found, key=found.get) == row["predicted"]
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokens = AutoTokenizer.from_pretrained(folder)(ROWS[0][0], return_tensors="pt")
+    with torch.no_grad():
+        probability = model(**tokens).logits.softmax(-1)[0]
+    expected = table.loc[0, [f"probability_class {i}" for i in range(3)]].astype(float)
+    assert probability.tolist() == pytest.approx(expected.tolist(), abs=2e-6)
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == 16
+
+
+def test_several_labels_a_row_from_training_to_prediction(run, tmp_path):
+    rows = [(text, "a|b" if "and" in text else "a" if "the" in text else "") for text, _ in ROWS]
+    path = write_csv(tmp_path / "multi.csv", rows)
+    files = ["--train_file", path, "--validation_file", path, "--test_file", path]
+    for flags in ([], ["--prefix"]):
+        folder = run(
+            *files, *flags, "--problem_type", "multi_label_classification", name=f"m{len(flags)}",
+            )  # fmt: skip
+        results = load(folder, "all_results.json")
+        assert {"eval_micro_f1", "test_macro_f1"} <= set(results)
+        table = pd.read_csv(folder / "predictions.csv", keep_default_na=False)
+        for row in table.to_dict("records"):
+            expected = "|".join(name for name in "ab" if row[f"probability_{name}"] >= 0.5)
+            assert row["predicted"] == expected
+        again = tmp_path / f"again{len(flags)}"
+        argv = ["--do_predict", "--model_name_or_path", str(folder), "--test_file", path]
+        assert main.main([*argv, "--output_dir", str(again), "--precision", "fp32"]) == 0
+        assert load(again, "all_results.json")["test_micro_f1"] == results["test_micro_f1"]
+
+
+def test_a_dozen_labels_keep_their_order_in_a_folder(run, tmp_path):
+    """config.json sorts its keys as text, where 10 comes before 2."""
+    path = write_csv(tmp_path / "many.csv", [(ROWS[i % 11][0], i % 12) for i in range(24)])
+    folder = run("--train_file", path, "--validation_file", path, "--test_file", path)
+    argv = ["--do_eval", "--model_name_or_path", str(folder), "--validation_file", path]
+    assert main.main([*argv, "--output_dir", str(tmp_path / "eval"), "--precision", "fp32"]) == 0
+    for key in ("eval_loss", "eval_accuracy"):
+        first, again = (load(tmp_path / name, "all_results.json")[key] for name in ("out", "eval"))
+        assert first == pytest.approx(again, rel=1e-5)
+    assert load(tmp_path / "eval", "run.json")["labels"] == [str(i) for i in range(12)]
+
+
+def test_each_epoch_is_kept_where_asked(run):
+    folder = run("--save_strategy", "epoch")
+    assert {"checkpoint-3", "checkpoint-6"} <= {path.name for path in folder.iterdir()}
+    AutoModelForSequenceClassification.from_pretrained(folder / "checkpoint-3")
+
+
+def test_a_finished_run_is_not_written_over(run, capsys):
+    folder = run()
+    before = hashes(folder)
+    run(status=2)
+    assert "--overwrite_output_dir" in capsys.readouterr().err
+    assert hashes(folder) == before
+
+
+def test_overwriting_removes_only_what_the_program_wrote(run):
+    folder = run("--save_strategy", "epoch")
+    (folder / "notes.txt").write_text("mine")
+    run("--prefix", "--overwrite_output_dir")
+    assert {path.name for path in folder.iterdir()} == RESULTS | PREFIX | {"notes.txt"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--learning_rate", "1e20"),
+        ("--test_file", "nowhere.csv"),
+        ("--label_column_name", "category"),
+        ("--model_name_or_path", "no-such-model"),
+        ("--max_seq_length", "65"),
+    ],
+)
+def test_a_run_that_fails_leaves_earlier_results_and_one_line(run, capsys, flags):
+    folder = run()
+    before = hashes(folder)
+    capsys.readouterr()
+    run("--overwrite_output_dir", *flags, status=2)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert {path: sha for path, sha in hashes(folder).items() if "unfinished" not in path} == before
+
+
+def test_an_output_folder_that_cannot_be_one(run, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    run(status=2)
+    assert "error: --output_dir" in capsys.readouterr().err
+
+
+def test_a_column_that_the_predictions_add_is_refused_before_training(run, tmp_path, capsys):
+    path = write_csv(tmp_path / "t.csv", [("a", "0", "x")], ("text", "label", "predicted"))
+    run("--test_file", path, status=2)
+    assert "has a column 'predicted'" in capsys.readouterr().err
+
+
+def test_an_untuned_model_does_not_predict(run, backbone, files, tmp_path, capsys):
+    argv = ["--do_predict", "--model_name_or_path", backbone, *files]
+    assert main.main([*argv, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "is not tuned yet" in capsys.readouterr().err
+
+
+def test_a_prefix_that_does_not_fit_is_refused(run, tmp_path, capsys):
+    folder = run("--prefix")
+    config = load(folder, "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"pre_seq_len": 4}))
+    argv = ["--do_predict", "--model_name_or_path", str(folder)]
+    argv += ["--test_file", str(tmp_path / "test.csv"), "--output_dir", str(tmp_path / "p")]
+    assert main.main(argv) == 2
+    assert "adapter_model.safetensors does not fit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--do_evil"], ["--do_train", "--train_file", "nowhere.csv"]])
+def test_errors_as_a_shell_sees_them(flags, backbone, tmp_path):
+    """Exit status 2, one line that is an error, no traceback; also in a folder with blanks."""
+    out = tmp_path / "my ü folder"
+    command = [sys.executable, str(Path(main.__file__)), "--output_dir", str(out), *flags]
+    command += ["--model_name_or_path", backbone]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+    assert done.stdout == ""
