@@ -5,7 +5,9 @@ follow P-tuning v2. Nothing heavy is imported here, so that `--help` and a typo 
 """
 
 import argparse
+import math
 import os
+import sys
 from typing import NoReturn
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -13,15 +15,23 @@ DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 # What depends on the way of tuning, measured on the bundled backbone (README, "Defaults").
 TUNING_DEFAULTS = {
     "full": {"learning_rate": 2e-4, "num_train_epochs": 8},
-    "prefix": {"learning_rate": 2e-2, "num_train_epochs": 15},
-    "projected prefix": {"learning_rate": 1e-3, "num_train_epochs": 15},
+    "prefix": {"learning_rate": 2e-2, "num_train_epochs": 12},
+    "projected prefix": {"learning_rate": 1e-3, "num_train_epochs": 12},
 }
+# Groups of flags that would do nothing without --do_train.
+NEEDS_TRAINING = ("prefix tuning", "training", "evaluation and choice of the best epoch")
+PREFIX_DEFAULTS = {"pre_seq_len": 64, "prefix_projection": False, "prefix_hidden_size": 512}
 # Outside these bounds a learning rate most likely was meant for another way of tuning.
 SUITABLE_LEARNING_RATES = {
     "full": (0, 1e-3),
     "prefix": (1e-3, 1),
     "projected prefix": (5e-5, 1e-2),
 }
+
+
+def by_way(name: str) -> str:
+    """The defaults of `TUNING_DEFAULTS` as help shows them."""
+    return ", ".join(f"{way} {values[name]:g}" for way, values in TUNING_DEFAULTS.items())
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,9 +50,9 @@ def number(kind: type, low: float, high: float, *, open_low: bool = False):
     def convert(text: str):
         try:
             value = float(text)
-            if kind is int and value != int(value):
+            if not math.isfinite(value) or (kind is int and value != int(value)):
                 raise ValueError
-        except (ValueError, OverflowError):
+        except ValueError:
             noun = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"'{text}' is not a {noun}") from None
         if not low <= value <= high or (open_low and value == low):
@@ -121,9 +131,9 @@ def build_parser() -> Parser:
     )
     data.add_argument(
         "--problem_type",
-        default="single_label_classification",
         choices=["single_label_classification", "multi_label_classification"],
-        help="multi-label: the labels of one row are separated by | [single]",
+        help="multi-label: the labels of one row are separated by | "
+        "[single, or that of the tuned folder]",
     )
     data.add_argument(
         "--csv_encoding",
@@ -132,14 +142,8 @@ def build_parser() -> Parser:
         help="encoding of the CSV files, such as cp1252 or utf-16 [%(default)s]",
     )
     switch(data, "--drop_empty", "drop rows with a blank text instead of refusing", default=False)
-    data.add_argument(
-        "--max_train_samples",
-        type=POSITIVE_INT,
-        metavar="N",
-        help="train on N rows drawn at random by --seed [all]",
-    )
 
-    model = parser.add_argument_group("model")
+    model = parser.add_argument_group("model and machine")
     model.add_argument(
         "--model_name_or_path",
         default=DEFAULT_BACKBONE,
@@ -154,31 +158,41 @@ def build_parser() -> Parser:
         "[128, or that of the tuned folder]",
     )
     model.add_argument(
-        "--hidden_dropout_prob",
-        type=number(float, 0, 0.99),
-        metavar="P",
-        help="dropout of the backbone's hidden layers and before the head [the backbone's own]",
+        "--per_device_eval_batch_size", type=POSITIVE_INT, default=64, metavar="N", help="[64]"
+    )
+    model.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="auto: bfloat16 autocast where the processor has it [auto]",
     )
 
-    prefix = parser.add_argument_group("prefix tuning")
+    model.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="[%(default)s]"
+    )
+
+    prefix = parser.add_argument_group(NEEDS_TRAINING[0])
     switch(prefix, "--prefix", "freeze the backbone; tune a prefix in every layer", default=False)
     prefix.add_argument(
-        "--pre_seq_len", type=POSITIVE_INT, metavar="N", help="number of virtual tokens [64]"
+        "--pre_seq_len",
+        type=POSITIVE_INT,
+        metavar="N",
+        help=f"number of virtual tokens [{PREFIX_DEFAULTS['pre_seq_len']}]",
     )
     switch(prefix, "--prefix_projection", "reparametrise the prefix by an MLP [False]")
     prefix.add_argument(
-        "--prefix_hidden_size", type=POSITIVE_INT, metavar="N", help="width of that MLP [512]"
+        "--prefix_hidden_size",
+        type=POSITIVE_INT,
+        metavar="N",
+        help=f"width of that MLP [{PREFIX_DEFAULTS['prefix_hidden_size']}]",
     )
 
-    loop = parser.add_argument_group("training")
+    loop = parser.add_argument_group(NEEDS_TRAINING[1])
     loop.add_argument(
-        "--num_train_epochs", type=POSITIVE_INT, metavar="N", help="[full 8, prefix 15]"
+        "--num_train_epochs", type=POSITIVE_INT, metavar="N", help=f"[{by_way('num_train_epochs')}]"
     )
     loop.add_argument(
         "--per_device_train_batch_size", type=POSITIVE_INT, default=32, metavar="N", help="[32]"
-    )
-    loop.add_argument(
-        "--per_device_eval_batch_size", type=POSITIVE_INT, default=64, metavar="N", help="[64]"
     )
     loop.add_argument(
         "--gradient_accumulation_steps",
@@ -188,7 +202,10 @@ def build_parser() -> Parser:
         help="batches whose gradients make one step; their examples all weigh the same [1]",
     )
     loop.add_argument(
-        "--learning_rate", type=LEARNING_RATE, metavar="LR", help="peak [full 2e-4, prefix 2e-2]"
+        "--learning_rate",
+        type=LEARNING_RATE,
+        metavar="LR",
+        help=f"peak; the default suits the bundled backbone [{by_way('learning_rate')}]",
     )
     loop.add_argument(
         "--head_learning_rate",
@@ -198,7 +215,7 @@ def build_parser() -> Parser:
     )
     loop.add_argument(
         "--weight_decay",
-        type=NON_NEGATIVE,
+        type=number(float, 0, 1),
         default=0.01,
         metavar="W",
         help="AdamW's, not on biases, LayerNorm and the prefix [%(default)s]",
@@ -214,16 +231,28 @@ def build_parser() -> Parser:
         help="steps of linear warm-up; below 1: a share of all steps [0.06]",
     )
     loop.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="[%(default)s]"
+        "--hidden_dropout_prob",
+        type=number(float, 0, 0.99),
+        default=0.0,
+        metavar="P",
+        help="dropout of hidden layers and before the head; that of attention is the backbone's "
+        "own [%(default)s]",
     )
     loop.add_argument(
-        "--precision",
-        default="auto",
-        choices=["auto", "fp32", "bf16"],
-        help="auto: bfloat16 autocast where the processor has it [auto]",
+        "--max_train_samples",
+        type=POSITIVE_INT,
+        metavar="N",
+        help="train on N rows drawn at random by --seed [all]",
+    )
+    loop.add_argument(
+        "--logging_steps",
+        type=POSITIVE_INT,
+        default=50,
+        metavar="N",
+        help="steps between two lines of metrics.jsonl [%(default)s]",
     )
 
-    choice = parser.add_argument_group("evaluation and choice of the best epoch")
+    choice = parser.add_argument_group(NEEDS_TRAINING[2])
     choice.add_argument(
         "--eval_strategy",
         "--evaluation_strategy",
@@ -245,6 +274,12 @@ def build_parser() -> Parser:
         metavar="N",
         help="stop after N evaluations without a better one; 0: never [0]",
     )
+    choice.add_argument(
+        "--save_strategy",
+        default="no",
+        choices=["no", "epoch"],
+        help="epoch: also keep each epoch's model, in checkpoint-STEP [no]",
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", required=True, metavar="DIR", help="folder of the results")
@@ -254,36 +289,27 @@ def build_parser() -> Parser:
         "replace the results that an earlier run left there",
         default=False,
     )
-    output.add_argument(
-        "--save_strategy",
-        default="no",
-        choices=["no", "epoch"],
-        help="epoch: also keep each epoch's model, in checkpoint-STEP [no]",
-    )
-    output.add_argument(
-        "--logging_steps",
-        type=POSITIVE_INT,
-        default=50,
-        metavar="N",
-        help="steps between two lines of metrics.jsonl [%(default)s]",
-    )
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check; fill in the defaults that depend on the way of tuning.
 
-    Returns the settings, complete but for those that only the model knows
-    (`max_seq_length` and `hidden_dropout_prob` may be None).
+    Returns the settings, complete but for what only the model knows (`max_seq_length`, and
+    without --do_train `problem_type`, may be None). Without --do_train those of training are None.
     A bad flag, value or combination ends the program: one line, exit status 2.
     """
     parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     check_tasks(parser, args)
-    check_prefix(parser, args)
-    check_evaluation(parser, args)
     check_columns_and_paths(parser, args)
-    fill_learning(args)
+    if args.do_train:
+        check_prefix(parser, args)
+        check_training(parser, args)
+        fill_learning(args)
+    else:
+        refuse_training_flags(parser, args, argv)
     return args
 
 
@@ -295,37 +321,39 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("nothing to do: give --do_train, --do_eval or --do_predict")
 
 
+def refuse_training_flags(parser: Parser, args: argparse.Namespace, argv: list[str]) -> None:
+    """Without --do_train a tuned folder knows how it was tuned; flags about it do nothing."""
+    given = {word.partition("=")[0] for word in argv}
+    for group in parser._action_groups:
+        if group.title in NEEDS_TRAINING:
+            for action in group._group_actions:
+                if found := given.intersection(action.option_strings):
+                    parser.error(f"{found.pop()} needs --do_train")
+                setattr(args, action.dest, None)
+
+
 def check_prefix(parser: Parser, args: argparse.Namespace) -> None:
     """A flag of the prefix without the prefix would do nothing, so it is refused."""
-    if args.prefix and not args.do_train:
-        parser.error("--prefix needs --do_train: a tuned folder knows its own way of tuning")
-    for name, needs, default in (
-        ("pre_seq_len", "prefix", 64),
-        ("prefix_projection", "prefix", False),
-        ("prefix_hidden_size", "prefix_projection", 512),
-    ):
+    for name, default in PREFIX_DEFAULTS.items():
+        needs = "prefix_projection" if name == "prefix_hidden_size" else "prefix"
         if getattr(args, name) is None:
             setattr(args, name, default if getattr(args, needs) else None)
         elif not getattr(args, needs):
             parser.error(f"--{name} needs --{needs}")
 
 
-def check_evaluation(parser: Parser, args: argparse.Namespace) -> None:
-    """Choosing an epoch needs an evaluation after each."""
+def check_training(parser: Parser, args: argparse.Namespace) -> None:
+    """Choosing an epoch needs an evaluation after each; steps are whole."""
+    args.problem_type = args.problem_type or "single_label_classification"
     multi_label = args.problem_type == "multi_label_classification"
-    if not args.do_train:
-        for name in ("eval_strategy", "load_best_model_at_end"):
-            if getattr(args, name):
-                parser.error(f"--{name} needs --do_train")
     if args.eval_strategy is None:
-        args.eval_strategy = "epoch" if args.do_train and args.do_eval else "no"
+        args.eval_strategy = "epoch" if args.do_eval else "no"
+    if args.eval_strategy == "no":
+        for name in ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model"):
+            if getattr(args, name):
+                parser.error(f"--{name} needs --do_eval and --eval_strategy epoch")
     if args.load_best_model_at_end is None:
         args.load_best_model_at_end = args.eval_strategy == "epoch"
-    if args.eval_strategy == "no":
-        if args.load_best_model_at_end:
-            parser.error("--load_best_model_at_end needs --do_eval and --eval_strategy epoch")
-        if args.early_stopping_patience:
-            parser.error("--early_stopping_patience needs --do_eval and --eval_strategy epoch")
     if args.metric_for_best_model is None:
         args.metric_for_best_model = "micro_f1" if multi_label else "accuracy"
     elif args.metric_for_best_model == "micro_f1" and not multi_label:
@@ -333,6 +361,8 @@ def check_evaluation(parser: Parser, args: argparse.Namespace) -> None:
             "--metric_for_best_model: micro_f1 is for multi-label data; with one label a row it "
             "equals accuracy"
         )
+    if args.warmup_steps > 1 and args.warmup_steps % 1:
+        parser.error("--warmup_steps: give a whole number of steps, or a share below 1")
 
 
 def check_columns_and_paths(parser: Parser, args: argparse.Namespace) -> None:
@@ -341,8 +371,10 @@ def check_columns_and_paths(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--text_column_names: '{args.label_column_name}' is the label column")
     try:
         "".encode(args.csv_encoding)
-    except LookupError:
+    except (LookupError, UnicodeError):
         parser.error(f"--csv_encoding: Python knows no encoding '{args.csv_encoding}'")
+    if not args.output_dir:
+        parser.error("--output_dir is empty: name a folder")
     output, model = (os.path.realpath(p) for p in (args.output_dir, args.model_name_or_path))
     if output == model:
         parser.error("--output_dir is the folder of --model_name_or_path: give another one")

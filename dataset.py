@@ -43,6 +43,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def describe(self) -> dict:
+        """What a run writes down of it."""
+        return {"path": self.path, "rows": len(self), "sha256": self.sha256}
+
     def sample(self, count: int, seed: int) -> "Split":
         """`count` rows drawn at random, in the file's order; all where there are no more."""
         if count >= len(self):
@@ -61,7 +65,8 @@ def read_rows(path: str | Path, encoding: str = "utf-8") -> Iterator[list[str]]:
     """Yield the header, then each row, of a CSV file, as text.
 
     Stricter than pandas, which fills up short rows and joins lines at a stray quote: there are
-    never fewer rows in silence. Blank lines are no rows.
+    never fewer rows in silence. A blank line is no row, but a blank text where there is only one
+    column.
 
     Raises: DataError for a file that is missing, empty, not in `encoding`, cut off inside a
         quoted field, ragged, or holds a NUL byte.
@@ -78,16 +83,20 @@ def read_rows(path: str | Path, encoding: str = "utf-8") -> Iterator[list[str]]:
                 raise DataError(f"{path} is empty: a header and rows are needed")
             check_header(path, header)
             yield header
-            line = reader.line_num + 1
-            for number, row in enumerate((row for row in reader if row), start=1):
-                if len(row) != len(header):
+            number, line = 0, reader.line_num + 1
+            for row in reader:
+                if not row and len(header) == 1:
+                    row = [""]
+                number += bool(row)
+                if row and len(row) != len(header):
                     raise DataError(
                         f"{path}, row {number} (line {line}) has {len(row)} fields, the header "
                         f"{len(header)}: quote fields that hold a comma, a quote or a line break"
                     )
                 if any("\0" in field for field in row):
                     raise DataError(f"{path}, row {number} (line {line}) holds a NUL byte")
-                yield row
+                if row:
+                    yield row
                 line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
@@ -159,6 +168,8 @@ def read_split(
             f"{path}: the text is blank in {row_list(np.flatnonzero(~kept) + 1)}; "
             "fill it in, or drop such rows with --drop_empty"
         )
+    if not kept.all():
+        logger.warning("warning: %s: dropped %d rows without a text", path, (~kept).sum())
     if not kept.any():
         raise DataError(f"{path}: every text is blank")
     texts = [delimiter.join(row) for row, keep in zip(fields, kept, strict=True) if keep]
@@ -407,17 +418,20 @@ def training_batches(
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     batches = []
-    for start in range(0, len(order), WINDOW_BATCHES * batch_size):
-        window = order[start : start + WINDOW_BATCHES * batch_size]
+    for window in pieces(order, WINDOW_BATCHES * batch_size):
         window = window[np.argsort(lengths[window], kind="stable")]
-        batches += np.split(window, range(batch_size, len(window), batch_size))
+        batches += pieces(window, batch_size)
     return [batches[i] for i in random.permutation(len(batches))]
 
 
 def length_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """All texts, the longest first (what does not fit in memory fails at once)."""
-    order = np.argsort(-lengths, kind="stable")
-    return np.split(order, range(batch_size, len(order), batch_size))
+    return pieces(np.argsort(-lengths, kind="stable"), batch_size)
+
+
+def pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut into runs of `size`; the last may be shorter."""
+    return np.split(rows, range(size, len(rows), size))
 
 
 def padding_share(lengths: np.ndarray, batches: list[np.ndarray]) -> float:

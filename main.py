@@ -5,6 +5,7 @@ lists the flags; `bash script/run_og.sh` and `bash script/run_prefix.sh` are the
 """
 
 import logging
+import os
 import sys
 from argparse import Namespace
 
@@ -59,7 +60,7 @@ def run(args: Namespace) -> None:
 
     # data: read, checked, audited for leaks
     if not args.do_train:
-        args.problem_type = config.problem_type or args.problem_type
+        args.problem_type = utils.task_of(config, args.problem_type)
     splits = dataset.read_splits(args)
     if args.do_train:
         utils.describe_task(config, dataset.label_names(splits["train"]), args)
@@ -68,7 +69,8 @@ def run(args: Namespace) -> None:
     names = [config.id2label[number] for number in range(config.num_labels)]
     labels = dataset.number_labels(splits, names, args)
     seen = dataset.audit(splits)
-    output.check_columns(splits, names)
+    if args.do_predict:
+        output.check_columns(args.test_file, list(splits["test"].table), names)
 
     # tokens
     args.max_seq_length = utils.set_max_seq_length(config, args.max_seq_length)
@@ -85,7 +87,7 @@ def run(args: Namespace) -> None:
     results = {f"{name}_rows": len(split) for name, split in splits.items()}
     results |= utils.count_parameters(model)
     logger.info(report.parameters(results))
-    about = report.about(args, source.name, names, splits)
+    about = report.about(args, source.name, names, {n: s.describe() for n, s in splits.items()})
     output.write_json("run.json", about)
 
     # train; the model ends as its best epoch by the validation file
@@ -105,13 +107,13 @@ def run(args: Namespace) -> None:
         )
         utils.save_model(model, tokenizer, source, output.staging)
 
-    # evaluate and predict: each file is scored once, the test file after every choice is made
+    # evaluate and predict; the test file only now, when every choice is made
     for name in ("eval", "test"):
         if name in splits:
             logits = trainer.predict(model, encoded[name], args, machine)
             results |= score(name, logits, labels[name], seen.get(name))
-    if args.do_predict:
-        output.write_predictions(splits["test"].table, names, logits, args.problem_type)
+            if name == "test":
+                output.write_predictions(splits[name].table, names, logits, args.problem_type)
 
     # publish: all files appear at once
     results["peak_memory_bytes"] = report.peak_memory_bytes()
@@ -119,7 +121,16 @@ def run(args: Namespace) -> None:
     if args.do_train:
         output.write_text("README.md", report.model_card(about, results))
     output.publish(about)
-    print(report.summary(args, results, output.path))
+    show(report.summary(args, results, output.path))
+
+
+def show(text: str) -> None:
+    """Print, whatever the locale; where nobody reads any more, the results still stand."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter's exit fails on it
 
 
 if __name__ == "__main__":

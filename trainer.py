@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dataset import Encoded, length_batches, padding_share, training_batches
+from dataset import Encoded, length_batches, padding_share, pieces, training_batches
 from model.metrics import compute_metrics
 from model.sequence_classification import classification_loss
 
@@ -128,7 +128,7 @@ def train(
     total = steps_per_epoch * args.num_train_epochs
     warmup = warmup_steps(args.warmup_steps, total)
     best = BestEpoch(args.metric_for_best_model)
-    progress = Progress(total, args.logging_steps, record)
+    progress = Progress(total, steps_per_epoch, args.logging_steps, record)
 
     step = 0
     with logging_redirect_tqdm(), progress:
@@ -136,8 +136,9 @@ def train(
             # the order of the rows: a function of (seed, epoch)
             batches = training_batches(lengths, step_size, args.seed, epoch)
             if epoch == 0:
-                padding = 100 * padding_share(lengths, batches)
-                logger.info("%d steps of %d examples, %.1f %% padding", total, step_size, padding)
+                micro = [m for b in batches for m in pieces(b, args.per_device_train_batch_size)]
+                share = 100 * padding_share(lengths, micro)
+                logger.info("%d steps of %d examples, %.1f %% padding", total, step_size, share)
 
             # one optimizer step for each batch
             model.train()
@@ -147,7 +148,7 @@ def train(
                     group["lr"] = group["peak_lr"] * factor
                 loss, norm = training_step(model, optimizer, train_set, rows, step, args, machine)
                 step += 1
-                progress.step(len(rows), loss, norm, args.learning_rate * factor, steps_per_epoch)
+                progress.step(len(rows), loss, norm, args.learning_rate * factor)
 
             # keep this epoch
             if args.save_strategy == "epoch":
@@ -185,8 +186,8 @@ def training_step(
     """
     # forward and backward over micro-batches, with the step's own dropout
     torch.manual_seed(step_seed(args.seed, step))
-    size, loss = args.per_device_train_batch_size, 0.0
-    for part in np.split(rows, range(size, len(rows), size)):
+    loss = 0.0
+    for part in pieces(rows, args.per_device_train_batch_size):
         logits = machine.logits(model, train_set, train_set.text_of_row[part])
         labels = torch.from_numpy(train_set.labels[part]).to(machine.device)
         part_loss = classification_loss(logits, labels) / len(rows)
@@ -245,6 +246,7 @@ class Progress:
     """What the user sees of the training: a bar, lines of the log, and the records."""
 
     total: int
+    steps_per_epoch: int
     logging_steps: int
     record: Callable[[dict], None]
     done: int = 0
@@ -258,39 +260,42 @@ class Progress:
         self.bar = tqdm(total=self.total, unit="step", disable=None, dynamic_ncols=True)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, *rest) -> None:
+        if self.recent and kind is None:  # stopped early
+            self.report()
         self.bar.close()
 
-    def step(
-        self, examples: int, loss: float, norm: float, rate: float, steps_per_epoch: int
-    ) -> None:
+    def step(self, examples: int, loss: float, norm: float, rate: float) -> None:
         """Count one step; every `logging_steps`, and at the end, report."""
         self.done += 1
         self.examples += examples
         self.loss_sum += examples * loss
         self.recent.append((examples, examples * loss))
+        self.norm, self.rate = norm, rate
         self.bar.update()
-        if self.done % self.logging_steps and self.done != self.total:
-            return
-        seen, recent_sum = map(sum, zip(*self.recent, strict=True))
+        if self.done % self.logging_steps == 0 or self.done == self.total:
+            self.report()
+
+    def report(self) -> None:
+        """Record the mean loss since the last report, and show it."""
+        seen, loss_sum = map(sum, zip(*self.recent, strict=True))
         self.recent.clear()
         elapsed = time.perf_counter() - self.start
         line = {
             "step": self.done,
-            "epoch": self.done / steps_per_epoch,
-            "loss": recent_sum / seen,
-            "learning_rate": rate,
-            "grad_norm": norm,
+            "epoch": self.done / self.steps_per_epoch,
+            "loss": loss_sum / seen,
+            "learning_rate": self.rate,
+            "grad_norm": self.norm,
             "samples_per_second": self.examples / elapsed,
             "eta_seconds": (self.total - self.done) * elapsed / self.done,
         }
         self.record(line)
-        self.bar.set_postfix_str(
-            f"loss {line['loss']:.3f}, {line['samples_per_second']:.0f} rows/s"
-        )
+        speed = f"loss {line['loss']:.4f}, {line['samples_per_second']:.0f} examples/s"
+        self.bar.set_postfix_str(speed)
         if self.bar.disable:
-            left = f"{line['samples_per_second']:.0f} examples/s, {line['eta_seconds']:.0f} s left"
-            logger.info("step %d of %d: loss %.4f, %s", self.done, self.total, line["loss"], left)
+            left = line["eta_seconds"]
+            logger.info("step %d of %d: %s, %.0f s left", self.done, self.total, speed, left)
 
     def summary(self) -> dict[str, float]:
         """The whole training in figures."""
@@ -307,7 +312,10 @@ class Progress:
 
 @torch.inference_mode()
 def predict(model: nn.Module, data: Encoded, args: Namespace, machine: Machine) -> torch.Tensor:
-    """Logits of every row, in the rows' order: float32 [N, C]. No text is scored twice."""
+    """Logits of every row, in the rows' order: float32 [N, C]. No text is scored twice.
+
+    Raises: TrainingError where one is not finite, since it would count as a prediction.
+    """
     model.eval()
     batches = length_batches(data.lengths, args.per_device_eval_batch_size)
     logits = [machine.logits(model, data, texts).cpu() for texts in tqdm(
@@ -315,6 +323,8 @@ def predict(model: nn.Module, data: Encoded, args: Namespace, machine: Machine) 
     )]  # fmt: skip
     of_text = torch.empty(len(data.token_ids), logits[0].shape[1])  # [U, C]
     of_text[np.concatenate(batches)] = torch.cat(logits)
+    if not of_text.isfinite().all():
+        raise TrainingError("the model's logits are not finite: it diverged, lower --learning_rate")
     return of_text[data.text_of_row]  # [U, C] -> [N, C]
 
 

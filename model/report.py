@@ -9,10 +9,18 @@ from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
 
-from dataset import Split
-
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "scikit-learn")
 
+# Rows of the closing table, and their keys in all_results.json behind `eval_` and `test_`.
+ROWS = (
+    ("rows", "rows"),
+    ("accuracy", "accuracy"),
+    ("macro F1", "macro_f1"),
+    ("micro F1", "micro_f1"),
+    ("text in training file", "seen_share"),
+    ("accuracy on seen texts", "accuracy_seen"),
+    ("accuracy on unseen texts", "accuracy_unseen"),
+)
 CARD = """---
 base_model: {backbone}
 pipeline_tag: text-classification
@@ -31,12 +39,13 @@ metrics: [accuracy, f1]
 | rows | {eval_rows} | {test_rows} |
 | accuracy | {eval_accuracy} | {test_accuracy} |
 | macro F1 | {eval_macro_f1} | {test_macro_f1} |
+| micro F1 (several labels a row) | {eval_micro_f1} | {test_micro_f1} |
 | texts that stand in the training file too | {eval_seen_share} | {test_seen_share} |
 | accuracy on those | {eval_accuracy_seen} | {test_accuracy_seen} |
 | accuracy on all others | {eval_accuracy_unseen} | {test_accuracy_unseen} |
 
-The last row is the one to expect on new texts. The best epoch was chosen by the validation file
-alone; the test file was scored once.
+The accuracy on texts that do not stand in the training file is the one to expect on new texts.
+{choice}
 
 ## Training data and procedure
 
@@ -58,16 +67,13 @@ It knows the labels above and texts of the kind it was tuned on; texts are cut t
 """
 
 
-def about(args: Namespace, backbone: str, names: list[str], splits: dict[str, Split]) -> dict:
-    """All that a run's results depend on; becomes run.json."""
+def about(args: Namespace, backbone: str, names: list[str], data: dict[str, dict]) -> dict:
+    """All that a run's results depend on; becomes run.json. `data`: `Split.describe` of each."""
     return {
         "settings": vars(args),
         "backbone": backbone,
         "labels": names,
-        "data": {
-            name: {"path": split.path, "rows": len(split), "sha256": split.sha256}
-            for name, split in splits.items()
-        },
+        "data": data,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "commit": commit(),
     }
@@ -110,9 +116,23 @@ def shown(value: float | int | None) -> str:
 def model_card(about: dict, results: dict) -> str:
     """The README.md beside a tuned model."""
     settings = about["settings"]
-    keys = ("rows", "accuracy", "macro_f1", "seen_share", "accuracy_seen", "accuracy_unseen")
+    keys = (
+        "rows",
+        "accuracy",
+        "macro_f1",
+        "micro_f1",
+        "seen_share",
+        "accuracy_seen",
+        "accuracy_unseen",
+    )
     cells = {f"{split}_{key}": f"{split}_{key}" for split in ("eval", "test") for key in keys}
+    choice = "It is the model after the last epoch."
+    if "best_epoch" in results:
+        choice = (
+            f"It is the best of the epochs, {results['best_epoch']}, by the validation file alone."
+        )
     return CARD.format(
+        choice=choice,
         backbone=about["backbone"],
         library="peft" if settings["prefix"] else "transformers",
         title="A tuned prefix" if settings["prefix"] else "A tuned classifier",
@@ -128,22 +148,14 @@ def model_card(about: dict, results: dict) -> str:
         settings=json.dumps(settings, indent=2),
         versions="\n".join(f"- {name} {number}" for name, number in about["versions"].items()),
         max_seq_length=settings["max_seq_length"],
-        **{cell: shown(results.get(key)) for cell, key in cells.items()},
+        **{cell: shown(results.get(cell)) for cell in cells},
     )
 
 
 def summary(args: Namespace, results: dict, folder: Path) -> str:
     """The closing table of a run: what was reached, what it took, where it lies."""
     lines = [f"{'':24}{'validation':>12}{'test':>12}"]
-    for title, key in (
-        ("rows", "rows"),
-        ("accuracy", "accuracy"),
-        ("macro F1", "macro_f1"),
-        ("micro F1", "micro_f1"),
-        ("text in training file", "seen_share"),
-        ("accuracy on seen texts", "accuracy_seen"),
-        ("accuracy on unseen texts", "accuracy_unseen"),
-    ):
+    for title, key in ROWS:
         cells = [results.get(f"{split}_{key}") for split in ("eval", "test")]
         if any(cell is not None for cell in cells):
             lines.append(f"{title:24}{shown(cells[0]):>12}{shown(cells[1]):>12}")

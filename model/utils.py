@@ -12,13 +12,13 @@ import urllib.error
 import urllib.request
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
@@ -71,10 +71,12 @@ def locate(name: str) -> Source:
         before.
     """
     folder = Path(name)
-    if (folder / ADAPTER_CONFIG).is_file():
-        base = locate(read_json(folder / ADAPTER_CONFIG)["base_model_name_or_path"])
-        return Source(base.name, base.backbone, adapter=folder)
-    if folder.is_dir():
+    if os.path.isfile(folder / ADAPTER_CONFIG):
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not base or os.path.isfile(Path(base) / ADAPTER_CONFIG):
+            raise ModelError(f"{folder / ADAPTER_CONFIG} names no backbone")
+        return replace(locate(base), adapter=folder)
+    if os.path.isdir(folder):
         return Source(str(folder.resolve()), folder)
     if name == BUNDLED_NAME and find_spec(BUNDLED_PACKAGE):
         return Source(name, bundled_folder())
@@ -96,18 +98,8 @@ def bundled_folder() -> Path:
 
 
 def hub_folder(name: str) -> Path:
-    """Download a model, or take it from the cache where the hub is out of reach.
-
-    Asks once with a short time-out before the client, which would retry for half a minute.
-    """
-    try:
-        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS).close()
-        reachable = not constants.HF_HUB_OFFLINE
-    except urllib.error.HTTPError:
-        reachable = True
-    except OSError:
-        reachable = False
+    """Download a model, or take it from the cache where the hub is out of reach."""
+    reachable = not constants.HF_HUB_OFFLINE and hub_answers()
     try:
         return Path(
             snapshot_download(
@@ -116,8 +108,8 @@ def hub_folder(name: str) -> Path:
                 local_files_only=not reachable,
             )
         )
-    except (OSError, HFValidationError) as error:
-        why = f"the hub has no such model ({type(error).__name__})"
+    except (OSError, HTTPError, HFValidationError) as error:
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         if not reachable:
             why = f"{constants.ENDPOINT} is out of reach and the model is not in the cache"
         raise ModelError(
@@ -126,12 +118,27 @@ def hub_folder(name: str) -> Path:
         ) from None
 
 
+def hub_answers() -> bool:
+    """Ask once with a short time-out, since the client would retry for half a minute."""
+    try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def read_json(path: Path) -> dict:
     """A JSON file's content, or a ModelError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return content
 
 
 # --------------------------------------------------------------------------- config, tokenizer
@@ -150,7 +157,19 @@ def load_config(source: Source, tuned: bool) -> BertConfig:
         )
     if tuned and settings.get("architectures") != ["BertForSequenceClassification"]:
         raise ModelError(f"{source.name} is not tuned yet: give --do_train or a tuned folder")
-    return BertConfig.from_pretrained(folder)
+    try:
+        return BertConfig.from_pretrained(folder)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{folder / 'config.json'} is not a BERT's: {reason}") from None
+
+
+def task_of(config: BertConfig, wanted: str | None) -> str:
+    """The kind of problem that a model was tuned for. Raises ModelError where not as `wanted`."""
+    kind = config.problem_type or "single_label_classification"
+    if wanted and wanted != kind:
+        raise ModelError(f"--problem_type {wanted}: the model was tuned for {kind}")
+    return kind
 
 
 def describe_task(config: BertConfig, names: list[str], args: Namespace) -> None:
@@ -162,8 +181,8 @@ def describe_task(config: BertConfig, names: list[str], args: Namespace) -> None
         config.pre_seq_len = args.pre_seq_len
         config.prefix_projection = args.prefix_projection
         config.prefix_hidden_size = args.prefix_hidden_size
-    if args.hidden_dropout_prob is not None:
-        config.hidden_dropout_prob = args.hidden_dropout_prob
+    config.hidden_dropout_prob = args.hidden_dropout_prob
+    config.classifier_dropout = None  # the same before the head
 
 
 def set_max_seq_length(config: BertConfig, wanted: int | None, default: int = 128) -> int:
@@ -184,6 +203,9 @@ def set_max_seq_length(config: BertConfig, wanted: int | None, default: int = 12
 
 def load_tokenizer(source: Source, config: BertConfig):
     """The backbone's fast tokenizer. Raises ModelError where it does not belong to the model."""
+    if not any((source.backbone / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        # transformers would make one that knows its special tokens only
+        raise ModelError(f"{source.backbone} holds no tokenizer.json or vocab.txt")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.backbone, use_fast=True)
     except (OSError, ValueError) as error:
@@ -215,7 +237,7 @@ def load_weights(cls: type, source: Source, config: BertConfig, new: tuple[str, 
             ignore_mismatched_sizes=True,  # judged below, with the missing ones
             output_loading_info=True,
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"{source.backbone} holds no usable model.safetensors: {first}") from None
     fresh = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})

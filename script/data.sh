@@ -3,6 +3,10 @@
 
 DATA=()
 if [[ ! -e csv/train_simple.csv && " $*" != *" --train_file"* ]]; then
+    if [[ " $*" == *" --validation_file"* || " $*" == *" --test_file"* ]]; then
+        echo "error: csv/train_simple.csv is not there: give --train_file, too" >&2
+        exit 2
+    fi
     cat >&2 <<'EOF'
 ################################################################################
 # csv/train_simple.csv is not there: using the SYNTHETIC SAMPLE in csv/sample. #

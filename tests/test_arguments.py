@@ -44,7 +44,7 @@ def test_defaults_depend_on_the_way_of_tuning():
     [
         (["--learnig_rate", "1"], "unrecognized arguments: --learnig_rate"),
         (["--learning_rate", "-1"], "--learning_rate: -1 is out of range"),
-        (["--learning_rate", "nan"], "--learning_rate: nan is out of range"),
+        (["--learning_rate", "nan"], "--learning_rate: 'nan' is not a number"),
         (["--seed", "-1"], "--seed: -1 is out of range"),
         (["--seed", "4294967296"], "--seed: 4294967296 is out of range"),
         (["--num_train_epochs", "0"], "--num_train_epochs: 0 is out of range"),
@@ -59,6 +59,12 @@ def test_defaults_depend_on_the_way_of_tuning():
         (["--text_column_names", "a,,b"], "'a,,b' holds an empty column name"),
         (["--csv_encoding", "utf-9"], "Python knows no encoding 'utf-9'"),
         (["--model_name_or_path", "./out"], "--output_dir is the folder of --model_name_or_path"),
+        (["--eval_strategy", "no", "--metric_for_best_model", "loss"], "--metric_for_best_model n"),
+        (["--warmup_steps", "inf"], "--warmup_steps: 'inf' is not a number"),
+        (["--warmup_steps", "2.5"], "--warmup_steps: give a whole number"),
+        (["--weight_decay", "2"], "--weight_decay: 2 is out of range"),
+        (["--csv_encoding", "undefined"], "Python knows no encoding 'undefined'"),
+        (["--output_dir", ""], "--output_dir is empty"),
         (["--load_best_model_at_end", "maybe"], "'maybe' is neither True nor False"),
     ],
 )
@@ -76,6 +82,24 @@ def test_nothing_to_do_is_an_error(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--output_dir", "out"])
     assert "nothing to do" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--prefix", "--learning_rate=1e-3", "--save_strategy"])
+def test_flags_of_training_need_training(flag, capsys):
+    """They would do nothing; a tuned folder knows how it was tuned."""
+    value = ["epoch"] if flag == "--save_strategy" else []
+    with pytest.raises(SystemExit):
+        parse_args(["--do_predict", "--output_dir", "out", flag, *value])
+    assert f"error: {flag.partition('=')[0]} needs --do_train" in capsys.readouterr().err
+    args = parse_args(["--do_predict", "--output_dir", "out"])
+    assert args.learning_rate is args.prefix is args.problem_type is None
+
+
+def test_help_shows_the_defaults_that_hold():
+    text = " ".join(build_parser().format_help().split())
+    for way, defaults in TUNING_DEFAULTS.items():
+        assert f"{way} {defaults['learning_rate']:g}" in text
+        assert f"{way} {defaults['num_train_epochs']}" in text
 
 
 def test_whole_numbers_and_booleans_as_trainer_scripts_write_them():

@@ -33,6 +33,8 @@ def test_odd_texts_come_back_unchanged(tmp_path):
         (b"text,label\nx,1\ny\n", "row 2 (line 3) has 1 fields, the header 2"),
         (b'text,label\n"x\ny",1\nz,1,2\n', "row 2 (line 4) has 3 fields, the header 2"),
         (b"text,label\nx,1\n \t,1\n,0\n", "the text is blank in 2 rows (2, 3)"),
+        (b"text,label\nx,1\n\n\ny\n", "row 2 (line 5) has 1 fields"),
+        (b"text\na\n\nb\n", "the text is blank in row 2"),
         (b"text,label\nx\0y,1\n", "row 1 (line 2) holds a NUL byte"),
         (b'text,label\nx,1\n"y,1\nz,1\n', "the row that starts at line 3"),
         (b'text,label\n"x"y,1\n', "the row that starts at line 2"),
@@ -45,7 +47,7 @@ def test_bad_files_are_refused_with_the_place(tmp_path, content, message):
     path = tmp_path / "bad.csv"
     path.write_bytes(content)
     with pytest.raises(DataError) as error:
-        read(path)
+        read(path, labels_required=content != b"text\na\n\nb\n")
     assert message in str(error.value)
     assert str(path) in str(error.value)
 
@@ -86,10 +88,11 @@ def test_text_columns_are_joined(tmp_path):
     assert split.texts == ["a / b", " / c"]
 
 
-def test_blank_texts_are_dropped_where_allowed_and_rows_keep_their_numbers(tmp_path):
+def test_blank_texts_are_dropped_where_allowed_and_rows_keep_their_numbers(tmp_path, caplog):
     path = write_csv(tmp_path / "blank.csv", [("a", 1), ("", 0), ("b", 0)])
     split = read(path, drop_empty=True)
     assert (split.texts, split.rows) == (["a", "b"], [1, 3])
+    assert "dropped 1 rows without a text" in caplog.text
 
 
 def test_labels_are_one_whatever_the_spelling_and_sort_as_numbers(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 import main
 from conftest import ROWS, write_csv
+from dataset import read_split
 
 RESULTS = {"README.md", "all_results.json", "metrics.jsonl", "predictions.csv", "run.json"}
 FULL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -161,6 +163,49 @@ def test_overwriting_removes_only_what_the_program_wrote(run):
     assert {path.name for path in folder.iterdir()} == RESULTS | PREFIX | {"notes.txt"}
 
 
+@pytest.mark.parametrize("name", ["README.md", "checkpoint-3"])
+def test_files_of_others_are_not_written_over(run, tmp_path, capsys, name):
+    folder = tmp_path / "out"
+    (folder / name).mkdir(parents=True)
+    run("--overwrite_output_dir", status=2)
+    assert f"holds {name}, which no run listed" in capsys.readouterr().err
+
+
+def test_a_forged_list_of_files_removes_nothing_else(run, tmp_path):
+    folder = run()
+    (tmp_path / "precious").write_text("mine")
+    record = load(folder, "run.json")
+    record["files"] += ["..", ".", "", "../precious", "/etc/hosts"]
+    (folder / "run.json").write_text(json.dumps(record))
+    run("--overwrite_output_dir")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert {path.name for path in folder.iterdir()} == RESULTS | FULL
+
+
+def test_any_text_comes_back_from_the_predictions(run, tmp_path):
+    texts = ["a\rb", "c\nd", 'e "f"', " g ", "NA", "h,i", "עברית 🎉"]
+    path = write_csv(tmp_path / "t.csv", [(text, "007") for text in texts], ("text", "note"))
+    folder = run("--test_file", path)
+    back = read_split(folder / "predictions.csv", text_columns=["text"], labels_required=False)
+    assert back.texts == texts
+    assert back.table["note"].tolist() == ["007"] * len(texts)
+
+
+def test_bfloat16_and_settings_reach_the_model(run):
+    folder = run("--prefix", "--precision", "bf16", "--hidden_dropout_prob", "0.25",
+                 "--max_train_samples", "8")  # fmt: skip
+    assert load(folder, "config.json")["hidden_dropout_prob"] == 0.25
+    assert load(folder, "all_results.json")["train_rows"] == 8
+    assert load(folder, "run.json")["settings"]["precision"] == "bf16"
+
+
+def test_another_kind_of_problem_than_the_tuned_one_is_refused(run, tmp_path, capsys):
+    argv = ["--do_predict", "--model_name_or_path", str(run()), "--output_dir", str(tmp_path / "p")]
+    argv += ["--problem_type", "multi_label_classification"]
+    assert main.main([*argv, "--test_file", str(tmp_path / "test.csv")]) == 2
+    assert "the model was tuned for single_label" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -220,3 +265,16 @@ def test_errors_as_a_shell_sees_them(flags, backbone, tmp_path):
     assert "Traceback" not in done.stderr
     assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
     assert done.stdout == ""
+
+
+def test_neither_a_closed_pipe_nor_the_locale_changes_the_results(run, backbone, files, tmp_path):
+    expected = (run() / "predictions.csv").read_bytes()
+    command = [sys.executable, main.__file__, "--do_train", "--do_eval", "--do_predict", *files]
+    command += ["--model_name_or_path", backbone, "--output_dir", str(tmp_path / "o")]
+    command += ["--num_train_epochs", "2", "--per_device_train_batch_size", "4"]
+    command += ["--precision", "fp32", "--max_seq_length", "16"]
+    shell = f"{shlex.join(command)} | true; exit ${{PIPESTATUS[0]}}"
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "o" / "predictions.csv").read_bytes() == expected

@@ -183,6 +183,10 @@ def test_bad_model_folders_are_refused(backbone, tmp_path):
         (folder / "model.safetensors").unlink()
         torch.save({}, folder / "pytorch_model.bin")
 
+    def without_words(folder):
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.txt").unlink()
+
     def truncated(folder):
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:1000])
@@ -193,11 +197,14 @@ def test_bad_model_folders_are_refused(backbone, tmp_path):
     assert "no usable model.safetensors" in broken("pickled", pickled)
     assert "no usable model.safetensors" in broken("truncated", truncated)
     assert "do not belong together" in broken("vocabulary", edit_config(vocab_size=20))
+    assert "holds no tokenizer" in broken("words", without_words)
+    assert "is not a BERT's" in broken("settings", edit_config(hidden_size="wide"))
+    assert "not a multiple" in broken("heads", edit_config(num_attention_heads=3))
     assert "cannot be read" in broken("empty", lambda folder: (folder / "config.json").unlink())
 
 
 def test_an_unknown_name_is_refused_at_once():
-    for name in ("no-such-model", "bad//name", "./nowhere"):
+    for name in ("no-such-model", "bad//name", "./nowhere", "x" * 5000):
         with pytest.raises(utils.ModelError, match="--model_name_or_path"):
             utils.locate(name)
 
