@@ -9,7 +9,7 @@ import logging
 import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,12 +61,14 @@ class Split:
 # ---------------------------------------------------------------------------------- CSV files
 
 
-def read_rows(path: str | Path, encoding: str = "utf-8") -> Iterator[list[str]]:
+def read_rows(
+    path: str | Path, encoding: str = "utf-8", mend: Callable[[str], str] = str
+) -> Iterator[list[str]]:
     """Yield the header, then each row, of a CSV file, as text.
 
     Stricter than pandas, which fills up short rows and joins lines at a stray quote: there are
     never fewer rows in silence. A blank line is no row, but a blank text where there is only one
-    column.
+    column. `mend` is applied to each line before it is parsed, for a file with a known flaw.
 
     Raises: DataError for a file that is missing, empty, not in `encoding`, cut off inside a
         quoted field, ragged, or holds a NUL byte.
@@ -77,7 +79,7 @@ def read_rows(path: str | Path, encoding: str = "utf-8") -> Iterator[list[str]]:
     line = 1
     try:
         with open(path, encoding=codec, newline="") as file:
-            reader = csv.reader(file, strict=True)
+            reader = csv.reader(map(mend, file), strict=True)
             header = next(reader, None)
             if not header:
                 raise DataError(f"{path} is empty: a header and rows are needed")
@@ -125,8 +127,8 @@ def encoding_message(path: str | Path, encoding: str, codec: str, error: Unicode
     utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
     return (
-        f"{path} is not {encoding}{at}: give its encoding, "
-        f"perhaps --csv_encoding {'utf-16' if utf16 else 'cp1252'}"
+        f"{path} is not {encoding}{at}: give its encoding (--csv_encoding, in the notebook "
+        f"csv_encoding), perhaps {'utf-16' if utf16 else 'cp1252'}"
     )
 
 

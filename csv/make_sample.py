@@ -1,6 +1,6 @@
 """Write the synthetic sample that stands in where the real data is not there.
 
-    python csv/make_sample.py        # writes csv/USvideos_sample.csv and csv/sample/*.csv
+    python csv/make_sample.py        # writes csv/USvideos_sample.csv, always the same bytes
 
 Nothing in it is real: titles, channels and figures are drawn from the word lists below by a
 seeded generator. It rehearses the real file: its 16 columns and quirks, all 16 categories in
@@ -8,17 +8,17 @@ about their real shares, videos that trend on several days, words shared between
 and some wrong labels, so that no model gets everything right.
 """
 
+import csv
 import random
 from datetime import date, datetime, timedelta
 from pathlib import Path
 
 import pandas as pd
-from sklearn.model_selection import train_test_split
 
 FOLDER = Path(__file__).parent
 SEED = 42
-VIDEOS = 640
-OWN_WORD = 0.70  # a title's topic word comes from its own category, else from any
+VIDEOS = 600
+OWN_WORD = 0.66  # a title's topic word comes from its own category, else from any
 WRONG_LABEL = 0.04
 
 # Category id: (share of the videos in percent, topic words).
@@ -60,6 +60,7 @@ DECORATION = (
     *[""] * 5, " | Official Video", " (2018)", " ft. Mira Vale", "!!", " 😂", " 🔥", ' "uncut"',
     " - Part 2", " [4K]", "… again?", " w/ Ünal & Zoë",
 )  # fmt: skip
+TAG_SEPARATOR = "\x1f"  # until the file is written
 NAMES = "Nova Atlas Juniper Orbit Marlow Pixel Harbor Velvet Quill Ember Sable Tango".split()
 
 
@@ -79,7 +80,7 @@ def make_video(random: random.Random, number: int) -> dict:
     title = " ".join(words).title() if random.random() < 0.85 else " ".join(words).upper()
     channel = f"{NAMES[(category + number % 3) % len(NAMES)]} {random.choice(NAMES)}"
     tags = [topic_word() for _ in range(random.randint(0, 8))]
-    tag_cell = "|".join([tags[0], *(f'"{tag}"' for tag in tags[1:])]) if tags else "[none]"
+    tag_cell = TAG_SEPARATOR.join(tags) or "[none]"
     link = f"https://example.com/{channel.split()[0].lower()}"
     text = f'{title}: {" ".join(random.choices(SHARED, k=6))}.\\n\\nSubscribe, "{channel}" ► {link}'
     published = datetime(2017, 11, 13) + timedelta(minutes=random.randrange(200 * 24 * 60))
@@ -139,25 +140,10 @@ def make_sample() -> pd.DataFrame:
     return table[columns.split()]
 
 
-def write_splits(sample: pd.DataFrame) -> None:
-    """Training, validation and test file by rows, so that they leak as the original's do.
-
-    Labels as there: the five most frequent categories are 0 to 4, all others 5.
-    """
-    top = sample["category_id"].value_counts().index[:5].tolist()
-    label = sample["category_id"].map(lambda category: (*top, category).index(category))
-    splits = pd.DataFrame({"text": sample["title"], "label": label})
-    train, rest = train_test_split(
-        splits, test_size=0.3, random_state=SEED, stratify=splits["label"]
-    )
-    val, test = train_test_split(rest, test_size=0.7, random_state=SEED, stratify=rest["label"])
-    (FOLDER / "sample").mkdir(exist_ok=True)
-    for name, split in {"train": train, "val": val, "test": test}.items():
-        split.to_csv(FOLDER / "sample" / f"{name}_simple.csv", index=False, lineterminator="\n")
-
-
 if __name__ == "__main__":
     sample = make_sample()
-    sample.to_csv(FOLDER / "USvideos_sample.csv", index=False, lineterminator="\n")
-    write_splits(sample)
+    text = sample.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    # as in the real file: tags are "a"|"b", which is no valid CSV
+    text = text.replace(TAG_SEPARATOR, '"|"')
+    (FOLDER / "USvideos_sample.csv").write_text(text, encoding="utf-8")
     print(f"{len(sample)} rows of {sample['video_id'].nunique()} synthetic videos in {FOLDER}")

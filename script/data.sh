@@ -1,21 +1,20 @@
-# Sourced by the run scripts, with their arguments: sets DATA to the flags that name the split
-# files. csv/ has them, or the arguments do, or else the synthetic sample stands in, loudly.
+# Sourced by the run scripts, with their arguments: sees to it that csv/ has split files, unless
+# the arguments name others. Where the raw file is missing too they come from the synthetic
+# sample, loudly; once the raw file is there they are made anew.
 
-DATA=()
-if [[ ! -e csv/train_simple.csv && " $*" != *" --train_file"* ]]; then
-    if [[ " $*" == *" --validation_file"* || " $*" == *" --test_file"* ]]; then
-        echo "error: csv/train_simple.csv is not there: give --train_file, too" >&2
-        exit 2
+if [[ " $*" != *" --train_file"* ]]; then
+    made_up() { grep -qs '"synthetic": true' csv/split.json; }
+    if [ ! -e csv/train_simple.csv ] || { made_up && [ -e csv/USvideos.csv ]; }; then
+        echo "csv/train_simple.csv is made by preprocessing.ipynb ..." >&2
+        bash script/preprocess.sh >&2
     fi
-    cat >&2 <<'EOF'
+    if made_up; then
+        cat >&2 <<'EOF'
 ################################################################################
-# csv/train_simple.csv is not there: using the SYNTHETIC SAMPLE in csv/sample. #
-# Its texts are made up; its figures say nothing about real videos.            #
+# The split files come from csv/USvideos_sample.csv, a SYNTHETIC SAMPLE: its   #
+# texts are made up, its figures say nothing about real videos.                #
+# bash script/get_data.sh fetches the real ones.                               #
 ################################################################################
 EOF
-    DATA=(
-        --train_file csv/sample/train_simple.csv
-        --validation_file csv/sample/val_simple.csv
-        --test_file csv/sample/test_simple.csv
-    )
+    fi
 fi

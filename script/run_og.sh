@@ -10,7 +10,6 @@ exec "$PYTHON" main.py \
     --do_train \
     --do_eval \
     --do_predict \
-    ${DATA[@]+"${DATA[@]}"} \
     --output_dir checkpoints/og \
     --overwrite_output_dir \
     "$@"

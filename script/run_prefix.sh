@@ -11,7 +11,6 @@ exec "$PYTHON" main.py \
     --do_train \
     --do_eval \
     --do_predict \
-    ${DATA[@]+"${DATA[@]}"} \
     --output_dir checkpoints/prefix \
     --overwrite_output_dir \
     "$@"

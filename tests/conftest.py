@@ -2,6 +2,9 @@
 
 import csv
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,7 +36,8 @@ ROWS = [
     ("coach", "2"),
     ("three race and four ball and a big old team of blue", "2"),
 ]
-REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+REAL_DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +90,26 @@ def run(backbone, files, tmp_path):
         return folder
 
     return call
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A copy of the project in a folder with a blank, without data and results of the user's."""
+    folder = tmp_path / "a clone"
+    names = ["*.py", "*.ipynb", "requirements.txt", "model", "script", "csv/USvideos_sample.csv"]
+    for path in (path for name in names for path in ROOT.glob(name)):
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        copy(path, folder / path.relative_to(ROOT))
+    return folder
+
+
+def bash(folder: Path, script: str, *flags: str, virtual_env: str = sys.prefix):
+    """Call a script of a clone, with the tests' own environment active."""
+    return subprocess.run(
+        ["bash", f"script/{script}", *flags],
+        cwd=folder, env=os.environ | {"VIRTUAL_ENV": virtual_env}, capture_output=True, text=True,
+    )  # fmt: skip
 
 
 @pytest.fixture

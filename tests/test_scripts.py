@@ -1,39 +1,16 @@
 """The scripts, end to end, with the bundled backbone on the sample: what a new user types."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 from transformers import pipeline
 
-from conftest import REAL_DATA
+from conftest import REAL_DATA, bash
 
-ROOT = Path(__file__).parents[1]
 SHORT = ["--max_train_samples", "320", "--num_train_epochs", "2"]
-
-
-@pytest.fixture
-def clone(tmp_path) -> Path:
-    """A copy of the project in a folder with a blank, without data and results of the user's."""
-    folder = tmp_path / "a clone"
-    names = ["*.py", "requirements.txt", "model", "script", "csv/sample"]
-    for path in (path for name in names for path in ROOT.glob(name)):
-        copy = shutil.copytree if path.is_dir() else shutil.copy
-        (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-        copy(path, folder / path.relative_to(ROOT))
-    return folder
-
-
-def bash(folder: Path, script: str, *flags: str, virtual_env: str = sys.prefix):
-    return subprocess.run(
-        ["bash", f"script/{script}", *flags],
-        cwd=folder, env=os.environ | {"VIRTUAL_ENV": virtual_env}, capture_output=True, text=True,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -51,7 +28,7 @@ def test_a_script_does_the_whole_job(clone, script, name, parameters):
     assert results["eval_accuracy"] > 0.4  # the most frequent label has 0.37
     assert f"in checkpoints/{name}: README.md, " in done.stdout
     table = pd.read_csv(folder / "predictions.csv")
-    sample = pd.read_csv(clone / "csv/sample/test_simple.csv")
+    sample = pd.read_csv(clone / "csv/test_simple.csv")
     assert table[["text", "label"]].equals(sample)
     accuracy = (table["predicted"] == table["label"]).mean()
     assert accuracy == pytest.approx(results["test_accuracy"])
@@ -63,7 +40,7 @@ def test_a_script_does_the_whole_job(clone, script, name, parameters):
 
 
 def test_the_original_command_line_runs_as_it_stands(clone):
-    shutil.copytree(clone / "csv" / "sample", clone / "csv", dirs_exist_ok=True)
+    assert bash(clone, "preprocess.sh").returncode == 0
     line = (
         "--model_name_or_path sentence-transformers/all-MiniLM-L6-v2 --do_train --do_eval "
         "--do_predict --max_seq_length 256 --per_device_train_batch_size 16 --learning_rate 5e-5 "

@@ -1,0 +1,138 @@
+"""Fetching the data set, from a web server on this machine, failures included."""
+
+import io
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from conftest import bash
+from script.get_data import COLUMNS
+
+ROW = b"id,17.14.11,t,c,22,2017,tag,1,1,1,1,link,False,False,False,text\n"
+
+
+def archive(rows: int = 40_949, header: str = ",".join(COLUMNS), leave_out: str = "") -> bytes:
+    content = {
+        "USvideos.csv": header.encode() + b"\n" + rows * ROW,
+        "US_category_id.json": b'{"items": []}',
+        "CAvideos.csv": os.urandom(300_000),  # other countries' files are left where they are
+    }
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as target:
+        for name, data in content.items():
+            if name != leave_out:
+                target.writestr(name, data)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def server():
+    """Serves `server.data`; after `server.cut` bytes it hangs up; records the ranges asked for."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            start = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-")
+            server.ranges.append(int(start))
+            if int(start) > len(server.data):
+                self.send_error(416)
+                return
+            body = server.data[int(start) :]
+            self.send_response(server.status or (206 if int(start) else 200))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: server.cut])
+
+        def log_message(self, *words):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.data, server.cut, server.status, server.ranges = b"", None, None, []
+    server.url = f"http://127.0.0.1:{server.server_port}/youtube-new"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def fetch(clone, url):
+    return bash(clone, "get_data.sh", "--url", url)
+
+
+def left(clone) -> set[str]:
+    return {path.name for path in (clone / "csv").iterdir()} - {"USvideos_sample.csv"}
+
+
+def test_the_files_are_fetched_checked_and_unpacked_once(clone, server):
+    server.data = archive()
+    done = fetch(clone, server.url)
+    assert done.returncode == 0, done.stderr
+    assert "csv/USvideos.csv: 40,949 rows, all 16 columns" in done.stdout
+    assert left(clone) == {"USvideos.csv", "US_category_id.json"}
+    again = fetch(clone, server.url)
+    assert (again.returncode, len(server.ranges)) == (0, 1)
+    assert "is there already" in again.stdout
+
+
+def test_a_cut_connection_is_gone_on_with(clone, server):
+    server.data, server.cut = archive(), 200_000
+    done = fetch(clone, server.url)
+    assert done.returncode == 2
+    assert f"error: cut off at 200,000 of {len(server.data):,} bytes: run this again" in done.stderr
+    assert left(clone) == {"youtube-new.zip.part"}
+    server.cut = None
+    assert fetch(clone, server.url).returncode == 0
+    assert server.ranges == [0, 200_000]
+    assert left(clone) == {"USvideos.csv", "US_category_id.json"}
+
+
+def test_a_part_of_another_file_is_thrown_away(clone, server):
+    server.data = archive()
+    (clone / "csv" / "youtube-new.zip.part").write_bytes(b"x" * (len(server.data) + 1))
+    assert "run this again" in fetch(clone, server.url).stderr
+    assert fetch(clone, server.url).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"<html>sign in</html>", "what came is not the data set (File is not a zip file)"),
+        (archive(leave_out="USvideos.csv"), "There is no item named 'USvideos.csv'"),
+        (archive(rows=100), "USvideos.csv has 100 rows, not about 40,949"),
+        (archive(header=",".join([*COLUMNS[:15], "x"])), "lacks the column description"),
+    ],
+    ids=["page", "member", "rows", "columns"],
+)
+def test_a_wrong_file_is_refused_and_leaves_nothing(clone, server, data, message):
+    server.data = data
+    done = fetch(clone, server.url)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "by hand: download https://www.kaggle.com/datasets/" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert left(clone) == set()
+
+
+def test_without_a_network_or_an_answer_the_way_by_hand_is_named(clone, server):
+    server.status = 403
+    for url in (server.url, "http://127.0.0.1:9/", "http://no-such-host.invalid/"):
+        done = fetch(clone, url)
+        assert done.returncode == 2
+        assert "put USvideos.csv and US_category_id.json into csv/" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("blocks", [100, 800])  # of 1,024 bytes: the archive is larger, or fits
+def test_no_space_is_said_and_nothing_half_is_left(clone, server, blocks):
+    """By a limit on the size of files, which the archive or the unpacked file exceeds."""
+    server.data = archive()
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f {blocks}; bash script/get_data.sh --url {server.url}"],
+        cwd=clone, capture_output=True, text=True, env=os.environ | {"VIRTUAL_ENV": sys.prefix},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "cannot be written: File too large; make room" in done.stderr
+    assert not left(clone) & {"USvideos.csv", "unpacking", "youtube-new.zip"}

@@ -1,0 +1,294 @@
+"""From the raw file to split files: the functions, the notebook and its runner."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+
+from conftest import REAL_DATA, ROOT, bash, write_csv
+from dataset import DataError, read_split, text_key
+from script import splits
+
+SAMPLE = str(ROOT / splits.SAMPLE_FILE)
+COLUMNS = ("video_id", "trending_date", "title", "category_id")
+needs_real_data = pytest.mark.skipif(
+    not REAL_DATA.exists(), reason="the real data is not on this machine"
+)
+
+
+def raw_table(path: str = SAMPLE, encoding: str = "utf-8") -> pd.DataFrame:
+    raw = splits.read_raw(path, encoding, ["title"])
+    table = raw.assign(text=splits.make_texts(raw, ["title"], "original"))
+    table = table[table["text"] != ""]
+    return table.assign(label=splits.make_labels(table["category_id"], 0.7, {})[0])
+
+
+@pytest.mark.parametrize(
+    ("title", "text"),
+    [
+        ("The Trump Presidency: Last Week Tonight (HBO)", "trump presidency last week tonight hbo"),
+        ("WE WANT TO TALK ABOUT OUR MARRIAGE", "want talk marriage"),
+        ("Top 10 Raw_moments, 2ND time in 2017!", "top raw moments 2nd time"),
+        ("Don't don’t  BEYONCÉ 🎉", "don t beyoncé"),
+        ("42 - 2018 ...", ""),
+    ],
+)  # fmt: skip
+def test_cleaning_as_the_original(title, text):
+    assert splits.clean(title) == text
+
+
+def test_columns_are_joined_and_tidied():
+    raw = pd.DataFrame({
+        "title": ["A  title", "B"], "tags": ['x y"|"z', "[none]"], "description": [r"one\ntwo", ""]
+    })  # fmt: skip
+    texts = splits.make_texts(raw, ["title", "tags", "description"], "none")
+    assert texts.tolist() == ["A title | x y, z | one two", "B"]
+
+
+def test_labels_are_numbered_by_falling_count_or_named():
+    ids = pd.Series([5] * 9 + [3] * 6 + [8] * 2 + [9])
+    labels, names = splits.make_labels(ids, 0.4, {5: "five", 3: "three"})
+    assert names == {"0": "five", "1": "three", "2": "other"}
+    assert labels.tolist() == ["0"] * 9 + ["1"] * 6 + ["2"] * 3
+    labels, names = splits.make_labels(ids, None, {5: "five", 3: "three"})
+    assert set(labels) == set(names) == {"five", "three", "category 8", "category 9"}
+
+
+def test_the_originals_protocol():
+    table = raw_table()
+    parts = splits.original_splits(table, 42, 0.8, 0.8, balance=True)
+    counts = parts["train"]["label"].value_counts()
+    assert counts.nunique() == 1
+    rest = len(table) - int(0.8 * len(table))
+    assert len(parts["val"]) + len(parts["test"]) == rest
+    assert len(parts["test"]) == round(0.8 * rest)
+    for label, share in parts["val"]["label"].value_counts(normalize=True).items():
+        assert share == pytest.approx((parts["test"]["label"] == label).mean(), abs=0.02)
+    whole = splits.original_splits(table, 42, 0.8, 0.8, balance=False)
+    assert len(whole["train"]) == int(0.8 * len(table))
+    known = set(parts["train"]["text"])
+    assert parts["test"]["text"].isin(known).mean() > 0.5  # it leaks
+
+
+@pytest.mark.parametrize("group_by", splits.GROUPINGS)
+def test_the_unseen_protocol_shares_nothing(group_by):
+    table = raw_table()
+    parts = splits.unseen_splits(table, 42, 0.8, 0.8, group_by)
+    columns = ["video_id", "text", *(["channel_title"] if group_by == "channel" else [])]
+    for column in columns:
+        values = [set(part[column].map(text_key)) for part in parts.values()]
+        assert sum(map(len, values)) == len(set.union(*values)), column
+    everything = pd.concat(parts.values())
+    assert everything["video_id"].is_unique
+    assert len(everything) == table["video_id"].nunique()
+    if group_by == "time":
+        repeated = everything["text"].duplicated(keep=False)  # these stay with the first of them
+        part = {name: rows[~repeated[rows.index]]["day"] for name, rows in parts.items()}
+        assert part["train"].max() <= part["val"].min() <= part["val"].max() <= part["test"].min()
+    if group_by == "video":
+        assert len(parts["train"]) / len(everything) == pytest.approx(0.8, abs=0.02)
+
+
+def test_equal_texts_and_channels_are_joined_through_others():
+    a, b = pd.Series(["x", "x", "y", "z", "w"]), pd.Series([1, 2, 2, 3, 4])
+    group = splits.connected([a, b])
+    assert len(np.unique(group)) == 3
+    assert group[0] == group[1] == group[2]
+
+
+def test_ids_that_a_spreadsheet_destroyed_do_not_join_videos(tmp_path):
+    rows = [("#NAME?", "17.14.11", f"title {i}", 1) for i in (1, 2, 1)]
+    raw = splits.read_raw(write_csv(tmp_path / "r.csv", rows, COLUMNS), "utf-8", ["title"])
+    assert raw["video_id"].nunique() == 2
+
+
+def test_labels_that_training_lacks_are_dropped_and_said(capsys):
+    part = {name: pd.DataFrame({"label": list(labels)}) for name, labels in
+            {"train": "ab", "val": "acc", "test": "b"}.items()}  # fmt: skip
+    assert splits.only_known_labels(part)["val"]["label"].tolist() == ["a"]
+    assert "val: dropped 2 rows of labels that training lacks: c" in capsys.readouterr().out
+
+
+GOOD = ("2kyS6SvSYSE", "17.14.11", "a title", "22")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"video_id,title\nx,y\n", "no column 'category_id', 'trending_date'; it has 'video_id'"),
+        (b"video_id,trending_date,title,category_id\n", "a header and no rows"),
+        (b"video_id,trending_date,title,category_id\na,17.14.11,t,22\nb,17.14.11,t,Music\n",
+         "category_id is no whole number in row 2"),
+        (b'video_id,trending_date,category_id,title\na,17.14.11,22,t\nb,17.14.11,22,"cut of',
+         "the row that starts at line 3: unexpected end of data"),
+        ("video_id,trending_date,title,category_id\na,b,c,1\n".encode("utf-16"), "perhaps utf-16"),
+    ],
+)  # fmt: skip
+def test_raw_files_that_are_refused(tmp_path, content, message):
+    path = tmp_path / "raw.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        splits.read_raw(str(path), "utf-8", ["title"])
+    assert message in str(error.value)
+
+
+def test_tags_of_the_real_file_are_read_though_they_are_no_valid_csv(tmp_path):
+    path = tmp_path / "raw.csv"
+    path.write_text('video_id,trending_date,category_id,title,tags\n'
+                    'a,17.14.11,1,"t ""|"" u","x y"|"z"|"v, w"\n')  # fmt: skip
+    raw = splits.read_raw(str(path), "utf-8", ["title", "tags"])
+    assert raw.loc[0, "title"] == 't "|" u'
+    assert splits.make_texts(raw, ["tags"], "none").tolist() == ["x y, z, v, w"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("text_columns", "title,views"), ("cleaning", "some"), ("group_by", "day"), ("seed", -1),
+     ("top_quantile", 2), ("balance", "yes"), ("train_share", 1.0), ("test_share", "half")],
+)  # fmt: skip
+def test_parameters_that_are_refused(name, value):
+    good = {
+        "text_columns": "title,tags", "cleaning": "none", "group_by": "time", "seed": 1,
+        "top_quantile": None, "balance": False, "train_share": 0.5, "test_share": 0.5,
+    }  # fmt: skip
+    assert splits.check_parameters(**good)["text_columns"] == ["title", "tags"]
+    with pytest.raises(DataError, match=f"parameter {name} is"):
+        splits.check_parameters(**good | {name: value})
+
+
+def test_category_names_come_from_the_file_where_it_is(tmp_path):
+    assert splits.category_names(tmp_path)[10] == "Music"
+    path = tmp_path / "US_category_id.json"
+    path.write_text('{"items": [{"id": "10", "snippet": {"title": "Songs"}}]}')
+    assert splits.category_names(tmp_path)[10] == "Songs"
+    path.write_text("{}")
+    with pytest.raises(DataError, match="is not the data set's category file"):
+        splits.category_names(tmp_path)
+
+
+def test_the_sample_is_what_its_generator_writes_and_a_fair_rehearsal(tmp_path):
+    shutil.copy(ROOT / "csv" / "make_sample.py", tmp_path)
+    subprocess.run([sys.executable, "make_sample.py"], cwd=tmp_path, check=True)
+    content = (ROOT / splits.SAMPLE_FILE).read_bytes()
+    assert (tmp_path / "USvideos_sample.csv").read_bytes() == content
+    assert len(content) < 1_000_000
+    table = raw_table()
+    assert table["category_id"].nunique() == 16
+    assert len(table.columns) == 16 + 2
+    assert (table["description"] == "").any()
+    assert table["description"].str.contains(r"\n", regex=False).any()
+    assert (table["comments_disabled"] == "True").any()
+    videos = table.drop_duplicates("video_id")
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10)
+    )
+    assert 0.6 < cross_val_score(model, videos["text"], videos["label"], cv=5).mean() < 0.8
+
+
+# ------------------------------------------------------------------------------------- the notebook
+
+
+def preprocess(clone, *flags: str, out: str = "csv"):
+    done = bash(clone, "preprocess.sh", "-p", "output_dir", out, *flags)
+    return done, clone / out
+
+
+def test_the_notebook_runs_headless_on_the_sample_and_repeats_itself(clone):
+    done, folder = preprocess(clone)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("protocol")
+    assert "executed notebook and 4 pictures: csv/executed" in done.stdout
+    assert len(list((clone / "csv/executed").glob("*.png"))) == 4
+    about = json.loads((folder / "split.json").read_text())
+    assert about["synthetic"] is True
+    assert about["parameters"]["text_columns"] == ["title"]
+    assert about["label_names"]["5"] == "other"
+    for place in (folder, folder / "unseen"):
+        counted = json.loads((place / "split.json").read_text())["splits"]
+        for name in ("train", "val", "test"):
+            split = read_split(place / f"{name}_simple.csv", text_columns=["text"])
+            assert len(split) == counted[name]["rows"]
+    again, second = preprocess(clone, out="again")
+    assert again.returncode == 0
+    names = [f"{name}_simple.csv" for name in ("train", "val", "test")] + ["split.json"]
+    for name in [*names, *(f"unseen/{name}" for name in names)]:
+        assert (folder / name).read_bytes() == (second / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-p", "group_by", "day"], "parameter group_by is 'day'"),
+        (["-p", "colour", "red"], "-p colour: the parameters are input_file, "),
+        (["-p", "input_file", "nowhere.csv"], "nowhere.csv cannot be read"),
+    ],
+)
+def test_the_runner_answers_a_mistake_with_one_line(clone, flags, message):
+    done, folder = preprocess(clone, *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (folder / "train_simple.csv").exists()
+
+
+def test_outputs_are_stripped():
+    notebook = json.loads((ROOT / "preprocessing.ipynb").read_text())
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+@needs_real_data
+def test_real_titles_are_cleaned_as_the_original_did():
+    raw = str(REAL_DATA / "raw" / "USvideos_14999_titles_cp1252.csv")
+    found = set(raw_table(raw, "cp1252")["text"])
+    names = ("train", "val", "test")
+    files = [REAL_DATA / "seed_splits" / f"{name}_simple.csv" for name in names]
+    known = {text for path in files for text in read_split(path, text_columns=["text"]).texts}
+    assert len(found & known) / len(found) > 0.875
+
+
+@needs_real_data
+@pytest.mark.parametrize("columns", ["title", "title,channel_title,tags,description"])
+def test_the_real_files_sixteen_columns(clone, columns):
+    raw = str(REAL_DATA / "raw" / "USvideos_3000_all_columns.csv")
+    done, folder = preprocess(clone, "-p", "input_file", raw, "-p", "text_columns", columns)
+    assert done.returncode == 0, done.stderr
+    about = json.loads((folder / "unseen" / "split.json").read_text())
+    assert [about["splits"][name]["share_in_train"] for name in ("val", "test")] == [0, 0]
+    assert about["label_names"]["0"] == "Entertainment"
+    strict = len(splits.read_raw(raw, "utf-8", ["title"]))
+    assert strict == len(pd.read_csv(raw)) == 3000
+
+
+def test_the_run_scripts_make_the_split_files_anew_once_the_real_file_is_there(clone):
+    """Only the sourced part, without training."""
+    show = "source script/environment.sh requirements.txt; source script/data.sh; echo done"
+
+    def prepare():
+        env = os.environ | {"VIRTUAL_ENV": sys.prefix}
+        done = subprocess.run(
+            ["bash", "-c", show], cwd=clone, capture_output=True, text=True, env=env
+        )
+        assert done.stdout == "done\n", done.stderr
+        return done.stderr
+
+    first, second = prepare(), prepare()
+    assert "is made by preprocessing.ipynb" in first
+    assert "is made by" not in second
+    assert "SYNTHETIC SAMPLE" in first
+    assert "SYNTHETIC SAMPLE" in second
+    shutil.copy(clone / splits.SAMPLE_FILE, clone / "csv" / "USvideos.csv")
+    third = prepare()
+    assert "is made by preprocessing.ipynb" in third
+    assert "SYNTHETIC" not in third
