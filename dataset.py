@@ -106,8 +106,9 @@ def read_rows(
         ) from None
     except UnicodeError as error:
         raise DataError(encoding_message(path, encoding, codec, error)) from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (OSError, LookupError) as error:  # the second: an encoding that Python does not know
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path} cannot be read: {reason}") from None
 
 
 def check_header(path: str | Path, header: list[str]) -> None:
@@ -127,8 +128,8 @@ def encoding_message(path: str | Path, encoding: str, codec: str, error: Unicode
     utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
     return (
-        f"{path} is not {encoding}{at}: give its encoding (--csv_encoding, in the notebook "
-        f"csv_encoding), perhaps {'utf-16' if utf16 else 'cp1252'}"
+        f"{path} is not {encoding}{at}: give its encoding (main.py --csv_encoding NAME, "
+        f"preprocess.sh -p csv_encoding NAME), perhaps {'utf-16' if utf16 else 'cp1252'}"
     )
 
 
@@ -178,8 +179,12 @@ def read_split(
     table = table[kept].reset_index(drop=True)
     rows = (np.flatnonzero(kept) + 1).tolist()
     labels = read_labels(path, table, rows, label_column, multi_label, labels_required)
-    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Split(str(path), sha256, table, texts, labels, rows)
+    return Split(str(path), file_sha256(path), table, texts, labels, rows)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def read_splits(args: Namespace) -> dict[str, Split]:

@@ -64,49 +64,49 @@ TAG_SEPARATOR = "\x1f"  # until the file is written
 NAMES = "Nova Atlas Juniper Orbit Marlow Pixel Harbor Velvet Quill Ember Sable Tango".split()
 
 
-def make_video(random: random.Random, number: int) -> dict:
+def make_video(draw: random.Random, number: int) -> dict:
     """What stays the same over the days on which a video trends."""
     ids, shares = list(CATEGORIES), [share for share, _ in CATEGORIES.values()]
     # each category once, so that none is missing, then by their shares
-    category = ids[number] if number < len(ids) else random.choices(ids, shares)[0]
+    category = ids[number] if number < len(ids) else draw.choices(ids, shares)[0]
 
     def topic_word() -> str:
-        source = category if random.random() < OWN_WORD else random.choices(ids, shares)[0]
-        return random.choice(CATEGORIES[source][1].split())
+        source = category if draw.random() < OWN_WORD else draw.choices(ids, shares)[0]
+        return draw.choice(CATEGORIES[source][1].split())
 
-    words = [topic_word() for _ in range(random.randint(2, 4))]
-    words += random.choices(SHARED, k=random.randint(1, 4))
-    random.shuffle(words)
-    title = " ".join(words).title() if random.random() < 0.85 else " ".join(words).upper()
-    channel = f"{NAMES[(category + number % 3) % len(NAMES)]} {random.choice(NAMES)}"
-    tags = [topic_word() for _ in range(random.randint(0, 8))]
+    words = [topic_word() for _ in range(draw.randint(2, 4))]
+    words += draw.choices(SHARED, k=draw.randint(1, 4))
+    draw.shuffle(words)
+    title = " ".join(words).title() if draw.random() < 0.85 else " ".join(words).upper()
+    channel = f"{NAMES[(category + number % 3) % len(NAMES)]} {draw.choice(NAMES)}"
+    tags = [topic_word() for _ in range(draw.randint(0, 8))]
     tag_cell = TAG_SEPARATOR.join(tags) or "[none]"
     link = f"https://example.com/{channel.split()[0].lower()}"
-    text = f'{title}: {" ".join(random.choices(SHARED, k=6))}.\\n\\nSubscribe, "{channel}" ► {link}'
-    published = datetime(2017, 11, 13) + timedelta(minutes=random.randrange(200 * 24 * 60))
-    video_id = "".join(random.choices("ABCDEFGHabcdefgh0123456789_-", k=11))
-    if random.random() < WRONG_LABEL:
-        category = random.choice(ids)
+    text = f'{title}: {" ".join(draw.choices(SHARED, k=6))}.\\n\\nSubscribe, "{channel}" ► {link}'
+    published = datetime(2017, 11, 13) + timedelta(minutes=draw.randrange(200 * 24 * 60))
+    video_id = "".join(draw.choices("ABCDEFGHabcdefgh0123456789_-", k=11))
+    if draw.random() < WRONG_LABEL:
+        category = draw.choice(ids)
     return {
         "video_id": video_id,
-        "trending_date": published.date() + timedelta(days=random.randint(1, 3)),
-        "title": title + random.choice(DECORATION),
+        "trending_date": published.date() + timedelta(days=draw.randint(1, 3)),
+        "title": title + draw.choice(DECORATION),
         "channel_title": channel,
         "category_id": category,
         "publish_time": published.strftime("%Y-%m-%dT%H:%M:%S.000Z"),
         "tags": tag_cell,
-        "views": random.randint(5_000, 2_000_000),
+        "views": draw.randint(5_000, 2_000_000),
         "thumbnail_link": f"https://example.com/vi/{video_id}/default.jpg",
-        "comments_disabled": random.random() < 0.02,
-        "ratings_disabled": random.random() < 0.005,
-        "video_error_or_removed": random.random() < 0.001,
-        "description": text if random.random() > 0.03 else "",
+        "comments_disabled": draw.random() < 0.02,
+        "ratings_disabled": draw.random() < 0.005,
+        "video_error_or_removed": draw.random() < 0.001,
+        "description": text if draw.random() > 0.03 else "",
     }
 
 
-def make_days(random: random.Random, video: dict) -> list[dict]:
+def make_days(draw: random.Random, video: dict) -> list[dict]:
     """One row for each day on which a video trends: views grow, all else stays."""
-    days = min(14, 1 + int(random.expovariate(1 / 3.5)))
+    days = min(14, 1 + int(draw.expovariate(1 / 3.5)))
     rows = []
     for day in range(days):
         views = int(video["views"] * (1 + 0.4 * day))

@@ -7,7 +7,8 @@ import sys
 import urllib.error
 import urllib.request
 import zipfile
-from http.client import HTTPException
+import zlib
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
 from tqdm import tqdm
@@ -45,36 +46,48 @@ def download(url: str, archive: Path) -> None:
     """
     part = archive.with_suffix(".zip.part")
     have = part.stat().st_size if part.exists() else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
     try:
-        request = urllib.request.Request(url, headers=headers)
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
-            if answer.status != 206:  # the server starts again
-                have = 0
-            left = answer.headers.get("Content-Length")
-            total = have + int(left) if left else None
-            bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=None)
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing is left to fetch, or the part is none of this file
+            if error.headers.get("Content-Range") == f"bytes */{have}":
+                os.replace(part, archive)
+                return
+            part.unlink()
+            raise FetchError("the file has changed since the last call: run this again") from None
+        raise FetchError(f"{url} answers {error.code} {error.reason}; {BY_HAND}") from None
+    except (OSError, HTTPException, ValueError) as error:
+        raise FetchError(f"{url} is out of reach ({error}); {BY_HAND}") from None
+    with answer:
+        if answer.status != 206:  # the server starts again
+            have = 0
+        left = answer.headers.get("Content-Length")
+        total = have + int(left) if left else None
+        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=None)
+        try:
             with open(part, "ab" if have else "wb") as file, bar:
-                while block := answer.read(1 << 20):
+                while block := read_block(answer):
                     file.write(block)
                     bar.update(len(block))
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # the part is no part of this file
-            part.unlink()
-            raise FetchError("the download had changed since: run this again") from None
-        raise FetchError(f"{url} answers {error.code} {error.reason}; {BY_HAND}") from None
-    except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-        raise FetchError(f"{url} is out of reach ({error}); {BY_HAND}") from None
-    except OSError as error:
-        raise FetchError(f"{part} cannot be written: {error.strerror}; make room there") from None
+        except OSError as error:
+            raise FetchError(f"{part} cannot be written: {error.strerror}; make room") from None
     size = part.stat().st_size
-    if total and size < total:
+    if total is not None and size < total:
         raise FetchError(f"cut off at {size:,} of {total:,} bytes: run this again, it goes on")
     os.replace(part, archive)
 
 
+def read_block(answer: HTTPResponse) -> bytes:
+    """Up to a megabyte; nothing where the connection broke, which the size then shows."""
+    try:
+        return answer.read1(1 << 20)
+    except (OSError, HTTPException):
+        return b""
+
+
 def unpack(archive: Path) -> None:
-    """Put the files into csv/, each checked and whole or not at all. Removes the archive.
+    """Put the files into csv/, checked and whole. Then, or when it is wrong, remove the archive.
 
     Raises: FetchError for what is not the data set.
     """
@@ -85,24 +98,23 @@ def unpack(archive: Path) -> None:
             for name in FILES:
                 content.extract(name, staging)
         lines = read_rows(staging / FILES[0], mend=mend_tags)
-        header = next(lines)
-        if missing := sorted(set(COLUMNS) - set(header)):
-            raise FetchError(f"{FILES[0]} lacks the column {', '.join(missing)}; {BY_HAND}")
+        missing = sorted(set(COLUMNS) - set(next(lines)))
         rows = sum(1 for _ in lines)
+        if missing:
+            raise DataError(f"{FILES[0]} lacks the column {', '.join(missing)}")
         if rows not in ROWS:
-            raise FetchError(f"{FILES[0]} has {rows:,} rows, not about 40,949; {BY_HAND}")
-        for name in FILES:
+            raise DataError(f"{FILES[0]} has {rows:,} rows, not about 40,949")
+        for name in reversed(FILES):  # the raw file last: with it the set is complete
             os.replace(staging / name, FOLDER / name)
-        print(f"{FOLDER / FILES[0]}: {rows:,} rows, all {len(COLUMNS)} columns")
-    except (zipfile.BadZipFile, KeyError, DataError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, DataError) as error:
+        archive.unlink()
         raise FetchError(f"what came is not the data set ({error}); {BY_HAND}") from None
     except OSError as error:
-        raise FetchError(
-            f"{staging} cannot be written: {error.strerror}; make room there"
-        ) from None
+        raise FetchError(f"{staging} cannot be written: {error.strerror}; make room") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        archive.unlink(missing_ok=True)
+    archive.unlink()
+    print(f"{FOLDER / FILES[0]}: {rows:,} rows, all {len(COLUMNS)} columns")
 
 
 def main() -> int:
@@ -117,7 +129,8 @@ def main() -> int:
         print(f"{FOLDER / FILES[0]} is there already: nothing to do")
         return 0
     try:
-        download(args.url, ARCHIVE)
+        if not ARCHIVE.exists():  # an earlier call may have got so far
+            download(args.url, ARCHIVE)
         unpack(ARCHIVE)
     except FetchError as error:
         print(f"error: {error}", file=sys.stderr)

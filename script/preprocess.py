@@ -12,6 +12,8 @@ from papermill.exceptions import PapermillExecutionError
 
 NOTEBOOK = "preprocessing.ipynb"
 EXECUTED = Path("csv/executed")
+# Parameters that are words, even where they look like a number.
+TEXTS = ("input_file", "csv_encoding", "output_dir", "text_columns", "cleaning", "group_by")
 
 
 def main() -> int:
@@ -38,7 +40,7 @@ def main() -> int:
         notebook = papermill.execute_notebook(
             NOTEBOOK,
             EXECUTED / NOTEBOOK,
-            {name: literal(value) for name, value in parameters.items()},
+            {name: literal(name, value) for name, value in parameters.items()},
             kernel_name="python3",
             progress_bar=sys.stderr.isatty(),
             extra_arguments=["--log-level=CRITICAL"],  # the kernel's own talk
@@ -52,8 +54,10 @@ def main() -> int:
     return 0
 
 
-def literal(text: str) -> object:
-    """`0.7`, `True` and `None` as Python values; all else as the text it is."""
+def literal(name: str, text: str) -> object:
+    """A parameter's value: `0.7`, `True` and `None` as Python has them, else the text it is."""
+    if name in TEXTS:
+        return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -3,8 +3,8 @@
 `preprocessing.ipynb` tells the story with these functions; `script/preprocess.py` runs it.
 """
 
-import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import train_test_split
 
-from dataset import DataError, canonical_label, read_rows, row_list, text_key
+from dataset import DataError, canonical_label, file_sha256, read_rows, row_list, text_key
 
 RAW_FILES = ("csv/USvideos.csv", "csv/USvideo.csv")
 SAMPLE_FILE = "csv/USvideos_sample.csv"
@@ -60,12 +60,16 @@ def check_parameters(**parameters) -> dict:
     """
     columns = parameters["text_columns"]
     columns = columns.split(",") if isinstance(columns, str) else list(columns)
-    shares = {name: parameters[name] for name in ("train_share", "test_share")}
     quantile, seed = parameters["top_quantile"], parameters["seed"]
+    once = len(columns) == len(set(columns)) > 0
     for name, good, wanted in (
-        ("text_columns", columns and set(columns) <= set(TEXT_COLUMNS), f"some of {TEXT_COLUMNS}"),
-        ("cleaning", parameters["cleaning"] in CLEANINGS, f"one of {tuple(CLEANINGS)}"),
-        ("group_by", parameters["group_by"] in GROUPINGS, f"one of {GROUPINGS}"),
+        (
+            "text_columns",
+            once and set(columns) <= set(TEXT_COLUMNS),
+            f"some of {', '.join(TEXT_COLUMNS)}, each once",
+        ),
+        ("cleaning", parameters["cleaning"] in CLEANINGS, f"one of {', '.join(CLEANINGS)}"),
+        ("group_by", parameters["group_by"] in GROUPINGS, f"one of {', '.join(GROUPINGS)}"),
         (
             "top_quantile",
             quantile is None or is_share(quantile),
@@ -73,7 +77,8 @@ def check_parameters(**parameters) -> dict:
         ),
         ("balance", isinstance(parameters["balance"], bool), "True or False"),
         ("seed", type(seed) is int and 0 <= seed < 2**32, "a whole number from 0 to 4294967295"),
-        *((name, is_share(value), "a share between 0 and 1") for name, value in shares.items()),
+        ("train_share", is_share(parameters["train_share"]), "a share between 0 and 1"),
+        ("test_share", is_share(parameters["test_share"]), "a share between 0 and 1"),
     ):
         if not good:
             raise DataError(f"parameter {name} is {parameters[name]!r}: give {wanted}")
@@ -100,31 +105,26 @@ def is_synthetic(path: str) -> bool:
     return Path(path).name == Path(SAMPLE_FILE).name
 
 
-def sha256(path: str) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def mend_tags(line: str) -> str:
     r"""Make the raw file's tags one quoted field: `"a"|"b"` is written `"a""|""b"` in CSV.
 
     Readers that are not strict take it as it stands, but also take a field that is cut off.
     """
-    return re.sub(r'(?<!")"\|"(?!")', '""|""', line)
+    return re.sub(r'(?<=[^",])"\|"(?=[^",])', '""|""', line)
 
 
 def read_raw(path: str, encoding: str, text_columns: list[str]) -> pd.DataFrame:
     """The raw rows, as text but for `category_id` (int).
 
-    A `video_id` that is none gets the first text column added: spreadsheets turn ids that start
-    with a minus into "#NAME?", which many videos then share.
+    A `video_id` that is none gets the title added: spreadsheets turn ids that start with a minus
+    into "#NAME?", which many videos then share.
 
-    Raises: DataError for what `dataset.read_rows` refuses, a missing column, or a category id
-        that is no number, with its rows.
+    Raises: DataError for what `dataset.read_rows` refuses, a missing column, and rows whose
+        category id is no number or whose trending date is none.
     """
     lines = read_rows(path, encoding, mend_tags)
     header = next(lines)
-    missing = {"video_id", "trending_date", "category_id", *text_columns} - set(header)
+    missing = {"video_id", "trending_date", "title", "category_id", *text_columns} - set(header)
     if missing:
         raise DataError(
             f"{path} has no column {', '.join(map(repr, sorted(missing)))}; it has "
@@ -133,28 +133,35 @@ def read_raw(path: str, encoding: str, text_columns: list[str]) -> pd.DataFrame:
     table = pd.DataFrame(list(lines), columns=header, dtype=object)
     if table.empty:
         raise DataError(f"{path} has a header and no rows")
-    category = table["category_id"].map(canonical_label)
-    odd = ~category.str.fullmatch(r"\d+")
-    if odd.any():
-        raise DataError(
-            f"{path}: category_id is no whole number in {row_list(np.flatnonzero(odd) + 1)}: mend "
-            "or remove them, and look for a missing quote in the row before"
-        )
+    table["category_id"] = table["category_id"].map(canonical_label)
+    day = pd.to_datetime(table["trending_date"], format="%y.%d.%m", errors="coerce")
+    for column, good, wanted in (
+        ("category_id", table["category_id"].str.fullmatch(r"\d+"), "a whole number"),
+        ("trending_date", day.notna(), "a date as 17.14.11 (year, day, month)"),
+    ):
+        if not good.all():
+            raise DataError(
+                f"{path}: {column} is not {wanted} in {row_list(np.flatnonzero(~good) + 1)}: mend "
+                "or remove these rows; is a quote missing in the row before?"
+            )
     damaged = ~table["video_id"].str.fullmatch(r"[\w-]{11}")
-    ids = table["video_id"].mask(damaged, table["video_id"] + " " + table[text_columns[0]])
-    return table.assign(category_id=category.astype(int), video_id=ids)
+    ids = table["video_id"].mask(damaged, table["video_id"] + " " + table["title"])
+    return table.assign(category_id=table["category_id"].astype(int), video_id=ids, day=day)
 
 
-def category_names(folder: Path) -> dict[int, str]:
-    """Names of the category ids, from US_category_id.json where it is there."""
+def category_names(folder: Path, ids: pd.Series) -> dict[int, str]:
+    """A name for each of the ids, no two the same: from US_category_id.json where it is there."""
     path = folder / "US_category_id.json"
-    if not path.exists():
-        return CATEGORY_NAMES
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))["items"]
-        return CATEGORY_NAMES | {int(item["id"]): item["snippet"]["title"] for item in items}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not the data set's category file: {error!r}") from None
+    names = CATEGORY_NAMES
+    if path.exists():
+        try:
+            items = json.loads(path.read_text(encoding="utf-8"))["items"]
+            names = names | {int(item["id"]): item["snippet"]["title"] for item in items}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is not the data set's category file: {error!r}") from None
+    found = {number: names.get(number, f"category {number}") for number in sorted(set(ids))}
+    twice = {name for name in found.values() if list(found.values()).count(name) > 1}
+    return {i: f"{name} ({i})" if name in twice else name for i, name in found.items()}
 
 
 # ------------------------------------------------------------------------------------------- texts
@@ -191,6 +198,19 @@ def make_texts(raw: pd.DataFrame, text_columns: list[str], cleaning: str) -> pd.
     return pd.Series(joined, index=raw.index, dtype=object).map(CLEANINGS[cleaning])
 
 
+def drop_empty(table: pd.DataFrame, text_columns: list[str]) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Drop rows that have no text, or none after cleaning; say so, and count both."""
+    empty = table["text"] == ""
+    blank = (table[text_columns].map(str.strip) == "").all(axis=1)
+    if blank.any():
+        print(f"warning: dropped for want of a text: {row_list(np.flatnonzero(blank) + 1)}")
+    counts = {
+        "rows_without_text": int(blank.sum()),
+        "rows_cleaned_away": int((empty & ~blank).sum()),
+    }
+    return table[~empty], counts
+
+
 # ------------------------------------------------------------------------------------------ labels
 
 
@@ -203,7 +223,6 @@ def make_labels(
     categories' counts are 0, 1, ... by falling count, and all others the next number. With None
     each category is its own label, by its name.
     """
-    names = {number: names.get(number, f"category {number}") for number in set(category_ids)}
     if top_quantile is None:
         labels = category_ids.map(names)
         return labels, {name: name for name in sorted(set(labels))}
@@ -223,18 +242,26 @@ def original_splits(
 ) -> dict[str, pd.DataFrame]:
     """The original's protocol, by rows: it leaks, since a video's rows fall into every split.
 
-    Rows are shuffled and cut at `train_share`; the training part is balanced by down-sampling
-    every label to the rarest; the rest is split again, stratified, `test_share` of it for test.
+    A random `train_share` of the rows trains, balanced by down-sampling every label to the
+    rarest; the rest is split again, stratified by label, `test_share` of it for test. Which rows
+    are drawn is as in the original: its files' labels come out in the same order.
+
+    Raises: DataError for too few rows.
     """
-    shuffled = table.sample(frac=1, random_state=seed)
-    cut = int(len(shuffled) * train_share)
-    train, rest = shuffled.iloc[:cut], shuffled.iloc[cut:]
+    try:
+        train, rest = train_test_split(table, train_size=train_share, random_state=seed)
+        # one row of a label cannot be stratified
+        rare = rest["label"].value_counts().min() < 2
+        if rare:
+            print("warning: original: not stratified, since a label has one row outside training")
+        test, val = train_test_split(
+            rest, train_size=test_share, random_state=seed, stratify=None if rare else rest["label"]
+        )
+    except ValueError as error:
+        raise DataError(f"too few rows for these shares and labels: {error}") from None
     if balance:
         groups = train.groupby("label")
         train = groups.sample(n=groups.size().min(), random_state=seed)
-    # a label with one row cannot be stratified
-    stratify = rest["label"] if rest["label"].value_counts().min() > 1 else None
-    val, test = train_test_split(rest, test_size=test_share, random_state=seed, stratify=stratify)
     return only_known_labels({"train": train, "val": val, "test": test})
 
 
@@ -246,27 +273,22 @@ def unseen_splits(
     Videos whose texts are equal stay together, and with `group_by="channel"` all videos of a
     channel. With "time" the videos that trended first train, and the last ones test.
 
-    Raises: DataError for a trending_date that is not as in `17.14.11`, or no channel_title.
+    Raises: DataError for no channel_title, or too few rows.
     """
-    day = pd.to_datetime(table["trending_date"], format="%y.%d.%m", errors="coerce")
-    if day.isna().any():
-        raise DataError(
-            f"trending_date is not as in 17.14.11, in {row_list(day.index[day.isna()] + 1)}"
-        )
     if group_by == "channel" and "channel_title" not in table:
         raise DataError("group_by 'channel' needs the column channel_title")
-    videos = table.assign(day=day).sort_values("day", kind="stable").drop_duplicates("video_id")
+    videos = table.sort_values("day", kind="stable").drop_duplicates("video_id")
     keys = [videos["text"].map(text_key)]
     group = connected([*keys, videos["channel_title"]] if group_by == "channel" else keys)
-    if group_by == "time":
-        first_day = videos.groupby(group)["day"].min().sort_values(kind="stable")
-        order = first_day.index.to_numpy()
-        train, rest = np.split(order, [int(len(order) * train_share)])
-        val, test = np.split(rest, [round(len(rest) * (1 - test_share))])
-    else:
-        train, rest = train_test_split(np.unique(group), train_size=train_share, random_state=seed)
-        val, test = train_test_split(rest, test_size=test_share, random_state=seed)
-    parts = {"train": train, "val": val, "test": test}
+    # groups in order of their first day, or in a random one
+    order = videos.groupby(group)["day"].min().sort_values(kind="stable").index.to_numpy()
+    if group_by != "time":
+        order = np.random.default_rng(seed).permutation(order)
+    first = round(len(order) * train_share)
+    second = first + round((len(order) - first) * (1 - test_share))
+    parts = dict(zip(("train", "val", "test"), np.split(order, [first, second]), strict=True))
+    if not all(len(part) for part in parts.values()):
+        raise DataError(f"too few videos for these shares: {len(order)} that differ in text")
     return only_known_labels({name: videos[np.isin(group, part)] for name, part in parts.items()})
 
 
@@ -320,14 +342,44 @@ def describe(splits: dict[str, pd.DataFrame]) -> dict[str, dict]:
 
 
 def write_splits(folder: Path, splits: dict[str, pd.DataFrame], about: dict) -> None:
-    """Write `{train,val,test}_simple.csv` and split.json. Same content, same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, split in splits.items():
-        split[["text", "label"]].to_csv(
-            folder / f"{name}_simple.csv", index=False, lineterminator="\n"
+    """Write `{train,val,test}_simple.csv`, then split.json, each whole. Same content, same bytes.
+
+    Raises: DataError for files of others, which are not written over, or a folder that cannot be
+        written to.
+    """
+    try:
+        check_own(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        hashes = {}
+        for name, split in splits.items():
+            path = folder / f"{name}_simple.csv"
+            partial = path.with_suffix(".partial")
+            split[["text", "label"]].to_csv(partial, index=False, lineterminator="\n")
+            hashes[path.name] = file_sha256(partial)
+        partial = folder / "split.partial"
+        content = {**about, "files": hashes, "splits": describe(splits)}
+        partial.write_text(
+            json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-    text = json.dumps({**about, "splits": describe(splits)}, indent=2, ensure_ascii=False)
-    (folder / "split.json").write_text(text + "\n", encoding="utf-8")
+        for name in hashes:
+            os.replace((folder / name).with_suffix(".partial"), folder / name)
+        os.replace(partial, folder / "split.json")
+    except OSError as error:
+        raise DataError(f"output_dir {folder} cannot be written to: {error.strerror}") from None
+
+
+def check_own(folder: Path) -> None:
+    """Refuse to write over split files that split.json does not list as they are."""
+    try:
+        hashes = json.loads((folder / "split.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        hashes = {}
+    for name in ("train_simple.csv", "val_simple.csv", "test_simple.csv"):
+        path = folder / name
+        if path.exists() and file_sha256(path) != hashes.get(name):
+            raise DataError(
+                f"{path} was not made by this: move it away, or give another output_dir"
+            )
 
 
 def summary(folder: Path) -> str:
@@ -337,6 +389,8 @@ def summary(folder: Path) -> str:
     ]
     for place in (folder, folder / "unseen"):
         about = json.loads((place / "split.json").read_text(encoding="utf-8"))
+        if about["synthetic"] and place == folder:
+            lines.insert(0, "SYNTHETIC SAMPLE: made-up videos, its figures mean nothing")
         for name, split in about["splits"].items():
             lines.append(
                 f"{about['protocol']:10}{name:7}{split['rows']:8,}{split['distinct_texts']:8,}"

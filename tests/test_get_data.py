@@ -2,9 +2,12 @@
 
 import io
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -30,6 +33,11 @@ def archive(rows: int = 40_949, header: str = ",".join(COLUMNS), leave_out: str 
     return buffer.getvalue()
 
 
+def damaged(data: bytes) -> bytes:
+    """With its first file's compressed bytes overwritten."""
+    return data[:200] + b"\xff" * 200 + data[400:]
+
+
 @pytest.fixture
 def server():
     """Serves `server.data`; after `server.cut` bytes it hangs up; records the ranges asked for."""
@@ -38,20 +46,29 @@ def server():
         def do_GET(self):
             start = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-")
             server.ranges.append(int(start))
-            if int(start) > len(server.data):
-                self.send_error(416)
+            if int(start) >= len(server.data) > 0:
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(server.data)}")
+                self.end_headers()
                 return
             body = server.data[int(start) :]
             self.send_response(server.status or (206 if int(start) else 200))
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body[: server.cut])
+            if server.reset:  # without the orderly end of a connection
+                self.wfile.flush()
+                time.sleep(0.2)
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.connection.close()
 
         def log_message(self, *words):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.data, server.cut, server.status, server.ranges = b"", None, None, []
+    server.reset = False
     server.url = f"http://127.0.0.1:{server.server_port}/youtube-new"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -77,15 +94,25 @@ def test_the_files_are_fetched_checked_and_unpacked_once(clone, server):
     assert "is there already" in again.stdout
 
 
-def test_a_cut_connection_is_gone_on_with(clone, server):
-    server.data, server.cut = archive(), 200_000
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_cut_connection_is_gone_on_with(clone, server, reset):
+    server.data, server.cut, server.reset = archive(), 200_000, reset
     done = fetch(clone, server.url)
     assert done.returncode == 2
     assert f"error: cut off at 200,000 of {len(server.data):,} bytes: run this again" in done.stderr
     assert left(clone) == {"youtube-new.zip.part"}
-    server.cut = None
+    server.cut, server.reset = None, False
     assert fetch(clone, server.url).returncode == 0
     assert server.ranges == [0, 200_000]
+    assert left(clone) == {"USvideos.csv", "US_category_id.json"}
+
+
+@pytest.mark.parametrize("name", ["youtube-new.zip.part", "youtube-new.zip"])
+def test_a_call_that_was_killed_late_is_gone_on_with(clone, server, name):
+    server.data = archive()
+    (clone / "csv" / name).write_bytes(server.data)
+    assert fetch(clone, server.url).returncode == 0
+    assert server.ranges == ([len(server.data)] if name.endswith("part") else [])
     assert left(clone) == {"USvideos.csv", "US_category_id.json"}
 
 
@@ -101,10 +128,11 @@ def test_a_part_of_another_file_is_thrown_away(clone, server):
     [
         (b"<html>sign in</html>", "what came is not the data set (File is not a zip file)"),
         (archive(leave_out="USvideos.csv"), "There is no item named 'USvideos.csv'"),
+        (damaged(archive()), "what came is not the data set"),
         (archive(rows=100), "USvideos.csv has 100 rows, not about 40,949"),
         (archive(header=",".join([*COLUMNS[:15], "x"])), "lacks the column description"),
     ],
-    ids=["page", "member", "rows", "columns"],
+    ids=["page", "member", "damaged", "rows", "columns"],
 )
 def test_a_wrong_file_is_refused_and_leaves_nothing(clone, server, data, message):
     server.data = data
@@ -118,7 +146,7 @@ def test_a_wrong_file_is_refused_and_leaves_nothing(clone, server, data, message
 
 def test_without_a_network_or_an_answer_the_way_by_hand_is_named(clone, server):
     server.status = 403
-    for url in (server.url, "http://127.0.0.1:9/", "http://no-such-host.invalid/"):
+    for url in (server.url, "http://127.0.0.1:9/", "foo", "http://no-such-host.invalid/"):
         done = fetch(clone, url)
         assert done.returncode == 2
         assert "put USvideos.csv and US_category_id.json into csv/" in done.stderr
@@ -135,4 +163,7 @@ def test_no_space_is_said_and_nothing_half_is_left(clone, server, blocks):
     )  # fmt: skip
     assert done.returncode == 2
     assert "cannot be written: File too large; make room" in done.stderr
-    assert not left(clone) & {"USvideos.csv", "unpacking", "youtube-new.zip"}
+    assert not left(clone) & {"USvideos.csv", "unpacking"}
+    again = fetch(clone, server.url)  # with room: nothing is fetched twice
+    assert again.returncode == 0
+    assert server.ranges[1:] in ([], [100 * 1024])

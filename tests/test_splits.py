@@ -28,8 +28,9 @@ needs_real_data = pytest.mark.skipif(
 def raw_table(path: str = SAMPLE, encoding: str = "utf-8") -> pd.DataFrame:
     raw = splits.read_raw(path, encoding, ["title"])
     table = raw.assign(text=splits.make_texts(raw, ["title"], "original"))
-    table = table[table["text"] != ""]
-    return table.assign(label=splits.make_labels(table["category_id"], 0.7, {})[0])
+    table, _ = splits.drop_empty(table, ["title"])
+    names = splits.category_names(ROOT, table["category_id"])
+    return table.assign(label=splits.make_labels(table["category_id"], 0.7, names)[0])
 
 
 @pytest.mark.parametrize(
@@ -56,11 +57,12 @@ def test_columns_are_joined_and_tidied():
 
 def test_labels_are_numbered_by_falling_count_or_named():
     ids = pd.Series([5] * 9 + [3] * 6 + [8] * 2 + [9])
-    labels, names = splits.make_labels(ids, 0.4, {5: "five", 3: "three"})
+    titles = {5: "five", 3: "three", 8: "eight", 9: "nine"}
+    labels, names = splits.make_labels(ids, 0.4, titles)
     assert names == {"0": "five", "1": "three", "2": "other"}
     assert labels.tolist() == ["0"] * 9 + ["1"] * 6 + ["2"] * 3
-    labels, names = splits.make_labels(ids, None, {5: "five", 3: "three"})
-    assert set(labels) == set(names) == {"five", "three", "category 8", "category 9"}
+    labels, names = splits.make_labels(ids, None, titles)
+    assert set(labels) == set(names) == set(titles.values())
 
 
 def test_the_originals_protocol():
@@ -68,20 +70,43 @@ def test_the_originals_protocol():
     parts = splits.original_splits(table, 42, 0.8, 0.8, balance=True)
     counts = parts["train"]["label"].value_counts()
     assert counts.nunique() == 1
-    rest = len(table) - int(0.8 * len(table))
-    assert len(parts["val"]) + len(parts["test"]) == rest
-    assert len(parts["test"]) == round(0.8 * rest)
     for label, share in parts["val"]["label"].value_counts(normalize=True).items():
         assert share == pytest.approx((parts["test"]["label"] == label).mean(), abs=0.02)
     whole = splits.original_splits(table, 42, 0.8, 0.8, balance=False)
-    assert len(whole["train"]) == int(0.8 * len(table))
+    assert sum(map(len, whole.values())) == len(table)
     known = set(parts["train"]["text"])
     assert parts["test"]["text"].isin(known).mean() > 0.5  # it leaks
+
+
+def test_the_originals_protocol_draws_the_sizes_of_the_published_files():
+    counts = (9964, 6472, 4143, 3444, 3210, 13662)  # rows of each label in the full file
+    table = pd.DataFrame({"label": np.repeat(list("012345"), counts)})
+    parts = splits.original_splits(table, 42, 0.8, 0.8, balance=True)
+    assert (len(parts["val"]), len(parts["test"])) == (1636, 6543)
+
+
+@needs_real_data
+def test_the_second_split_gives_the_published_files_labels_in_their_order(monkeypatch):
+    """The stratified draw orders labels by their counts alone, so it can be repeated exactly."""
+    files = [REAL_DATA / "seed_splits" / f"{name}_simple.csv" for name in ("test", "val")]
+    test, val = (pd.read_csv(path, dtype=str)["label"] for path in files)
+    rest = pd.DataFrame({"label": sorted([*test, *val])})
+    draw = splits.train_test_split
+    first = iter([(rest, rest)])  # stands for the draw of the training rows
+    monkeypatch.setattr(
+        splits, "train_test_split", lambda *data, **how: next(first, None) or draw(*data, **how)
+    )
+    parts = splits.original_splits(rest, 42, 0.8, 0.8, balance=False)
+    assert parts["test"]["label"].tolist() == test.tolist()
+    assert parts["val"]["label"].tolist() == val.tolist()
 
 
 @pytest.mark.parametrize("group_by", splits.GROUPINGS)
 def test_the_unseen_protocol_shares_nothing(group_by):
     table = raw_table()
+    again = table.drop_duplicates("video_id").head(60)  # the same titles, uploaded once more
+    again = again.assign(video_id="again " + again["video_id"], channel_title="another")
+    table = pd.concat([table, again.assign(day=table["day"].max())], ignore_index=True)
     parts = splits.unseen_splits(table, 42, 0.8, 0.8, group_by)
     columns = ["video_id", "text", *(["channel_title"] if group_by == "channel" else [])]
     for column in columns:
@@ -91,8 +116,8 @@ def test_the_unseen_protocol_shares_nothing(group_by):
     assert everything["video_id"].is_unique
     assert len(everything) == table["video_id"].nunique()
     if group_by == "time":
-        repeated = everything["text"].duplicated(keep=False)  # these stay with the first of them
-        part = {name: rows[~repeated[rows.index]]["day"] for name, rows in parts.items()}
+        day = everything.groupby("text")["day"].transform("min")  # a text stays with its first
+        part = {name: day[rows.index] for name, rows in parts.items()}
         assert part["train"].max() <= part["val"].min() <= part["val"].max() <= part["test"].min()
     if group_by == "video":
         assert len(parts["train"]) / len(everything) == pytest.approx(0.8, abs=0.02)
@@ -107,8 +132,39 @@ def test_equal_texts_and_channels_are_joined_through_others():
 
 def test_ids_that_a_spreadsheet_destroyed_do_not_join_videos(tmp_path):
     rows = [("#NAME?", "17.14.11", f"title {i}", 1) for i in (1, 2, 1)]
-    raw = splits.read_raw(write_csv(tmp_path / "r.csv", rows, COLUMNS), "utf-8", ["title"])
+    raw = splits.read_raw(write_csv(tmp_path / "r.csv", rows, COLUMNS), "utf-8", [])
     assert raw["video_id"].nunique() == 2
+
+
+def test_rows_without_a_title_are_dropped_counted_and_named(tmp_path, capsys):
+    rows = [("a", "17.14.11", title, 1) for title in ("cats", " ", "the 42", "")]
+    raw = splits.read_raw(write_csv(tmp_path / "r.csv", rows, COLUMNS), "utf-8", ["title"])
+    table = raw.assign(text=splits.make_texts(raw, ["title"], "original"))
+    table, counts = splits.drop_empty(table, ["title"])
+    assert table["text"].tolist() == ["cats"]
+    assert counts == {"rows_without_text": 2, "rows_cleaned_away": 1}
+    assert "dropped for want of a text: 2 rows (2, 4)" in capsys.readouterr().out
+
+
+def test_too_few_rows_are_refused():
+    few = raw_table().drop_duplicates("text").head(3)
+    with pytest.raises(DataError, match="too few"):
+        splits.unseen_splits(few, 1, 0.8, 0.8, "video")
+    with pytest.raises(DataError, match="too few"):
+        splits.original_splits(few, 1, 0.8, 0.8, balance=True)
+
+
+def test_files_of_others_are_not_written_over(tmp_path):
+    table = raw_table()
+    parts = splits.unseen_splits(table, 1, 0.8, 0.8, "video")
+    splits.write_splits(tmp_path / "a", parts, {})
+    splits.write_splits(tmp_path / "a", parts, {})
+    (tmp_path / "a" / "val_simple.csv").write_text("text,label\nmine,1\n")
+    with pytest.raises(DataError, match=r"val_simple.csv was not made by this: move it away"):
+        splits.write_splits(tmp_path / "a", parts, {})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written to"):
+        splits.write_splits(tmp_path / "file", parts, {})
 
 
 def test_labels_that_training_lacks_are_dropped_and_said(capsys):
@@ -127,7 +183,9 @@ GOOD = ("2kyS6SvSYSE", "17.14.11", "a title", "22")
         (b"video_id,title\nx,y\n", "no column 'category_id', 'trending_date'; it has 'video_id'"),
         (b"video_id,trending_date,title,category_id\n", "a header and no rows"),
         (b"video_id,trending_date,title,category_id\na,17.14.11,t,22\nb,17.14.11,t,Music\n",
-         "category_id is no whole number in row 2"),
+         "category_id is not a whole number in row 2"),
+        (b"video_id,trending_date,title,category_id\na,2017-11-14,t,22\n",
+         "trending_date is not a date as 17.14.11 (year, day, month) in row 1"),
         (b'video_id,trending_date,category_id,title\na,17.14.11,22,t\nb,17.14.11,22,"cut of',
          "the row that starts at line 3: unexpected end of data"),
         ("video_id,trending_date,title,category_id\na,b,c,1\n".encode("utf-16"), "perhaps utf-16"),
@@ -152,8 +210,9 @@ def test_tags_of_the_real_file_are_read_though_they_are_no_valid_csv(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("text_columns", "title,views"), ("cleaning", "some"), ("group_by", "day"), ("seed", -1),
-     ("top_quantile", 2), ("balance", "yes"), ("train_share", 1.0), ("test_share", "half")],
+    [("text_columns", "title,views"), ("text_columns", "tags,tags"), ("cleaning", "some"),
+     ("group_by", "day"), ("seed", -1), ("top_quantile", 2), ("balance", "yes"),
+     ("train_share", 1.0), ("test_share", "half")],
 )  # fmt: skip
 def test_parameters_that_are_refused(name, value):
     good = {
@@ -166,13 +225,16 @@ def test_parameters_that_are_refused(name, value):
 
 
 def test_category_names_come_from_the_file_where_it_is(tmp_path):
-    assert splits.category_names(tmp_path)[10] == "Music"
+    ids = pd.Series([10, 10, 99, 23, 34])
+    assert splits.category_names(tmp_path, ids) == {
+        10: "Music", 23: "Comedy (23)", 34: "Comedy (34)", 99: "category 99"
+    }  # fmt: skip
     path = tmp_path / "US_category_id.json"
     path.write_text('{"items": [{"id": "10", "snippet": {"title": "Songs"}}]}')
-    assert splits.category_names(tmp_path)[10] == "Songs"
+    assert splits.category_names(tmp_path, ids)[10] == "Songs"
     path.write_text("{}")
     with pytest.raises(DataError, match="is not the data set's category file"):
-        splits.category_names(tmp_path)
+        splits.category_names(tmp_path, ids)
 
 
 def test_the_sample_is_what_its_generator_writes_and_a_fair_rehearsal(tmp_path):
@@ -183,7 +245,7 @@ def test_the_sample_is_what_its_generator_writes_and_a_fair_rehearsal(tmp_path):
     assert len(content) < 1_000_000
     table = raw_table()
     assert table["category_id"].nunique() == 16
-    assert len(table.columns) == 16 + 2
+    assert len(table.columns) == 16 + 3  # day, text, label
     assert (table["description"] == "").any()
     assert table["description"].str.contains(r"\n", regex=False).any()
     assert (table["comments_disabled"] == "True").any()
@@ -205,7 +267,7 @@ def preprocess(clone, *flags: str, out: str = "csv"):
 def test_the_notebook_runs_headless_on_the_sample_and_repeats_itself(clone):
     done, folder = preprocess(clone)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("protocol")
+    assert done.stdout.startswith("SYNTHETIC SAMPLE: made-up videos")
     assert "executed notebook and 4 pictures: csv/executed" in done.stdout
     assert len(list((clone / "csv/executed").glob("*.png"))) == 4
     about = json.loads((folder / "split.json").read_text())
@@ -230,6 +292,9 @@ def test_the_notebook_runs_headless_on_the_sample_and_repeats_itself(clone):
         (["-p", "group_by", "day"], "parameter group_by is 'day'"),
         (["-p", "colour", "red"], "-p colour: the parameters are input_file, "),
         (["-p", "input_file", "nowhere.csv"], "nowhere.csv cannot be read"),
+        (["-p", "csv_encoding", "1525"], "cannot be read: unknown encoding: 1525"),
+        (["-p", "text_columns", "5"], "parameter text_columns is '5'"),
+        (["-p", "output_dir", "main.py"], "output_dir main.py cannot be written to"),
     ],
 )
 def test_the_runner_answers_a_mistake_with_one_line(clone, flags, message):
@@ -259,6 +324,26 @@ def test_real_titles_are_cleaned_as_the_original_did():
 
 
 @needs_real_data
+def test_both_protocols_on_the_real_titles(clone):
+    raw = str(REAL_DATA / "raw" / "USvideos_14999_titles_cp1252.csv")
+    done, folder = preprocess(clone, "-p", "input_file", raw, "-p", "csv_encoding", "cp1252")
+    assert done.returncode == 0, done.stderr
+    assert "SYNTHETIC" not in done.stdout
+    original, unseen = (
+        json.loads((place / "split.json").read_text())["splits"]["test"]
+        for place in (folder, folder / "unseen")
+    )
+    assert original["share_in_train"] > 0.7
+    assert original["lookup_accuracy"] > 0.85
+    assert unseen["share_in_train"] == 0
+    assert unseen["lookup_accuracy"] < 0.5
+    names = ("train", "val", "test")
+    files = [folder / "unseen" / f"{name}_simple.csv" for name in names]
+    texts = [set(map(text_key, read_split(path, text_columns=["text"]).texts)) for path in files]
+    assert sum(map(len, texts)) == len(set.union(*texts))
+
+
+@needs_real_data
 @pytest.mark.parametrize("columns", ["title", "title,channel_title,tags,description"])
 def test_the_real_files_sixteen_columns(clone, columns):
     raw = str(REAL_DATA / "raw" / "USvideos_3000_all_columns.csv")
@@ -284,11 +369,21 @@ def test_the_run_scripts_make_the_split_files_anew_once_the_real_file_is_there(c
         return done.stderr
 
     first, second = prepare(), prepare()
-    assert "is made by preprocessing.ipynb" in first
-    assert "is made by" not in second
+    assert "preprocessing.ipynb makes the split files" in first
+    assert "makes the split files" not in second
     assert "SYNTHETIC SAMPLE" in first
     assert "SYNTHETIC SAMPLE" in second
-    shutil.copy(clone / splits.SAMPLE_FILE, clone / "csv" / "USvideos.csv")
+    shutil.copy(clone / splits.SAMPLE_FILE, clone / "csv" / "USvideo.csv")
     third = prepare()
-    assert "is made by preprocessing.ipynb" in third
+    assert "preprocessing.ipynb makes the split files" in third
     assert "SYNTHETIC" not in third
+
+
+def test_the_run_scripts_leave_a_users_own_split_files(clone):
+    assert preprocess(clone)[0].returncode == 0
+    own = clone / "csv" / "train_simple.csv"
+    own.write_text("text,label\nmine,1\nyours,0\n")
+    shutil.copy(clone / splits.SAMPLE_FILE, clone / "csv" / "USvideos.csv")
+    done = bash(clone, "run_og.sh", "--num_train_epochs", "0")
+    assert done.stderr.startswith("error: --num_train_epochs: 0 is out of range")
+    assert own.read_text().startswith("text,label\nmine")
