@@ -89,6 +89,218 @@ LEARNING_RATE = number(float, 0, 1e30, open_low=True)
 NON_NEGATIVE = number(float, 0, float("inf"))
 
 
+def switch(group, flag: str, help_text: str, **options) -> None:
+    """A boolean that takes `--flag` and `--flag True|False` alike."""
+    group.add_argument(
+        flag, type=boolean, nargs="?", const=True, metavar="BOOL", help=help_text, **options
+    )
+
+
+def add_task_flags(parser: Parser) -> None:
+    """What to do."""
+    group = parser.add_argument_group("what to do (at least one)")
+    switch(group, "--do_train", "tune on the training file", default=False)
+    switch(group, "--do_eval", "evaluate on the validation file", default=False)
+    switch(group, "--do_predict", "predict the test file; score it if it has labels", default=False)
+
+
+def add_data_flags(parser: Parser) -> None:
+    """Files and columns."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--train_file", default="csv/train_simple.csv", help="[%(default)s]")
+    group.add_argument("--validation_file", default="csv/val_simple.csv", help="[%(default)s]")
+    group.add_argument("--test_file", default="csv/test_simple.csv", help="[%(default)s]")
+    group.add_argument(
+        "--text_column_names",
+        type=names,
+        default=["text"],
+        metavar="A,B",
+        help="column(s) that hold the text, separated by commas [text]",
+    )
+    group.add_argument(
+        "--text_column_delimiter",
+        default=" ",
+        metavar="STR",
+        help="what joins several text columns [one blank]",
+    )
+    group.add_argument(
+        "--label_column_name", default="label", metavar="NAME", help="label column [%(default)s]"
+    )
+    group.add_argument(
+        "--problem_type",
+        choices=["single_label_classification", "multi_label_classification"],
+        help="multi-label: the labels of one row are separated by | "
+        "[single, or that of the tuned folder]",
+    )
+    group.add_argument(
+        "--csv_encoding",
+        default="utf-8",
+        metavar="NAME",
+        help="encoding of the CSV files, such as cp1252 or utf-16 [%(default)s]",
+    )
+    switch(group, "--drop_empty", "drop rows with a blank text instead of refusing", default=False)
+
+
+def add_model_flags(parser: Parser) -> None:
+    """Backbone, precision, seed."""
+    group = parser.add_argument_group("model and machine")
+    group.add_argument(
+        "--model_name_or_path",
+        default=DEFAULT_BACKBONE,
+        metavar="NAME",
+        help="a BERT on the hub, a local folder, or a folder that this program wrote [%(default)s]",
+    )
+    group.add_argument(
+        "--max_seq_length",
+        type=number(int, 3, 1e6),
+        metavar="N",
+        help="longest text in tokens, [CLS] and [SEP] included; the rest is cut "
+        "[128, or that of the tuned folder]",
+    )
+    group.add_argument(
+        "--per_device_eval_batch_size", type=POSITIVE_INT, default=64, metavar="N", help="[64]"
+    )
+    group.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="auto: bfloat16 autocast where the processor has it [auto]",
+    )
+
+    group.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="[%(default)s]"
+    )
+
+
+def add_prefix_flags(parser: Parser) -> None:
+    """The prefix."""
+    group = parser.add_argument_group(NEEDS_TRAINING[0])
+    switch(group, "--prefix", "freeze the backbone; tune a prefix in every layer", default=False)
+    group.add_argument(
+        "--pre_seq_len",
+        type=POSITIVE_INT,
+        metavar="N",
+        help=f"number of virtual tokens [{PREFIX_DEFAULTS['pre_seq_len']}]",
+    )
+    switch(group, "--prefix_projection", "reparametrise the prefix by an MLP [False]")
+    group.add_argument(
+        "--prefix_hidden_size",
+        type=POSITIVE_INT,
+        metavar="N",
+        help=f"width of that MLP [{PREFIX_DEFAULTS['prefix_hidden_size']}]",
+    )
+
+
+def add_loop_flags(parser: Parser) -> None:
+    """The loop."""
+    group = parser.add_argument_group(NEEDS_TRAINING[1])
+    group.add_argument(
+        "--num_train_epochs", type=POSITIVE_INT, metavar="N", help=f"[{by_way('num_train_epochs')}]"
+    )
+    group.add_argument(
+        "--per_device_train_batch_size", type=POSITIVE_INT, default=32, metavar="N", help="[32]"
+    )
+    group.add_argument(
+        "--gradient_accumulation_steps",
+        type=POSITIVE_INT,
+        default=1,
+        metavar="N",
+        help="batches whose gradients make one step; their examples all weigh the same [1]",
+    )
+    group.add_argument(
+        "--learning_rate",
+        type=LEARNING_RATE,
+        metavar="LR",
+        help=f"peak; the default suits the bundled backbone [{by_way('learning_rate')}]",
+    )
+    group.add_argument(
+        "--head_learning_rate",
+        type=LEARNING_RATE,
+        metavar="LR",
+        help="peak, of the classification head [that of --learning_rate]",
+    )
+    group.add_argument(
+        "--weight_decay",
+        type=number(float, 0, 1),
+        default=0.01,
+        metavar="W",
+        help="AdamW's, not on biases, LayerNorm and the prefix [%(default)s]",
+    )
+    group.add_argument(
+        "--max_grad_norm", type=POSITIVE, default=1.0, metavar="X", help="clip above it [1.0]"
+    )
+    group.add_argument(
+        "--warmup_steps",
+        type=NON_NEGATIVE,
+        default=0.06,
+        metavar="N",
+        help="steps of linear warm-up; below 1: a share of all steps [0.06]",
+    )
+    group.add_argument(
+        "--hidden_dropout_prob",
+        type=number(float, 0, 0.99),
+        default=0.0,
+        metavar="P",
+        help="dropout of hidden layers and before the head; that of attention is the backbone's "
+        "own [%(default)s]",
+    )
+    group.add_argument(
+        "--max_train_samples",
+        type=POSITIVE_INT,
+        metavar="N",
+        help="train on N rows drawn at random by --seed [all]",
+    )
+    group.add_argument(
+        "--logging_steps",
+        type=POSITIVE_INT,
+        default=50,
+        metavar="N",
+        help="steps between two lines of metrics.jsonl [%(default)s]",
+    )
+
+
+def add_choice_flags(parser: Parser) -> None:
+    """Evaluation while training, and what is kept."""
+    group = parser.add_argument_group(NEEDS_TRAINING[2])
+    group.add_argument(
+        "--eval_strategy",
+        "--evaluation_strategy",
+        choices=["no", "epoch"],
+        help="when to evaluate while training [epoch, with --do_eval]",
+    )
+    switch(group, "--load_best_model_at_end", "keep the best epoch, not the last [where evaluated]")
+    group.add_argument(
+        "--metric_for_best_model",
+        choices=["accuracy", "macro_f1", "micro_f1", "loss"],
+        help="on the validation file [accuracy; multi-label: micro_f1]",
+    )
+    group.add_argument(
+        "--early_stopping_patience",
+        type=COUNT,
+        default=0,
+        metavar="N",
+        help="stop after N evaluations without a better one; 0: never [0]",
+    )
+    group.add_argument(
+        "--save_strategy",
+        default="no",
+        choices=["no", "epoch"],
+        help="epoch: also keep each epoch's model, in checkpoint-STEP [no]",
+    )
+
+
+def add_output_flags(parser: Parser) -> None:
+    """Where results go."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", required=True, metavar="DIR", help="folder of the results")
+    switch(
+        group,
+        "--overwrite_output_dir",
+        "replace the results that an earlier run left there",
+        default=False,
+    )
+
+
 def build_parser() -> Parser:
     """All flags, in groups."""
     parser = Parser(
@@ -97,198 +309,13 @@ def build_parser() -> Parser:
         "all of its weights, or a prefix of virtual tokens (--prefix).",
         allow_abbrev=False,
     )
-
-    def switch(group, flag: str, help_text: str, **options) -> None:
-        """A boolean that takes `--flag` and `--flag True|False` alike."""
-        group.add_argument(
-            flag, type=boolean, nargs="?", const=True, metavar="BOOL", help=help_text, **options
-        )
-
-    task = parser.add_argument_group("what to do (at least one)")
-    switch(task, "--do_train", "tune on the training file", default=False)
-    switch(task, "--do_eval", "evaluate on the validation file", default=False)
-    switch(task, "--do_predict", "predict the test file; score it if it has labels", default=False)
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--train_file", default="csv/train_simple.csv", help="[%(default)s]")
-    data.add_argument("--validation_file", default="csv/val_simple.csv", help="[%(default)s]")
-    data.add_argument("--test_file", default="csv/test_simple.csv", help="[%(default)s]")
-    data.add_argument(
-        "--text_column_names",
-        type=names,
-        default=["text"],
-        metavar="A,B",
-        help="column(s) that hold the text, separated by commas [text]",
-    )
-    data.add_argument(
-        "--text_column_delimiter",
-        default=" ",
-        metavar="STR",
-        help="what joins several text columns [one blank]",
-    )
-    data.add_argument(
-        "--label_column_name", default="label", metavar="NAME", help="label column [%(default)s]"
-    )
-    data.add_argument(
-        "--problem_type",
-        choices=["single_label_classification", "multi_label_classification"],
-        help="multi-label: the labels of one row are separated by | "
-        "[single, or that of the tuned folder]",
-    )
-    data.add_argument(
-        "--csv_encoding",
-        default="utf-8",
-        metavar="NAME",
-        help="encoding of the CSV files, such as cp1252 or utf-16 [%(default)s]",
-    )
-    switch(data, "--drop_empty", "drop rows with a blank text instead of refusing", default=False)
-
-    model = parser.add_argument_group("model and machine")
-    model.add_argument(
-        "--model_name_or_path",
-        default=DEFAULT_BACKBONE,
-        metavar="NAME",
-        help="a BERT on the hub, a local folder, or a folder that this program wrote [%(default)s]",
-    )
-    model.add_argument(
-        "--max_seq_length",
-        type=number(int, 3, 1e6),
-        metavar="N",
-        help="longest text in tokens, [CLS] and [SEP] included; the rest is cut "
-        "[128, or that of the tuned folder]",
-    )
-    model.add_argument(
-        "--per_device_eval_batch_size", type=POSITIVE_INT, default=64, metavar="N", help="[64]"
-    )
-    model.add_argument(
-        "--precision",
-        default="auto",
-        choices=["auto", "fp32", "bf16"],
-        help="auto: bfloat16 autocast where the processor has it [auto]",
-    )
-
-    model.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="[%(default)s]"
-    )
-
-    prefix = parser.add_argument_group(NEEDS_TRAINING[0])
-    switch(prefix, "--prefix", "freeze the backbone; tune a prefix in every layer", default=False)
-    prefix.add_argument(
-        "--pre_seq_len",
-        type=POSITIVE_INT,
-        metavar="N",
-        help=f"number of virtual tokens [{PREFIX_DEFAULTS['pre_seq_len']}]",
-    )
-    switch(prefix, "--prefix_projection", "reparametrise the prefix by an MLP [False]")
-    prefix.add_argument(
-        "--prefix_hidden_size",
-        type=POSITIVE_INT,
-        metavar="N",
-        help=f"width of that MLP [{PREFIX_DEFAULTS['prefix_hidden_size']}]",
-    )
-
-    loop = parser.add_argument_group(NEEDS_TRAINING[1])
-    loop.add_argument(
-        "--num_train_epochs", type=POSITIVE_INT, metavar="N", help=f"[{by_way('num_train_epochs')}]"
-    )
-    loop.add_argument(
-        "--per_device_train_batch_size", type=POSITIVE_INT, default=32, metavar="N", help="[32]"
-    )
-    loop.add_argument(
-        "--gradient_accumulation_steps",
-        type=POSITIVE_INT,
-        default=1,
-        metavar="N",
-        help="batches whose gradients make one step; their examples all weigh the same [1]",
-    )
-    loop.add_argument(
-        "--learning_rate",
-        type=LEARNING_RATE,
-        metavar="LR",
-        help=f"peak; the default suits the bundled backbone [{by_way('learning_rate')}]",
-    )
-    loop.add_argument(
-        "--head_learning_rate",
-        type=LEARNING_RATE,
-        metavar="LR",
-        help="peak, of the classification head [that of --learning_rate]",
-    )
-    loop.add_argument(
-        "--weight_decay",
-        type=number(float, 0, 1),
-        default=0.01,
-        metavar="W",
-        help="AdamW's, not on biases, LayerNorm and the prefix [%(default)s]",
-    )
-    loop.add_argument(
-        "--max_grad_norm", type=POSITIVE, default=1.0, metavar="X", help="clip above it [1.0]"
-    )
-    loop.add_argument(
-        "--warmup_steps",
-        type=NON_NEGATIVE,
-        default=0.06,
-        metavar="N",
-        help="steps of linear warm-up; below 1: a share of all steps [0.06]",
-    )
-    loop.add_argument(
-        "--hidden_dropout_prob",
-        type=number(float, 0, 0.99),
-        default=0.0,
-        metavar="P",
-        help="dropout of hidden layers and before the head; that of attention is the backbone's "
-        "own [%(default)s]",
-    )
-    loop.add_argument(
-        "--max_train_samples",
-        type=POSITIVE_INT,
-        metavar="N",
-        help="train on N rows drawn at random by --seed [all]",
-    )
-    loop.add_argument(
-        "--logging_steps",
-        type=POSITIVE_INT,
-        default=50,
-        metavar="N",
-        help="steps between two lines of metrics.jsonl [%(default)s]",
-    )
-
-    choice = parser.add_argument_group(NEEDS_TRAINING[2])
-    choice.add_argument(
-        "--eval_strategy",
-        "--evaluation_strategy",
-        choices=["no", "epoch"],
-        help="when to evaluate while training [epoch, with --do_eval]",
-    )
-    switch(
-        choice, "--load_best_model_at_end", "keep the best epoch, not the last [where evaluated]"
-    )
-    choice.add_argument(
-        "--metric_for_best_model",
-        choices=["accuracy", "macro_f1", "micro_f1", "loss"],
-        help="on the validation file [accuracy; multi-label: micro_f1]",
-    )
-    choice.add_argument(
-        "--early_stopping_patience",
-        type=COUNT,
-        default=0,
-        metavar="N",
-        help="stop after N evaluations without a better one; 0: never [0]",
-    )
-    choice.add_argument(
-        "--save_strategy",
-        default="no",
-        choices=["no", "epoch"],
-        help="epoch: also keep each epoch's model, in checkpoint-STEP [no]",
-    )
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", required=True, metavar="DIR", help="folder of the results")
-    switch(
-        output,
-        "--overwrite_output_dir",
-        "replace the results that an earlier run left there",
-        default=False,
-    )
+    add_task_flags(parser)
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_prefix_flags(parser)
+    add_loop_flags(parser)
+    add_choice_flags(parser)
+    add_output_flags(parser)
     return parser
 
 
