@@ -133,6 +133,31 @@ def encoding_message(path: str | Path, encoding: str, codec: str, error: Unicode
     )
 
 
+def read_table(
+    path: str | Path,
+    encoding: str,
+    columns: list[str],
+    *,
+    mend: Callable[[str], str] = str,
+    hint: str = "",
+) -> pd.DataFrame:
+    """A whole file as text, see `read_rows`, that has rows and at least these columns.
+
+    Raises: DataError, which ends with `hint` where a column is missing.
+    """
+    lines = read_rows(path, encoding, mend)
+    header = next(lines)
+    if missing := [name for name in columns if name not in header]:
+        raise DataError(
+            f"{path} has no column {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(map(repr, header))}{hint}"
+        )
+    table = pd.DataFrame(list(lines), columns=header, dtype=object)
+    if table.empty:
+        raise DataError(f"{path} has a header and no rows")
+    return table
+
+
 def read_split(
     path: str | Path,
     *,
@@ -151,19 +176,10 @@ def read_split(
 
     Raises: DataError, with the file, the rows and the way out.
     """
-    lines = read_rows(path, encoding)
-    header = next(lines)
-    table = pd.DataFrame(list(lines), columns=header, dtype=object)
-    if table.empty:
-        raise DataError(f"{path} has a header and no rows")
     wanted = [*text_columns, label_column] if labels_required else text_columns
-    missing = [name for name in wanted if name not in header]
-    if missing:
-        raise DataError(
-            f"{path} has no column {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(map(repr, header))}: see --text_column_names and --label_column_name"
-        )
-
+    table = read_table(
+        path, encoding, wanted, hint=": see --text_column_names and --label_column_name"
+    )
     fields = list(zip(*(table[name] for name in text_columns), strict=True))
     kept = np.array([bool("".join(row).strip()) for row in fields])
     if not kept.all() and not drop_empty:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataset import Encoded, length_batches, padding_share, pieces, training_batches
-from model.metrics import compute_metrics
+from model.metrics import compute_metrics, prefixed
 from model.sequence_classification import classification_loss
 
 logger = logging.getLogger(__name__)
@@ -333,8 +333,3 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics over the whole file at once, see `compute_metrics`."""
     return compute_metrics(predict(model, data, args, machine), data.labels)
-
-
-def prefixed(name: str, metrics: dict[str, float]) -> dict[str, float]:
-    """`{"accuracy": x}` as `{"eval_accuracy": x}`."""
-    return {f"{name}_{key}": value for key, value in metrics.items()}

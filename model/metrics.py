@@ -59,4 +59,9 @@ def score(
         for part, rows in (("seen", seen), ("unseen", ~seen)):
             some = compute_metrics(logits[rows], labels[rows]) if rows.any() else {}
             results[f"accuracy_{part}"] = some.get("accuracy")
-    return {f"{name}_{key}": value for key, value in results.items()}
+    return prefixed(name, results)
+
+
+def prefixed(name: str, metrics: dict[str, float]) -> dict[str, float]:
+    """`{"accuracy": x}` as `{"eval_accuracy": x}`."""
+    return {f"{name}_{key}": value for key, value in metrics.items()}

@@ -300,14 +300,11 @@ def save_model(
         tokenizer.save_pretrained(folder)
         return
     config = copy.deepcopy(model.config)
-    config.prefix_projection = False  # stored as its result
+    config.prefix_projection = False
     config.architectures = ["BertForSequenceClassification"]
     with torch.no_grad():
-        tensors = {
-            "prompt_embeddings": model.prefix_encoder(),
-            "base_model.classifier.weight": model.classifier.weight,
-            "base_model.classifier.bias": model.classifier.bias,
-        }
+        tensors = {name: model.get_parameter(ours) for name, ours in ADAPTER_NAMES.items()}
+        tensors["prompt_embeddings"] = model.prefix_encoder()  # a projected one as its result
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(folder)
@@ -324,7 +321,7 @@ def save_model(
         "task_type": "SEQ_CLS",
         "token_dim": config.hidden_size,
     }
-    text = json.dumps(adapter, indent=2, sort_keys=True) + os.linesep
+    text = json.dumps(adapter, indent=2, sort_keys=True) + "\n"
     (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, ".")  # called from the project's root
-
 from dataset import DataError, read_rows
 from script.splits import mend_tags
 

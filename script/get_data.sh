@@ -3,4 +3,4 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
 
-exec "$PYTHON" script/get_data.py "$@"
+exec "$PYTHON" -m script.get_data "$@"

@@ -4,4 +4,4 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
 
-exec "$PYTHON" script/preprocess.py "$@"
+exec "$PYTHON" -m script.preprocess "$@"

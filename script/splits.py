@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import train_test_split
 
-from dataset import DataError, canonical_label, file_sha256, read_rows, row_list, text_key
+from dataset import DataError, canonical_label, file_sha256, read_table, row_list, text_key
 
 RAW_FILES = ("csv/USvideos.csv", "csv/USvideo.csv")
 SAMPLE_FILE = "csv/USvideos_sample.csv"
@@ -122,17 +122,8 @@ def read_raw(path: str, encoding: str, text_columns: list[str]) -> pd.DataFrame:
     Raises: DataError for what `dataset.read_rows` refuses, a missing column, and rows whose
         category id is no number or whose trending date is none.
     """
-    lines = read_rows(path, encoding, mend_tags)
-    header = next(lines)
-    missing = {"video_id", "trending_date", "title", "category_id", *text_columns} - set(header)
-    if missing:
-        raise DataError(
-            f"{path} has no column {', '.join(map(repr, sorted(missing)))}; it has "
-            f"{', '.join(map(repr, header))}"
-        )
-    table = pd.DataFrame(list(lines), columns=header, dtype=object)
-    if table.empty:
-        raise DataError(f"{path} has a header and no rows")
+    needed = {"video_id", "trending_date", "title", "category_id", *text_columns}
+    table = read_table(path, encoding, sorted(needed), mend=mend_tags)
     table["category_id"] = table["category_id"].map(canonical_label)
     day = pd.to_datetime(table["trending_date"], format="%y.%d.%m", errors="coerce")
     for column, good, wanted in (
@@ -344,6 +335,8 @@ def describe(splits: dict[str, pd.DataFrame]) -> dict[str, dict]:
 def write_splits(folder: Path, splits: dict[str, pd.DataFrame], about: dict) -> None:
     """Write `{train,val,test}_simple.csv`, then split.json, each whole. Same content, same bytes.
 
+    split.json holds `about`, with `describe` of the splits as "splits", and the files' hashes.
+
     Raises: DataError for files of others, which are not written over, or a folder that cannot be
         written to.
     """
@@ -357,7 +350,7 @@ def write_splits(folder: Path, splits: dict[str, pd.DataFrame], about: dict) -> 
             split[["text", "label"]].to_csv(partial, index=False, lineterminator="\n")
             hashes[path.name] = file_sha256(partial)
         partial = folder / "split.partial"
-        content = {**about, "files": hashes, "splits": describe(splits)}
+        content = {**about, "files": hashes}
         partial.write_text(
             json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
