@@ -17,15 +17,23 @@ TUNING_DEFAULTS = {
     "full": {"learning_rate": 2e-4, "num_train_epochs": 8},
     "prefix": {"learning_rate": 2e-2, "num_train_epochs": 12},
     "projected prefix": {"learning_rate": 1e-3, "num_train_epochs": 12},
+    "input prefix": {"learning_rate": 2e-2, "num_train_epochs": 12},
 }
 # Groups of flags that would do nothing without --do_train.
 NEEDS_TRAINING = ("prefix tuning", "training", "evaluation and choice of the best epoch")
-PREFIX_DEFAULTS = {"pre_seq_len": 64, "prefix_projection": False, "prefix_hidden_size": 512}
+PREFIX_DEFAULTS = {
+    "pre_seq_len": {"all": 128, "input": 16},
+    "prefix_depth": "all",
+    "prefix_init": "text",
+    "prefix_projection": False,
+    "prefix_hidden_size": 512,
+}
 # Outside these bounds a learning rate most likely was meant for another way of tuning.
 SUITABLE_LEARNING_RATES = {
     "full": (0, 1e-3),
     "prefix": (1e-3, 1),
     "projected prefix": (5e-5, 1e-2),
+    "input prefix": (1e-3, 1),
 }
 
 
@@ -151,6 +159,17 @@ def add_model_flags(parser: Parser) -> None:
         help="a BERT on the hub, a local folder, or a folder that this program wrote [%(default)s]",
     )
     group.add_argument(
+        "--prefix_paths",
+        nargs="+",
+        metavar="DIR",
+        help="instead: tuned prefixes over one backbone, each for its rows of the test file",
+    )
+    group.add_argument(
+        "--prefix_column",
+        metavar="NAME",
+        help="the test file's column that names each row's folder of --prefix_paths",
+    )
+    group.add_argument(
         "--max_seq_length",
         type=number(int, 3, 1e6),
         metavar="N",
@@ -175,12 +194,29 @@ def add_model_flags(parser: Parser) -> None:
 def add_prefix_flags(parser: Parser) -> None:
     """The prefix."""
     group = parser.add_argument_group(NEEDS_TRAINING[0])
-    switch(group, "--prefix", "freeze the backbone; tune a prefix in every layer", default=False)
+    switch(group, "--prefix", "freeze the backbone; tune a prefix of virtual tokens", default=False)
+    group.add_argument(
+        "--prefix_depth",
+        choices=["all", "input"],
+        help="virtual tokens are keys and values in every layer, or embeddings at the input [all]",
+    )
     group.add_argument(
         "--pre_seq_len",
         type=POSITIVE_INT,
         metavar="N",
-        help=f"number of virtual tokens [{PREFIX_DEFAULTS['pre_seq_len']}]",
+        help="number of virtual tokens "
+        f"[{', '.join(f'{depth} {n}' for depth, n in PREFIX_DEFAULTS['pre_seq_len'].items())}]",
+    )
+    group.add_argument(
+        "--prefix_init",
+        choices=["random", "text"],
+        help="start from small random numbers, or from what the backbone makes of real words "
+        "[text; with --prefix_projection random]",
+    )
+    group.add_argument(
+        "--prefix_init_text",
+        metavar="STR",
+        help="those words, repeated to the prefix's length [the labels]",
     )
     switch(group, "--prefix_projection", "reparametrise the prefix by an MLP [False]")
     group.add_argument(
@@ -241,8 +277,20 @@ def add_loop_flags(parser: Parser) -> None:
         type=number(float, 0, 0.99),
         default=0.0,
         metavar="P",
-        help="dropout of hidden layers and before the head; that of attention is the backbone's "
-        "own [%(default)s]",
+        help="dropout of hidden layers and before the head [%(default)s]",
+    )
+    group.add_argument(
+        "--attention_probs_dropout_prob",
+        type=number(float, 0, 0.99),
+        default=0.0,
+        metavar="P",
+        help="dropout of attention [%(default)s]",
+    )
+    switch(
+        group,
+        "--gradient_checkpointing",
+        "recompute activations in the backward pass: less memory, more time",
+        default=False,
     )
     group.add_argument(
         "--max_train_samples",
@@ -346,6 +394,10 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
         args.do_eval = True
     if not (args.do_train or args.do_eval or args.do_predict):
         parser.error("nothing to do: give --do_train, --do_eval or --do_predict")
+    if (args.prefix_paths is None) != (args.prefix_column is None):
+        parser.error("--prefix_paths and --prefix_column need each other")
+    if args.prefix_paths and (args.do_train or args.do_eval):
+        parser.error("--prefix_paths is for --do_predict alone")
 
 
 def refuse_training_flags(parser: Parser, args: argparse.Namespace, argv: list[str]) -> None:
@@ -360,13 +412,35 @@ def refuse_training_flags(parser: Parser, args: argparse.Namespace, argv: list[s
 
 
 def check_prefix(parser: Parser, args: argparse.Namespace) -> None:
-    """A flag of the prefix without the prefix would do nothing, so it is refused."""
-    for name, default in PREFIX_DEFAULTS.items():
-        needs = "prefix_projection" if name == "prefix_hidden_size" else "prefix"
+    """A flag of the prefix without the prefix would do nothing, so it is refused.
+
+    A tuned prefix is what it is: tuned further, it takes none of these flags.
+    """
+    given = [name for name in (*PREFIX_DEFAULTS, "prefix_init_text") if getattr(args, name)]
+    tuned = os.path.isfile(os.path.join(args.model_name_or_path, "adapter_config.json"))
+    if tuned and given:
+        parser.error(f"--{given[0]}: {args.model_name_or_path} is a tuned prefix and has its own")
+    if tuned:
+        args.prefix = True
+    if tuned or not args.prefix:
+        if given:
+            parser.error(f"--{given[0]} needs --prefix")
+        return
+    if args.prefix_hidden_size and not args.prefix_projection:
+        parser.error("--prefix_hidden_size needs --prefix_projection")
+    if args.prefix_init_text and args.prefix_init == "random":
+        parser.error("--prefix_init_text needs --prefix_init text")
+    if args.prefix_projection and (args.prefix_init == "text" or args.prefix_init_text):
+        parser.error("--prefix_init text: the MLP of --prefix_projection can only start at random")
+    depth = args.prefix_depth or PREFIX_DEFAULTS["prefix_depth"]
+    defaults = PREFIX_DEFAULTS | {"pre_seq_len": PREFIX_DEFAULTS["pre_seq_len"][depth]}
+    if args.prefix_projection:
+        defaults["prefix_init"] = "random"
+    else:
+        defaults["prefix_hidden_size"] = None
+    for name, default in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, default if getattr(args, needs) else None)
-        elif not getattr(args, needs):
-            parser.error(f"--{name} needs --{needs}")
+            setattr(args, name, default)
 
 
 def check_training(parser: Parser, args: argparse.Namespace) -> None:
@@ -402,16 +476,18 @@ def check_columns_and_paths(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--csv_encoding: Python knows no encoding '{args.csv_encoding}'")
     if not args.output_dir:
         parser.error("--output_dir is empty: name a folder")
-    output, model = (os.path.realpath(p) for p in (args.output_dir, args.model_name_or_path))
-    if output == model:
-        parser.error("--output_dir is the folder of --model_name_or_path: give another one")
+    for model in (args.model_name_or_path, *(args.prefix_paths or ())):
+        if os.path.realpath(args.output_dir) == os.path.realpath(model):
+            parser.error(f"--output_dir is the folder of the model {model}: give another one")
 
 
 def way_of_tuning(args: argparse.Namespace) -> str:
     """A key of `TUNING_DEFAULTS`."""
     if not args.prefix:
         return "full"
-    return "projected prefix" if args.prefix_projection else "prefix"
+    if args.prefix_projection:
+        return "projected prefix"
+    return "input prefix" if args.prefix_depth == "input" else "prefix"
 
 
 def fill_learning(args: argparse.Namespace) -> None:

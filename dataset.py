@@ -379,11 +379,12 @@ def contradictions(split: Split) -> int:
 class Encoded:
     """The tokens of a split; each distinct text is held, and later scored, once."""
 
-    token_ids: list[list[int]]  # U distinct texts
+    token_ids: list[list[int]]  # U distinct texts (with `served_by`: pairs of text and model)
     text_of_row: np.ndarray  # [N], an index into token_ids
     labels: np.ndarray | None  # see label_ids
     rows: list[int]  # each row's number in its file, for messages
     pad_token_id: int
+    served_by: np.ndarray | None = None  # [U], the number of the tuned model that each goes to
 
     def __len__(self) -> int:
         return len(self.text_of_row)
@@ -401,14 +402,54 @@ class Encoded:
         )
         lengths = torch.tensor([len(row) for row in ids])
         attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.served_by is not None:
+            batch["served_by"] = torch.from_numpy(self.served_by[texts])
+        return batch
 
 
-def encode(tokenizer, split: Split, labels: np.ndarray | None, max_length: int) -> Encoded:
-    """Tokenize each distinct text of a split once, cut to `max_length` tokens."""
-    text_of_row, distinct = pd.factorize(pd.Series(split.texts, dtype=object))
+def numbers_of(split: Split, column: str, paths: list[str]) -> np.ndarray:
+    """Which of the tuned folders `paths` each row names in a column: int64 [N].
+
+    A row may give a path as it stands on the command line, or the folder's own name.
+    Raises: DataError where the column is missing, or names another or an ambiguous folder.
+    """
+    if column not in split.table:
+        raise DataError(f"{split.path} has no column '{column}' (--prefix_column)")
+    known: dict[str, set[int]] = {}
+    for number, path in enumerate(paths):
+        for name in {path, path.rstrip("/"), Path(path).name}:
+            known.setdefault(name, set()).add(number)
+    found = [known.get(cell.strip(), set()) for cell in split.table[column]]
+    if strange := [
+        row for row, numbers in zip(split.rows, found, strict=True) if len(numbers) != 1
+    ]:
+        raise DataError(
+            f"{split.path}: '{column}' in {row_list(strange)} names none, or more than one, of "
+            f"--prefix_paths {' '.join(paths)}"
+        )
+    return np.array([min(numbers) for numbers in found], dtype=np.int64)
+
+
+def encode(
+    tokenizer,
+    split: Split,
+    labels: np.ndarray | None,
+    max_length: int,
+    served_by: np.ndarray | None = None,
+) -> Encoded:
+    """Tokenize each distinct text of a split once, cut to `max_length` tokens.
+
+    served_by: of each row, int64 [N], see `numbers_of`; a text counts once for each model.
+    """
+    keys = pd.Series(split.texts, dtype=object)
+    if served_by is not None:
+        keys = pd.Series(list(zip(split.texts, served_by.tolist(), strict=True)), dtype=object)
+    text_of_row, distinct = pd.factorize(keys)
+    if served_by is not None:
+        distinct, served_by = zip(*distinct, strict=True)
     tokens = tokenizer(
-        distinct.tolist(),
+        list(distinct),
         truncation=True,
         max_length=max_length,
         return_attention_mask=False,
@@ -426,6 +467,7 @@ def encode(tokenizer, split: Split, labels: np.ndarray | None, max_length: int) 
         labels=labels,
         rows=split.rows,
         pad_token_id=tokenizer.pad_token_id,
+        served_by=None if served_by is None else np.array(served_by),
     )
 
 

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     # After the arguments, so that --help and a typo are answered without importing torch.
     from dataset import DataError
     from model.output_folder import OutputError
-    from model.utils import ModelError
+    from model.source import ModelError
     from trainer import TrainingError
 
     try:
@@ -46,15 +46,18 @@ def run(args: Namespace) -> None:
 
     import dataset
     import trainer
-    from model import report, utils
+    from model import adapter, report, utils
     from model.metrics import score
     from model.output_folder import OutputFolder
+    from model.prefix_bank import PrefixBank
+    from model.source import locate
 
     # where to write, what to compute with, what to start from: a mistake here costs a second
     output = OutputFolder(args.output_dir, args.overwrite_output_dir)
     machine = trainer.pick_machine(args.precision)
-    source = utils.locate(args.model_name_or_path)
-    config = utils.load_config(source, tuned=not args.do_train)
+    bank = args.prefix_paths and PrefixBank.open(args.prefix_paths, args.max_seq_length)
+    source = bank.source if bank else locate(args.model_name_or_path)
+    config = bank.config if bank else utils.load_config(source, tuned=not args.do_train)
     args.device, args.precision = str(machine.device), machine.precision
     logger.info("device %s, precision %s, model %s", args.device, args.precision, source.name)
 
@@ -63,30 +66,44 @@ def run(args: Namespace) -> None:
         args.problem_type = utils.task_of(config, args.problem_type)
     splits = dataset.read_splits(args)
     if args.do_train:
-        utils.describe_task(config, dataset.label_names(splits["train"]), args)
+        fresh_head = utils.describe_task(source, config, dataset.label_names(splits["train"]), args)
         if args.max_train_samples:
             splits["train"] = splits["train"].sample(args.max_train_samples, args.seed)
-    names = [config.id2label[number] for number in range(config.num_labels)]
+    names = utils.list_labels(config)
     labels = dataset.number_labels(splits, names, args)
     seen = dataset.audit(splits)
     if args.do_predict:
         output.check_columns(args.test_file, list(splits["test"].table), names)
 
+    served_by = bank and dataset.numbers_of(splits["test"], args.prefix_column, args.prefix_paths)
+
     # tokens
     args.max_seq_length = utils.set_max_seq_length(config, args.max_seq_length)
     tokenizer = utils.load_tokenizer(source, config)
     encoded = {
-        name: dataset.encode(tokenizer, split, labels[name], args.max_seq_length)
+        name: dataset.encode(tokenizer, split, labels[name], args.max_seq_length, served_by)
         for name, split in splits.items()
     }
 
     # model
     torch.manual_seed(args.seed)
-    make = utils.build_model if args.do_train else utils.load_model
-    model = make(source, config).to(machine.device)
+    if bank:
+        model = bank
+    elif args.do_train:
+        model = utils.build_model(source, config, fresh_head)
+    else:
+        model = utils.load_model(source, config)
+    if args.prefix_init == "text":
+        utils.start_from_text(model, tokenizer, args.prefix_init_text or " ".join(names))
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    machine.place(model)
     results = {f"{name}_rows": len(split) for name, split in splits.items()}
-    results |= utils.count_parameters(model)
-    logger.info(report.parameters(results))
+    if bank:
+        logger.info("%d tuned prefixes over one backbone", len(args.prefix_paths))
+    else:
+        results |= utils.count_parameters(model)
+        logger.info(report.parameters(results))
     about = report.about(args, source.name, names, {n: s.describe() for n, s in splits.items()})
     output.write_json("run.json", about)
 
@@ -106,6 +123,8 @@ def run(args: Namespace) -> None:
             ),
         )
         utils.save_model(model, tokenizer, source, output.staging)
+        if args.prefix_depth == "input":
+            logger.warning("warning: %s", adapter.NOT_FOR_PEFT)
 
     # evaluate and predict; the test file only now, when every choice is made
     for name in ("eval", "test"):

@@ -32,10 +32,19 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and in what precision to compute. Weights are float32 always."""
+    """Where and in what precision to compute."""
 
     device: torch.device
-    precision: str  # "fp32", or "bf16": matrix products run in bfloat16
+    precision: str  # "fp32", or "bf16": matrix products run in bfloat16, tuned weights are float32
+
+    def place(self, model: nn.Module) -> None:
+        """Move a model here. What is frozen is cast once, not in each step; to the same bits."""
+        model.to(self.device)
+        if self.precision == "bf16":
+            for module in model.modules():
+                frozen = not any(weight.requires_grad for weight in module.parameters())
+                if isinstance(module, nn.Linear) and frozen:
+                    module.to(torch.bfloat16)
 
     def logits(self, model: nn.Module, data: Encoded, texts: np.ndarray) -> torch.Tensor:
         """Classify the given distinct texts of `data`: float [B, C], on the device."""
@@ -332,4 +341,10 @@ def evaluate(
     model: nn.Module, data: Encoded, args: Namespace, machine: Machine
 ) -> dict[str, float]:
     """Metrics over the whole file at once, see `compute_metrics`."""
-    return compute_metrics(predict(model, data, args, machine), data.labels)
+    logits = predict(model, data, args, machine)
+    if data.labels.ndim == 1 and len(logits.argmax(dim=1).unique()) == 1:
+        logger.warning(
+            "warning: every prediction is the same class: the model has collapsed, or has not "
+            "learnt yet; try another --learning_rate, --warmup_steps or more epochs"
+        )
+    return compute_metrics(logits, data.labels)

@@ -21,6 +21,11 @@ ROWS = (
     ("accuracy on seen texts", "accuracy_seen"),
     ("accuracy on unseen texts", "accuracy_unseen"),
 )
+WAYS = {
+    None: "full fine-tuning",
+    "all": "prefix tuning in every layer",
+    "input": "prefix tuning at the input alone",
+}
 CARD = """---
 base_model: {backbone}
 pipeline_tag: text-classification
@@ -134,9 +139,9 @@ def model_card(about: dict, results: dict) -> str:
     return CARD.format(
         choice=choice,
         backbone=about["backbone"],
-        library="peft" if settings["prefix"] else "transformers",
+        library="peft" if settings["prefix_depth"] == "all" else "transformers",
         title="A tuned prefix" if settings["prefix"] else "A tuned classifier",
-        way="prefix tuning in every layer" if settings["prefix"] else "full fine-tuning",
+        way=WAYS[settings["prefix_depth"]],
         count=len(about["labels"]),
         labels=", ".join(about["labels"]),
         train_rows=shown(results["train_rows"]),

@@ -8,18 +8,22 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from model.prefix_encoder import PrefixCache, PrefixEncoder
+from model.prefix_encoder import ATTENTION, PrefixEncoder, by_layer
 
 
 class BertPrefixForSequenceClassification(BertForSequenceClassification):
-    """A frozen BERT that reads P virtual tokens in every layer; prefix and head are learnt.
+    """A frozen BERT that reads P virtual tokens; prefix and head are learnt.
 
-    The virtual tokens are keys and values only: they are attended to and do not attend, so that
-    [CLS] stays the first output and the pooler, frozen as in P-tuning v2 and PEFT, reads it.
+    `prefix_depth` "all": the virtual tokens are keys and values of every layer; they are attended
+    to and do not attend. "input": they are embeddings that pass through the layers as words do.
+    Either way text positions start at P and [CLS] is the first output, so that the pooler, frozen
+    as in P-tuning v2 and PEFT, reads it.
     """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
+        attention = config._attn_implementation
+        self.set_attn_implementation(ATTENTION.get(attention, attention))
         self.prefix_encoder = PrefixEncoder(config)
         self.post_init()
 
@@ -27,13 +31,26 @@ class BertPrefixForSequenceClassification(BertForSequenceClassification):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> SequenceClassifierOutput:
         """Classify int64 [B, T] tokens; logits [B, C]."""
-        prefix = PrefixCache(
-            self.prefix_encoder(), self.config.num_hidden_layers, self.config.num_attention_heads
+        flat = self.prefix_encoder()
+        batch, length = input_ids.shape
+        place = torch.arange(len(flat) + length, device=input_ids.device)
+        virtual, text = place.split([len(flat), length])
+        ones = attention_mask.new_ones(batch, len(flat))  # [B, P]
+        if self.config.prefix_depth == "all":
+            return super().forward(
+                input_ids,
+                attention_mask=torch.cat([ones, attention_mask], dim=1),
+                position_ids=text[None],
+                prefix=by_layer(flat, self.config).__getitem__,
+            )
+        # Attention knows the order of tokens by their positions alone, so the virtual ones, first
+        # by position, may stand last: [CLS] stays the first output.
+        words = self.get_input_embeddings()(input_ids)  # [B, T, HD]
+        return super().forward(
+            inputs_embeds=torch.cat([words, flat.expand(batch, -1, -1)], dim=1),
+            attention_mask=torch.cat([attention_mask, ones], dim=1),
+            position_ids=torch.cat([text, virtual])[None],
         )
-        # [B, T] -> [B, P+T]. Always: a mask T wide fails, but only on batches that are padded.
-        ones = attention_mask.new_ones(len(attention_mask), prefix.get_seq_length())
-        mask = torch.cat([ones, attention_mask], dim=1)
-        return super().forward(input_ids, attention_mask=mask, past_key_values=prefix)
 
 
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

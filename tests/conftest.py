@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 import main
 from model import utils
+from model.source import locate
 
 torch.set_num_threads(1)  # as fast for so small a model, and its sums have one order everywhere
 
@@ -116,14 +117,17 @@ def bash(folder: Path, script: str, *flags: str, virtual_env: str = sys.prefix):
 def make_model(backbone):
     """Build a model of 3 classes on the tiny BERT, in eval mode, with a prefix where asked."""
 
-    def make(prefix: bool = False, projection: bool = False, attention: str = "sdpa"):
-        source = utils.locate(backbone)
+    def make(
+        prefix: bool = False, projection: bool = False, attention: str = "sdpa",
+        depth: str = "all", length: int = 5,
+    ):  # fmt: skip
+        source = locate(backbone)
         config = utils.load_config(source, tuned=False)
         config.id2label = {0: "a", 1: "b", 2: "c"}
         config._attn_implementation = attention
         if prefix:
-            config.pre_seq_len, config.prefix_projection = 5, projection
-            config.prefix_hidden_size = 7
+            config.pre_seq_len, config.prefix_projection = length, projection
+            config.prefix_hidden_size, config.prefix_depth = 7, depth
         torch.manual_seed(1)
         model = utils.build_model(source, config).eval()
         if prefix:  # a prefix as large as keys and values, so that it shows

@@ -29,6 +29,7 @@ def test_defaults_depend_on_the_way_of_tuning():
         ([], "full"),
         (["--prefix"], "prefix"),
         (["--prefix", "--prefix_projection"], "projected prefix"),
+        (["--prefix", "--prefix_depth", "input"], "input prefix"),
     ):
         args = parse_args(TASK + flags)
         assert {name: getattr(args, name) for name in TUNING_DEFAULTS[way]} == TUNING_DEFAULTS[way]
@@ -52,13 +53,30 @@ def test_defaults_depend_on_the_way_of_tuning():
         (["--pre_seq_len", "4"], "--pre_seq_len needs --prefix"),
         (["--prefix", "--pre_seq_len", "0"], "--pre_seq_len: 0 is out of range"),
         (["--prefix", "--prefix_hidden_size", "9"], "--prefix_hidden_size needs --prefix_projec"),
+        (["--prefix_depth", "input"], "--prefix_depth needs --prefix"),
+        (["--prefix_init_text", "cat"], "--prefix_init_text needs --prefix"),
+        (
+            ["--prefix", "--prefix_init", "random", "--prefix_init_text", "cat"],
+            "--prefix_init text",
+        ),
+        (["--prefix", "--prefix_projection", "--prefix_init", "text"], "can only start at random"),
+        (
+            ["--prefix", "--prefix_projection", "--prefix_init_text", "a"],
+            "can only start at random",
+        ),
+        (["--prefix_paths", "a", "b"], "--prefix_paths and --prefix_column need each other"),
+        (["--prefix_column", "a"], "--prefix_paths and --prefix_column need each other"),
+        (
+            ["--prefix_paths", "a", "--prefix_column", "b"],
+            "--prefix_paths is for --do_predict alone",
+        ),
         (["--eval_strategy", "no", "--load_best_model_at_end"], "--load_best_model_at_end needs"),
         (["--eval_strategy", "no", "--early_stopping_patience", "1"], "--early_stopping_patience"),
         (["--metric_for_best_model", "micro_f1"], "micro_f1 is for multi-label data"),
         (["--label_column_name", "text"], "'text' is the label column"),
         (["--text_column_names", "a,,b"], "'a,,b' holds an empty column name"),
         (["--csv_encoding", "utf-9"], "Python knows no encoding 'utf-9'"),
-        (["--model_name_or_path", "./out"], "--output_dir is the folder of --model_name_or_path"),
+        (["--model_name_or_path", "./out"], "--output_dir is the folder of the model"),
         (["--eval_strategy", "no", "--metric_for_best_model", "loss"], "--metric_for_best_model n"),
         (["--warmup_steps", "inf"], "--warmup_steps: 'inf' is not a number"),
         (["--warmup_steps", "2.5"], "--warmup_steps: give a whole number"),
@@ -123,3 +141,16 @@ def test_help_imports_no_torch():
     shown = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True)
     assert "--pre_seq_len" in shown.stdout
     assert shown.stdout.endswith("False\n")
+
+
+def test_a_tuned_prefix_needs_no_flag_and_takes_none(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    task = [*TASK, "--model_name_or_path", str(tmp_path)]
+    args = parse_args(task)
+    assert args.prefix
+    assert args.prefix_init is None
+    assert args.learning_rate == TUNING_DEFAULTS["prefix"]["learning_rate"]
+    with pytest.raises(SystemExit):
+        parse_args([*task, "--pre_seq_len", "4"])
+    assert "--pre_seq_len: " in (error := capsys.readouterr().err)
+    assert "is a tuned prefix and has its own" in error

@@ -11,6 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import main
@@ -232,6 +234,160 @@ def test_an_output_folder_that_cannot_be_one(run, tmp_path, capsys):
     assert "error: --output_dir" in capsys.readouterr().err
 
 
+# -------------------------------------------------------------- prefixes: depths, further, many
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--prefix_init", "random"),
+        ("--prefix_depth", "input"),
+        ("--gradient_checkpointing",),
+        ("--prefix_projection",),
+    ],
+)
+def test_every_kind_of_prefix_trains_and_predicts_again(run, tmp_path, flags):
+    folder = run("--prefix", *flags)
+    assert {path.name for path in folder.iterdir()} == RESULTS | PREFIX
+    argv = ["--do_predict", "--model_name_or_path", str(folder), "--precision", "fp32"]
+    argv += ["--test_file", str(tmp_path / "test.csv"), "--output_dir", str(tmp_path / "again")]
+    assert main.main(argv) == 0
+    first, second = (pd.read_csv(path / "predictions.csv") for path in (folder, tmp_path / "again"))
+    pd.testing.assert_frame_equal(first, second, atol=2e-6)
+
+
+def test_depth_input_says_that_peft_cannot_load_it(run, caplog):
+    run("--prefix", "--prefix_depth", "input")
+    assert "PEFT cannot load a prefix of depth input" in caplog.text
+
+
+def test_a_prefix_starts_from_the_label_names_or_from_a_text(run):
+    """With a learning rate so small that it stays there."""
+    still = ("--prefix", "--learning_rate", "1e-12")
+    prefixes = [
+        load_file(run(*still, *flags, name=f"out{number}") / "adapter_model.safetensors")
+        for number, flags in enumerate([(), ("--prefix_init_text", "0 1 2"),
+                                        ("--prefix_init_text", "cat"), ("--prefix_init", "random")])
+    ]  # fmt: skip
+    labels, same, cat, random = (tensors["prompt_embeddings"] for tensors in prefixes)
+    torch.testing.assert_close(labels, same)
+    assert (labels - cat).abs().max() > 0.1
+    assert random.std() == pytest.approx(0.2, rel=0.2)  # the tiny backbone's initializer_range
+
+
+def further(folder, files, tmp_path, *flags: str, name: str = "further") -> Path:
+    """Tune a tuned folder on, on other files."""
+    argv = ["--do_train", "--do_eval", "--do_predict", "--model_name_or_path", str(folder), *files]
+    argv += ["--num_train_epochs", "1", "--precision", "fp32", *flags]
+    assert main.main([*argv, "--output_dir", str(tmp_path / name)]) == 0
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("flags", [(), ("--prefix",), ("--prefix", "--prefix_depth", "input")])
+def test_a_tuned_folder_is_tuned_further_from_where_it_stood(run, files, tmp_path, flags):
+    """With a learning rate so small that it stays there: the same model, head and labels too."""
+    folder = run(*flags)
+    fewer = write_csv(tmp_path / "fewer.csv", ROWS[:8])  # two of the three labels
+    again = further(folder, [*files, "--train_file", fewer], tmp_path, "--learning_rate", "1e-12")
+    for name in ("model", "adapter_model"):
+        if (folder / f"{name}.safetensors").exists():
+            tensors, expected = (
+                load_file(path / f"{name}.safetensors") for path in (again, folder)
+            )
+            for key, tensor in expected.items():
+                torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-9)
+    assert load(again, "run.json")["labels"] == ["0", "1", "2"]
+    assert load(again, "run.json")["settings"]["prefix"] == bool(flags)
+    moved = further(folder, files, tmp_path, name="moved")
+    if flags:
+        first, second = (load_file(path / "adapter_model.safetensors") for path in (folder, moved))
+        assert (first["prompt_embeddings"] - second["prompt_embeddings"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("flags", [(), ("--prefix",)])
+def test_other_labels_start_the_head_anew_and_that_is_said(run, files, tmp_path, caplog, flags):
+    folder = run(*flags)
+    other = write_csv(tmp_path / "other.csv", [(text, f"class {n}") for text, n in ROWS])
+    files = [name for flag in files[::2] for name in (flag, other)]
+    caplog.clear()
+    again = further(folder, files, tmp_path, "--learning_rate", "1e-12")
+    assert "the head starts anew" in caplog.text
+    name = "adapter_model.safetensors" if flags else "model.safetensors"
+    first, second = (load_file(path / name) for path in (folder, again))
+    changed = {key for key, tensor in first.items() if not tensor.allclose(second[key], atol=1e-6)}
+    head = {"classifier.weight", "classifier.bias"}
+    assert {key.removeprefix("base_model.") for key in changed} == head
+    assert load(again, "run.json")["labels"] == ["class 0", "class 1", "class 2"]
+
+
+def test_a_prefix_that_peft_made_is_tuned_further_and_goes_back(backbone, files, tmp_path, caplog):
+    frozen = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=3)
+    settings = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    get_peft_model(frozen, settings).save_pretrained(tmp_path / "peft")
+    caplog.set_level("INFO")
+    folder = further(tmp_path / "peft", files, tmp_path)
+    assert "names no labels: they are ['0', '1', '2'], in this order" in caplog.text
+    before, after = (load_file(path / "adapter_model.safetensors")["prompt_embeddings"]
+                     for path in (tmp_path / "peft", folder))  # fmt: skip
+    assert 1e-3 < (before - after).abs().max() < 1
+    frozen = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=3)
+    peer = PeftModel.from_pretrained(frozen, str(folder)).eval()
+    tokens = AutoTokenizer.from_pretrained(backbone)(ROWS[5][0], return_tensors="pt")
+    tokens.pop("token_type_ids")
+    with torch.no_grad():
+        probability = peer(**tokens).logits.softmax(-1)[0]
+    row = pd.read_csv(folder / "predictions.csv").loc[0]
+    expected = [row[f"probability_{number}"] for number in range(3)]
+    assert probability.tolist() == pytest.approx(expected, abs=2e-6)
+
+
+def test_a_column_names_the_prefix_that_serves_each_row(run, files, tmp_path, capsys):
+    """Predictions equal those of each folder alone; labels that a folder lacks get 0."""
+    other = write_csv(tmp_path / "other.csv", [(text, "23x"[int(label)]) for text, label in ROWS])
+    folders = [
+        run("--prefix", name="first"),
+        run("--prefix", "--pre_seq_len", "5", "--train_file", other, "--validation_file", other,
+            "--test_file", other, name="second"),
+    ]  # fmt: skip
+    rows = [(text, str(folders[n]) if n else "first", "0" if n == 0 else "3")
+            for n, (text, _) in zip([0, 1, 1, 0, 1, 0, 0], ROWS, strict=False)]  # fmt: skip
+    mixed = write_csv(tmp_path / "mixed.csv", rows, ("text", "model", "label"))
+    argv = ["--do_predict", "--prefix_paths", *map(str, folders), "--precision", "fp32"]
+    argv += ["--prefix_column", "model", "--test_file", mixed]
+    assert main.main([*argv, "--output_dir", str(tmp_path / "mixed")]) == 0
+    table = pd.read_csv(tmp_path / "mixed" / "predictions.csv", dtype={"predicted": str})
+    assert [name for name in table if name.startswith("prob")] == [
+        f"probability_{name}" for name in "0123x"
+    ]  # fmt: skip
+    assert table["text"].tolist() == [text for text, _, _ in rows]
+    for number, folder in enumerate(folders):
+        alone = tmp_path / f"alone{number}"
+        unlabelled = write_csv(tmp_path / "u.csv", [row[:1] for row in rows], ("text",))
+        task = ["--do_predict", "--test_file", unlabelled, "--output_dir", str(alone)]
+        assert main.main([*task, "--model_name_or_path", str(folder), "--precision", "fp32"]) == 0
+        expected = pd.read_csv(alone / "predictions.csv", dtype={"predicted": str})
+        mine = (
+            [row[1] != "first" for row in rows] if number else [row[1] == "first" for row in rows]
+        )
+        for column in expected:
+            if column in ("text", "predicted"):
+                assert table[mine][column].tolist() == expected[mine][column].tolist()
+            else:
+                assert (table[mine][column] - expected[mine][column]).abs().max() < 2e-6
+        lacking = {f"probability_{name}" for name in "0123x"} - set(expected)
+        assert (table[mine][sorted(lacking)] == 0).all(axis=None)
+    hits = (table["predicted"] == [row[2] for row in rows]).mean()
+    assert load(tmp_path / "mixed", "all_results.json")["test_accuracy"] == pytest.approx(hits)
+
+    capsys.readouterr()
+    argv[argv.index("model")] = "label"
+    assert main.main([*argv, "--output_dir", str(tmp_path / "no")]) == 2
+    assert "'label' in 7 rows (1, 2, 3, 4, 5, ...) names none" in capsys.readouterr().err
+    argv[argv.index("label")] = "nowhere"
+    assert main.main([*argv, "--output_dir", str(tmp_path / "no")]) == 2
+    assert "has no column 'nowhere'" in capsys.readouterr().err
+
+
 def test_a_column_that_the_predictions_add_is_refused_before_training(run, tmp_path, capsys):
     path = write_csv(tmp_path / "t.csv", [("a", "0", "x")], ("text", "label", "predicted"))
     run("--test_file", path, status=2)
@@ -246,12 +402,12 @@ def test_an_untuned_model_does_not_predict(run, backbone, files, tmp_path, capsy
 
 def test_a_prefix_that_does_not_fit_is_refused(run, tmp_path, capsys):
     folder = run("--prefix")
-    config = load(folder, "config.json")
-    (folder / "config.json").write_text(json.dumps(config | {"pre_seq_len": 4}))
+    config = load(folder, "adapter_config.json")
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"num_virtual_tokens": 4}))
     argv = ["--do_predict", "--model_name_or_path", str(folder)]
     argv += ["--test_file", str(tmp_path / "test.csv"), "--output_dir", str(tmp_path / "p")]
     assert main.main(argv) == 2
-    assert "adapter_model.safetensors does not fit" in capsys.readouterr().err
+    assert "prompt_embeddings does not fit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--do_evil"], ["--do_train", "--train_file", "nowhere.csv"]])
