@@ -216,7 +216,8 @@ def add_prefix_flags(parser: Parser) -> None:
     group.add_argument(
         "--prefix_init_text",
         metavar="STR",
-        help="those words, repeated to the prefix's length [the labels]",
+        help="those words, repeated to the prefix's length "
+        "[the labels; where they are numbers, training texts drawn by --seed]",
     )
     switch(group, "--prefix_projection", "reparametrise the prefix by an MLP [False]")
     group.add_argument(

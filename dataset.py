@@ -285,6 +285,17 @@ def label_names(train: Split) -> list[str]:
     return names
 
 
+def words_to_start_from(names: list[str], train: Split, seed: int) -> str:
+    """What a prefix starts from: the label names; where these are numbers, training texts.
+
+    Numbers are no words of the language; 64 texts drawn at random are more than a prefix takes.
+    """
+    if any(letter.isalpha() for name in names for letter in name):
+        return " ".join(names)
+    drawn = np.random.default_rng(seed).permutation(len(train))[:64]
+    return " ".join(train.texts[row] for row in drawn)
+
+
 def number_labels(
     splits: dict[str, Split], names: list[str], args: Namespace
 ) -> dict[str, np.ndarray | None]:

@@ -94,7 +94,10 @@ def run(args: Namespace) -> None:
     else:
         model = utils.load_model(source, config)
     if args.prefix_init == "text":
-        utils.start_from_text(model, tokenizer, args.prefix_init_text or " ".join(names))
+        words = args.prefix_init_text or dataset.words_to_start_from(
+            names, splits["train"], args.seed
+        )
+        utils.start_from_text(model, tokenizer, words)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     machine.place(model)

@@ -261,18 +261,27 @@ def test_depth_input_says_that_peft_cannot_load_it(run, caplog):
     assert "PEFT cannot load a prefix of depth input" in caplog.text
 
 
-def test_a_prefix_starts_from_the_label_names_or_from_a_text(run):
+def test_a_prefix_starts_from_label_names_training_texts_or_a_given_text(run, tmp_path):
     """With a learning rate so small that it stays there."""
-    still = ("--prefix", "--learning_rate", "1e-12")
-    prefixes = [
-        load_file(run(*still, *flags, name=f"out{number}") / "adapter_model.safetensors")
-        for number, flags in enumerate([(), ("--prefix_init_text", "0 1 2"),
-                                        ("--prefix_init_text", "cat"), ("--prefix_init", "random")])
-    ]  # fmt: skip
-    labels, same, cat, random = (tensors["prompt_embeddings"] for tensors in prefixes)
-    torch.testing.assert_close(labels, same)
-    assert (labels - cat).abs().max() > 0.1
-    assert random.std() == pytest.approx(0.2, rel=0.2)  # the tiny backbone's initializer_range
+    named = write_csv(tmp_path / "n.csv", [(t, ["cat", "band", "goal"][int(n)]) for t, n in ROWS])
+    labels = [
+        word for name in ("train", "validation", "test") for word in (f"--{name}_file", named)
+    ]
+    cases = {
+        "labels": labels,
+        "band cat goal": ["--prefix_init_text", "band cat goal"],
+        "numbers": [],
+        "other seed": ["--seed", "1"],
+        "random": ["--prefix_init", "random"],
+    }
+    prefix = {}
+    for name, flags in cases.items():
+        folder = run("--prefix", "--learning_rate", "1e-12", *flags, name=name)
+        prefix[name] = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    torch.testing.assert_close(prefix["labels"], prefix["band cat goal"])
+    assert (prefix["numbers"] - prefix["labels"]).abs().max() > 0.1
+    assert (prefix["numbers"] - prefix["other seed"]).abs().max() > 0.1
+    assert prefix["random"].std() == pytest.approx(0.2, rel=0.2)  # the backbone's initializer_range
 
 
 def further(folder, files, tmp_path, *flags: str, name: str = "further") -> Path:
