@@ -332,9 +332,23 @@ def add_choice_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--save_strategy",
-        default="no",
-        choices=["no", "epoch"],
-        help="epoch: also keep each epoch's model, in checkpoint-STEP [no]",
+        choices=["no", "epoch", "steps"],
+        help="write checkpoints that a run can go on from: at the end of each epoch; steps: and "
+        "every --save_steps [epoch, removed once the run has finished]",
+    )
+    group.add_argument("--save_steps", type=POSITIVE_INT, metavar="N", help="[500]")
+    group.add_argument(
+        "--save_total_limit",
+        type=POSITIVE_INT,
+        metavar="N",
+        help="checkpoints that stay, in checkpoint-STEP: the newest N, and the best "
+        "[all, where --save_strategy is given]",
+    )
+    group.add_argument(
+        "--resume_from_checkpoint",
+        metavar="auto|DIR",
+        help="go on from the newest whole checkpoint of the unfinished run in --output_dir, from "
+        "the start where there is none; or from a given checkpoint",
     )
 
 
@@ -463,8 +477,24 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
             "--metric_for_best_model: micro_f1 is for multi-label data; with one label a row it "
             "equals accuracy"
         )
+    check_saving(parser, args)
     if args.warmup_steps > 1 and args.warmup_steps % 1:
         parser.error("--warmup_steps: give a whole number of steps, or a share below 1")
+
+
+def check_saving(parser: Parser, args: argparse.Namespace) -> None:
+    """Checkpoints that nobody asked for are there to go on from, and go once the run is done."""
+    asked = args.save_strategy is not None or args.save_steps is not None
+    if args.save_strategy is None:
+        args.save_strategy = "steps" if args.save_steps else "epoch"
+    if args.save_steps and args.save_strategy != "steps":
+        parser.error("--save_steps needs --save_strategy steps")
+    if args.save_strategy == "steps" and not args.save_steps:
+        args.save_steps = 500
+    if args.save_total_limit and args.save_strategy == "no":
+        parser.error("--save_total_limit needs --save_strategy epoch or steps")
+    if args.save_total_limit is None and not asked:
+        args.save_total_limit = 0
 
 
 def check_columns_and_paths(parser: Parser, args: argparse.Namespace) -> None:

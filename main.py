@@ -6,8 +6,14 @@ lists the flags; `bash script/run_og.sh` and `bash script/run_prefix.sh` are the
 
 import logging
 import os
+import signal
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
 
 from arguments import learning_rate_warning, parse_args
 
@@ -17,7 +23,7 @@ logger = logging.getLogger("main")
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line; returns the exit status.
 
-    0; 2 after one line about what the user can mend; 130 when interrupted.
+    0; 2 after one line about what the user can mend; 130 or 143 when stopped by a signal.
     """
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -25,35 +31,68 @@ def main(argv: list[str] | None = None) -> int:
 
     # After the arguments, so that --help and a typo are answered without importing torch.
     from dataset import DataError
+    from model.checkpoint import CheckpointError
     from model.output_folder import OutputError
     from model.source import ModelError
-    from trainer import TrainingError
+    from trainer import Stopped, TrainingError
 
     try:
         run(args)
-    except (DataError, ModelError, OutputError, TrainingError) as error:
+    except (DataError, ModelError, OutputError, CheckpointError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            "error: out of memory: lower --per_device_train_batch_size (and raise "
+            "--gradient_accumulation_steps), --per_device_eval_batch_size or --max_seq_length, or "
+            "give --gradient_checkpointing; what was saved is intact",
+            file=sys.stderr,
+        )
+        return 2
+    except Stopped as stopped:
+        step, number = stopped.args
+        print(
+            f"stopped at step {step}, which is saved: the same command with "
+            "--resume_from_checkpoint auto goes on",
+            file=sys.stderr,
+        )
+        return 128 + number
     except KeyboardInterrupt:
         print("interrupted: earlier results are as they were", file=sys.stderr)
         return 130
     return 0
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether it is that; on the CPU torch has no class of its own for it."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate" in said
+
+
 def run(args: Namespace) -> None:
     """One run, from checked arguments to published results."""
-    import torch
+    from model.output_folder import OutputFolder
 
+    # where to write: a mistake here costs a second
+    with OutputFolder(
+        args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint
+    ) as output:
+        run_into(output, args)
+
+
+def run_into(output, args: Namespace) -> None:
+    """The story of a run."""
     import dataset
     import trainer
-    from model import adapter, report, utils
+    from model import report, utils
     from model.metrics import score
-    from model.output_folder import OutputFolder
+    from model.output_folder import writing
     from model.prefix_bank import PrefixBank
     from model.source import locate
 
-    # where to write, what to compute with, what to start from: a mistake here costs a second
-    output = OutputFolder(args.output_dir, args.overwrite_output_dir)
+    # what to compute with, what to start from
     machine = trainer.pick_machine(args.precision)
     bank = args.prefix_paths and PrefixBank.open(args.prefix_paths, args.max_seq_length)
     source = bank.source if bank else locate(args.model_name_or_path)
@@ -65,16 +104,16 @@ def run(args: Namespace) -> None:
     if not args.do_train:
         args.problem_type = utils.task_of(config, args.problem_type)
     splits = dataset.read_splits(args)
-    if args.do_train:
-        fresh_head = utils.describe_task(source, config, dataset.label_names(splits["train"]), args)
-        if args.max_train_samples:
-            splits["train"] = splits["train"].sample(args.max_train_samples, args.seed)
+    fresh_head = args.do_train and utils.describe_task(
+        source, config, dataset.label_names(splits["train"]), args
+    )
+    if args.do_train and args.max_train_samples:
+        splits["train"] = splits["train"].sample(args.max_train_samples, args.seed)
     names = utils.list_labels(config)
     labels = dataset.number_labels(splits, names, args)
     seen = dataset.audit(splits)
     if args.do_predict:
         output.check_columns(args.test_file, list(splits["test"].table), names)
-
     served_by = bank and dataset.numbers_of(splits["test"], args.prefix_column, args.prefix_paths)
 
     # tokens
@@ -85,21 +124,21 @@ def run(args: Namespace) -> None:
         for name, split in splits.items()
     }
 
+    # is there anything left to do?
+    about = report.about(args, source, names, {n: s.describe() for n, s in splits.items()})
+    if args.resume_from_checkpoint == "auto" and output.is_finished(about):
+        logger.info("this run has finished already")
+        show(report.summary(args, output.read_results(), output.path))
+        return
+    output.start(about)
+
     # model
-    torch.manual_seed(args.seed)
-    if bank:
-        model = bank
-    elif args.do_train:
-        model = utils.build_model(source, config, fresh_head)
-    else:
-        model = utils.load_model(source, config)
+    model = bank or utils.make_model(source, config, args, fresh_head)
     if args.prefix_init == "text":
         words = args.prefix_init_text or dataset.words_to_start_from(
             names, splits["train"], args.seed
         )
         utils.start_from_text(model, tokenizer, words)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     machine.place(model)
     results = {f"{name}_rows": len(split) for name, split in splits.items()}
     if bank:
@@ -107,27 +146,13 @@ def run(args: Namespace) -> None:
     else:
         results |= utils.count_parameters(model)
         logger.info(report.parameters(results))
-    about = report.about(args, source.name, names, {n: s.describe() for n, s in splits.items()})
-    output.write_json("run.json", about)
 
     # train; the model ends as its best epoch by the validation file
     if args.do_train:
-        if warning := learning_rate_warning(args):
-            logger.warning("warning: %s", warning)
-        results |= trainer.train(
-            model,
-            encoded["train"],
-            encoded["eval"] if args.eval_strategy == "epoch" else None,
-            args,
-            machine,
-            record=lambda line: output.append_json("metrics.jsonl", line),
-            save=lambda step: utils.save_model(
-                model, tokenizer, source, output.staging / f"checkpoint-{step}"
-            ),
-        )
-        utils.save_model(model, tokenizer, source, output.staging)
-        if args.prefix_depth == "input":
-            logger.warning("warning: %s", adapter.NOT_FOR_PEFT)
+        save = partial(utils.save_model, model, tokenizer, source)
+        results |= tune(model, encoded, args, machine, output, about, save)
+        with writing(output.staging):
+            save(output.staging)
 
     # evaluate and predict; the test file only now, when every choice is made
     for name in ("eval", "test"):
@@ -142,8 +167,70 @@ def run(args: Namespace) -> None:
     output.write_json("all_results.json", results)
     if args.do_train:
         output.write_text("README.md", report.model_card(about, results))
-    output.publish(about)
+    output.publish(about, keep_checkpoints=args.save_total_limit != 0)
     show(report.summary(args, results, output.path))
+
+
+def tune(model, encoded: dict, args: Namespace, machine, output, about: dict, save_model) -> dict:
+    """Train, with checkpoints, from one where that is asked for; returns the figures of it."""
+    import trainer
+    from model import checkpoint
+
+    if warning := learning_rate_warning(args):
+        logger.warning("warning: %s", warning)
+    if args.prefix_depth == "input":
+        from model.adapter import NOT_FOR_PEFT
+
+        logger.warning("warning: %s", NOT_FOR_PEFT)
+
+    def save(state: dict, tensors: dict) -> None:
+        def fill(folder: Path) -> None:
+            save_model(folder)
+            output.copy_records(folder)
+
+        path = checkpoint.write(output.staging, {**state, "run": about}, tensors, fill)
+        checkpoint.prune(output.staging, args.save_total_limit, state["best_step"])
+        logger.info("saved %s", path)
+
+    start = None
+    if args.resume_from_checkpoint:
+        found = checkpoint.find(args.resume_from_checkpoint, output.staging)
+        if found:
+            path, *start = found
+            output.go_on(path, start[0]["run"], about)
+            logger.info("going on from %s", path)
+        else:
+            logger.info("there is no checkpoint yet: starting from the beginning")
+    with stop_signals() as received:
+        return trainer.train(
+            model,
+            encoded["train"],
+            encoded["eval"] if args.eval_strategy == "epoch" else None,
+            args,
+            machine,
+            record=lambda line: output.append_json("metrics.jsonl", line),
+            save=save,
+            start=start,
+            stopped=lambda: received[0] if received else 0,
+        )
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM, so that a step can end; a second one ends at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for each in usual:
+            signal.signal(each, signal.SIG_DFL)
+
+    usual = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for each, handler in usual.items():
+            signal.signal(each, handler)
 
 
 def show(text: str) -> None:

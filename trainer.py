@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dataset import Encoded, length_batches, padding_share, pieces, training_batches
+from model.checkpoint import learnt, put_back
 from model.metrics import compute_metrics, prefixed
 from model.sequence_classification import classification_loss
 
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 class TrainingError(RuntimeError):
     """Training cannot go on: its message names the step, the rows and the way out."""
+
+
+class Stopped(Exception):
+    """Training was asked to stop and is saved; arguments: at which step, by which signal."""
 
 
 # -------------------------------------------------------------------------------- the machine
@@ -118,17 +123,23 @@ def train(
     machine: Machine,
     *,
     record: Callable[[dict], None],
-    save: Callable[[int], None],
+    save: Callable[[dict, dict[str, torch.Tensor]], None],
+    start: tuple[dict, dict[str, torch.Tensor]] | None = None,
+    stopped: Callable[[], int] = int,
 ) -> dict[str, float]:
     """Tune, in place, the parameters that require gradients.
 
     With an `eval_set` each epoch is evaluated, and the model ends as its best one where
-    `args.load_best_model_at_end`. `record` gets a dict for each logged step and evaluation,
-    `save` the number of steps taken, after each epoch where `args.save_strategy` is "epoch".
+    `args.load_best_model_at_end`. `record` gets a dict for each logged step and evaluation;
+    `save` gets state and tensors after each epoch, and every `args.save_steps`, unless
+    `args.save_strategy` is "no". With these as `start` the run goes on, and ends as if it had
+    never stopped; there is no random state, see `step_seed`. `stopped` is asked after each step:
+    where it gives the number of a signal, the step is saved and training ends.
 
     Returns `train_loss` (mean over all examples), `train_runtime` (seconds, evaluations
     included), `train_samples_per_second`, `train_steps` and, where chosen, `best_epoch`.
-    Raises: TrainingError, before the weights change, where loss or gradient is not finite.
+    Raises: TrainingError, before the weights change, where loss or gradient is not finite;
+        Stopped, after the step is saved.
     """
     optimizer = build_optimizer(model, args)
     step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -136,12 +147,25 @@ def train(
     steps_per_epoch = math.ceil(len(train_set) / step_size)
     total = steps_per_epoch * args.num_train_epochs
     warmup = warmup_steps(args.warmup_steps, total)
-    best = BestEpoch(args.metric_for_best_model)
+    best = BestEpoch(args.metric_for_best_model, args.load_best_model_at_end)
     progress = Progress(total, steps_per_epoch, args.logging_steps, record)
+    if start:
+        state, tensors = start
+        put_back(tensors, model, optimizer)
+        progress.go_on(state["progress"])
+        best.go_on(state["best"], tensors)
 
-    step = 0
+    def keep() -> None:
+        best_step = best.epoch * steps_per_epoch
+        state = {"step": progress.done, "best_step": best_step}
+        state |= {"progress": progress.state(), "best": best.state()}
+        save(state, learnt(model, optimizer) | best.tensors(now=best_step == progress.done))
+
     with logging_redirect_tqdm(), progress:
-        for epoch in range(args.num_train_epochs):
+        while progress.done < total and not best.patience_is_over(
+            progress.epoch, args.early_stopping_patience
+        ):
+            epoch = progress.epoch
             # the order of the rows: a function of (seed, epoch)
             batches = training_batches(lengths, step_size, args.seed, epoch)
             if epoch == 0:
@@ -149,34 +173,41 @@ def train(
                 share = 100 * padding_share(lengths, micro)
                 logger.info("%d steps of %d examples, %.1f %% padding", total, step_size, share)
 
-            # one optimizer step for each batch
+            # one optimizer step for each batch that is left
             model.train()
-            for rows in batches:
-                factor = learning_rate_factor(step, total, warmup)
+            for rows in batches[progress.done % steps_per_epoch :]:
+                factor = learning_rate_factor(progress.done, total, warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * factor
-                loss, norm = training_step(model, optimizer, train_set, rows, step, args, machine)
-                step += 1
+                loss, norm = training_step(
+                    model, optimizer, train_set, rows, progress.done, args, machine
+                )
                 progress.step(len(rows), loss, norm, args.learning_rate * factor)
+                ends = progress.done % steps_per_epoch == 0
+                due = args.save_steps and progress.done % args.save_steps == 0
+                stop = stopped()
+                if not ends and (due or stop):  # an epoch's end is kept after its evaluation
+                    keep()
+                if not ends and stop:
+                    raise Stopped(progress.done, stop)
+
+            # evaluate on the validation file; remember the best
+            if eval_set is not None:
+                metrics = evaluate(model, eval_set, args, machine)
+                record({"step": progress.done, "epoch": epoch + 1, **prefixed("eval", metrics)})
+                better = best.update(model, epoch + 1, metrics)
+                shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+                logger.info("epoch %d: validation %s%s", epoch + 1, shown, " (best)" * better)
 
             # keep this epoch
-            if args.save_strategy == "epoch":
-                save(step)
-            if eval_set is None:
-                continue
-
-            # evaluate it on the validation file; remember the best
-            metrics = evaluate(model, eval_set, args, machine)
-            record({"step": step, "epoch": epoch + 1, **prefixed("eval", metrics)})
-            better = best.update(model, epoch + 1, metrics, keep=args.load_best_model_at_end)
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            logger.info("epoch %d: validation %s%s", epoch + 1, shown, " (best)" * better)
-            if 0 < args.early_stopping_patience <= epoch + 1 - best.epoch:
-                logger.info("stopping early: no better epoch since %d", best.epoch)
-                break
+            stop = stopped()
+            if args.save_strategy != "no" or stop:
+                keep()
+            if stop:
+                raise Stopped(progress.done, stop)
 
     chosen = {"best_epoch": best.epoch} if best.restore(model) else {}
-    return {**progress.summary(), "train_steps": step, **chosen}
+    return {**progress.summary(), "train_steps": progress.done, **chosen}
 
 
 def training_step(
@@ -221,26 +252,47 @@ def training_step(
 
 
 class BestEpoch:
-    """The best epoch so far by one metric of the validation file, and its weights."""
+    """The best epoch so far by one metric of the validation file, and, to `keep`, its weights."""
 
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
+    def __init__(self, metric: str, keep: bool) -> None:
+        self.metric, self.keep = metric, keep
         self.epoch, self.value = 0, -math.inf
         self.weights: dict[str, torch.Tensor] = {}
 
-    def update(self, model: nn.Module, epoch: int, metrics: dict[str, float], keep: bool) -> bool:
+    def update(self, model: nn.Module, epoch: int, metrics: dict[str, float]) -> bool:
         """Whether `epoch` is better than all before it; a tie is not. Copies its weights."""
         value = -metrics["loss"] if self.metric == "loss" else metrics[self.metric]
         if not value > self.value:
             return False
         self.epoch, self.value = epoch, value
-        if keep:
+        if self.keep:
             self.weights = {
                 name: parameter.detach().clone()
                 for name, parameter in model.named_parameters()
                 if parameter.requires_grad
             }
         return True
+
+    def patience_is_over(self, epoch: int, patience: int) -> bool:
+        """Whether `patience` evaluations, the last that of `epoch`, brought no better one."""
+        return 0 < patience <= epoch - self.epoch
+
+    def state(self) -> dict:
+        """What JSON takes of it."""
+        return {"epoch": self.epoch, "value": self.value if self.epoch else None}
+
+    def tensors(self, now: bool) -> dict[str, torch.Tensor]:
+        """The weights as `best/NAME`; none where the model's are the best just now."""
+        return {} if now else {f"best/{name}": weight for name, weight in self.weights.items()}
+
+    def go_on(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
+        """From `state` and the tensors of a checkpoint."""
+        if not state["epoch"]:
+            return
+        self.epoch, self.value = state["epoch"], state["value"]
+        for kind in ("weight/", "best/") if self.keep else ():  # the latter wins, if there
+            found = {k.removeprefix(kind): one for k, one in tensors.items() if k.startswith(kind)}
+            self.weights = found or self.weights
 
     def restore(self, model: nn.Module) -> bool:
         """Put the best weights back, where they were kept."""
@@ -264,9 +316,36 @@ class Progress:
     recent: list[tuple[int, float]] = field(default_factory=list)  # examples and loss sum
     start: float = field(default_factory=time.perf_counter)
 
+    @property
+    def epoch(self) -> int:
+        """Whole epochs that are done."""
+        return self.done // self.steps_per_epoch
+
+    def state(self) -> dict:
+        """What JSON takes of it; floats come back to the bit."""
+        return {
+            "done": self.done,
+            "examples": self.examples,
+            "loss_sum": self.loss_sum,
+            "recent": self.recent,
+            "seconds": time.perf_counter() - self.start,
+        }
+
+    def go_on(self, state: dict) -> None:
+        """From a `state`; time spent since it was taken does not count."""
+        self.done, self.examples, self.loss_sum = (
+            state["done"],
+            state["examples"],
+            state["loss_sum"],
+        )
+        self.recent = [tuple(pair) for pair in state["recent"]]
+        self.start = time.perf_counter() - state["seconds"]
+
     def __enter__(self) -> "Progress":
         # `disable=None`: no bar where the output is no terminal
-        self.bar = tqdm(total=self.total, unit="step", disable=None, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=self.total, initial=self.done, unit="step", disable=None, dynamic_ncols=True
+        )
         return self
 
     def __exit__(self, kind, *rest) -> None:

@@ -5,19 +5,26 @@ which lists them, last. A run that fails leaves the results of an earlier one as
 """
 
 import csv
+import fcntl
 import json
+import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import compress
 from pathlib import Path
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 
+from model import checkpoint
 from model.metrics import confidence, predictions, probabilities
 
 RUN_FILE = "run.json"
+RECORDS = "metrics.jsonl"
 # All that a run may leave in its folder.
 OWN_FILE = re.compile(
     r"README\.md|(adapter_)?config\.json|(adapter_)?model\.safetensors|tokenizer(_config)?\.json|"
@@ -25,50 +32,135 @@ OWN_FILE = re.compile(
 )
 LABEL_SEPARATOR = "|"
 
+logger = logging.getLogger(__name__)
+
+# Settings that change nothing of what a run learns and predicts; files count by their content.
+FREE_SETTINGS = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_strategy", "save_steps",
+    "save_total_limit", "train_file", "validation_file", "test_file", "model_name_or_path",
+}  # fmt: skip
+
 
 class OutputError(ValueError):
     """An output folder that cannot be used: its message names it and the way out."""
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses into an OutputError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path} cannot be written: {error}") from None
+
+
 class OutputFolder:
     """Collects the files of one run; `publish` makes them the folder's results."""
 
-    def __init__(self, path: str, overwrite: bool) -> None:
-        """Raises: OutputError where the folder holds results, or cannot be written to."""
-        self.path = Path(path)
+    def __init__(self, path: str, overwrite: bool, resume: str | None = None) -> None:
+        """Take the folder. With `resume`, checkpoints of an unfinished run stay where they are.
+
+        Raises: OutputError where the folder is in use, holds results or an unfinished run that
+            are not to be replaced, or cannot be written to.
+        """
+        self.path, self.overwrite = Path(path), overwrite
         self.staging = self.path / "unfinished"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.earlier = self.read_earlier()
-            if self.earlier and not overwrite:
-                raise OutputError(
-                    f"{path} holds the results of an earlier run: give another --output_dir, "
-                    "or --overwrite_output_dir to replace them"
-                )
-            here = {entry.name for entry in self.path.iterdir()}
-            if foreign := sorted(filter(OWN_FILE.fullmatch, here - self.earlier)):
-                raise OutputError(
-                    f"{path} holds {', '.join(foreign)}, which no run listed as its own: "
-                    "give another --output_dir"
-                )
-            shutil.rmtree(self.staging, ignore_errors=True)
-            self.staging.mkdir()
+            self.lock = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise OutputError(f"--output_dir {path}: {error.strerror}") from None
-
-    def read_earlier(self) -> set[str]:
-        """The files that an earlier run listed as its own; names that none could have are left."""
-        if not (self.path / RUN_FILE).exists():
-            return set()
         try:
-            files = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))["files"]
-            return {name for name in files if OWN_FILE.fullmatch(name)}
-        except (ValueError, KeyError, TypeError):
-            raise OutputError(f"{self.path / RUN_FILE} is not a run's: move it away") from None
+            self.take()
+            self.prepare(resume)
+        except (OSError, OutputError) as error:
+            os.close(self.lock)
+            if isinstance(error, OSError):
+                raise OutputError(f"--output_dir {path}: {error.strerror}") from None
+            raise
+
+    def __enter__(self) -> "OutputFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self.lock)
+
+    def prepare(self, resume: str | None) -> None:
+        """Refuse what is not to be replaced; clear away what killed runs left."""
+        self.finished = read_record(self.path / RUN_FILE)
+        # a run that was killed while it published listed its files in the staging folder
+        records = (self.finished, read_record(self.staging / RUN_FILE))
+        self.earlier = {n for r in records for n in r.get("files", ()) if OWN_FILE.fullmatch(n)}
+        if resume != "auto":  # what is finished may be what is wanted: see `is_finished`
+            self.refuse_earlier()
+        here = {entry.name for entry in self.path.iterdir()}
+        if foreign := sorted(filter(OWN_FILE.fullmatch, here - self.earlier)):
+            raise OutputError(
+                f"{self.path} holds {', '.join(foreign)}, which no run listed as its own: "
+                "give another --output_dir"
+            )
+        inside = resume and Path(resume).resolve().parent == self.staging.resolve()
+        goes_on = resume == "auto" or inside
+        if checkpoint.steps(self.staging) and not (self.overwrite or goes_on):
+            raise OutputError(
+                f"{self.path} holds an unfinished run: --resume_from_checkpoint auto goes on with "
+                "it, --overwrite_output_dir starts anew"
+            )
+        self.sweep(keep_checkpoints=bool(goes_on))
+
+    def is_finished(self, run: dict) -> bool:
+        """Whether the folder's results are those of this very run, with nothing left to do.
+
+        Raises: OutputError where they are another's and not to be replaced.
+        """
+        same = self.finished and not differences(decisive(self.finished), decisive(run))
+        if same and not checkpoint.steps(self.staging):
+            shutil.rmtree(self.staging)
+            return True
+        self.refuse_earlier()
+        return False
+
+    def take(self) -> None:
+        """Lock the folder for this process; the kernel frees it, however the process ends."""
+        self.lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            try:
+                holder = f"process {(self.staging / 'process').read_text()}"
+            except OSError:
+                holder = "another process"
+            raise OutputError(
+                f"{self.path} is in use by {holder}: wait for it, or give another --output_dir"
+            ) from None
+
+    def sweep(self, keep_checkpoints: bool) -> None:
+        """Clear the staging folder of what killed runs left; its list of files stays."""
+        self.staging.mkdir(exist_ok=True)
+        for entry in self.staging.iterdir():
+            kept = keep_checkpoints and checkpoint.NAME.fullmatch(entry.name)
+            if not kept and entry.name != RUN_FILE:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        (self.staging / "process").write_text(str(os.getpid()))
+
+    def refuse_earlier(self) -> None:
+        """Raises: OutputError where there are results that are not to be replaced."""
+        if self.earlier and not self.overwrite:
+            raise OutputError(
+                f"{self.path} holds the results of an earlier run: give another --output_dir, "
+                "or --overwrite_output_dir to replace them"
+            )
+
+    def start(self, run: dict) -> None:
+        """Write what the run is, and which files in the folder are the program's own."""
+        self.write_json(RUN_FILE, {**run, "files": sorted(self.earlier)})
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a text file."""
-        (self.staging / name).write_text(text, encoding="utf-8")
+        """Write a text file, whole or not at all."""
+        new = self.staging / f"{name}.new"
+        with writing(self.staging / name):
+            new.write_text(text, encoding="utf-8")
+            os.replace(new, self.staging / name)
 
     def write_json(self, name: str, content: dict) -> None:
         """Write a JSON file, indented."""
@@ -77,8 +169,37 @@ class OutputFolder:
 
     def append_json(self, name: str, content: dict) -> None:
         """Add a line to a JSON-lines file."""
-        with open(self.staging / name, "a", encoding="utf-8") as file:
+        path = self.staging / name
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(content, allow_nan=False) + "\n")
+
+    def copy_records(self, folder: Path) -> None:
+        """Put the records so far into a checkpoint."""
+        if (self.staging / RECORDS).exists():
+            shutil.copyfile(self.staging / RECORDS, folder / RECORDS)
+
+    def go_on(self, folder: Path, earlier: dict, run: dict) -> None:
+        """Take the records of a checkpoint of the run `earlier`.
+
+        Raises: OutputError where `run` would not go on as that one.
+        """
+        if found := differences(decisive(earlier), decisive(run)):
+            raise OutputError(
+                f"{folder} is of a run with other {', '.join(found)}: give the same command, or "
+                "start anew with --overwrite_output_dir, without --resume_from_checkpoint"
+            )
+        for name, number in earlier["versions"].items():
+            if run["versions"].get(name) != number:
+                logger.warning(
+                    "warning: %s was %s when this run began and is %s: its end may differ in the "
+                    "last digits", name, number, run["versions"].get(name),
+                )  # fmt: skip
+        if (folder / RECORDS).exists():
+            shutil.copyfile(folder / RECORDS, self.staging / RECORDS)
+
+    def read_results(self) -> dict:
+        """The all_results.json of a finished run."""
+        return json.loads((self.path / "all_results.json").read_text(encoding="utf-8"))
 
     def check_columns(self, path: str, columns: list[str], names: list[str]) -> None:
         """Raises: OutputError where a file to predict has a column that the predictions add."""
@@ -106,29 +227,72 @@ class OutputFolder:
         figures = torch.tensor(confidence(probability, multi_label))[:, None].tolist()
         figures = [one + each for one, each in zip(figures, probability.tolist(), strict=True)]
         header = [*table.columns, "predicted", "confidence", *(f"probability_{n}" for n in names)]
-        with open(self.staging / "predictions.csv", "w", encoding="utf-8", newline="") as file:
+        path = self.staging / "predictions.csv"
+        with writing(path), open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
             writer.writerow(header)
             for row, name, values in zip(table.to_numpy(), label, figures, strict=True):
                 writer.writerow([*row, name, *(round(value, 6) for value in values)])
 
-    def publish(self, run: dict) -> None:
+    def publish(self, run: dict, keep_checkpoints: bool = False) -> None:
         """Replace the earlier run's files by this one's; `run` becomes run.json.
 
+        Killed meanwhile, it can be done again: the list of files stands before the first of them
+        moves, and the checkpoints move or go last.
         Raises: OutputError where the folder cannot be written to; the new files stay in
             `unfinished`.
         """
+        (self.staging / "process").unlink()
         names = {entry.name for entry in self.staging.iterdir()} | {RUN_FILE}
-        self.write_json(RUN_FILE, {**run, "files": sorted(names)})
-        try:
-            for name in sorted(names - {RUN_FILE}):
+        checkpoints = {name for name in names if checkpoint.NAME.fullmatch(name)}
+        names -= set() if keep_checkpoints else checkpoints
+        self.write_json(RUN_FILE, {**run, "files": sorted(names | self.earlier)})
+        with writing(self.path):
+            for name in [*sorted(names - checkpoints - {RUN_FILE}), *sorted(names & checkpoints)]:
                 if (self.path / name).is_dir():  # a rename replaces files only
                     shutil.rmtree(self.path / name)
                 os.replace(self.staging / name, self.path / name)
             for name in self.earlier - names:
                 entry = self.path / name
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+            self.write_json(RUN_FILE, {**run, "files": sorted(names)})
             os.replace(self.staging / RUN_FILE, self.path / RUN_FILE)
-            self.staging.rmdir()
-        except OSError as error:
-            raise OutputError(f"--output_dir {self.path}: {error}") from None
+            shutil.rmtree(self.staging)
+            checkpoint.sync(self.path)
+
+
+def decisive(run: dict) -> dict:
+    """The part of a run's record that decides, over the same versions, its results to the bit."""
+    try:
+        settings = {k: v for k, v in run["settings"].items() if k not in FREE_SETTINGS}
+        data = {name: described["sha256"] for name, described in run["data"].items()}
+        weights = {name: run[name] for name in ("labels", "weights_sha256")}
+    except (KeyError, AttributeError, TypeError) as error:
+        return {"unreadable": str(error)}
+    return {"settings": settings, "data": data, **weights}
+
+
+def differences(one: dict, other: dict) -> list[str]:
+    """The fields, as `settings.seed`, in which two records differ."""
+    found = []
+    for key in sorted(one.keys() | other.keys()):
+        mine, theirs = one.get(key), other.get(key)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            found += [f"{key}.{name}" for name in differences(mine, theirs)]
+        elif mine != theirs:
+            found.append(key)
+    return found
+
+
+def read_record(path: Path) -> dict:
+    """A run.json; empty where there is none. Raises: OutputError for what no run wrote."""
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        listed = all(isinstance(name, str) for name in record["files"])
+    except (ValueError, KeyError, TypeError):
+        listed = False
+    if not listed:
+        raise OutputError(f"{path} is not a run's: move it away")
+    return record

@@ -9,6 +9,8 @@ from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
 
+from model.source import Source
+
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "scikit-learn")
 
 # Rows of the closing table, and their keys in all_results.json behind `eval_` and `test_`.
@@ -72,11 +74,12 @@ It knows the labels above and texts of the kind it was tuned on; texts are cut t
 """
 
 
-def about(args: Namespace, backbone: str, names: list[str], data: dict[str, dict]) -> dict:
+def about(args: Namespace, source: Source, names: list[str], data: dict[str, dict]) -> dict:
     """All that a run's results depend on; becomes run.json. `data`: `Split.describe` of each."""
     return {
         "settings": vars(args),
-        "backbone": backbone,
+        "backbone": source.name,
+        "weights_sha256": source.sha256(),
         "labels": names,
         "data": data,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},

@@ -39,6 +39,15 @@ class Source:
         """What a message calls it."""
         return self.adapter or self.backbone
 
+    def sha256(self) -> str:
+        """Of all weights that a model starts from, in hexadecimal."""
+        digest = hashlib.sha256()
+        folders = [self.backbone, *([self.adapter] if self.adapter else [])]
+        for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
 
 def locate(name: str) -> Source:
     """Find a model: a local folder, the bundled backbone, or a name on the hub.

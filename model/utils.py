@@ -170,6 +170,9 @@ def load_weights(cls: type, source: Source, config: BertConfig, new: tuple[str, 
             f"{source.backbone} lacks {len(lost)} of the weights, or has them in other shapes: "
             f"{', '.join(lost[:5])}; is it the folder of a tuned model?"
         )
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ModelError(f"{source.backbone}: {name} is not finite: the model is broken")
     return model
 
 
@@ -192,6 +195,19 @@ def build_model(
         torch.nn.init.zeros_(model.classifier.bias)
     if source.adapter:
         put(model, adapter.load(source.adapter, config, head=not fresh_head))
+    return model
+
+
+def make_model(
+    source: Source, config: BertConfig, args: Namespace, fresh_head: bool
+) -> BertForSequenceClassification:
+    """The model of a run: to be tuned, or tuned already."""
+    if not args.do_train:
+        return load_model(source, config)
+    torch.manual_seed(args.seed)
+    model = build_model(source, config, fresh_head)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 

@@ -41,10 +41,9 @@ ROOT = Path(__file__).parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data"
 
 
-@pytest.fixture(scope="session")
-def backbone(tmp_path_factory) -> str:
+def make_backbone(folder: Path) -> str:
     """Folder of a BERT: 2 layers, 2 heads of 8, 64 positions."""
-    folder = tmp_path_factory.mktemp("backbone")
+    folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(SPECIAL + WORDS), encoding="utf-8")
     config = BertConfig(
         vocab_size=len(SPECIAL + WORDS),
@@ -67,13 +66,22 @@ def write_csv(path: Path, rows: list, header=("text", "label")) -> str:
     return str(path)
 
 
+def make_files(folder: Path) -> list[str]:
+    """Flags that name three small split files: some validation and test texts are seen."""
+    train = write_csv(folder / "train.csv", ROWS)
+    val = write_csv(folder / "val.csv", [ROWS[0], ("a new dog", "0"), ("song", "1"), ROWS[8]])
+    test = write_csv(folder / "test.csv", [ROWS[5], ("big team", "2"), ("a dog", "0"), ROWS[5]])
+    return ["--train_file", train, "--validation_file", val, "--test_file", test]
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory) -> str:
+    return make_backbone(tmp_path_factory.mktemp("backbone"))
+
+
 @pytest.fixture
 def files(tmp_path) -> list[str]:
-    """Flags that name three small split files: some validation and test texts are seen."""
-    train = write_csv(tmp_path / "train.csv", ROWS)
-    val = write_csv(tmp_path / "val.csv", [ROWS[0], ("a new dog", "0"), ("song", "1"), ROWS[8]])
-    test = write_csv(tmp_path / "test.csv", [ROWS[5], ("big team", "2"), ("a dog", "0"), ROWS[5]])
-    return ["--train_file", train, "--validation_file", val, "--test_file", test]
+    return make_files(tmp_path)
 
 
 @pytest.fixture

@@ -1,0 +1,156 @@
+"""Kills a small training again and again and goes on with it, until it ends; compares the end.
+
+    .venv/bin/python -m tests.killing --kills 300
+
+Each life of the run is a forked child that calls `main.main`, so that it takes a fraction of a
+second. It is killed by SIGKILL at a random time, as soon as a folder of a checkpoint being written
+appears, or before one of its operations on files, drawn at random.
+"""
+
+# ruff: noqa: E402 - the path is set before the project is imported
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import torch
+
+import conftest
+import dataset  # noqa: F401 - all are imported here once, not in each child
+import main
+import trainer  # noqa: F401
+from model import prefix_bank, report  # noqa: F401
+
+TIMES = {"samples_per_second", "eta_seconds", "train_runtime", "train_samples_per_second",
+         "peak_memory_bytes"}  # fmt: skip
+OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree",
+              "shutil.copyfile"}  # fmt: skip
+WAYS = {"full": [], "prefix": ["--prefix", "--pre_seq_len", "3"]}
+
+
+def comparable(folder: Path) -> dict[str, object]:
+    """What has to be the same: all files by their bytes, but for times."""
+    found: dict[str, object] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        if path.name in ("metrics.jsonl", "all_results.json"):
+            lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+            parsed = [json.loads(line) for line in lines]
+            found[name] = [{k: v for k, v in p.items() if k not in TIMES} for p in parsed]
+        elif path.name not in ("run.json", "README.md", "state.json", "manifest.json"):
+            found[name] = path.read_bytes()
+    return found
+
+
+def live(argv: list[str], folder: Path, death: tuple[str, float] | None) -> int:
+    """One life of the run in a child, ended by `death`, a kind and a number; its wait status."""
+    child = os.fork()
+    if child == 0:
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        if death and death[0] == "operation":
+            left = [int(death[1])]
+
+            def die_before(event: str, arguments: tuple) -> None:
+                if event in OPERATIONS and str(folder) in str(arguments[0]):
+                    left[0] -= 1
+                    if left[0] <= 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(die_before)
+        status = 1
+        try:
+            status = main.main(argv)
+        finally:
+            os._exit(status)
+    if death and death[0] == "time":
+        time.sleep(death[1])
+        os.kill(child, signal.SIGKILL)
+    if death and death[0] == "staging":
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if any((folder / "unfinished").glob("saving-*")):
+                time.sleep(death[1])
+                os.kill(child, signal.SIGKILL)
+                return os.waitpid(child, 0)[1]
+        return 0
+    return os.waitpid(child, 0)[1]
+
+
+def kill_until_done(argv: list[str], folder: Path, chance: random.Random, kills: int) -> Counter:
+    """Kill a run up to `kills` times, then let it end. Counts kills by kind, and resumptions."""
+    counts: Counter = Counter()
+    again = [*argv, "--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
+    for _ in range(kills):
+        kind = chance.choice(["time", "staging", "operation", "operation"])
+        size = {"time": chance.uniform(0, 0.6), "staging": chance.uniform(0, 0.01),
+                "operation": chance.randrange(1, 60)}[kind]  # fmt: skip
+        counts["resumptions"] += any((folder / "unfinished").glob("checkpoint-*"))
+        status = live(again, folder, (kind, size))
+        if os.WIFSIGNALED(status):
+            counts[f"killed by {kind}"] += 1
+            counts["kills"] += 1
+        elif status:
+            raise AssertionError(f"a life after {dict(counts)} ended with status {status}")
+        else:
+            counts["ended before the kill"] += 1
+            break
+    else:
+        assert live(again, folder, None) == 0
+    assert live(again, folder, None) == 0  # a run that has ended stays so
+    return counts
+
+
+def check_end(folder: Path, expected: dict[str, object]) -> None:
+    """Raises: AssertionError naming the files that are missing, too many or different."""
+    found = comparable(folder)
+    names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+    assert not names, f"{folder} ended otherwise in {', '.join(names)}"
+
+
+def command(backbone: str, files: list[str], way: str) -> list[str]:
+    """A small run with all that has to be gone on from."""
+    return [
+        "--do_train", "--do_eval", "--do_predict", *files, "--model_name_or_path", backbone,
+        "--num_train_epochs", "3", "--per_device_train_batch_size", "2", "--save_steps", "1",
+        "--gradient_accumulation_steps", "2", "--hidden_dropout_prob", "0.1", "--precision", "fp32",
+        "--max_seq_length", "16", "--logging_steps", "2", *WAYS[way],
+    ]  # fmt: skip
+
+
+def hundreds() -> None:
+    """The script's own main."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    chance = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as parent:
+        backbone = conftest.make_backbone(Path(parent) / "backbone")
+        files = conftest.make_files(Path(parent))
+        for way in WAYS:
+            argv = command(backbone, files, way)
+            assert live([*argv, "--output_dir", f"{parent}/{way}"], Path(parent), None) == 0
+            expected = comparable(Path(parent) / way)
+            counts: Counter = Counter()
+            while counts["kills"] < args.kills / len(WAYS):
+                folder = Path(tempfile.mkdtemp(dir=parent))
+                counts += kill_until_done(argv, folder, chance, chance.randrange(1, 30))
+                check_end(folder, expected)
+                counts["byte-equal ends"] += 1
+            print(way, dict(sorted(counts.items())), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    hundreds()

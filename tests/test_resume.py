@@ -1,0 +1,362 @@
+"""Nothing lost: runs that are stopped, killed or damaged end as if nothing had happened."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import main
+import trainer
+from conftest import ROWS, write_csv
+from killing import check_end, command, comparable, kill_until_done
+from model import checkpoint
+from test_main import FULL, RESULTS, hashes, load
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Send this process a signal in the middle of a given training step, counted from 0."""
+    usual = trainer.training_step
+
+    def arrange(at: int | None, number: int = signal.SIGTERM) -> None:
+        def step(*args):
+            if args[4] == at:
+                os.kill(os.getpid(), number)
+            return usual(*args)
+
+        monkeypatch.setattr(trainer, "training_step", step)
+
+    return arrange
+
+
+GOING_ON = {
+    "full, dropout": ("--hidden_dropout_prob", "0.2"),
+    "full, bf16": ("--precision", "bf16"),
+    "accumulation": ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
+    "prefix": ("--prefix", "--attention_probs_dropout_prob", "0.1"),
+    "prefix, bf16": ("--prefix", "--precision", "bf16"),
+    "projected": ("--prefix", "--prefix_projection"),
+    "input": ("--prefix", "--prefix_depth", "input"),
+    "early stopping": ("--early_stopping_patience", "1", "--learning_rate", "1e-9"),
+    "last epoch": ("--load_best_model_at_end", "False"),
+    "no evaluation": ("--eval_strategy", "no"),
+    "checkpointing": ("--prefix", "--gradient_checkpointing", "--hidden_dropout_prob", "0.1"),
+}
+
+
+@pytest.mark.parametrize("case", GOING_ON)
+def test_a_stopped_run_ends_as_one_never_stopped(run, stop_at, capsys, case):
+    """Stopped within an epoch and at the end of one; 3 epochs of 3 steps."""
+    flags = [*GOING_ON[case], "--num_train_epochs", "3", "--logging_steps", "2"]
+    expected = comparable(run(*flags, name="whole"))
+    for step in (1, 4, 5):
+        stop_at(step)
+        run(*flags, *(["--resume_from_checkpoint", "auto"] if step > 1 else []), status=143)
+        assert f"stopped at step {step + 1}, which is saved" in capsys.readouterr().err
+        if case == "early stopping" and step == 4:
+            break
+    stop_at(None)
+    check_end(run(*flags, "--resume_from_checkpoint", "auto"), expected)
+
+
+def test_interrupts_are_told_apart(run, stop_at):
+    stop_at(2, signal.SIGINT)
+    run(status=130)
+
+
+def test_a_second_signal_leaves_at_once_and_safely(backbone, files, tmp_path):
+    """The first is answered at the end of the step, which here never comes."""
+    argv = [*command(backbone, files, "prefix"), "--output_dir", str(tmp_path / "out")]
+    code = (
+        "import sys, time, torch; sys.path.insert(0, sys.argv.pop(1)); import main, trainer\n"
+        "usual = trainer.training_step\n"
+        "def step(*args):\n"
+        "    if args[4] == 4:\n"
+        "        print('here', flush=True); time.sleep(60)\n"
+        "    return usual(*args)\n"
+        "trainer.training_step = step\n"
+        "sys.exit(main.main(sys.argv[1:]))"
+    )
+    root = str(Path(main.__file__).parent)
+    child = subprocess.Popen([sys.executable, "-c", code, root, *argv], stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL)  # fmt: skip
+    assert child.stdout.readline() == b"here\n"
+    child.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.5)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(10) == -signal.SIGTERM
+    assert max(checkpoint.steps(tmp_path / "out" / "unfinished")) == 4
+    assert main.main([*argv, "--resume_from_checkpoint", "auto"]) == 0
+
+
+@pytest.mark.parametrize("way", ["full", "prefix"])
+def test_killed_at_any_moment_a_run_ends_byte_for_byte_the_same(backbone, files, tmp_path, way):
+    """See tests/killing.py, which does this hundreds of times."""
+    argv = command(backbone, files, way)
+    assert main.main([*argv, "--output_dir", str(tmp_path / "whole")]) == 0
+    expected = comparable(tmp_path / "whole")
+    kills = 0
+    for seed in range(10):
+        counts = kill_until_done(argv, tmp_path / f"{seed}", random.Random(seed), kills=3)
+        check_end(tmp_path / f"{seed}", expected)
+        kills += counts["kills"]
+        if kills >= 3:
+            return
+    pytest.fail(f"{kills} kills only")
+
+
+# -------------------------------------------------------------------- what a checkpoint holds
+
+
+def test_checkpoints_are_whole_models_and_small_for_a_prefix(run):
+    folder = run("--prefix", "--save_strategy", "epoch")
+    assert {path.name for path in (folder / "checkpoint-3").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "config.json", "metrics.jsonl",
+        "manifest.json", "state.json", "training.safetensors",
+    }  # fmt: skip
+    names = load_file(folder / "checkpoint-3" / "training.safetensors")
+    learnt = {name.partition("/")[2] for name in names}
+    assert learnt == {"prefix_encoder.embedding.weight", "classifier.weight", "classifier.bias"}
+
+
+def test_checkpoints_go_where_nobody_asked_for_them(run, stop_at):
+    stop_at(4)
+    folder = run("--num_train_epochs", "3", status=143)
+    assert {path.name for path in (folder / "unfinished").iterdir() if path.is_dir()} == {
+        "checkpoint-5"
+    }  # fmt: skip
+    stop_at(None)
+    run("--num_train_epochs", "3", "--resume_from_checkpoint", "auto")
+    assert {path.name for path in folder.iterdir()} == RESULTS | FULL
+
+
+def test_a_limit_keeps_the_newest_and_the_best(run):
+    """The best is the first epoch, since nothing is learnt."""
+    folder = run("--learning_rate", "1e-9", "--num_train_epochs", "4", "--save_total_limit", "1",
+                 "--save_strategy", "steps", "--save_steps", "2")  # fmt: skip
+    assert load(folder, "all_results.json")["best_epoch"] == 1
+    assert set(checkpoint.steps(folder)) == {3, 12}
+
+
+def test_an_output_folder_keeps_an_unfinished_run(run, stop_at, capsys):
+    stop_at(4)
+    folder = run(status=143)
+    before = hashes(folder)
+    run(status=2)
+    assert "holds an unfinished run: --resume_from_checkpoint auto" in capsys.readouterr().err
+    assert hashes(folder) == before
+    stop_at(None)
+    run("--overwrite_output_dir")
+    assert {path.name for path in folder.iterdir()} == RESULTS | FULL
+
+
+def test_a_checkpoint_of_another_folder_is_gone_on_from(run, stop_at):
+    expected = comparable(run(name="whole"))
+    stop_at(4)
+    path = run(name="moved", status=143) / "unfinished" / "checkpoint-5"
+    stop_at(None)
+    check_end(run("--resume_from_checkpoint", str(path)), expected)
+
+
+def test_a_finished_run_is_not_run_again(run, capsys):
+    folder = run()
+    before = hashes(folder)
+    run("--resume_from_checkpoint", "auto", "--overwrite_output_dir")
+    assert "accuracy" in capsys.readouterr().out
+    assert hashes(folder) == before
+    run("--resume_from_checkpoint", "auto", "--seed", "1", status=2)
+    assert "holds the results of an earlier run" in capsys.readouterr().err
+    run("--resume_from_checkpoint", "auto", "--seed", "1", "--overwrite_output_dir")
+    assert hashes(folder) != before
+
+
+# ------------------------------------------------------------------------------ damage, misuse
+
+
+def flip(path: Path) -> None:
+    """One bit of a file, in its middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.fixture
+def stopped(run, stop_at):
+    """The folder of an unfinished run with checkpoints 3 and 5."""
+    stop_at(4)
+    folder = run("--save_strategy", "epoch", status=143) / "unfinished"
+    stop_at(None)
+    assert set(checkpoint.steps(folder)) == {3, 5}
+    return folder
+
+
+FILES = ["training.safetensors", "model.safetensors", "state.json", "config.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_found_out(run, stopped, caplog, capsys, harm, name):
+    harm(stopped / "checkpoint-5" / name)
+    flags = ("--save_strategy", "epoch", "--resume_from_checkpoint")
+    run(*flags, str(stopped / "checkpoint-5"), status=2)
+    assert "checkpoint-5 is " in capsys.readouterr().err
+    caplog.set_level("INFO")
+    run(*flags, "auto")
+    assert "trying the one before" in caplog.text
+    assert f"going on from {stopped / 'checkpoint-3'}" in caplog.text
+
+
+def test_where_every_checkpoint_is_damaged_nothing_starts_anew(run, stopped, capsys):
+    for path in checkpoint.steps(stopped).values():
+        flip(path / "training.safetensors")
+    before = hashes(stopped)
+    run("--save_strategy", "epoch", "--resume_from_checkpoint", "auto", status=2)
+    assert "every checkpoint in" in capsys.readouterr().err
+    assert (
+        hashes(stopped).items() >= {k: v for k, v in before.items() if "/checkpoint-" in k}.items()
+    )
+
+
+def test_without_a_checkpoint_auto_begins_at_the_beginning(run, caplog):
+    caplog.set_level("INFO")
+    run("--resume_from_checkpoint", "auto")
+    assert "there is no checkpoint yet" in caplog.text
+    run("--resume_from_checkpoint", "nowhere", name="other", status=2)
+
+
+@pytest.mark.parametrize(
+    ("field", "flags"),
+    [
+        ("settings.seed", ["--seed", "1"]),
+        ("settings.per_device_train_batch_size", ["--per_device_train_batch_size", "2"]),
+        ("settings.learning_rate", ["--learning_rate", "1e-3"]),
+        ("settings.prefix", ["--prefix"]),
+        ("settings.num_train_epochs", ["--num_train_epochs", "5"]),
+        ("data.train", ["--train_file", "OTHER"]),
+        ("labels", ["--train_file", "NAMED", "--validation_file", "NAMED", "--test_file", "NAMED"]),
+        ("weights_sha256", ["--model_name_or_path", "BACKBONE"]),
+    ],
+)
+def test_another_run_does_not_go_on_from_it(run, stopped, tmp_path, backbone, capsys, field, flags):
+    write_csv(tmp_path / "OTHER", ROWS[::-1])
+    write_csv(tmp_path / "NAMED", [(text, f"class {label}") for text, label in ROWS])
+    shutil.copytree(backbone, tmp_path / "BACKBONE")
+    weights = load_file(tmp_path / "BACKBONE" / "model.safetensors")
+    weights["pooler.dense.bias"] += 1
+    save_file(weights, tmp_path / "BACKBONE" / "model.safetensors", metadata={"format": "pt"})
+    flags = [str(tmp_path / flag) if flag.isupper() else flag for flag in flags]
+    run("--save_strategy", "epoch", "--resume_from_checkpoint", "auto", *flags, status=2)
+    error = capsys.readouterr().err
+    assert "is of a run with other" in error
+    assert field in error
+    assert set(checkpoint.steps(stopped)) == {3, 5}
+
+
+def test_a_pickle_is_not_opened(run, stopped, backbone, files, tmp_path, capsys):
+    """Neither as a checkpoint nor as a model; opening it would write a file."""
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    trap = tmp_path / "checkpoint-9"
+    trap.mkdir()
+    torch.save(Trap(), trap / "training.pt")
+    run("--resume_from_checkpoint", str(trap), name="other", status=2)
+    model = tmp_path / "model"
+    shutil.copytree(backbone, model)
+    (model / "model.safetensors").unlink()
+    torch.save(Trap(), model / "pytorch_model.bin")
+    run("--model_name_or_path", str(model), name="other", status=2)
+    assert "no usable model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_two_runs_do_not_share_a_folder(run, tmp_path, capsys):
+    """The lock is the kernel's: it holds while its process lives and not longer."""
+    (tmp_path / "out").mkdir()
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from model.output_folder import OutputFolder\n"
+        "folder = OutputFolder(sys.argv[2], False); print(flush=True); time.sleep(60)"
+    )
+    root = str(Path(main.__file__).parent)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, root, str(tmp_path / "out")], stdout=subprocess.PIPE
+    )
+    child.stdout.readline()
+    run("--overwrite_output_dir", status=2)
+    assert f"is in use by process {child.pid}" in capsys.readouterr().err
+    child.kill()
+    child.wait()
+    run()
+
+
+@pytest.mark.parametrize("at", ["checkpoint", "records", "model"])
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoints(run, stopped, monkeypatch, capsys, at):
+    """By a limit on the size of files, as a full disk; the SIGXFSZ that comes is ignored."""
+    small = {"checkpoint": 20_000, "records": 10, "model": 20_000}[at]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = ["--save_strategy", "no" if at == "model" else "epoch"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (small, hard))
+    try:
+        run(*flags, "--resume_from_checkpoint", "auto", status=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert "cannot be written" in error
+    assert str(stopped) in error or str(stopped.parent) in error
+    assert set(checkpoint.steps(stopped)) == {3, 5}
+    assert not list(stopped.glob("saving-*"))
+    run("--save_strategy", "epoch", "--resume_from_checkpoint", "auto")
+
+
+def test_out_of_memory_names_the_flags(run, stopped, monkeypatch, capsys):
+    def step(*args):
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(trainer, "training_step", step)
+    run("--save_strategy", "epoch", "--resume_from_checkpoint", "auto", status=2)
+    assert "lower --per_device_train_batch_size" in capsys.readouterr().err
+    assert set(checkpoint.steps(stopped)) == {3, 5}
+
+
+def test_a_diverged_run_leaves_its_checkpoints(run, stopped, capsys, monkeypatch):
+    def step(*args):
+        raise trainer.TrainingError("the loss is nan")
+
+    monkeypatch.setattr(trainer, "training_step", step)
+    run("--save_strategy", "epoch", "--resume_from_checkpoint", "auto", status=2)
+    assert "the loss is nan" in capsys.readouterr().err
+    assert set(checkpoint.steps(stopped)) == {3, 5}
+
+
+def test_weights_that_are_not_finite_are_refused(backbone, run, tmp_path, capsys):
+    folder = run()
+    weights = load_file(folder / "model.safetensors")
+    weights["bert.pooler.dense.bias"][0] = torch.inf
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    argv = [
+        "--do_predict",
+        "--model_name_or_path",
+        str(folder),
+        "--output_dir",
+        str(tmp_path / "p"),
+    ]
+    assert main.main([*argv, "--test_file", str(tmp_path / "test.csv")]) == 2
+    assert "bert.pooler.dense.bias is not finite" in capsys.readouterr().err
+    assert json.loads((folder / "run.json").read_text())["files"]
