@@ -14,11 +14,20 @@ DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
 # What depends on the way of tuning, measured on the bundled backbone (README, "Defaults").
 TUNING_DEFAULTS = {
-    "full": {"learning_rate": 2e-4, "num_train_epochs": 8},
-    "prefix": {"learning_rate": 2e-2, "num_train_epochs": 12},
-    "projected prefix": {"learning_rate": 1e-3, "num_train_epochs": 12},
-    "input prefix": {"learning_rate": 2e-2, "num_train_epochs": 12},
+    "full": {
+        "learning_rate": 2e-4,
+        "num_train_epochs": 8,
+        "attention_probs_dropout_prob": 0.1,
+    },
+    "prefix": {
+        "learning_rate": 3e-2,
+        "num_train_epochs": 12,
+        "attention_probs_dropout_prob": 0.0,
+    },
 }
+# Not tuned on real data.
+TUNING_DEFAULTS["projected prefix"] = TUNING_DEFAULTS["prefix"] | {"learning_rate": 1e-3}
+TUNING_DEFAULTS["input prefix"] = TUNING_DEFAULTS["prefix"]
 # Groups of flags that would do nothing without --do_train.
 NEEDS_TRAINING = ("prefix tuning", "training", "evaluation and choice of the best epoch")
 PREFIX_DEFAULTS = {
@@ -283,9 +292,8 @@ def add_loop_flags(parser: Parser) -> None:
     group.add_argument(
         "--attention_probs_dropout_prob",
         type=number(float, 0, 0.99),
-        default=0.0,
         metavar="P",
-        help="dropout of attention [%(default)s]",
+        help=f"dropout of attention [{by_way('attention_probs_dropout_prob')}]",
     )
     switch(
         group,

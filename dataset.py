@@ -5,6 +5,7 @@ Nothing here knows of models. N rows, U distinct texts, C classes, B rows of a b
 
 import csv
 import hashlib
+import itertools
 import logging
 import re
 from argparse import Namespace
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,7 @@ LABEL_SEPARATOR = "|"
 # Rows that are shuffled together before they are sorted by length: large enough to leave little
 # padding, small enough that an epoch is not one sorted list.
 WINDOW_BATCHES = 100
+CHUNK_ROWS = 20_000  # of a file to predict that are in memory at a time
 
 
 class DataError(ValueError):
@@ -39,6 +42,7 @@ class Split:
     texts: list[str]
     labels: list[list[str]] | None  # one or more names a row; None: the file has no labels
     rows: list[int]  # each row's number in the file, from 1
+    dropped: int = 0  # rows without a text
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -68,7 +72,9 @@ def read_rows(
 
     Stricter than pandas, which fills up short rows and joins lines at a stray quote: there are
     never fewer rows in silence. A blank line is no row, but a blank text where there is only one
-    column. `mend` is applied to each line before it is parsed, for a file with a known flaw.
+    column. Where the header ends in a line feed, a carriage return is text that some program did
+    not quote, and an error. `mend` is applied to each line before it is parsed, for a file with a
+    known flaw.
 
     Raises: DataError for a file that is missing, empty, not in `encoding`, cut off inside a
         quoted field, ragged, or holds a NUL byte.
@@ -76,10 +82,18 @@ def read_rows(
     csv.field_size_limit(2**31 - 1)
     # The "-sig" codec also takes a file without the byte order mark.
     codec = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-    line = 1
+    line, last = 1, ""
+
+    def lines(file: TextIO) -> Iterator[str]:
+        nonlocal last
+        for last in file:
+            yield mend(last)
+
     try:
         with open(path, encoding=codec, newline="") as file:
-            reader = csv.reader(map(mend, file), strict=True)
+            end = re.search(r"\r?\n?$", file.readline())[0]
+        with open(path, encoding=codec, newline="" if end == "\r" else "\n") as file:
+            reader = csv.reader(lines(file), strict=True)
             header = next(reader, None)
             if not header:
                 raise DataError(f"{path} is empty: a header and rows are needed")
@@ -90,6 +104,11 @@ def read_rows(
                 if not row and len(header) == 1:
                     row = [""]
                 number += bool(row)
+                if end == "\n" and last.endswith(("\r\n", "\r")):
+                    raise DataError(
+                        f"{path}, row {number} (line {line}) ends in a carriage return, the header "
+                        "does not: quote fields that hold one, or give all lines the same end"
+                    )
                 if row and len(row) != len(header):
                     raise DataError(
                         f"{path}, row {number} (line {line}) has {len(row)} fields, the header "
@@ -133,16 +152,18 @@ def encoding_message(path: str | Path, encoding: str, codec: str, error: Unicode
     )
 
 
-def read_table(
+def read_tables(
     path: str | Path,
     encoding: str,
     columns: list[str],
     *,
+    size: int | None = None,
     mend: Callable[[str], str] = str,
     hint: str = "",
-) -> pd.DataFrame:
-    """A whole file as text, see `read_rows`, that has rows and at least these columns.
+) -> Iterator[pd.DataFrame]:
+    """Yield a file as text, `size` rows at a time, or at once; see `read_rows`.
 
+    It has at least these columns and one row; the index counts its rows from 1.
     Raises: DataError, which ends with `hint` where a column is missing.
     """
     lines = read_rows(path, encoding, mend)
@@ -152,15 +173,24 @@ def read_table(
             f"{path} has no column {', '.join(map(repr, missing))}; it has "
             f"{', '.join(map(repr, header))}{hint}"
         )
-    table = pd.DataFrame(list(lines), columns=header, dtype=object)
-    if table.empty:
+    first = 1
+    while rows := list(itertools.islice(lines, size)):
+        index = range(first, first + len(rows))
+        yield pd.DataFrame(rows, index=index, columns=header, dtype=object)
+        first += len(rows)
+    if first == 1:
         raise DataError(f"{path} has a header and no rows")
-    return table
 
 
-def read_split(
+def read_table(path: str | Path, encoding: str, columns: list[str], **options) -> pd.DataFrame:
+    """A whole file as text, see `read_tables`; the index counts from 0."""
+    return next(read_tables(path, encoding, columns, **options)).reset_index(drop=True)
+
+
+def read_chunks(
     path: str | Path,
     *,
+    size: int | None,
     text_columns: list[str],
     label_column: str = "label",
     delimiter: str = " ",
@@ -168,8 +198,8 @@ def read_split(
     multi_label: bool = False,
     drop_empty: bool = False,
     labels_required: bool = True,
-) -> Split:
-    """Read and check one split file.
+) -> Iterator[Split]:
+    """Read and check a split file, `size` rows at a time, or at once.
 
     Several text columns are joined by `delimiter`. With `labels_required=False` the label column
     may be missing or all blank.
@@ -177,53 +207,122 @@ def read_split(
     Raises: DataError, with the file, the rows and the way out.
     """
     wanted = [*text_columns, label_column] if labels_required else text_columns
-    table = read_table(
-        path, encoding, wanted, hint=": see --text_column_names and --label_column_name"
-    )
-    fields = list(zip(*(table[name] for name in text_columns), strict=True))
-    kept = np.array([bool("".join(row).strip()) for row in fields])
-    if not kept.all() and not drop_empty:
-        raise DataError(
-            f"{path}: the text is blank in {row_list(np.flatnonzero(~kept) + 1)}; "
-            "fill it in, or drop such rows with --drop_empty"
-        )
-    if not kept.all():
-        logger.warning("warning: %s: dropped %d rows without a text", path, (~kept).sum())
-    if not kept.any():
+    hint = ": see --text_column_names and --label_column_name"
+    sha256 = None
+    for table in read_tables(path, encoding, wanted, size=size, hint=hint):
+        sha256 = sha256 or file_sha256(path)
+        fields = list(zip(*(table[name] for name in text_columns), strict=True))
+        kept = np.array([bool("".join(row).strip()) for row in fields])
+        if not kept.all() and not drop_empty:
+            raise DataError(
+                f"{path}: the text is blank in {row_list(table.index[~kept].tolist())}; "
+                "fill it in, or drop such rows with --drop_empty"
+            )
+        texts = [delimiter.join(row) for row, keep in zip(fields, kept, strict=True) if keep]
+        rows = table.index[kept].tolist()
+        table = table[kept].reset_index(drop=True)
+        labels = read_labels(path, table, rows, label_column, multi_label, labels_required)
+        yield Split(str(path), sha256, table, texts, labels, rows, dropped=int((~kept).sum()))
+
+
+def read_split(path: str | Path, **options) -> Split:
+    """Read and check one whole split file, see `read_chunks`."""
+    split = next(read_chunks(path, size=None, **options))
+    report_dropped(split.path, split.dropped, len(split))
+    return split
+
+
+def report_dropped(path: str, dropped: int, left: int) -> None:
+    """Warn of rows without a text. Raises: DataError where no row has one."""
+    if dropped:
+        logger.warning("warning: %s: dropped %d rows without a text", path, dropped)
+    if not left:
         raise DataError(f"{path}: every text is blank")
-    texts = [delimiter.join(row) for row, keep in zip(fields, kept, strict=True) if keep]
-    table = table[kept].reset_index(drop=True)
-    rows = (np.flatnonzero(kept) + 1).tolist()
-    labels = read_labels(path, table, rows, label_column, multi_label, labels_required)
-    return Split(str(path), file_sha256(path), table, texts, labels, rows)
 
 
 def file_sha256(path: str | Path) -> str:
     """Of a file's bytes, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def reading(args: Namespace) -> dict:
+    """How the arguments say that files are read: options of `read_chunks`."""
+    return {
+        "text_columns": args.text_column_names,
+        "label_column": args.label_column_name,
+        "delimiter": args.text_column_delimiter,
+        "encoding": args.csv_encoding,
+        "multi_label": args.problem_type == "multi_label_classification",
+        "drop_empty": args.drop_empty,
+    }
 
 
 def read_splits(args: Namespace) -> dict[str, Split]:
-    """The files that the tasks need, as `train`, `eval` and `test`; the last may lack labels."""
+    """The files that training and evaluation need, as `train` and `eval`."""
     wanted = {
         "train": args.do_train and args.train_file,
         "eval": args.do_eval and args.validation_file,
-        "test": args.do_predict and args.test_file,
     }
-    return {
-        name: read_split(
-            path,
-            text_columns=args.text_column_names,
-            label_column=args.label_column_name,
-            delimiter=args.text_column_delimiter,
-            encoding=args.csv_encoding,
-            multi_label=args.problem_type == "multi_label_classification",
-            drop_empty=args.drop_empty,
-            labels_required=name != "test",
+    return {name: read_split(path, **reading(args)) for name, path in wanted.items() if path}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A file to predict, of any size: checked as a whole, then read a chunk at a time."""
+
+    path: str
+    sha256: str
+    rows: int
+    columns: list[str]
+    labelled: bool
+    options: dict
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def describe(self) -> dict:
+        """What a run writes down of it."""
+        return {"path": self.path, "rows": self.rows, "sha256": self.sha256}
+
+    def __iter__(self) -> Iterator[Split]:
+        return iter(
+            chunk
+            for chunk in read_chunks(
+                self.path, size=CHUNK_ROWS, labels_required=self.labelled, **self.options
+            )
+            if len(chunk)
         )
-        for name, path in wanted.items()
-        if path
-    }
+
+
+def open_stream(args: Namespace, names: list[str], known: set[str] | None) -> Stream:
+    """Check the whole test file, a chunk at a time; its labels may be missing.
+
+    names: the labels that it may hold. known: `text_keys` of the training file, to log how much
+    of it is seen. Raises: DataError, also where a part of the rows has labels.
+    """
+    rows, dropped, seen = 0, 0, 0
+    labelled: dict[bool, list[int]] = {True: [], False: []}
+    chunks = read_chunks(args.test_file, size=CHUNK_ROWS, labels_required=False, **reading(args))
+    for chunk in chunks:
+        rows, dropped = rows + len(chunk), dropped + chunk.dropped
+        if len(chunk):
+            labelled[chunk.labels is not None] += chunk.rows[:1]
+        if chunk.labels is not None:
+            label_ids(chunk, names, args.problem_type == "multi_label_classification")
+        if known is not None:
+            seen += seen_texts(known, chunk).sum()
+    report_dropped(args.test_file, dropped, rows)
+    if labelled[True] and labelled[False]:
+        raise DataError(
+            f"{args.test_file}: no '{args.label_column_name}' from row {labelled[False][0]} on, "
+            "while others have one"
+        )
+    if known is not None:
+        log_seen(args.test_file, rows, seen)
+    return Stream(
+        args.test_file, chunk.sha256, rows, list(chunk.table), bool(labelled[True]), reading(args)
+    )
 
 
 def row_list(rows: np.ndarray | list[int], shown: int = 5) -> str:
@@ -296,17 +395,6 @@ def words_to_start_from(names: list[str], train: Split, seed: int) -> str:
     return " ".join(train.texts[row] for row in drawn)
 
 
-def number_labels(
-    splits: dict[str, Split], names: list[str], args: Namespace
-) -> dict[str, np.ndarray | None]:
-    """`label_ids` of each split; None for one without labels."""
-    multi_label = args.problem_type == "multi_label_classification"
-    return {
-        name: None if split.labels is None else label_ids(split, names, multi_label)
-        for name, split in splits.items()
-    }
-
-
 def label_ids(split: Split, names: list[str], multi_label: bool) -> np.ndarray:
     """Labels as numbers: int64 [N], or for several labels a row float32 [N, C] of 0 and 1.
 
@@ -342,22 +430,31 @@ def text_key(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def seen_texts(train: Split, other: Split) -> np.ndarray:
-    """Whether each row's text of `other` stands in the training file: bool [N]."""
-    known = {text_key(text) for text in train.texts}
-    return np.array([text_key(text) in known for text in other.texts])
+def text_keys(split: Split) -> set[str]:
+    """Of all its texts."""
+    return {text_key(text) for text in split.texts}
 
 
-def audit(splits: dict[str, Split]) -> dict[str, np.ndarray]:
-    """Log what weakens the numbers to come; nothing is dropped.
+def seen_texts(known: set[str], split: Split) -> np.ndarray:
+    """Whether each row's text is among the training file's `text_keys`: bool [N]."""
+    return np.array([text_key(text) in known for text in split.texts], dtype=bool)
 
-    Returns, where there is a training file, `seen_texts` of the validation and test files.
+
+def log_seen(path: str, rows: int, seen: int) -> None:
+    """Say how much of a file a model has seen in training."""
+    logger.info(
+        "%s: %d rows, of which %.1f %% have a text that stands in the training file",
+        path, rows, 100 * seen / rows,
+    )  # fmt: skip
+
+
+def audit(train: Split) -> set[str]:
+    """Log what in the training file weakens the numbers to come; nothing is dropped.
+
+    Returns its `text_keys`.
     """
-    if "train" not in splits:
-        return {}
-    train = splits["train"]
-    distinct = len({text_key(text) for text in train.texts})
-    logger.info("%s: %d rows, %d distinct texts", train.path, len(train), distinct)
+    known = text_keys(train)
+    logger.info("%s: %d rows, %d distinct texts", train.path, len(train), len(known))
     counts = Counter(name for names in train.labels for name in names)
     single = [name for name, count in counts.items() if count == 1]
     if single:
@@ -366,13 +463,7 @@ def audit(splits: dict[str, Split]) -> dict[str, np.ndarray]:
         logger.warning(
             "warning: %s: %d texts stand under more than one label", train.path, doubtful
         )
-    seen = {name: seen_texts(train, split) for name, split in splits.items() if name != "train"}
-    for name, mask in seen.items():
-        logger.info(
-            "%s: %d rows, of which %.1f %% have a text that stands in the training file",
-            splits[name].path, len(mask), 100 * mask.mean(),
-        )  # fmt: skip
-    return seen
+    return known
 
 
 def contradictions(split: Split) -> int:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,22 +111,28 @@ def run_into(output, args: Namespace) -> None:
     if args.do_train and args.max_train_samples:
         splits["train"] = splits["train"].sample(args.max_train_samples, args.seed)
     names = utils.list_labels(config)
-    labels = dataset.number_labels(splits, names, args)
-    seen = dataset.audit(splits)
+    multi_label = args.problem_type == "multi_label_classification"
+    labels = {name: dataset.label_ids(split, names, multi_label) for name, split in splits.items()}
+    known = dataset.audit(splits["train"]) if args.do_train else None
+    seen = None
+    if args.do_train and args.do_eval:
+        seen = dataset.seen_texts(known, splits["eval"])
+        dataset.log_seen(splits["eval"].path, len(seen), seen.sum())
+    files = dict(splits)
     if args.do_predict:
-        output.check_columns(args.test_file, list(splits["test"].table), names)
-    served_by = bank and dataset.numbers_of(splits["test"], args.prefix_column, args.prefix_paths)
+        files["test"] = dataset.open_stream(args, names, known)
+        output.check_columns(args.test_file, files["test"].columns, names)
 
     # tokens
     args.max_seq_length = utils.set_max_seq_length(config, args.max_seq_length)
     tokenizer = utils.load_tokenizer(source, config)
     encoded = {
-        name: dataset.encode(tokenizer, split, labels[name], args.max_seq_length, served_by)
+        name: dataset.encode(tokenizer, split, labels[name], args.max_seq_length)
         for name, split in splits.items()
     }
 
     # is there anything left to do?
-    about = report.about(args, source, names, {n: s.describe() for n, s in splits.items()})
+    about = report.about(args, source, names, {n: f.describe() for n, f in files.items()})
     if args.resume_from_checkpoint == "auto" and output.is_finished(about):
         logger.info("this run has finished already")
         show(report.summary(args, output.read_results(), output.path))
@@ -140,7 +147,7 @@ def run_into(output, args: Namespace) -> None:
         )
         utils.start_from_text(model, tokenizer, words)
     machine.place(model)
-    results = {f"{name}_rows": len(split) for name, split in splits.items()}
+    results = {f"{name}_rows": len(file) for name, file in files.items()}
     if bank:
         logger.info("%d tuned prefixes over one backbone", len(args.prefix_paths))
     else:
@@ -155,12 +162,11 @@ def run_into(output, args: Namespace) -> None:
             save(output.staging)
 
     # evaluate and predict; the test file only now, when every choice is made
-    for name in ("eval", "test"):
-        if name in splits:
-            logits = trainer.predict(model, encoded[name], args, machine)
-            results |= score(name, logits, labels[name], seen.get(name))
-            if name == "test":
-                output.write_predictions(splits[name].table, names, logits, args.problem_type)
+    if args.do_eval:
+        logits = trainer.predict(model, encoded["eval"], args, machine)
+        results |= score("eval", logits, labels["eval"], seen)
+    if args.do_predict:
+        results |= predict(model, tokenizer, files["test"], known, names, args, machine, output)
 
     # publish: all files appear at once
     results["peak_memory_bytes"] = report.peak_memory_bytes()
@@ -213,6 +219,45 @@ def tune(model, encoded: dict, args: Namespace, machine, output, about: dict, sa
             start=start,
             stopped=lambda: received[0] if received else 0,
         )
+
+
+def predict(
+    model, tokenizer, stream, known: set | None, names: list[str], args: Namespace, machine, output
+) -> dict:
+    """Predict a file chunk by chunk; returns its score, where it has labels."""
+    import numpy as np
+    import torch
+
+    import dataset
+    import trainer
+    from model.metrics import score
+
+    multi_label = args.problem_type == "multi_label_classification"
+    scored = []  # logits, labels and whether seen, of rows with a label
+    done, start = 0, time.perf_counter()
+    with output.predictions(stream.columns, names, multi_label) as add:
+        for chunk in stream:
+            served_by = args.prefix_paths and dataset.numbers_of(
+                chunk, args.prefix_column, args.prefix_paths
+            )
+            labels = dataset.label_ids(chunk, names, multi_label) if stream.labelled else None
+            encoded = dataset.encode(tokenizer, chunk, labels, args.max_seq_length, served_by)
+            logits = trainer.predict(model, encoded, args, machine)
+            add(chunk.table, logits)
+            if stream.labelled:
+                seen = dataset.seen_texts(known, chunk) if known else np.empty(0)
+                scored.append((logits, labels, seen))
+            done += len(chunk)
+            if done < len(stream) or done > len(chunk):
+                speed = done / (time.perf_counter() - start)
+                logger.info("%d of %d rows: %.0f rows/s, %.0f s left", done, len(stream), speed,
+                            (len(stream) - done) / speed)  # fmt: skip
+    if not stream.labelled:
+        return {}
+    logits, labels, seen = zip(*scored, strict=True)
+    return score(
+        "test", torch.cat(logits), np.concatenate(labels), np.concatenate(seen) if known else None
+    )
 
 
 @contextmanager

@@ -44,15 +44,13 @@ def compute_metrics(logits: torch.Tensor, labels: np.ndarray) -> dict[str, float
 
 
 def score(
-    name: str, logits: torch.Tensor, labels: np.ndarray | None, seen: np.ndarray | None
+    name: str, logits: torch.Tensor, labels: np.ndarray, seen: np.ndarray | None
 ) -> dict[str, float | None]:
-    """Metrics of the file `name`, as `name_accuracy` and so on; none without labels.
+    """Metrics of the file `name`, as `name_accuracy` and so on.
 
     With `seen`, bool [N], also the share of rows whose text stands in the training file, and the
     accuracy on those and on all others; None where there are no such rows.
     """
-    if labels is None:
-        return {}
     results = compute_metrics(logits, labels)
     if seen is not None:
         results["seen_share"] = float(seen.mean())

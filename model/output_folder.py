@@ -11,11 +11,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import compress
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
@@ -208,31 +209,35 @@ class OutputFolder:
             if name in added:
                 raise OutputError(f"{path} has a column '{name}', as the predictions: rename it")
 
-    def write_predictions(
-        self, table: pd.DataFrame, names: list[str], logits: torch.Tensor, problem_type: str
-    ) -> None:
-        """Write predictions.csv: one row per input row, in its order.
+    @contextmanager
+    def predictions(
+        self, columns: list[str], names: list[str], multi_label: bool
+    ) -> Iterator[Callable[[pd.DataFrame, torch.Tensor], None]]:
+        """Open predictions.csv: one row per input row, in its order. Yields what adds a chunk.
 
-        The input's columns, `predicted`, `confidence` (see `model.metrics.confidence`), and one
-        column `probability_LABEL` for each label. logits: [N, C]. Words are quoted, so that any
-        text comes back as it was.
+        The input's `columns`, `predicted`, `confidence` (see `model.metrics.confidence`), and one
+        column `probability_LABEL` for each label. A chunk is a table and its logits [N, C]. Words
+        are quoted, so that any text comes back as it was.
         """
-        multi_label = problem_type == "multi_label_classification"
-        probability = probabilities(logits, multi_label)
-        found = predictions(probability, multi_label)
-        if multi_label:
-            label = [LABEL_SEPARATOR.join(compress(names, row)) for row in found]
-        else:
-            label = [names[number] for number in found]
-        figures = torch.tensor(confidence(probability, multi_label))[:, None].tolist()
-        figures = [one + each for one, each in zip(figures, probability.tolist(), strict=True)]
-        header = [*table.columns, "predicted", "confidence", *(f"probability_{n}" for n in names)]
         path = self.staging / "predictions.csv"
+        header = [*columns, "predicted", "confidence", *(f"probability_{name}" for name in names)]
         with writing(path), open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
             writer.writerow(header)
-            for row, name, values in zip(table.to_numpy(), label, figures, strict=True):
-                writer.writerow([*row, name, *(round(value, 6) for value in values)])
+
+            def add(table: pd.DataFrame, logits: torch.Tensor) -> None:
+                probability = probabilities(logits, multi_label)
+                found = predictions(probability, multi_label)
+                if multi_label:
+                    label = [LABEL_SEPARATOR.join(compress(names, row)) for row in found]
+                else:
+                    label = [names[number] for number in found]
+                sure = confidence(probability, multi_label)[:, None]
+                figures = np.round(np.hstack([sure, probability]).astype(float), 6).tolist()
+                for row, name, values in zip(table.to_numpy(), label, figures, strict=True):
+                    writer.writerow([*row, name, *values])
+
+            yield add
 
     def publish(self, run: dict, keep_checkpoints: bool = False) -> None:
         """Replace the earlier run's files by this one's; `run` becomes run.json.

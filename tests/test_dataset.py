@@ -1,10 +1,19 @@
 """Reading, refusing, numbering, auditing, batching."""
 
+import csv
+import re
+import tempfile
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import dataset
+from arguments import parse_args
 from conftest import REAL_DATA, write_csv
 from dataset import DataError, read_split
 
@@ -140,12 +149,121 @@ def test_the_leak_is_found_whatever_case_and_white_space(tmp_path, caplog):
     train = read(write_csv(tmp_path / "a.csv", [("A  cat", 0), ("dog", 1), ("DOG", 0), ("x", 2)]))
     test = read(write_csv(tmp_path / "b.csv", [("a cat", 0), ("bird", 1), ("Dog ", 1)]))
     caplog.set_level("INFO")
-    seen = dataset.audit({"train": train, "test": test})
-    assert seen["test"].tolist() == [True, False, True]
+    known = dataset.audit(train)
+    assert dataset.seen_texts(known, test).tolist() == [True, False, True]
     assert "4 rows, 3 distinct texts" in caplog.text
+    dataset.open_stream(arguments(tmp_path / "b.csv"), ["0", "1", "2"], known)
     assert "66.7 % have a text that stands in the training file" in caplog.text
     assert "1 texts stand under more than one label" in caplog.text
     assert "only one row of label 1, 2" in caplog.text
+
+
+def arguments(path):
+    """Those of a run that predicts a file."""
+    return parse_args(["--do_predict", "--test_file", str(path), "--output_dir", "out"])
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+def test_a_stream_gives_the_rows_of_the_whole_file(tmp_path, monkeypatch, size):
+    rows = [(f"text {i % 5}" if i % 4 else "", str(i % 3), str(i)) for i in range(20)]
+    path = write_csv(tmp_path / "a.csv", rows, ("text", "label", "id"))
+    monkeypatch.setattr(dataset, "CHUNK_ROWS", size)
+    args = arguments(path)
+    args.drop_empty = True
+    stream = dataset.open_stream(args, ["0", "1", "2"], None)
+    whole = read(path, drop_empty=True)
+    chunks = list(stream)
+    assert len(stream) == len(whole) == 15
+    assert max(len(chunk) for chunk in chunks) <= size
+    for name in ("texts", "labels", "rows"):
+        assert [x for chunk in chunks for x in getattr(chunk, name)] == getattr(whole, name)
+    assert [i for chunk in chunks for i in chunk.table["id"]] == whole.table["id"].tolist()
+    assert stream.describe() == whole.describe()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("a", "0"), ("b", "0"), ("c", ""), ("d", "")], "no 'label' from row 3 on"),
+        ([("a", "0"), ("b", "0"), ("c", "0"), ("d", "9")], "label '9' in row 4"),
+        ([("a", ""), ("b", ""), ("c", ""), (" ", "")], "the text is blank in row 4"),
+    ],
+)
+def test_a_stream_is_checked_to_its_end_first(tmp_path, monkeypatch, rows, message):
+    monkeypatch.setattr(dataset, "CHUNK_ROWS", 2)
+    path = write_csv(tmp_path / "a.csv", rows)
+    with pytest.raises(DataError, match=message):
+        dataset.open_stream(arguments(path), ["0", "1"], None)
+
+
+# ---------------------------------------------------------------------------------- fuzzing
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
+FIELDS = st.one_of(
+    TEXT, st.sampled_from(["NA", "null", "", " ", '"', ",", "\r", "\n", "\r\n", "\ufeff"])
+)
+COLUMNS = st.lists(
+    FIELDS.filter(lambda name: name.removeprefix("\ufeff").strip()),
+    min_size=1,
+    max_size=3,
+    unique=True,
+)
+
+
+@st.composite
+def tables(draw):
+    """A header and rows of any text."""
+    header = draw(COLUMNS)
+    rows = draw(st.lists(st.lists(FIELDS, min_size=len(header), max_size=len(header)), min_size=1,
+                         max_size=5))  # fmt: skip
+    return header, rows
+
+
+@settings(deadline=None, max_examples=300)
+@given(tables(), st.sampled_from(["\n", "\r\n"]), st.booleans())
+def test_what_the_csv_module_writes_comes_back_row_for_row(table, ending, quote_all):
+    header, rows = table
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.csv"
+        quoting = csv.QUOTE_ALL if quote_all else csv.QUOTE_MINIMAL
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator=ending, quoting=quoting).writerows([header, *rows])
+        comes_back_or_is_refused(path, header, rows)
+
+
+@settings(deadline=None, max_examples=300)
+@given(tables(), st.sampled_from(["\n", "\r\n"]))
+def test_what_pandas_writes_comes_back_row_for_row(table, ending):
+    header, rows = table
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.csv"
+        pd.DataFrame(rows, columns=header).to_csv(path, index=False, lineterminator=ending)
+        comes_back_or_is_refused(path, header, rows)
+
+
+def comes_back_or_is_refused(path, header, rows):
+    """Never fewer rows, never another text; a refusal names a row."""
+    try:
+        found, *back = dataset.read_rows(path)
+    except DataError as error:
+        assert re.search(r"row \d+|line \d+|more than once", str(error))
+        return
+    assert found == header or found == [header[0].removeprefix("\ufeff"), *header[1:]]
+    assert back == rows
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused_in_one_line(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.csv"
+        path.write_bytes(content)
+        try:
+            header, *rows = dataset.read_rows(path)
+        except DataError as error:
+            assert "\n" not in str(error).replace(repr(content), "")
+        else:
+            assert all(len(row) == len(header) for row in rows)
 
 
 def test_a_sample_is_drawn_by_the_seed_and_keeps_the_order(tmp_path):
@@ -194,4 +312,4 @@ def test_batches_of_like_length_leave_little_padding():
 def test_the_published_split_leaks_as_measured():
     train, test = (read(REAL_DATA / "seed_splits" / f"{n}_simple.csv") for n in ("train", "test"))
     assert (len(train), len(test)) == (15204, 6543)
-    assert round(100 * dataset.seen_texts(train, test).mean(), 1) == 83.5
+    assert round(100 * dataset.seen_texts(dataset.text_keys(train), test).mean(), 1) == 83.5

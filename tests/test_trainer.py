@@ -223,7 +223,6 @@ def test_metrics_are_those_of_the_whole_file():
     assert some["test_seen_share"] == 0.5
     none = score("test", logits, labels, np.array([True] * 4))
     assert none["test_accuracy_unseen"] is None
-    assert score("test", logits, None, None) == {}
 
 
 def test_several_labels_a_row_are_scored_each():
