@@ -419,6 +419,8 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("nothing to do: give --do_train, --do_eval or --do_predict")
     if (args.prefix_paths is None) != (args.prefix_column is None):
         parser.error("--prefix_paths and --prefix_column need each other")
+    if args.prefix_paths and args.model_name_or_path != DEFAULT_BACKBONE:
+        parser.error("--prefix_paths: the folders name their backbone; leave --model_name_or_path")
     if args.prefix_paths and (args.do_train or args.do_eval):
         parser.error("--prefix_paths is for --do_predict alone")
 

@@ -91,7 +91,8 @@ def read_rows(
 
     try:
         with open(path, encoding=codec, newline="") as file:
-            end = re.search(r"\r?\n?$", file.readline())[0]
+            next(csv.reader(lines(file), strict=True), None)  # `last` is where the header ends
+        end = last[len(last.rstrip("\r\n")) :]
         with open(path, encoding=codec, newline="" if end == "\r" else "\n") as file:
             reader = csv.reader(lines(file), strict=True)
             header = next(reader, None)
@@ -302,6 +303,7 @@ def open_stream(args: Namespace, names: list[str], known: set[str] | None) -> St
     of it is seen. Raises: DataError, also where a part of the rows has labels.
     """
     rows, dropped, seen = 0, 0, 0
+    multi_label = args.problem_type == "multi_label_classification"
     labelled: dict[bool, list[int]] = {True: [], False: []}
     chunks = read_chunks(args.test_file, size=CHUNK_ROWS, labels_required=False, **reading(args))
     for chunk in chunks:
@@ -309,11 +311,13 @@ def open_stream(args: Namespace, names: list[str], known: set[str] | None) -> St
         if len(chunk):
             labelled[chunk.labels is not None] += chunk.rows[:1]
         if chunk.labels is not None:
-            label_ids(chunk, names, args.problem_type == "multi_label_classification")
+            label_ids(chunk, names, multi_label)
         if known is not None:
             seen += seen_texts(known, chunk).sum()
+        if args.prefix_paths:
+            numbers_of(chunk, args.prefix_column, args.prefix_paths)
     report_dropped(args.test_file, dropped, rows)
-    if labelled[True] and labelled[False]:
+    if labelled[True] and labelled[False] and not multi_label:  # there a blank is no label
         raise DataError(
             f"{args.test_file}: no '{args.label_column_name}' from row {labelled[False][0]} on, "
             "while others have one"

@@ -87,9 +87,9 @@ def run_into(output, args: Namespace) -> None:
     """The story of a run."""
     import dataset
     import trainer
-    from model import report, utils
-    from model.metrics import score
-    from model.output_folder import writing
+    from model import checkpoint, report, utils
+    from model.metrics import Score
+    from model.output_folder import check_same, writing
     from model.prefix_bank import PrefixBank
     from model.source import locate
 
@@ -137,7 +137,15 @@ def run_into(output, args: Namespace) -> None:
         logger.info("this run has finished already")
         show(report.summary(args, output.read_results(), output.path))
         return
-    output.start(about)
+    begun = None
+    if args.resume_from_checkpoint:
+        begun = checkpoint.find(args.resume_from_checkpoint, output.staging)
+    if begun:
+        check_same(begun[0], begun[1]["run"], about)
+        logger.info("going on from %s", begun[0])
+    elif args.resume_from_checkpoint:
+        logger.info("there is no checkpoint yet: starting from the beginning")
+    output.start(about, begun and (begun[0], begun[1]["step"]))
 
     # model
     model = bank or utils.make_model(source, config, args, fresh_head)
@@ -157,14 +165,14 @@ def run_into(output, args: Namespace) -> None:
     # train; the model ends as its best epoch by the validation file
     if args.do_train:
         save = partial(utils.save_model, model, tokenizer, source)
-        results |= tune(model, encoded, args, machine, output, about, save)
+        results |= tune(model, encoded, args, machine, output, about, save, begun and begun[1:])
         with writing(output.staging):
             save(output.staging)
 
     # evaluate and predict; the test file only now, when every choice is made
     if args.do_eval:
         logits = trainer.predict(model, encoded["eval"], args, machine)
-        results |= score("eval", logits, labels["eval"], seen)
+        results |= Score().add(logits, labels["eval"], seen).results("eval")
     if args.do_predict:
         results |= predict(model, tokenizer, files["test"], known, names, args, machine, output)
 
@@ -177,8 +185,10 @@ def run_into(output, args: Namespace) -> None:
     show(report.summary(args, results, output.path))
 
 
-def tune(model, encoded: dict, args: Namespace, machine, output, about: dict, save_model) -> dict:
-    """Train, with checkpoints, from one where that is asked for; returns the figures of it."""
+def tune(
+    model, encoded: dict, args: Namespace, machine, output, about: dict, save_model, start
+) -> dict:
+    """Train, with checkpoints, from the state and tensors of one if given; returns its figures."""
     import trainer
     from model import checkpoint
 
@@ -198,17 +208,8 @@ def tune(model, encoded: dict, args: Namespace, machine, output, about: dict, sa
         checkpoint.prune(output.staging, args.save_total_limit, state["best_step"])
         logger.info("saved %s", path)
 
-    start = None
-    if args.resume_from_checkpoint:
-        found = checkpoint.find(args.resume_from_checkpoint, output.staging)
-        if found:
-            path, *start = found
-            output.go_on(path, start[0]["run"], about)
-            logger.info("going on from %s", path)
-        else:
-            logger.info("there is no checkpoint yet: starting from the beginning")
     with stop_signals() as received:
-        return trainer.train(
+        figures = trainer.train(
             model,
             encoded["train"],
             encoded["eval"] if args.eval_strategy == "epoch" else None,
@@ -219,21 +220,21 @@ def tune(model, encoded: dict, args: Namespace, machine, output, about: dict, sa
             start=start,
             stopped=lambda: received[0] if received else 0,
         )
+    if received:  # after the last step was asked for it
+        signal.raise_signal(received[0])
+    return figures
 
 
 def predict(
     model, tokenizer, stream, known: set | None, names: list[str], args: Namespace, machine, output
 ) -> dict:
     """Predict a file chunk by chunk; returns its score, where it has labels."""
-    import numpy as np
-    import torch
-
     import dataset
     import trainer
-    from model.metrics import score
+    from model.metrics import Score
 
     multi_label = args.problem_type == "multi_label_classification"
-    scored = []  # logits, labels and whether seen, of rows with a label
+    score = Score()
     done, start = 0, time.perf_counter()
     with output.predictions(stream.columns, names, multi_label) as add:
         for chunk in stream:
@@ -245,19 +246,13 @@ def predict(
             logits = trainer.predict(model, encoded, args, machine)
             add(chunk.table, logits)
             if stream.labelled:
-                seen = dataset.seen_texts(known, chunk) if known else np.empty(0)
-                scored.append((logits, labels, seen))
+                score.add(logits, labels, known and dataset.seen_texts(known, chunk))
             done += len(chunk)
             if done < len(stream) or done > len(chunk):
                 speed = done / (time.perf_counter() - start)
                 logger.info("%d of %d rows: %.0f rows/s, %.0f s left", done, len(stream), speed,
                             (len(stream) - done) / speed)  # fmt: skip
-    if not stream.labelled:
-        return {}
-    logits, labels, seen = zip(*scored, strict=True)
-    return score(
-        "test", torch.cat(logits), np.concatenate(labels), np.concatenate(seen) if known else None
-    )
+    return score.results("test") if stream.labelled else {}
 
 
 @contextmanager

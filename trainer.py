@@ -206,6 +206,8 @@ def train(
             if stop:
                 raise Stopped(progress.done, stop)
 
+    if progress.done < total:
+        logger.info("stopped early: no better epoch since %d", best.epoch)
     chosen = {"best_epoch": best.epoch} if best.restore(model) else {}
     return {**progress.summary(), "train_steps": progress.done, **chosen}
 
@@ -328,6 +330,8 @@ class Progress:
             "examples": self.examples,
             "loss_sum": self.loss_sum,
             "recent": self.recent,
+            "norm": self.norm,
+            "rate": self.rate,
             "seconds": time.perf_counter() - self.start,
         }
 
@@ -339,6 +343,7 @@ class Progress:
             state["loss_sum"],
         )
         self.recent = [tuple(pair) for pair in state["recent"]]
+        self.norm, self.rate = state["norm"], state["rate"]
         self.start = time.perf_counter() - state["seconds"]
 
     def __enter__(self) -> "Progress":

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from model import adapter
+
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -56,10 +58,10 @@ def write(
     try:
         staging.mkdir(parents=True)
         fill(staging)
-        if (staging / MODEL).exists():
-            tensors = {name: one for name, one in tensors.items() if not name.startswith(WEIGHT)}
+        written = model_weights(staging)
         tensors = {name: one.cpu().contiguous() for name, one in tensors.items()}
-        save_file(tensors, staging / TENSORS)
+        left = {name: one for name, one in tensors.items() if not same(one, written.get(name))}
+        save_file(left, staging / TENSORS)
         (staging / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         for path in staging.iterdir():
             sync(path)
@@ -69,9 +71,8 @@ def write(
         (staging / MANIFEST).write_text(text, encoding="utf-8")
         sync(staging / MANIFEST)
         sync(staging)
-        shutil.rmtree(
-            final, ignore_errors=True
-        )  # of the same step, by a run that went on from before
+        if final.exists():  # of the same step, by a run that went on from before
+            shutil.rmtree(final)
         os.replace(staging, final)
         sync(parent)
     except (OSError, SafetensorError) as error:
@@ -114,6 +115,22 @@ def put_back(
         optimizer.state[parameter] = {k: one.to(parameter.device) for k, one in moments.items()}
 
 
+def model_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights in a model's own files, as `weight/NAME`, which are not written a second time.
+
+    A reparametrised prefix stands there as its result, so that its own weights are written too.
+    """
+    if (folder / MODEL).exists():
+        return {WEIGHT + name: weight for name, weight in load_file(folder / MODEL).items()}
+    weights = load_file(folder / adapter.WEIGHTS)
+    return {WEIGHT + ours: weights[name] for name, ours in adapter.NAMES.items()}
+
+
+def same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
+    """Whether they are one tensor to the bit."""
+    return other is not None and one.shape == other.shape and torch.equal(one, other)
+
+
 def describe(path: Path) -> dict:
     """Size and SHA-256 of a file."""
     with open(path, "rb") as file:
@@ -133,9 +150,7 @@ def read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
                 raise CheckpointError(f"{folder} is damaged: {name} is not as it was written")
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         tensors = load_file(folder / TENSORS)
-        if (folder / MODEL).exists():
-            weights = load_file(folder / MODEL)
-            tensors |= {WEIGHT + name: weight for name, weight in weights.items()}
+        tensors = model_weights(folder) | tensors
     except (OSError, ValueError, AttributeError, TypeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -177,12 +192,12 @@ def find(choice: str, parent: Path) -> tuple[Path, dict, dict[str, torch.Tensor]
 def prune(parent: Path, limit: int | None, best_step: int) -> None:
     """Remove the oldest checkpoints above `limit`; never the newest, nor that of `best_step`.
 
-    None: there is no limit. 0: just the newest stays, which holds the best weights too.
+    None: there is no limit. 0: the newest two stay, of which each holds the best weights too.
     """
     if limit is None:
         return
     found = list(steps(parent).items())
-    for step, path in found[max(1, limit) :]:
+    for step, path in found[limit or 2 :]:
         if limit == 0 or step != best_step:
             # first the manifest, so that half a checkpoint is never taken for a whole one
             (path / MANIFEST).unlink(missing_ok=True)

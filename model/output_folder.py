@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import compress
 from pathlib import Path
 
@@ -26,11 +26,14 @@ from model.metrics import confidence, predictions, probabilities
 
 RUN_FILE = "run.json"
 RECORDS = "metrics.jsonl"
+PROCESS = "process"  # holds the number of the process at work, for messages
 # All that a run may leave in its folder.
 OWN_FILE = re.compile(
     r"README\.md|(adapter_)?config\.json|(adapter_)?model\.safetensors|tokenizer(_config)?\.json|"
     r"(run|all_results)\.json|metrics\.jsonl|predictions\.csv|checkpoint-\d+"
 )
+# And what a killed one may leave in its subfolder.
+PARTIAL_FILE = re.compile(r"saving-checkpoint-\d+|[a-z_]+\.(json|md)\.new|README\.md\.new|process")
 LABEL_SEPARATOR = "|"
 
 logger = logging.getLogger(__name__)
@@ -59,23 +62,30 @@ class OutputFolder:
     """Collects the files of one run; `publish` makes them the folder's results."""
 
     def __init__(self, path: str, overwrite: bool, resume: str | None = None) -> None:
-        """Take the folder. With `resume`, checkpoints of an unfinished run stay where they are.
+        """Take the folder for this process; nothing in it changes before `start`.
 
-        Raises: OutputError where the folder is in use, holds results or an unfinished run that
-            are not to be replaced, or cannot be written to.
+        Raises: OutputError where it is in use, holds results, an unfinished run or files of others
+            that are not to be replaced, or cannot be written to.
         """
         self.path, self.overwrite = Path(path), overwrite
         self.staging = self.path / "unfinished"
+        inside = resume and Path(resume).resolve().parent == self.staging.resolve()
+        self.auto, self.goes_on = resume == "auto", bool(resume == "auto" or inside)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.staging.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise OutputError(f"--output_dir {path}: {error.strerror}") from None
         try:
             self.take()
-            self.prepare(resume)
-        except (OSError, OutputError) as error:
+        except OutputError:
             os.close(self.lock)
+            raise
+        try:
+            (self.staging / PROCESS).write_text(str(os.getpid()))
+            self.check()
+        except (OSError, OutputError) as error:
+            self.__exit__()
             if isinstance(error, OSError):
                 raise OutputError(f"--output_dir {path}: {error.strerror}") from None
             raise
@@ -84,65 +94,63 @@ class OutputFolder:
         return self
 
     def __exit__(self, *_) -> None:
+        with suppress(OSError):  # read-only; or the folder is gone, or not empty
+            (self.staging / PROCESS).unlink(missing_ok=True)
+            self.staging.rmdir()
         os.close(self.lock)
 
-    def prepare(self, resume: str | None) -> None:
-        """Refuse what is not to be replaced; clear away what killed runs left."""
-        self.finished = read_record(self.path / RUN_FILE)
-        # a run that was killed while it published listed its files in the staging folder
-        records = (self.finished, read_record(self.staging / RUN_FILE))
-        self.earlier = {n for r in records for n in r.get("files", ()) if OWN_FILE.fullmatch(n)}
-        if resume != "auto":  # what is finished may be what is wanted: see `is_finished`
-            self.refuse_earlier()
-        here = {entry.name for entry in self.path.iterdir()}
-        if foreign := sorted(filter(OWN_FILE.fullmatch, here - self.earlier)):
-            raise OutputError(
-                f"{self.path} holds {', '.join(foreign)}, which no run listed as its own: "
-                "give another --output_dir"
-            )
-        inside = resume and Path(resume).resolve().parent == self.staging.resolve()
-        goes_on = resume == "auto" or inside
-        if checkpoint.steps(self.staging) and not (self.overwrite or goes_on):
-            raise OutputError(
-                f"{self.path} holds an unfinished run: --resume_from_checkpoint auto goes on with "
-                "it, --overwrite_output_dir starts anew"
-            )
-        self.sweep(keep_checkpoints=bool(goes_on))
-
-    def is_finished(self, run: dict) -> bool:
-        """Whether the folder's results are those of this very run, with nothing left to do.
-
-        Raises: OutputError where they are another's and not to be replaced.
-        """
-        same = self.finished and not differences(decisive(self.finished), decisive(run))
-        if same and not checkpoint.steps(self.staging):
-            shutil.rmtree(self.staging)
-            return True
-        self.refuse_earlier()
-        return False
-
     def take(self) -> None:
-        """Lock the folder for this process; the kernel frees it, however the process ends."""
-        self.lock = os.open(self.path, os.O_RDONLY)
+        """Lock the folder; the kernel frees it, however the process ends."""
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             try:
-                holder = f"process {(self.staging / 'process').read_text()}"
+                holder = f"process {(self.staging / PROCESS).read_text()}"
             except OSError:
                 holder = "another process"
             raise OutputError(
                 f"{self.path} is in use by {holder}: wait for it, or give another --output_dir"
             ) from None
 
-    def sweep(self, keep_checkpoints: bool) -> None:
-        """Clear the staging folder of what killed runs left; its list of files stays."""
-        self.staging.mkdir(exist_ok=True)
-        for entry in self.staging.iterdir():
-            kept = keep_checkpoints and checkpoint.NAME.fullmatch(entry.name)
-            if not kept and entry.name != RUN_FILE:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        (self.staging / "process").write_text(str(os.getpid()))
+    def check(self) -> None:
+        """Refuse what is not to be replaced."""
+        self.finished = read_record(self.path / RUN_FILE)
+        # a run that was killed while it published listed its files in the staging folder
+        self.begun = read_record(self.staging / RUN_FILE)
+        listed = {n for run in (self.finished, self.begun) for n in run.get("files", ())}
+        self.earlier = set(filter(OWN_FILE.fullmatch, listed))
+        if not self.auto:  # what is finished may be what is wanted: see `is_finished`
+            self.refuse_earlier()
+        here = {entry.name for entry in self.path.iterdir()}
+        foreign = sorted(filter(OWN_FILE.fullmatch, here - self.earlier))
+        foreign += [
+            f"unfinished/{entry.name}"
+            for entry in self.staging.iterdir()
+            if not (OWN_FILE.fullmatch(entry.name) or PARTIAL_FILE.fullmatch(entry.name))
+        ]
+        if foreign:
+            raise OutputError(
+                f"{self.path} holds {', '.join(foreign)}, which no run listed as its own: "
+                "give another --output_dir"
+            )
+        if checkpoint.steps(self.staging) and not (self.overwrite or self.goes_on):
+            raise OutputError(
+                f"{self.path} holds an unfinished run: --resume_from_checkpoint auto goes on with "
+                "it, --overwrite_output_dir starts anew"
+            )
+
+    def is_finished(self, run: dict) -> bool:
+        """Whether the folder's results are those of this very run, whole; then left-overs go.
+
+        Raises: OutputError where they are another's and not to be replaced.
+        """
+        whole = all((self.path / name).exists() for name in self.finished.get("files", ()))
+        if self.finished and whole and not differences(decisive(self.finished), decisive(run)):
+            shutil.rmtree(self.staging)
+            return True
+        if not self.begun or differences(decisive(self.begun), decisive(run)):
+            self.refuse_earlier()
+        return False
 
     def refuse_earlier(self) -> None:
         """Raises: OutputError where there are results that are not to be replaced."""
@@ -152,8 +160,22 @@ class OutputFolder:
                 "or --overwrite_output_dir to replace them"
             )
 
-    def start(self, run: dict) -> None:
-        """Write what the run is, and which files in the folder are the program's own."""
+    def start(self, run: dict, begun: tuple[Path, int] | None = None) -> None:
+        """Clear away what killed runs left, and write what this run is.
+
+        begun: the checkpoint to go on from and its step; its records are taken, and checkpoints
+        after it, which are damaged, go.
+        """
+        with writing(self.staging):
+            records = begun[0] / RECORDS if begun else None
+            text = records.read_bytes() if records and records.exists() else None
+            for entry in list(self.staging.iterdir()):
+                match = checkpoint.NAME.fullmatch(entry.name)
+                kept = match and self.goes_on and begun and int(match[1]) <= begun[1]
+                if not kept and entry.name not in (RUN_FILE, PROCESS):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if text is not None:
+                (self.staging / RECORDS).write_bytes(text)
         self.write_json(RUN_FILE, {**run, "files": sorted(self.earlier)})
 
     def write_text(self, name: str, text: str) -> None:
@@ -178,25 +200,6 @@ class OutputFolder:
         """Put the records so far into a checkpoint."""
         if (self.staging / RECORDS).exists():
             shutil.copyfile(self.staging / RECORDS, folder / RECORDS)
-
-    def go_on(self, folder: Path, earlier: dict, run: dict) -> None:
-        """Take the records of a checkpoint of the run `earlier`.
-
-        Raises: OutputError where `run` would not go on as that one.
-        """
-        if found := differences(decisive(earlier), decisive(run)):
-            raise OutputError(
-                f"{folder} is of a run with other {', '.join(found)}: give the same command, or "
-                "start anew with --overwrite_output_dir, without --resume_from_checkpoint"
-            )
-        for name, number in earlier["versions"].items():
-            if run["versions"].get(name) != number:
-                logger.warning(
-                    "warning: %s was %s when this run began and is %s: its end may differ in the "
-                    "last digits", name, number, run["versions"].get(name),
-                )  # fmt: skip
-        if (folder / RECORDS).exists():
-            shutil.copyfile(folder / RECORDS, self.staging / RECORDS)
 
     def read_results(self) -> dict:
         """The all_results.json of a finished run."""
@@ -247,8 +250,7 @@ class OutputFolder:
         Raises: OutputError where the folder cannot be written to; the new files stay in
             `unfinished`.
         """
-        (self.staging / "process").unlink()
-        names = {entry.name for entry in self.staging.iterdir()} | {RUN_FILE}
+        names = {entry.name for entry in self.staging.iterdir()} - {PROCESS} | {RUN_FILE}
         checkpoints = {name for name in names if checkpoint.NAME.fullmatch(name)}
         names -= set() if keep_checkpoints else checkpoints
         self.write_json(RUN_FILE, {**run, "files": sorted(names | self.earlier)})
@@ -287,6 +289,23 @@ def differences(one: dict, other: dict) -> list[str]:
         elif mine != theirs:
             found.append(key)
     return found
+
+
+def check_same(folder: Path, earlier: dict, run: dict) -> None:
+    """Whether `run` goes on as the run `earlier`, of the checkpoint `folder`, would have.
+
+    Raises: OutputError naming what differs. Other versions of packages are warned of.
+    """
+    if found := differences(decisive(earlier), decisive(run)):
+        raise OutputError(
+            f"{folder} is of a run with other {', '.join(found)}: give the same command, or "
+            "start anew with --overwrite_output_dir, without --resume_from_checkpoint"
+        )
+    for name in differences(earlier["versions"], run["versions"]):
+        logger.warning(
+            "warning: %s was %s when this run began and is %s: its end may differ in the last "
+            "digits", name, earlier["versions"].get(name), run["versions"].get(name),
+        )  # fmt: skip
 
 
 def read_record(path: Path) -> dict:

@@ -14,12 +14,14 @@ from model import adapter, utils
 from model.prefix_encoder import by_layer
 from model.source import ModelError, Source, locate
 
+UNKNOWN = -1e4  # logit of a label that a model does not know
+
 
 class PrefixBank(nn.Module):
     """Classifies each row of a batch with the prefix and the head that the row names.
 
     Logits equal those of each tuned model alone, up to rounding. A label that a row's model does
-    not know has the lowest logit there is, and so the probability 0.
+    not know has a logit so low that its probability is 0, and the loss still finite.
     """
 
     def __init__(self, sources: list[Source], configs: list[BertConfig]) -> None:
@@ -43,7 +45,7 @@ class PrefixBank(nn.Module):
         self.register_buffer("slots", torch.cat(slots, dim=3))  # [L, 2, H, K, P, D]
         known = utils.list_labels(self.config)
         weight = torch.zeros(len(learnt), len(known), configs[0].hidden_size)
-        bias = torch.full(weight.shape[:2], torch.finfo(torch.float32).min)
+        bias = torch.full(weight.shape[:2], UNKNOWN)
         for number, (tensors, config) in enumerate(zip(learnt, configs, strict=True)):
             columns = [known.index(name) for name in utils.list_labels(config)]
             weight[number, columns] = tensors["classifier.weight"]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
@@ -20,6 +21,9 @@ BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 
 ADAPTER_CONFIG = "adapter_config.json"
 HUB_TIMEOUT_SECONDS = 5
+STARTS_FROM = re.compile(
+    r"model.*\.safetensors$|^(adapter_)?config\.json$|^tokenizer.*\.json$|^vocab"
+)
 
 
 class ModelError(ValueError):
@@ -40,10 +44,12 @@ class Source:
         return self.adapter or self.backbone
 
     def sha256(self) -> str:
-        """Of all weights that a model starts from, in hexadecimal."""
+        """Of all that a model starts from: weights, settings, tokenizer; in hexadecimal."""
         digest = hashlib.sha256()
         folders = [self.backbone, *([self.adapter] if self.adapter else [])]
-        for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
+        for path in sorted(
+            path for folder in folders for path in folder.iterdir() if STARTS_FROM.search(path.name)
+        ):
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()

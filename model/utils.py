@@ -131,7 +131,7 @@ def load_tokenizer(source: Source, config: BertConfig):
         raise ModelError(f"{source.backbone} holds no tokenizer.json or vocab.txt")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.backbone, use_fast=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises no narrower one
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"{source.backbone} holds no usable tokenizer: {first}") from None
     if len(tokenizer) > config.vocab_size:
@@ -169,6 +169,11 @@ def load_weights(cls: type, source: Source, config: BertConfig, new: tuple[str, 
         raise ModelError(
             f"{source.backbone} lacks {len(lost)} of the weights, or has them in other shapes: "
             f"{', '.join(lost[:5])}; is it the folder of a tuned model?"
+        )
+    if not new and report["unexpected_keys"]:
+        raise ModelError(
+            f"{source.backbone} holds weights that no classifier has: "
+            f"{', '.join(sorted(report['unexpected_keys'])[:5])}"
         )
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -250,7 +255,10 @@ def save_model(
         adapter.save(model, source.name, folder)
     else:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers raises no narrower one where the disk is full
+            raise OSError(str(error)) from None
 
 
 # -------------------------------------------------------------------------------------- counts

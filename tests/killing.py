@@ -35,7 +35,16 @@ TIMES = {"samples_per_second", "eta_seconds", "train_runtime", "train_samples_pe
          "peak_memory_bytes"}  # fmt: skip
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree",
               "shutil.copyfile"}  # fmt: skip
-WAYS = {"full": [], "prefix": ["--prefix", "--pre_seq_len", "3"]}
+SMALL_PREFIX = ["--prefix", "--pre_seq_len", "3"]
+WAYS = {
+    "full": ["--save_steps", "1"],
+    "prefix": [*SMALL_PREFIX, "--save_steps", "1"],
+    "full, defaults of saving": [],
+    "prefix, one kept, bfloat16": [*SMALL_PREFIX, "--save_steps", "1", "--save_total_limit", "1",
+                                   "--precision", "bf16"],
+    "full, stopped early": ["--early_stopping_patience", "1", "--learning_rate", "1e-9",
+                            "--save_steps", "2"],
+}  # fmt: skip
 
 
 def comparable(folder: Path) -> dict[str, object]:
@@ -78,12 +87,12 @@ def live(argv: list[str], folder: Path, death: tuple[str, float] | None) -> int:
         time.sleep(death[1])
         os.kill(child, signal.SIGKILL)
     if death and death[0] == "staging":
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
             if any((folder / "unfinished").glob("saving-*")):
                 time.sleep(death[1])
                 os.kill(child, signal.SIGKILL)
                 return os.waitpid(child, 0)[1]
-        return 0
+        return ended[1]
     return os.waitpid(child, 0)[1]
 
 
@@ -122,7 +131,7 @@ def command(backbone: str, files: list[str], way: str) -> list[str]:
     """A small run with all that has to be gone on from."""
     return [
         "--do_train", "--do_eval", "--do_predict", *files, "--model_name_or_path", backbone,
-        "--num_train_epochs", "3", "--per_device_train_batch_size", "2", "--save_steps", "1",
+        "--num_train_epochs", "3", "--per_device_train_batch_size", "2",
         "--gradient_accumulation_steps", "2", "--hidden_dropout_prob", "0.1", "--precision", "fp32",
         "--max_seq_length", "16", "--logging_steps", "2", *WAYS[way],
     ]  # fmt: skip

@@ -202,12 +202,9 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=1
 FIELDS = st.one_of(
     TEXT, st.sampled_from(["NA", "null", "", " ", '"', ",", "\r", "\n", "\r\n", "\ufeff"])
 )
-COLUMNS = st.lists(
-    FIELDS.filter(lambda name: name.removeprefix("\ufeff").strip()),
-    min_size=1,
-    max_size=3,
-    unique=True,
-)
+# A bare carriage return in the header's name cannot be told from the line end of an old Macintosh.
+NAMES = TEXT.filter(lambda name: name.removeprefix("\ufeff").strip() and "\r" not in name)
+COLUMNS = st.lists(NAMES, min_size=1, max_size=3, unique=True)
 
 
 @st.composite

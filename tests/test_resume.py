@@ -19,6 +19,7 @@ import trainer
 from conftest import ROWS, write_csv
 from killing import check_end, command, comparable, kill_until_done
 from model import checkpoint
+from model.output_folder import OutputFolder
 from test_main import FULL, RESULTS, hashes, load
 
 
@@ -125,15 +126,17 @@ def test_checkpoints_are_whole_models_and_small_for_a_prefix(run):
         "manifest.json", "state.json", "training.safetensors",
     }  # fmt: skip
     names = load_file(folder / "checkpoint-3" / "training.safetensors")
-    learnt = {name.partition("/")[2] for name in names}
-    assert learnt == {"prefix_encoder.embedding.weight", "classifier.weight", "classifier.bias"}
+    assert set(names) == {  # and the weights themselves stand in adapter_model.safetensors
+        f"{moment}/{name}" for moment in checkpoint.MOMENTS
+        for name in ("prefix_encoder.embedding.weight", "classifier.weight", "classifier.bias")
+    }  # fmt: skip
 
 
 def test_checkpoints_go_where_nobody_asked_for_them(run, stop_at):
     stop_at(4)
     folder = run("--num_train_epochs", "3", status=143)
     assert {path.name for path in (folder / "unfinished").iterdir() if path.is_dir()} == {
-        "checkpoint-5"
+        "checkpoint-3", "checkpoint-5"
     }  # fmt: skip
     stop_at(None)
     run("--num_train_epochs", "3", "--resume_from_checkpoint", "auto")
@@ -178,6 +181,69 @@ def test_a_finished_run_is_not_run_again(run, capsys):
     assert "holds the results of an earlier run" in capsys.readouterr().err
     run("--resume_from_checkpoint", "auto", "--seed", "1", "--overwrite_output_dir")
     assert hashes(folder) != before
+
+
+def test_a_run_killed_while_it_publishes_goes_on(run, monkeypatch):
+    """At each renaming and removal; without --overwrite_output_dir, which nothing calls for."""
+    expected = comparable(run(name="whole"))
+    usual = os.replace, shutil.rmtree
+    for at in range(100):
+        left = [at]
+
+        def counted(function, left=left):
+            def call(*args, **options):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                return function(*args, **options)
+
+            return call
+
+        def armed(self, *args, usual_publish=OutputFolder.publish, counted=counted, **options):
+            monkeypatch.setattr(os, "replace", counted(usual[0]))
+            monkeypatch.setattr(shutil, "rmtree", counted(usual[1]))
+            usual_publish(self, *args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(OutputFolder, "publish", armed)
+            argv = ("--resume_from_checkpoint", "auto")
+            status = 130
+            try:
+                run(*argv, name=f"out{at}", status=130)
+            except AssertionError:
+                status = 0
+        monkeypatch.setattr(os, "replace", usual[0])
+        monkeypatch.setattr(shutil, "rmtree", usual[1])
+        if status == 0:
+            assert at > 10
+            return
+        check_end(run(*argv, name=f"out{at}"), expected)
+
+
+def test_an_early_stop_between_two_records_can_be_gone_on_from(run, stop_at):
+    flags = ["--early_stopping_patience", "1", "--learning_rate", "1e-9", "--num_train_epochs", "4"]
+    expected = comparable(run(*flags, "--logging_steps", "4", name="whole"))
+    stop_at(5)  # the last step before the early stop
+    run(*flags, "--logging_steps", "4", status=143)
+    stop_at(None)
+    check_end(run(*flags, "--logging_steps", "4", "--resume_from_checkpoint", "auto"), expected)
+
+
+def test_a_mistake_leaves_the_unfinished_run(run, stopped, capsys):
+    """Also with --overwrite_output_dir, which the scripts always give."""
+    before = {k: v for k, v in hashes(stopped).items() if "/checkpoint-" in k}
+    for flags in (["--train_file", "nowhere"], ["--resume_from_checkpoint", "nowhere"]):
+        run("--overwrite_output_dir", *flags, status=2)
+        assert before.items() <= hashes(stopped).items()
+
+
+def test_a_folder_of_that_name_with_files_of_others_is_refused(run, tmp_path, capsys):
+    mine = tmp_path / "out" / "unfinished" / "novel.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    run("--overwrite_output_dir", status=2)
+    assert "unfinished/novel.txt, which no run listed" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
 
 
 # ------------------------------------------------------------------------------ damage, misuse

@@ -8,14 +8,16 @@ import pandas as pd
 import pytest
 from transformers import pipeline
 
-from conftest import REAL_DATA, bash
+from conftest import REAL_DATA, bash, write_csv
+from dataset import read_split
+from script import benchmark, folds
 
 SHORT = ["--max_train_samples", "320", "--num_train_epochs", "2"]
 
 
 @pytest.mark.parametrize(
     ("script", "name", "parameters"),
-    [("run_og.sh", "og", 22_715_526), ("run_prefix.sh", "prefix", 297_222)],
+    [("run_og.sh", "og", 22_715_526), ("run_prefix.sh", "prefix", 592_134)],
 )
 def test_a_script_does_the_whole_job(clone, script, name, parameters):
     done = bash(clone, script, *SHORT)
@@ -54,6 +56,32 @@ def test_the_original_command_line_runs_as_it_stands(clone):
     assert done.returncode == 0, done.stderr
     assert "--learning_rate 5e-05 is low for prefix tuning" in done.stderr
     assert (clone / "checkpoints/prefix/checkpoint-20/adapter_model.safetensors").exists()
+
+
+def test_each_fold_is_tested_once_and_no_row_is_lost(tmp_path):
+    rows = [(f"text {i}", i % 2, i % 3) for i in range(60)]
+    path = write_csv(tmp_path / "all.csv", rows, ("text", "label", "fold"))
+    folds.main(path, str(tmp_path / "folds"))
+    for fold in range(3):
+        parts = [
+            read_split(tmp_path / "folds" / str(fold) / f"{name}_simple.csv", text_columns=["text"])
+            for name in ("train", "val", "test")
+        ]
+        assert [len(part) for part in parts] == [36, 4, 20]
+        assert sorted(text for part in parts for text in part.texts) == sorted(r[0] for r in rows)
+        assert parts[2].texts == [text for text, _, number in rows if number == fold]
+
+
+def test_the_benchmark_measures_one_prefix_and_many(tmp_path, capsys, monkeypatch):
+    path = write_csv(tmp_path / "a.csv", [(f"some text {i}", 0) for i in range(20)])
+    flags = ["--data", path, "--texts", "16", "--prefixes", "2", "--pre_seq_len", "4"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *flags, "--rounds", "1"])
+    benchmark.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        "one model", "bank, one prefix", "bank, 2 prefixes"
+    ]  # fmt: skip
+    assert lines[1].endswith("1.00x")
 
 
 def test_flags_can_be_appended_and_errors_come_through(clone):

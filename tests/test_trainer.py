@@ -13,7 +13,7 @@ import trainer
 from arguments import parse_args
 from conftest import ROWS
 from dataset import Encoded
-from model.metrics import compute_metrics, confidence, predictions, probabilities, score
+from model.metrics import Score, compute_metrics, confidence, predictions, probabilities
 
 FP32 = trainer.Machine(torch.device("cpu"), "fp32")
 
@@ -218,10 +218,10 @@ def test_metrics_are_those_of_the_whole_file():
     metrics = compute_metrics(logits, labels)
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
     assert metrics == pytest.approx({"loss": loss, "accuracy": 0.5, "macro_f1": (2 / 3 + 0.5) / 3})
-    some = score("test", logits, labels, np.array([True, True, False, False]))
+    some = Score().add(logits, labels, np.array([True, True, False, False])).results("test")
     assert (some["test_accuracy_seen"], some["test_accuracy_unseen"]) == (1.0, 0.0)
     assert some["test_seen_share"] == 0.5
-    none = score("test", logits, labels, np.array([True] * 4))
+    none = Score().add(logits, labels, np.array([True] * 4)).results("test")
     assert none["test_accuracy_unseen"] is None
 
 
