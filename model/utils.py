@@ -113,7 +113,6 @@ def set_max_seq_length(config: BertConfig, wanted: int | None, default: int = 12
     Raises: ModelError where prefix and text together exceed the position embeddings.
     """
     prefix = getattr(config, "pre_seq_len", 0)
-    default = max(3, min(default, config.max_position_embeddings - prefix))
     length = wanted or getattr(config, "max_seq_length", None) or default
     if prefix + length > config.max_position_embeddings:
         raise ModelError(

@@ -287,7 +287,7 @@ def test_a_prefix_starts_from_label_names_training_texts_or_a_given_text(run, tm
 def further(folder, files, tmp_path, *flags: str, name: str = "further") -> Path:
     """Tune a tuned folder on, on other files."""
     argv = ["--do_train", "--do_eval", "--do_predict", "--model_name_or_path", str(folder), *files]
-    argv += ["--num_train_epochs", "1", "--precision", "fp32", *flags]
+    argv += ["--num_train_epochs", "1", "--precision", "fp32", "--max_seq_length", "16", *flags]
     assert main.main([*argv, "--output_dir", str(tmp_path / name)]) == 0
     return tmp_path / name
 

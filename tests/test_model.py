@@ -423,8 +423,6 @@ def test_a_prefix_beyond_the_positions_is_refused(backbone):
     with pytest.raises(ModelError, match="--pre_seq_len 50 \\+ --max_seq_length 15 is above"):
         utils.set_max_seq_length(config, 15)
     assert utils.set_max_seq_length(config, 14) == 14
-    config.max_seq_length = None
-    assert utils.set_max_seq_length(config, None) == 14  # as many as there are
 
 
 def test_bad_model_folders_are_refused(backbone, tmp_path):

@@ -12,15 +12,13 @@ from conftest import REAL_DATA, bash, write_csv
 from dataset import read_split
 from script import benchmark, folds
 
-SHORT = ["--max_train_samples", "320", "--num_train_epochs", "2"]
-
 
 @pytest.mark.parametrize(
-    ("script", "name", "parameters"),
-    [("run_og.sh", "og", 22_715_526), ("run_prefix.sh", "prefix", 592_134)],
+    ("script", "name", "parameters", "epochs"),
+    [("run_og.sh", "og", 22_715_526, 2), ("run_prefix.sh", "prefix", 592_134, 8)],
 )
-def test_a_script_does_the_whole_job(clone, script, name, parameters):
-    done = bash(clone, script, *SHORT)
+def test_a_script_does_the_whole_job(clone, script, name, parameters, epochs):
+    done = bash(clone, script, "--max_train_samples", "320", "--num_train_epochs", str(epochs))
     assert done.returncode == 0, done.stderr
     assert "SYNTHETIC SAMPLE" in done.stderr
     assert not (clone / ".venv").exists()  # the active environment served
@@ -108,9 +106,9 @@ def test_padding_on_the_real_titles_is_under_five_percent(clone):
     command = """
 import numpy, dataset, sys
 from arguments import parse_args
-from model import utils
+from model import source, utils
 args = parse_args(["--do_train", "--output_dir", "x", *sys.argv[1:]])
-tokenizer = utils.AutoTokenizer.from_pretrained(utils.bundled_folder())
+tokenizer = utils.AutoTokenizer.from_pretrained(source.bundled_folder())
 data = dataset.encode(tokenizer, dataset.read_splits(args)["train"], None, 128)
 lengths = data.lengths[data.text_of_row]
 print(dataset.padding_share(lengths, dataset.training_batches(lengths, 32, 42, 0)))
