@@ -70,6 +70,9 @@ class PrefixBank(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, served_by: torch.Tensor
     ) -> SequenceClassifierOutput:
         """Classify int64 [B, T] tokens, row i by prefix number served_by[i]; logits [B, C]."""
+        device = input_ids.device.type
+        if torch.is_autocast_enabled(device):  # cast once, not in each batch
+            self.slots = self.slots.to(torch.get_autocast_dtype(device))
         lengths = self.lengths[served_by]  # [B]
         longest = int(lengths.max())
         place = torch.arange(longest + input_ids.shape[1], device=input_ids.device)
