@@ -295,6 +295,14 @@ def add_loop_flags(parser: Parser) -> None:
         metavar="P",
         help=f"dropout of attention [{by_way('attention_probs_dropout_prob')}]",
     )
+    group.add_argument(
+        "--ema_decay",
+        type=number(float, 0, 0.999999),
+        default=0.99,
+        metavar="D",
+        help="decay, at each step, of the moving average of the weights, which is what is "
+        "evaluated and saved; 0: no average [%(default)s]",
+    )
     switch(
         group,
         "--gradient_checkpointing",

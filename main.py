@@ -190,8 +190,9 @@ def tune(
 ) -> dict:
     """Train, with checkpoints, from the state and tensors of one if given; returns its figures."""
     import trainer
-    from model import checkpoint
+    from model import checkpoint, utils
 
+    utils.tune_words_in_use(model, encoded["train"].token_ids)
     if warning := learning_rate_warning(args):
         logger.warning("warning: %s", warning)
     if args.prefix_depth == "input":

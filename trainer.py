@@ -7,7 +7,8 @@ import logging
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -129,7 +130,8 @@ def train(
 ) -> dict[str, float]:
     """Tune, in place, the parameters that require gradients.
 
-    With an `eval_set` each epoch is evaluated, and the model ends as its best one where
+    What is evaluated, saved and left at the end is a `MovingAverage` over the steps. With an
+    `eval_set` each epoch is evaluated, and the model ends as its best one where
     `args.load_best_model_at_end`. `record` gets a dict for each logged step and evaluation;
     `save` gets state and tensors after each epoch, and every `args.save_steps`, unless
     `args.save_strategy` is "no". With these as `start` the run goes on, and ends as if it had
@@ -147,11 +149,13 @@ def train(
     steps_per_epoch = math.ceil(len(train_set) / step_size)
     total = steps_per_epoch * args.num_train_epochs
     warmup = warmup_steps(args.warmup_steps, total)
+    average = MovingAverage(model, args.ema_decay)
     best = BestEpoch(args.metric_for_best_model, args.load_best_model_at_end)
     progress = Progress(total, steps_per_epoch, args.logging_steps, record)
     if start:
         state, tensors = start
         put_back(tensors, model, optimizer)
+        average.go_on(tensors)
         progress.go_on(state["progress"])
         best.go_on(state["best"], tensors)
 
@@ -159,7 +163,9 @@ def train(
         best_step = best.epoch * steps_per_epoch
         state = {"step": progress.done, "best_step": best_step}
         state |= {"progress": progress.state(), "best": best.state()}
-        save(state, learnt(model, optimizer) | best.tensors(now=best_step == progress.done))
+        with average.applied():
+            tensors = learnt(model, optimizer) | average.tensors()
+            save(state, tensors | best.tensors(now=best_step == progress.done))
 
     with logging_redirect_tqdm(), progress:
         while progress.done < total and not best.patience_is_over(
@@ -183,6 +189,7 @@ def train(
                     model, optimizer, train_set, rows, progress.done, args, machine
                 )
                 progress.step(len(rows), loss, norm, args.learning_rate * factor)
+                average.update(progress.done)
                 ends = progress.done % steps_per_epoch == 0
                 due = args.save_steps and progress.done % args.save_steps == 0
                 stop = stopped()
@@ -193,9 +200,10 @@ def train(
 
             # evaluate on the validation file; remember the best
             if eval_set is not None:
-                metrics = evaluate(model, eval_set, args, machine)
+                with average.applied():
+                    metrics = evaluate(model, eval_set, args, machine)
+                    better = best.update(model, epoch + 1, metrics)
                 record({"step": progress.done, "epoch": epoch + 1, **prefixed("eval", metrics)})
-                better = best.update(model, epoch + 1, metrics)
                 shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
                 logger.info("epoch %d: validation %s%s", epoch + 1, shown, " (best)" * better)
 
@@ -208,6 +216,7 @@ def train(
 
     if progress.done < total:
         logger.info("stopped early: no better epoch since %d", best.epoch)
+    average.swap()
     chosen = {"best_epoch": best.epoch} if best.restore(model) else {}
     return {**progress.summary(), "train_steps": progress.done, **chosen}
 
@@ -251,6 +260,51 @@ def training_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
+
+
+class MovingAverage:
+    """Exponential moving average of what is tuned: steadier than the weights of any one step.
+
+    Polyak & Juditsky 1992. The decay rises to its value, as in TensorFlow, so that the start is
+    soon forgotten. A decay of 0: there is no average, and the weights themselves stand for it.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        tuned = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        self.decay, self.tuned = decay, tuned if decay else {}
+        self.weights = {name: one.detach().clone() for name, one in self.tuned.items()}
+
+    def update(self, step: int) -> None:
+        """Take in the weights after step number `step`, counted from 1."""
+        if self.tuned:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            now = [parameter.detach() for parameter in self.tuned.values()]
+            torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)
+
+    def swap(self) -> None:
+        """Exchange the model's weights and the average; nothing is copied."""
+        for name, parameter in self.tuned.items():
+            parameter.data, self.weights[name] = self.weights[name], parameter.data
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Meanwhile the model's weights are the average."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """While it is applied: the weights that training goes on with, as `raw/NAME`."""
+        return {f"raw/{name}": weight for name, weight in self.weights.items()}
+
+    def go_on(self, tensors: dict[str, torch.Tensor]) -> None:
+        """From the tensors of a checkpoint, of which the average is in the model already."""
+        for name, parameter in self.tuned.items():
+            self.weights[name].copy_(parameter.detach())
+            with torch.no_grad():
+                parameter.copy_(tensors[f"raw/{name}"])
 
 
 class BestEpoch:

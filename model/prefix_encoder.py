@@ -73,6 +73,15 @@ def by_layer(flat: torch.Tensor, config: BertConfig) -> tuple[torch.Tensor, ...]
     return slots.permute(1, 2, 3, 4, 0, 5).unbind()
 
 
+def to_the_bit(module: nn.Module) -> bool:
+    """Whether to compute as transformers and PEFT do, to the bit: where a model is just called.
+
+    The loop's own passes, in training mode or in torch's inference mode, go shorter ways, which
+    are equal up to rounding.
+    """
+    return not (module.training or torch.is_inference_mode_enabled())
+
+
 def attend(
     alone: Callable,
     module: nn.Module,
@@ -92,19 +101,18 @@ def attend(
     the text, so that [CLS] stays the first output. query, key, value: [B, H, T, D]; the mask is
     P+T wide. Returns [B, T, H, D].
 
-    One model that predicts goes through `alone`, transformers' own attention, on a copy of the
-    prefix for each row, to the bit as PEFT does; training and mixed batches go by `attend_jointly`.
+    `to_the_bit` it goes through `alone`, transformers' own attention, on a copy of the prefix for
+    each row, as in PEFT; else, and for a batch of mixed prefixes, by `attend_jointly`.
     """
-    if prefix is None:
-        return alone(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
     # under autocast the text is bfloat16 and the prefix is not
-    before = prefix(module.layer_idx).to(key.dtype)
-    if module.training or before.shape[2] > 1:
+    before = prefix and prefix(module.layer_idx).to(key.dtype)
+    if not to_the_bit(module) or (prefix and before.shape[2] > 1):
         out = attend_jointly(query, key, value, before, attention_mask, scaling, dropout)
         return out, None
-    # [H, 1, P, D] -> [B, H, P, D], before [B, H, T, D]
-    rows = before.transpose(1, 2).expand(-1, len(query), -1, -1, -1)
-    key, value = (torch.cat(pair, dim=2) for pair in zip(rows, (key, value), strict=True))
+    if prefix:
+        # [H, 1, P, D] -> [B, H, P, D], before [B, H, T, D]
+        rows = before.transpose(1, 2).expand(-1, len(query), -1, -1, -1)
+        key, value = (torch.cat(pair, dim=2) for pair in zip(rows, (key, value), strict=True))
     return alone(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
 
 
@@ -112,7 +120,7 @@ def attend_jointly(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    prefix: torch.Tensor,
+    prefix: torch.Tensor | None,
     mask: torch.Tensor | None,
     scaling: float,
     dropout: float,
@@ -122,21 +130,26 @@ def attend_jointly(
     A copy of the prefix for each row would cost more than all else: with P = 128 and B = 32 a
     training step took 2.7 times as long. Shapes as in `attend`.
     """
-    batch, heads, length, size = query.shape
-    groups, virtual = prefix.shape[2:4]
     # heads first: [B, H, T, D] -> [H, B, T, D]
     query, key, value = (x.transpose(0, 1) for x in (query * scaling, key, value))
-    prefix_key, prefix_value = prefix  # [H, G, P, D]
-    on_prefix = query.reshape(heads, groups, -1, size) @ prefix_key.mT  # [H, G, B*T/G, P]
-    scores = torch.cat([on_prefix.view(heads, batch, length, virtual), query @ key.mT], dim=3)
+    heads, batch, length, size = query.shape
+    scores = query @ key.mT  # [H, B, T, T]
+    if prefix is not None:
+        (prefix_key, prefix_value), virtual = prefix, prefix.shape[3]  # [H, G, P, D]
+        grouped = query.reshape(heads, prefix.shape[2], -1, size)  # [H, G, B*T/G, D]
+        on_prefix = (grouped @ prefix_key.mT).view(heads, batch, length, virtual)
+        scores = torch.cat([on_prefix, scores], dim=3)  # [H, B, T, P+T]
     if mask is not None:  # [B, 1, T, P+T]: sdpa's is True where to attend, eager's is 0 there
         hidden = ~mask if mask.dtype == torch.bool else mask != 0
         scores = scores.masked_fill(hidden.transpose(0, 1), -torch.inf)
     weights = scores.softmax(dim=3, dtype=torch.float32)
     weights = nn.functional.dropout(weights, dropout).to(value.dtype)
-    on_prefix, on_text = weights.split([virtual, length], dim=3)
-    out = on_prefix.reshape(heads, groups, -1, virtual) @ prefix_value  # [H, G, B*T/G, D]
-    out = out.view(heads, batch, length, size) + on_text @ value
+    if prefix is None:
+        out = weights @ value
+    else:
+        on_prefix, on_text = weights.split([virtual, key.shape[2]], dim=3)
+        out = on_prefix.reshape(heads, prefix.shape[2], -1, virtual) @ prefix_value
+        out = out.view(heads, batch, length, size) + on_text @ value
     return out.permute(1, 2, 0, 3)  # [H, B, T, D] -> [B, T, H, D]
 
 

@@ -13,12 +13,16 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer, BertConfig
 from transformers.utils import logging as transformers_logging
 
 from model import adapter
 from model.prefix_encoder import activations, prefix_width
-from model.sequence_classification import BertPrefixForSequenceClassification
+from model.sequence_classification import (
+    BertForSequenceClassification,
+    BertPrefixForSequenceClassification,
+    WordsInUse,
+)
 from model.source import ModelError, Source, read_json
 
 # Which weights are missing or new is checked below, and an error where it should be.
@@ -220,6 +224,14 @@ def load_model(source: Source, config: BertConfig) -> BertForSequenceClassificat
     if source.adapter is None:
         return load_weights(BertForSequenceClassification, source, config, ())
     return build_model(source, config, fresh_head=False)
+
+
+def tune_words_in_use(model: BertForSequenceClassification, token_ids: list[list[int]]) -> None:
+    """Where word embeddings are tuned, tune only those of the words in these texts."""
+    table = model.get_input_embeddings()
+    if table.weight.requires_grad:
+        words = torch.from_numpy(np.unique(np.concatenate(token_ids))).to(table.weight.device)
+        model.set_input_embeddings(WordsInUse(table, words))
 
 
 def put(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -101,18 +101,19 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("use", ["called", "training", "scoring"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_attention_written_out(make_model, kind, mask, attention, training):
-    """Also in training, where attention over the prefix goes another way; here without dropout."""
+def test_logits_equal_attention_written_out(make_model, kind, mask, attention, use):
+    """Also on the shorter ways of training, here without dropout, and of scoring."""
     model = make_model(**KINDS[kind], attention=attention)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    with torch.no_grad():
-        logits = model.train(training)(IDS, attention_mask=MASKS[mask]).logits
+    model.train(use == "training")
+    with torch.inference_mode() if use == "scoring" else torch.no_grad():
+        logits = model(IDS, attention_mask=MASKS[mask]).logits
         expected = reference_logits(model, IDS, MASKS[mask], **written_out(model, kind))
         torch.testing.assert_close(logits, expected)
 

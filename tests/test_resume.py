@@ -48,6 +48,7 @@ GOING_ON = {
     "projected": ("--prefix", "--prefix_projection"),
     "input": ("--prefix", "--prefix_depth", "input"),
     "early stopping": ("--early_stopping_patience", "1", "--learning_rate", "1e-9"),
+    "no average": ("--ema_decay", "0"),
     "last epoch": ("--load_best_model_at_end", "False"),
     "no evaluation": ("--eval_strategy", "no"),
     "checkpointing": ("--prefix", "--gradient_checkpointing", "--hidden_dropout_prob", "0.1"),
@@ -126,8 +127,8 @@ def test_checkpoints_are_whole_models_and_small_for_a_prefix(run):
         "manifest.json", "state.json", "training.safetensors",
     }  # fmt: skip
     names = load_file(folder / "checkpoint-3" / "training.safetensors")
-    assert set(names) == {  # and the weights themselves stand in adapter_model.safetensors
-        f"{moment}/{name}" for moment in checkpoint.MOMENTS
+    assert set(names) == {  # and the averaged weights stand in adapter_model.safetensors
+        f"{kind}/{name}" for kind in ("raw", *checkpoint.MOMENTS)
         for name in ("prefix_encoder.embedding.weight", "classifier.weight", "classifier.bias")
     }  # fmt: skip
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 from sklearn.metrics import f1_score
 
 import dataset
@@ -13,6 +14,7 @@ import trainer
 from arguments import parse_args
 from conftest import ROWS
 from dataset import Encoded
+from model import utils
 from model.metrics import Score, compute_metrics, confidence, predictions, probabilities
 
 FP32 = trainer.Machine(torch.device("cpu"), "fp32")
@@ -120,6 +122,68 @@ def test_the_first_loss_is_that_of_the_model(make_model, data):
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(data.labels[rows])).item()
     _, lines = tune(model, data, "--num_train_epochs", "1")
     assert lines[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_plain_loop_learns_the_same(backbone, make_model, data):
+    """transformers' own BERT, every word's embedding tuned, step by step as in a textbook."""
+    model = without_dropout(make_model())
+    plain = without_dropout(
+        transformers.BertForSequenceClassification.from_pretrained(backbone, num_labels=3)
+    )
+    plain.load_state_dict(model.state_dict())
+    before = model.get_input_embeddings().weight.detach().clone()
+    utils.tune_words_in_use(model, data.token_ids)
+    args = arguments("--weight_decay", "0", "--learning_rate", "1e-3")
+    optimizers = [trainer.build_optimizer(one, args) for one in (model, plain)]
+    for step in range(6):
+        rows = np.arange(step, step + 6)
+        loss, norm = trainer.training_step(model, optimizers[0], data, rows, step, args, FP32)
+        logits = plain.train()(**data.collate(rows)).logits
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(data.labels[rows]))
+        optimizers[1].zero_grad()
+        expected.backward()
+        assert norm == pytest.approx(
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0).item(), rel=1e-4
+        )
+        optimizers[1].step()
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+    learnt = model.state_dict()
+    assert learnt.keys() == plain.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        if not name.endswith("key.bias"):  # its gradient is 0 but for rounding, which Adam scales
+            torch.testing.assert_close(learnt[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    words = learnt["bert.embeddings.word_embeddings.weight"]
+    moved = {word for word in range(len(words)) if not torch.equal(words[word], before[word])}
+    assert moved == set(np.concatenate(data.token_ids))
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated_and_left(make_model, data, monkeypatch):
+    model, evaluated, steps = make_model(), [], []
+    usual = trainer.training_step
+
+    def bias():
+        return model.classifier.bias.detach().clone()
+
+    def step(*args):
+        done = usual(*args)
+        steps.append(bias())
+        return done
+
+    def evaluate(*rest):
+        evaluated.append(bias())
+        return {"loss": 1.0, "accuracy": 0.0, "macro_f1": 0.0}
+
+    monkeypatch.setattr(trainer, "training_step", step)
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    start = average = bias()
+    flags = ["--ema_decay", "0.25", "--num_train_epochs", "3", "--load_best_model_at_end", "False"]
+    tune(model, data, *flags, eval_set=data)
+    for number, weight in enumerate(steps, start=1):
+        decay = min(0.25, (1 + number) / (10 + number))
+        average = decay * average + (1 - decay) * weight
+        torch.testing.assert_close(evaluated[number - 1], average)
+    assert len(steps) == 3 and not torch.equal(start, average)
+    assert torch.equal(model.classifier.bias, evaluated[-1])
 
 
 def test_frozen_weights_stay_as_they_are_and_the_rest_moves(make_model, data):
