@@ -434,14 +434,14 @@ def text_key(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def text_keys(split: Split) -> set[str]:
-    """Of all its texts."""
-    return {text_key(text) for text in split.texts}
+def text_keys(split: Split) -> list[str]:
+    """Of each row's text."""
+    return [text_key(text) for text in split.texts]
 
 
 def seen_texts(known: set[str], split: Split) -> np.ndarray:
     """Whether each row's text is among the training file's `text_keys`: bool [N]."""
-    return np.array([text_key(text) in known for text in split.texts], dtype=bool)
+    return np.array([key in known for key in text_keys(split)], dtype=bool)
 
 
 def log_seen(path: str, rows: int, seen: int) -> None:
@@ -457,7 +457,7 @@ def audit(train: Split) -> set[str]:
 
     Returns its `text_keys`.
     """
-    known = text_keys(train)
+    known = set(text_keys(train))
     logger.info("%s: %d rows, %d distinct texts", train.path, len(train), len(known))
     counts = Counter(name for names in train.labels for name in names)
     single = [name for name, count in counts.items() if count == 1]

@@ -170,15 +170,26 @@ def run_into(output, args: Namespace) -> None:
             save(output.staging)
 
     # evaluate and predict; the test file only now, when every choice is made
+    scores: dict[str, Score] = {}
     if args.do_eval:
-        logits = trainer.predict(model, encoded["eval"], args, machine)
-        results |= Score().add(logits, labels["eval"], seen).results("eval")
+        split, logits = splits["eval"], trainer.predict(model, encoded["eval"], args, machine)
+        keys = dataset.text_keys(split)
+        scores["eval"] = Score().add(logits, labels["eval"], split.texts, keys, seen)
     if args.do_predict:
-        results |= predict(model, tokenizer, files["test"], known, names, args, machine, output)
+        start = time.perf_counter()
+        score = predict(model, tokenizer, files["test"], known, names, args, machine, output)
+        results["predict_samples_per_second"] = len(files["test"]) / (time.perf_counter() - start)
+        if files["test"].labelled:
+            scores["test"] = score
 
     # publish: all files appear at once
+    for name, score in scores.items():
+        results |= score.results(name)
     results["peak_memory_bytes"] = report.peak_memory_bytes()
     output.write_json("all_results.json", results)
+    if scores:
+        details = {name: score.details() for name, score in scores.items()}
+        output.write_json("evaluation.json", {"labels": names, **details})
     if args.do_train:
         output.write_text("README.md", report.model_card(about, results))
     output.publish(about, keep_checkpoints=args.save_total_limit != 0)
@@ -228,8 +239,8 @@ def tune(
 
 def predict(
     model, tokenizer, stream, known: set | None, names: list[str], args: Namespace, machine, output
-) -> dict:
-    """Predict a file chunk by chunk; returns its score, where it has labels."""
+):
+    """Predict a file chunk by chunk; returns its `Score`, empty where it has no labels."""
     import dataset
     import trainer
     from model.metrics import Score
@@ -247,13 +258,14 @@ def predict(
             logits = trainer.predict(model, encoded, args, machine)
             add(chunk.table, logits)
             if stream.labelled:
-                score.add(logits, labels, known and dataset.seen_texts(known, chunk))
+                seen = known and dataset.seen_texts(known, chunk)
+                score.add(logits, labels, chunk.texts, dataset.text_keys(chunk), seen)
             done += len(chunk)
             if done < len(stream) or done > len(chunk):
                 speed = done / (time.perf_counter() - start)
                 logger.info("%d of %d rows: %.0f rows/s, %.0f s left", done, len(stream), speed,
                             (len(stream) - done) / speed)  # fmt: skip
-    return score.results("test") if stream.labelled else {}
+    return score
 
 
 @contextmanager

@@ -30,7 +30,7 @@ PROCESS = "process"  # holds the number of the process at work, for messages
 # All that a run may leave in its folder.
 OWN_FILE = re.compile(
     r"README\.md|(adapter_)?config\.json|(adapter_)?model\.safetensors|tokenizer(_config)?\.json|"
-    r"(run|all_results)\.json|metrics\.jsonl|predictions\.csv|checkpoint-\d+"
+    r"(run|all_results|evaluation)\.json|metrics\.jsonl|predictions\.csv|checkpoint-\d+"
 )
 # And what a killed one may leave in its subfolder.
 PARTIAL_FILE = re.compile(r"saving-checkpoint-\d+|[a-z_]+\.(json|md)\.new|README\.md\.new|process")

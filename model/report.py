@@ -17,11 +17,16 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pand
 ROWS = (
     ("rows", "rows"),
     ("accuracy", "accuracy"),
+    ("  95 % interval", "accuracy_interval"),
     ("macro F1", "macro_f1"),
+    ("weighted F1", "weighted_f1"),
     ("micro F1", "micro_f1"),
+    ("log loss", "loss"),
+    ("calibration error", "ece"),
     ("text in training file", "seen_share"),
     ("accuracy on seen texts", "accuracy_seen"),
     ("accuracy on unseen texts", "accuracy_unseen"),
+    ("  95 % interval", "accuracy_unseen_interval"),
 )
 WAYS = {
     None: "full fine-tuning",
@@ -43,13 +48,7 @@ metrics: [accuracy, f1]
 
 | | validation | test |
 |---|---|---|
-| rows | {eval_rows} | {test_rows} |
-| accuracy | {eval_accuracy} | {test_accuracy} |
-| macro F1 | {eval_macro_f1} | {test_macro_f1} |
-| micro F1 (several labels a row) | {eval_micro_f1} | {test_micro_f1} |
-| texts that stand in the training file too | {eval_seen_share} | {test_seen_share} |
-| accuracy on those | {eval_accuracy_seen} | {test_accuracy_seen} |
-| accuracy on all others | {eval_accuracy_unseen} | {test_accuracy_unseen} |
+{results}
 
 The accuracy on texts that do not stand in the training file is the one to expect on new texts.
 {choice}
@@ -114,26 +113,31 @@ def parameters(results: dict) -> str:
     )
 
 
-def shown(value: float | int | None) -> str:
-    """A figure of a table: a share with four decimals, a count with commas."""
+def shown(value: float | int | list[float] | None) -> str:
+    """A figure of a table: a share, the two ends of an interval, or a count with commas."""
     if value is None:
         return "-"
+    if isinstance(value, list):
+        return "-".join(f"{end:.3f}" for end in value)
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+
+
+def result_rows(results: dict) -> list[tuple[str, list[str]]]:
+    """Title, validation and test figure of each of `ROWS` that there is."""
+    rows = []
+    for title, key in ROWS:
+        cells = [results.get(f"{split}_{key}") for split in ("eval", "test")]
+        if any(cell is not None for cell in cells):
+            rows.append((title, [shown(cell) for cell in cells]))
+    return rows
 
 
 def model_card(about: dict, results: dict) -> str:
     """The README.md beside a tuned model."""
     settings = about["settings"]
-    keys = (
-        "rows",
-        "accuracy",
-        "macro_f1",
-        "micro_f1",
-        "seen_share",
-        "accuracy_seen",
-        "accuracy_unseen",
+    table = "\n".join(
+        f"| {title.strip()} | {' | '.join(cells)} |" for title, cells in result_rows(results)
     )
-    cells = {f"{split}_{key}": f"{split}_{key}" for split in ("eval", "test") for key in keys}
     choice = "It is the model after the last epoch."
     if "best_epoch" in results:
         choice = (
@@ -156,17 +160,14 @@ def model_card(about: dict, results: dict) -> str:
         settings=json.dumps(settings, indent=2),
         versions="\n".join(f"- {name} {number}" for name, number in about["versions"].items()),
         max_seq_length=settings["max_seq_length"],
-        **{cell: shown(results.get(cell)) for cell in cells},
+        results=table,
     )
 
 
 def summary(args: Namespace, results: dict, folder: Path) -> str:
     """The closing table of a run: what was reached, what it took, where it lies."""
-    lines = [f"{'':24}{'validation':>12}{'test':>12}"]
-    for title, key in ROWS:
-        cells = [results.get(f"{split}_{key}") for split in ("eval", "test")]
-        if any(cell is not None for cell in cells):
-            lines.append(f"{title:24}{shown(cells[0]):>12}{shown(cells[1]):>12}")
+    lines = [f"{'':24}{'validation':>13}{'test':>13}"]
+    lines += [f"{title:24}{one:>13}{other:>13}" for title, (one, other) in result_rows(results)]
     if args.do_train:
         tuned, total = results["trainable_parameters"], results["total_parameters"]
         lines.append(

@@ -19,7 +19,10 @@ import main
 from conftest import ROWS, write_csv
 from dataset import read_split
 
-RESULTS = {"README.md", "all_results.json", "metrics.jsonl", "predictions.csv", "run.json"}
+RESULTS = {
+    "README.md", "all_results.json", "evaluation.json", "metrics.jsonl", "predictions.csv",
+    "run.json",
+}  # fmt: skip
 FULL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 PREFIX = {"adapter_config.json", "adapter_model.safetensors", "config.json"}
 REQUIRED = {

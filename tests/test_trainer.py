@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from sklearn.metrics import f1_score
+from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 import dataset
 import trainer
@@ -15,7 +15,15 @@ from arguments import parse_args
 from conftest import ROWS
 from dataset import Encoded
 from model import utils
-from model.metrics import Score, compute_metrics, confidence, predictions, probabilities
+from model.metrics import (
+    Bootstrap,
+    Counts,
+    Score,
+    compute_metrics,
+    confidence,
+    predictions,
+    probabilities,
+)
 
 FP32 = trainer.Machine(torch.device("cpu"), "fp32")
 
@@ -282,11 +290,72 @@ def test_metrics_are_those_of_the_whole_file():
     metrics = compute_metrics(logits, labels)
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
     assert metrics == pytest.approx({"loss": loss, "accuracy": 0.5, "macro_f1": (2 / 3 + 0.5) / 3})
-    some = Score().add(logits, labels, np.array([True, True, False, False])).results("test")
+
+    def score(seen):
+        return Score().add(logits, labels, list("abcd"), list("abcd"), np.array(seen))
+
+    some = score([True, True, False, False]).results("test")
     assert (some["test_accuracy_seen"], some["test_accuracy_unseen"]) == (1.0, 0.0)
     assert some["test_seen_share"] == 0.5
-    none = Score().add(logits, labels, np.array([True] * 4)).results("test")
+    none = score([True] * 4).results("test")
     assert none["test_accuracy_unseen"] is None
+
+
+def test_figures_of_each_class_and_the_confusion_matrix_are_scikit_learns():
+    random = np.random.default_rng(0)
+    labels, logits = random.integers(0, 4, 200), torch.tensor(random.normal(size=(200, 4)))
+    logits[:, 3] = -9  # never predicted
+    counts = Counts()
+    for part in (slice(0, 50), slice(50, 200)):
+        counts.add(logits[part].float(), labels[part])
+    found, predicted = counts.per_class(), logits.argmax(dim=1).numpy()
+    expected = precision_recall_fscore_support(labels, predicted, zero_division=0)
+    for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
+        np.testing.assert_allclose(found[name], values)
+    assert counts.calibration()["weighted_f1"] == pytest.approx(
+        f1_score(labels, predicted, average="weighted")
+    )
+    assert (counts.confusion == confusion_matrix(labels, predicted)).all()
+
+
+def test_calibration_error_by_hand():
+    """Sure of 0.9 and right half the time; sure of 0.6 and always right."""
+    sure = np.array([0.9, 0.9, 0.6, 0.6])
+    counts = Counts()
+    counts.add(torch.tensor(np.log(np.stack([sure, 1 - sure], axis=1))).float(),
+               np.array([0, 1, 0, 0]))  # fmt: skip
+    assert counts.calibration()["ece"] == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
+    assert counts.bins[0].sum() == 4
+
+
+def test_intervals_are_of_distinct_texts_and_do_not_depend_on_chunks():
+    right = np.random.default_rng(0).random(400) < 0.7
+    keys = [f"text {number}" for number in range(400)]
+
+    def interval(keys, right, size):
+        bootstrap = Bootstrap()
+        for start in range(0, len(keys), size):
+            bootstrap.add(keys[start : start + size], right[start : start + size])
+        return np.array(bootstrap.interval())
+
+    once = interval(keys, right, 400)
+    np.testing.assert_allclose(once, interval(keys, right, 7))
+    spread = 1.96 * (right.mean() * (1 - right.mean()) / 400) ** 0.5
+    np.testing.assert_allclose(once, [right.mean() - spread, right.mean() + spread], atol=0.006)
+    np.testing.assert_allclose(once, interval(keys * 9, np.tile(right, 9), 4000))  # knows no more
+
+
+def test_the_surest_mistakes_are_kept_each_text_once():
+    logits = torch.tensor([[4.0, 0.0], [2.0, 0.0], [9.0, 0.0], [4.0, 0.0]])
+    score = Score()
+    for _ in range(2):
+        labels, texts = np.array([1, 1, 0, 1]), ["b", "c", "a", "b"]
+        score.add(logits, labels, texts, texts, None)
+    assert [(one["text"], one["label"], one["predicted"]) for one in score.mistakes] == [
+        ("b", 1, 0), ("c", 1, 0)
+    ]  # fmt: skip
+    assert score.mistakes[0]["confidence"] == pytest.approx(0.982, abs=1e-3)
+    assert json.loads(json.dumps(score.details())) == score.details()
 
 
 def test_several_labels_a_row_are_scored_each():
