@@ -5,6 +5,7 @@ follow P-tuning v2. Nothing heavy is imported here, so that `--help` and a typo 
 """
 
 import argparse
+import importlib.util
 import math
 import os
 import sys
@@ -322,6 +323,12 @@ def add_loop_flags(parser: Parser) -> None:
         metavar="N",
         help="steps between two lines of metrics.jsonl [%(default)s]",
     )
+    group.add_argument(
+        "--report_to",
+        choices=["none", "tensorboard"],
+        default="none",
+        help="write those lines for TensorBoard too, into the output folder [%(default)s]",
+    )
 
 
 def add_choice_flags(parser: Parser) -> None:
@@ -496,6 +503,8 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
             "equals accuracy"
         )
     check_saving(parser, args)
+    if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
+        parser.error("--report_to tensorboard: pip install tensorboard first")
     if args.warmup_steps > 1 and args.warmup_steps % 1:
         parser.error("--warmup_steps: give a whole number of steps, or a share below 1")
 

@@ -88,7 +88,6 @@ def run_into(output, args: Namespace) -> None:
     import dataset
     import trainer
     from model import checkpoint, report, utils
-    from model.metrics import Score
     from model.output_folder import check_same, writing
     from model.prefix_bank import PrefixBank
     from model.source import locate
@@ -114,7 +113,6 @@ def run_into(output, args: Namespace) -> None:
     multi_label = args.problem_type == "multi_label_classification"
     labels = {name: dataset.label_ids(split, names, multi_label) for name, split in splits.items()}
     known = dataset.audit(splits["train"]) if args.do_train else None
-    seen = None
     if args.do_train and args.do_eval:
         seen = dataset.seen_texts(known, splits["eval"])
         dataset.log_seen(splits["eval"].path, len(seen), seen.sum())
@@ -132,7 +130,8 @@ def run_into(output, args: Namespace) -> None:
     }
 
     # is there anything left to do?
-    about = report.about(args, source, names, {n: f.describe() for n, f in files.items()})
+    described = {name: file.describe() for name, file in files.items()}
+    about = report.about(args, source.name, source.sha256(), names, described)
     if args.resume_from_checkpoint == "auto" and output.is_finished(about):
         logger.info("this run has finished already")
         show(report.summary(args, output.read_results(), output.path))
@@ -170,30 +169,15 @@ def run_into(output, args: Namespace) -> None:
             save(output.staging)
 
     # evaluate and predict; the test file only now, when every choice is made
-    scores: dict[str, Score] = {}
-    if args.do_eval:
-        split, logits = splits["eval"], trainer.predict(model, encoded["eval"], args, machine)
-        keys = dataset.text_keys(split)
-        scores["eval"] = Score().add(logits, labels["eval"], split.texts, keys, seen)
-    if args.do_predict:
-        start = time.perf_counter()
-        score = predict(model, tokenizer, files["test"], known, names, args, machine, output)
-        results["predict_samples_per_second"] = len(files["test"]) / (time.perf_counter() - start)
-        if files["test"].labelled:
-            scores["test"] = score
+    def classify(split):
+        served_by = bank and dataset.numbers_of(split, args.prefix_column, args.prefix_paths)
+        data = dataset.encode(tokenizer, split, None, args.max_seq_length, served_by)
+        return trainer.predict(model, data, args, machine)
 
-    # publish: all files appear at once
-    for name, score in scores.items():
-        results |= score.results(name)
-    results["peak_memory_bytes"] = report.peak_memory_bytes()
-    output.write_json("all_results.json", results)
-    if scores:
-        details = {name: score.details() for name, score in scores.items()}
-        output.write_json("evaluation.json", {"labels": names, **details})
+    results |= score(classify, splits.get("eval"), files.get("test"), known, names, args, output)
     if args.do_train:
         output.write_text("README.md", report.model_card(about, results))
-    output.publish(about, keep_checkpoints=args.save_total_limit != 0)
-    show(report.summary(args, results, output.path))
+    publish(output, args, about, results)
 
 
 def tune(
@@ -227,7 +211,7 @@ def tune(
             encoded["eval"] if args.eval_strategy == "epoch" else None,
             args,
             machine,
-            record=lambda line: output.append_json("metrics.jsonl", line),
+            record=recorder(output, args.report_to),
             save=save,
             start=start,
             stopped=lambda: received[0] if received else 0,
@@ -237,35 +221,83 @@ def tune(
     return figures
 
 
-def predict(
-    model, tokenizer, stream, known: set | None, names: list[str], args: Namespace, machine, output
-):
-    """Predict a file chunk by chunk; returns its `Score`, empty where it has no labels."""
+def recorder(output, report_to: str):
+    """What writes a line of the training's records: to metrics.jsonl, and where wanted beyond."""
+    if report_to == "none":
+        return partial(output.append_json, "metrics.jsonl")
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(output.staging / "tensorboard")
+
+    def show(line: dict) -> None:
+        for name, value in line.items():
+            if name != "step":
+                board.add_scalar(name, value, line["step"])
+        board.flush()
+
+    for line in output.staged("metrics.jsonl"):  # of a run that goes on
+        show(line)
+
+    def record(line: dict) -> None:
+        output.append_json("metrics.jsonl", line)
+        show(line)
+
+    return record
+
+
+def score(classify, eval_split, stream, known: set | None, names, args: Namespace, output) -> dict:
+    """Score the validation file; predict the test file, and score it where it has labels.
+
+    classify: from a `Split` to its logits [N, C]. Writes predictions.csv and evaluation.json;
+    returns the figures for all_results.json.
+    """
     import dataset
-    import trainer
     from model.metrics import Score
 
     multi_label = args.problem_type == "multi_label_classification"
-    score = Score()
-    done, start = 0, time.perf_counter()
-    with output.predictions(stream.columns, names, multi_label) as add:
-        for chunk in stream:
-            served_by = args.prefix_paths and dataset.numbers_of(
-                chunk, args.prefix_column, args.prefix_paths
-            )
-            labels = dataset.label_ids(chunk, names, multi_label) if stream.labelled else None
-            encoded = dataset.encode(tokenizer, chunk, labels, args.max_seq_length, served_by)
-            logits = trainer.predict(model, encoded, args, machine)
-            add(chunk.table, logits)
-            if stream.labelled:
-                seen = known and dataset.seen_texts(known, chunk)
-                score.add(logits, labels, chunk.texts, dataset.text_keys(chunk), seen)
-            done += len(chunk)
-            if done < len(stream) or done > len(chunk):
+    scores: dict[str, Score] = {}
+
+    def add(name: str, split, logits) -> None:
+        labels, keys = dataset.label_ids(split, names, multi_label), dataset.text_keys(split)
+        seen = known and dataset.seen_texts(known, split)
+        scores.setdefault(name, Score()).add(logits, labels, split.texts, keys, seen)
+
+    if eval_split:
+        add("eval", eval_split, classify(eval_split))
+    figures = {}
+    if stream:
+        done, start = 0, time.perf_counter()
+        with output.predictions(stream.columns, names, multi_label) as write:
+            for chunk in stream:
+                logits = classify(chunk)
+                write(chunk.table, logits)
+                if stream.labelled:
+                    add("test", chunk, logits)
+                done += len(chunk)
                 speed = done / (time.perf_counter() - start)
-                logger.info("%d of %d rows: %.0f rows/s, %.0f s left", done, len(stream), speed,
-                            (len(stream) - done) / speed)  # fmt: skip
-    return score
+                if done < len(stream) or done > len(chunk):
+                    logger.info("%d of %d rows: %.0f rows/s, %.0f s left", done, len(stream), speed,
+                                (len(stream) - done) / speed)  # fmt: skip
+        figures["predict_samples_per_second"] = speed
+    if scores:
+        details = {name: score.details() for name, score in scores.items()}
+        output.write_json("evaluation.json", {"labels": names, **details})
+    for name, one in scores.items():
+        figures |= one.results(name)
+    return figures
+
+
+def publish(output, args: Namespace, about: dict, results: dict) -> None:
+    """Write the figures and the report; then all files of the run appear at once."""
+    from model import html_report, report
+
+    results["peak_memory_bytes"] = report.peak_memory_bytes()
+    output.write_json("all_results.json", results)
+    if evaluation := output.staged("evaluation.json"):
+        records = output.staged("metrics.jsonl")
+        output.write_text("report.html", html_report.render(about, results, evaluation[0], records))
+    output.publish(about, keep_checkpoints=args.save_total_limit != 0)
+    show(report.summary(args, results, output.path))
 
 
 @contextmanager

@@ -29,11 +29,13 @@ RECORDS = "metrics.jsonl"
 PROCESS = "process"  # holds the number of the process at work, for messages
 # All that a run may leave in its folder.
 OWN_FILE = re.compile(
-    r"README\.md|(adapter_)?config\.json|(adapter_)?model\.safetensors|tokenizer(_config)?\.json|"
-    r"(run|all_results|evaluation)\.json|metrics\.jsonl|predictions\.csv|checkpoint-\d+"
+    r"README\.md|report\.html|(adapter_)?config\.json|(adapter_)?model\.safetensors|tokenizer(_config)?\.json|"
+    r"(run|all_results|evaluation)\.json|metrics\.jsonl|predictions\.csv|tensorboard|checkpoint-\d+"
 )
 # And what a killed one may leave in its subfolder.
-PARTIAL_FILE = re.compile(r"saving-checkpoint-\d+|[a-z_]+\.(json|md)\.new|README\.md\.new|process")
+PARTIAL_FILE = re.compile(
+    r"saving-checkpoint-\d+|[a-z_]+\.(json|html)\.new|README\.md\.new|process"
+)
 LABEL_SEPARATOR = "|"
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 FREE_SETTINGS = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_strategy", "save_steps",
     "save_total_limit", "train_file", "validation_file", "test_file", "model_name_or_path",
+    "report_to",
 }  # fmt: skip
 
 
@@ -200,6 +203,14 @@ class OutputFolder:
         """Put the records so far into a checkpoint."""
         if (self.staging / RECORDS).exists():
             shutil.copyfile(self.staging / RECORDS, folder / RECORDS)
+
+    def staged(self, name: str) -> list[dict]:
+        """What this run wrote into a JSON file, or into each line of a JSON-lines file, so far."""
+        path = self.staging / name
+        if not path.exists():
+            return []
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(part) for part in (text.splitlines() if name == RECORDS else [text])]
 
     def read_results(self) -> dict:
         """The all_results.json of a finished run."""

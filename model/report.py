@@ -3,13 +3,12 @@
 import json
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
-
-from model.source import Source
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "scikit-learn")
 
@@ -73,16 +72,22 @@ It knows the labels above and texts of the kind it was tuned on; texts are cut t
 """
 
 
-def about(args: Namespace, source: Source, names: list[str], data: dict[str, dict]) -> dict:
-    """All that a run's results depend on; becomes run.json. `data`: `Split.describe` of each."""
+def about(
+    args: Namespace, start: str, sha256: str | None, names: list[str], data: dict[str, dict]
+) -> dict:
+    """All that a run's results depend on; becomes run.json.
+
+    start, sha256: name and content of what is tuned. data: `Split.describe` of each file.
+    """
     return {
         "settings": vars(args),
-        "backbone": source.name,
-        "weights_sha256": source.sha256(),
+        "backbone": start,
+        "weights_sha256": sha256,
         "labels": names,
         "data": data,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "commit": commit(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
 
 
@@ -168,7 +173,7 @@ def summary(args: Namespace, results: dict, folder: Path) -> str:
     """The closing table of a run: what was reached, what it took, where it lies."""
     lines = [f"{'':24}{'validation':>13}{'test':>13}"]
     lines += [f"{title:24}{one:>13}{other:>13}" for title, (one, other) in result_rows(results)]
-    if args.do_train:
+    if "train_runtime" in results:
         tuned, total = results["trainable_parameters"], results["total_parameters"]
         lines.append(
             f"tuned {tuned:,} of {total:,} parameters ({100 * tuned / total:.1f} %) "

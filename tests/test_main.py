@@ -21,7 +21,7 @@ from dataset import read_split
 
 RESULTS = {
     "README.md", "all_results.json", "evaluation.json", "metrics.jsonl", "predictions.csv",
-    "run.json",
+    "report.html", "run.json",
 }  # fmt: skip
 FULL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 PREFIX = {"adapter_config.json", "adapter_model.safetensors", "config.json"}

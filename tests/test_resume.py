@@ -70,6 +70,22 @@ def test_a_stopped_run_ends_as_one_never_stopped(run, stop_at, capsys, case):
     check_end(run(*flags, "--resume_from_checkpoint", "auto"), expected)
 
 
+def test_tensorboard_shows_every_line_also_after_a_stop(run, stop_at):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--report_to", "tensorboard", "--num_train_epochs", "3", "--logging_steps", "1"]
+    stop_at(4)
+    run(*flags, status=143)
+    stop_at(None)
+    folder = run(*flags, "--resume_from_checkpoint", "auto")
+    shown = EventAccumulator(str(folder / "tensorboard")).Reload()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "eval_accuracy"):
+        expected = [(line["step"], line[name]) for line in lines if name in line]
+        found = [(event.step, event.value) for event in shown.Scalars(name)]
+        assert found == [(step, pytest.approx(value)) for step, value in expected]
+
+
 def test_interrupts_are_told_apart(run, stop_at):
     stop_at(2, signal.SIGINT)
     run(status=130)

@@ -1,0 +1,171 @@
+"""report.html: what a person looks at after a run; one file, which needs no network.
+
+Pictures are matplotlib's SVG, in the page itself; the page is filled by Jinja, which escapes all
+that comes from data.
+"""
+
+import io
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+from model.report import WAYS, result_rows, shown
+
+# Okabe & Ito's colours, which colour-blind people can tell apart.
+BLUE, ORANGE = "#0072B2", "#D55E00"
+INK = "#123456"  # becomes the page's colour of text, dark or light
+STYLE = {
+    "text.parse_math": False,  # a $ in a label is a $
+    "svg.fonttype": "none",  # words stay words, in the page's font
+    "svg.hashsalt": "report",  # the same picture gives the same bytes
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
+    "font.size": 10, "legend.frameon": False, "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+
+def svg(figure: Figure, words: str) -> Markup:
+    """A figure as an element of the page, which `words` describe to who cannot see it."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    picture = file.getvalue()
+    picture = picture[picture.index("<svg") :].replace(INK, "currentColor")
+    label = f'<svg role="img" aria-label="{escape(words)}"'
+    return Markup(picture.replace("<svg", label, 1))  # matplotlib escapes what it draws
+
+
+def learning_curves(records: list[dict]) -> list[Markup]:
+    """Loss of training and validation by epoch, and the accuracy of validation."""
+    steps = [line for line in records if "loss" in line]
+    epochs = [line for line in records if "eval_loss" in line]
+    pictures = []
+    for key, title in (("loss", "loss"), ("accuracy", "accuracy, validation")):
+        figure, axis = plt.subplots(figsize=(4, 3))
+        words = f"Learning curve of {title}."
+        if key == "loss" and steps:
+            by_step = [x["loss"] for x in steps]
+            axis.plot([x["epoch"] for x in steps], by_step, color=BLUE, label="training")
+            words += f" In training it goes from {by_step[0]:.2f} to {by_step[-1]:.2f}."
+        if epochs:
+            at, values = [x["epoch"] for x in epochs], [x[f"eval_{key}"] for x in epochs]
+            axis.plot(at, values, "o-", color=ORANGE, label="validation")
+            best = (np.argmin if key == "loss" else np.argmax)(values)
+            words += f" On validation it is best after epoch {at[best]}, with {values[best]:.3f}."
+        axis.set(xlabel="epoch", title=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if axis.lines:
+            axis.legend()
+            pictures.append(svg(figure, words))
+        plt.close(figure)
+    return pictures
+
+
+def confusion(labels: list[str], counts: list[list[int]]) -> Markup:
+    """Rows are the true labels; a cell's colour is its share of its row."""
+    table = np.array(counts)
+    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    size = max(3.5, 0.45 * len(labels) + 1.5)
+    figure, axis = plt.subplots(figsize=(size, size))
+    axis.pcolormesh(share, cmap="Blues", vmin=0, vmax=1)  # vectors, where imshow puts a bitmap
+    axis.invert_yaxis()
+    places = np.arange(len(labels)) + 0.5
+    axis.set(xlabel="predicted", ylabel="true", xticks=places, yticks=places)
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticklabels(labels, **slanted if max(map(len, labels)) > 3 else {})
+    axis.set_yticklabels(labels)
+    axis.spines[:].set_visible(False)
+    if len(labels) <= 20:
+        for row, column in np.ndindex(table.shape):
+            color = "white" if share[row, column] > 0.5 else "black"
+            axis.text(
+                column + 0.5, row + 0.5, table[row, column], ha="center", va="center", color=color
+            )
+    right = table.trace() / max(table.sum(), 1)
+    return svg(figure, f"Confusion matrix: {right:.1%} of the rows lie on the diagonal.")
+
+
+def class_bars(labels: list[str], f1: list[float], support: list[int]) -> Markup:
+    """F1 of each label, with its rows."""
+    figure, axis = plt.subplots(figsize=(6, 0.35 * len(labels) + 1))
+    names = [f"{name} ({rows:,})" for name, rows in zip(labels, support, strict=True)]
+    bars = axis.barh(names, f1, color=BLUE)
+    axis.bar_label(bars, fmt="%.2f", padding=3)
+    axis.set(xlim=(0, 1.1), xlabel="F1 (rows of the test file in brackets)")
+    axis.invert_yaxis()
+    low = labels[int(np.argmin(f1))]
+    return svg(figure, f"F1 of each label, lowest for {low} with {min(f1):.2f}.")
+
+
+def reliability(bins: dict[str, list[float]]) -> Markup:
+    """Share of right predictions by their confidence; calibrated ones lie on the diagonal."""
+    rows, hits, sure = (np.array(bins[name]) for name in ("rows", "hits", "confidence"))
+    there = rows > 0
+    figure, axis = plt.subplots(figsize=(4, 4))
+    axis.plot([0, 1], [0, 1], "--", color=INK, linewidth=1, label="calibrated")
+    axis.plot(sure[there] / rows[there], hits[there] / rows[there], color=BLUE)
+    area = 300 * rows[there] / rows.sum() + 10
+    axis.scatter(sure[there] / rows[there], hits[there] / rows[there], area, color=BLUE,
+                 label="this model; area: rows")  # fmt: skip
+    axis.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.03))
+    axis.legend(loc="upper left")
+    error = np.abs(hits - sure).sum() / rows.sum()
+    return svg(figure, f"Reliability curve; confidence is off by {error:.1%} on average.")
+
+
+def environment() -> Environment:
+    """Jinja, which escapes, and fails at what is missing."""
+    found = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    found.filters["shown"] = shown
+    return found
+
+
+def render(about: dict, results: dict, evaluation: dict, records: list[dict]) -> str:
+    """The page of a run, from the content of its run.json, all_results.json, evaluation.json and
+    the lines of its metrics.jsonl."""
+    labels = evaluation["labels"]
+    name = "test" if "test" in evaluation else "eval"
+    details = evaluation[name]
+    settings = about["settings"]
+    way = (
+        WAYS[settings.get("prefix_depth")] if "num_train_epochs" in settings else about["backbone"]
+    )
+    cards = [
+        (title, results.get(f"{name}_{key}"), results.get(f"{name}_{key}_interval"))
+        for title, key in (
+            ("accuracy", "accuracy"), ("on unseen texts", "accuracy_unseen"),
+            ("on seen texts", "accuracy_seen"), ("texts seen in training", "seen_share"),
+            ("macro F1", "macro_f1"),
+        )
+    ]  # fmt: skip
+    with matplotlib.rc_context(STYLE):
+        pictures = {
+            "curves": learning_curves(records),
+            "bars": class_bars(labels, details["f1"], details["support"]),
+            "reliability": reliability(details["reliability"]),
+            "confusion": details["confusion"] and confusion(labels, details["confusion"]),
+        }
+
+    def named(label: int | list[int]) -> str:
+        if isinstance(label, list):  # 0 and 1 for each label
+            return ", ".join(n for n, there in zip(labels, label, strict=True) if there) or "none"
+        return labels[label]
+
+    mistakes = [
+        one | {"label": named(one["label"]), "predicted": named(one["predicted"])}
+        for one in details["mistakes"]
+    ]
+    classes = zip(labels, *(details[key] for key in ("precision", "recall", "f1", "support")),
+                  strict=True)  # fmt: skip
+    return environment().get_template("report.html").render(
+        about=about, results=results, way=way, file={"test": "test", "eval": "validation"}[name],
+        cards=[card for card in cards if card[1] is not None], rows=result_rows(results),
+        pictures=pictures, classes=list(classes), mistakes=mistakes,
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""The baselines: right by hand, and with the files of a tuned run."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import REAL_DATA, ROWS, write_csv
+from script import baseline
+from test_main import RESULTS, load
+
+METHODS = ("majority", "lookup", "tfidf")
+
+
+@pytest.fixture
+def run_baseline(files, tmp_path):
+    """Call a baseline on the small files; returns the output folder."""
+
+    def call(method: str, *flags: str):
+        folder = tmp_path / method
+        assert baseline.main([method, *files, "--output_dir", str(folder), *flags]) == 0
+        return folder
+
+    return call
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_baseline_leaves_the_files_and_figures_of_a_tuned_run(run, run_baseline, method):
+    tuned, folder = run(), run_baseline(method)
+    training = {"metrics.jsonl", "README.md"}
+    assert {path.name for path in folder.iterdir()} == RESULTS - training
+    one, other = (load(each, "all_results.json") for each in (tuned, folder))
+    scores = {name for name in one if name.startswith(("eval_", "test_"))}
+    assert scores == {name for name in other if name.startswith(("eval_", "test_"))}
+    header = [(each / "predictions.csv").read_text().split("\n")[0] for each in (tuned, folder)]
+    assert header[0] == header[1]
+    assert load(tuned, "evaluation.json").keys() == load(folder, "evaluation.json").keys()
+    assert load(folder, "run.json")["backbone"] == method
+
+
+def test_a_look_up_knows_what_it_has_seen_and_guesses_the_most_frequent_label(
+    run_baseline, tmp_path
+):
+    """Of "fish" it knows the label whatever the case; "drum" alone it has never seen."""
+    test = write_csv(
+        tmp_path / "t.csv", [("FISH ", "0"), ("goal of  the team", "2"), ("drum", "1")]
+    )
+    found = pd.read_csv(run_baseline("lookup", "--test_file", test) / "predictions.csv")
+    assert found["predicted"].tolist() == [0, 2, 0]  # four of eleven rows are of label 0 and of 1
+    assert found["confidence"][0] > 0.99
+    shares = [4 / 11, 4 / 11, 3 / 11]
+    np.testing.assert_allclose(found.iloc[2, 4:].astype(float), shares, atol=1e-5)
+    most = pd.read_csv(run_baseline("majority", "--test_file", test) / "predictions.csv")
+    np.testing.assert_allclose(most.iloc[:, 4:].astype(float), [shares] * 3, atol=1e-5)
+
+
+def test_the_linear_model_learns_and_takes_its_strength_from_validation(run_baseline, tmp_path):
+    path = write_csv(tmp_path / "same.csv", ROWS)
+    folder = run_baseline("tfidf", "--validation_file", path, "--test_file", path)
+    assert load(folder, "all_results.json")["test_accuracy"] == 1.0
+    assert load(folder, "all_results.json")["C"] in baseline.STRENGTHS
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_several_labels_a_row(run_baseline, tmp_path, method):
+    rows = [(text, f"{label}|{(int(label) + 1) % 3}") for text, label in ROWS]
+    path = write_csv(tmp_path / "several.csv", rows)
+    flags = [word for name in ("train", "validation", "test") for word in (f"--{name}_file", path)]
+    flags += ["--problem_type", "multi_label_classification"]
+    results = load(run_baseline(method, *flags), "all_results.json")
+    assert results["test_accuracy"] == (1.0 if method == "lookup" else pytest.approx(0.4, abs=0.6))
+
+
+def test_a_bad_call_is_one_line(capsys, files, tmp_path):
+    assert baseline.main(["nothing"]) == 2
+    argv = ["majority", *files, "--output_dir", str(tmp_path / "out"), "--train_file", "absent.csv"]
+    assert baseline.main(argv) == 2
+    assert capsys.readouterr().err.count("\nerror: absent.csv") == 1
+
+
+@pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data are not here (../shared/data)")
+def test_a_dictionary_scores_what_was_measured_on_the_published_split(tmp_path):
+    splits = REAL_DATA / "seed_splits"
+    argv = ["lookup", "--output_dir", str(tmp_path / "out")]
+    for name, file in (("train", "train"), ("validation", "val"), ("test", "test")):
+        argv += [f"--{name}_file", str(splits / f"{file}_simple.csv")]
+    assert baseline.main(argv) == 0
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["test_accuracy"] == pytest.approx(0.9298, abs=0.0005)
+    assert results["test_seen_share"] == pytest.approx(0.835, abs=0.001)

@@ -1,0 +1,106 @@
+"""report.html: whole, self-contained, readable, and safe whatever the texts hold."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from conftest import ROWS, write_csv
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+EVIL = "<script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">"
+
+
+@pytest.fixture
+def evil_files(tmp_path) -> list[str]:
+    """Files whose texts and labels hold HTML, and a $ that no picture may take for a formula."""
+    names = {"0": "<b>zero</b>", "1": "$1", "2": "two & more"}
+    rows = [(f"{text} {EVIL}", names[label]) for text, label in ROWS]
+    files = []
+    for name in ("train", "validation", "test"):
+        files += [f"--{name}_file", write_csv(tmp_path / f"{name}-evil.csv", rows)]
+    return files
+
+
+class Page(HTMLParser):
+    """Counts elements and collects attributes that could ask for something from outside."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.count: dict[str, int] = {}
+        self.links: list[str] = []
+        self.labels: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+                self.links.append(value)
+            if name == "aria-label":
+                self.labels.append(value)
+
+
+def in_chromium(path: Path) -> str:
+    """The page as a browser has it once its scripts, were there any, have run."""
+    found = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    return found.stdout
+
+
+@pytest.mark.parametrize("flags", [(), ("--prefix",), ("--eval_strategy", "no")])
+def test_a_run_leaves_a_page_of_its_own(run, flags):
+    text = (run(*flags) / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    curves = 1 if "no" in flags else 2
+    assert page.count["svg"] == curves + 3 == len(page.labels)  # each with words for it
+    assert page.count["table"] == 5 and "script" not in page.count
+    assert all(link.startswith("#") for link in page.links)  # within the page
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert "To repeat it" in text
+
+
+def test_the_same_run_gives_the_same_page_but_for_times(run):
+    def page(name):
+        text = (run(name=name) / "report.html").read_text(encoding="utf-8")
+        return re.sub(rf"[0-9.]+ s\b|{name}", "", text)
+
+    assert page("first-run") == page("second-run")
+
+
+def test_what_texts_and_labels_hold_is_shown_and_does_nothing(run, evil_files):
+    text = (run(*evil_files) / "report.html").read_text(encoding="utf-8")
+    assert EVIL not in text and "&lt;script&gt;" in text
+    assert Page(text).count.get("script", 0) == Page(text).count.get("img", 0) == 0
+    assert "&lt;b&gt;zero&lt;/b&gt;" in text and "$1" in text and "<b>zero" not in text
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (apt install chromium)")
+def test_a_browser_shows_it_and_runs_nothing(run, evil_files):
+    folder = run(*evil_files)
+    dom = in_chromium(folder / "report.html")
+    assert "hacked" not in re.search("<title>(.*?)</title>", dom)[1]
+    page = Page(dom)
+    assert page.count["svg"] == 5 and page.count["table"] == 5
+    assert page.count.get("img", 0) == page.count.get("script", 0) == 0
+
+
+def test_without_labels_there_is_a_page_of_the_validation_file(run, tmp_path):
+    test = write_csv(tmp_path / "no labels.csv", [["a dog"], ["a tune"]], header=["text"])
+    folder = run("--test_file", test)
+    assert "Figures of the validation file" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_several_labels_a_row_have_no_confusion_matrix(run, tmp_path):
+    rows = [(text, f"{label}|{(int(label) + 1) % 3}") for text, label in ROWS]
+    path = write_csv(tmp_path / "several.csv", rows)
+    flags = [word for name in ("train", "validation", "test") for word in (f"--{name}_file", path)]
+    text = (run("--problem_type", "multi_label_classification", *flags) / "report.html").read_text(
+        encoding="utf-8"
+    )
+    assert "Confusion matrix" not in text and "Reliability curve" in text
