@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 
 from arguments import learning_rate_warning, parse_args
@@ -43,6 +44,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
+        if "gloo" in str(error).lower() or "nccl" in str(error).lower():
+            first = str(error).split("\n")[0]
+            print(
+                f"error: another process ended, or does not answer: {first}; what was saved is "
+                "intact: --resume_from_checkpoint auto goes on",
+                file=sys.stderr,
+            )
+            return 1
         if not out_of_memory(error):
             raise
         print(
@@ -74,16 +83,21 @@ def out_of_memory(error: Exception) -> bool:
 
 def run(args: Namespace) -> None:
     """One run, from checked arguments to published results."""
+    from model import processes
     from model.output_folder import OutputFolder
 
-    # where to write: a mistake here costs a second
-    with OutputFolder(
-        args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint
-    ) as output:
-        run_into(output, args)
+    # where to write: a mistake here costs a second; what others than the first write is thrown away
+    with processes.joined() as group, TemporaryDirectory() as elsewhere:
+        if not group.first:
+            logging.disable(logging.WARNING)
+            args.output_dir = elsewhere
+        with OutputFolder(
+            args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint
+        ) as output:
+            run_into(output, args, group)
 
 
-def run_into(output, args: Namespace) -> None:
+def run_into(output, args: Namespace, group) -> None:
     """The story of a run."""
     import dataset
     import trainer
@@ -93,11 +107,12 @@ def run_into(output, args: Namespace) -> None:
     from model.source import locate
 
     # what to compute with, what to start from
-    machine = trainer.pick_machine(args.precision)
+    machine = trainer.pick_machine(args.precision, group)
     bank = args.prefix_paths and PrefixBank.open(args.prefix_paths, args.max_seq_length)
     source = bank.source if bank else locate(args.model_name_or_path)
     config = bank.config if bank else utils.load_config(source, tuned=not args.do_train)
     args.device, args.precision = str(machine.device), machine.precision
+    args.processes = group.size
     logger.info("device %s, precision %s, model %s", args.device, args.precision, source.name)
 
     # data: read, checked, audited for leaks
@@ -132,18 +147,21 @@ def run_into(output, args: Namespace) -> None:
     # is there anything left to do?
     described = {name: file.describe() for name, file in files.items()}
     about = report.about(args, source.name, source.sha256(), names, described)
-    if args.resume_from_checkpoint == "auto" and output.is_finished(about):
+    auto = args.resume_from_checkpoint == "auto"
+    if group.from_first(auto and group.first and output.is_finished(about)):
         logger.info("this run has finished already")
-        show(report.summary(args, output.read_results(), output.path))
+        if group.first:
+            show(report.summary(args, output.read_results(), output.path))
         return
     begun = None
-    if args.resume_from_checkpoint:
+    if args.resume_from_checkpoint and group.first:
         begun = checkpoint.find(args.resume_from_checkpoint, output.staging)
     if begun:
         check_same(begun[0], begun[1]["run"], about)
         logger.info("going on from %s", begun[0])
     elif args.resume_from_checkpoint:
         logger.info("there is no checkpoint yet: starting from the beginning")
+    begun = group.from_first(begun)
     output.start(about, begun and (begun[0], begun[1]["step"]))
 
     # model
@@ -165,8 +183,9 @@ def run_into(output, args: Namespace) -> None:
     if args.do_train:
         save = partial(utils.save_model, model, tokenizer, source)
         results |= tune(model, encoded, args, machine, output, about, save, begun and begun[1:])
-        with writing(output.staging):
-            save(output.staging)
+        if group.first:
+            with writing(output.staging):
+                save(output.staging)
 
     # evaluate and predict; the test file only now, when every choice is made
     def classify(split):
@@ -177,7 +196,8 @@ def run_into(output, args: Namespace) -> None:
     results |= score(classify, splits.get("eval"), files.get("test"), known, names, args, output)
     if args.do_train:
         output.write_text("README.md", report.model_card(about, results))
-    publish(output, args, about, results)
+    if group.first:
+        publish(output, args, about, results)
 
 
 def tune(
@@ -196,6 +216,9 @@ def tune(
         logger.warning("warning: %s", NOT_FOR_PEFT)
 
     def save(state: dict, tensors: dict) -> None:
+        if not machine.group.first:
+            return
+
         def fill(folder: Path) -> None:
             save_model(folder)
             output.copy_records(folder)
@@ -211,7 +234,7 @@ def tune(
             encoded["eval"] if args.eval_strategy == "epoch" else None,
             args,
             machine,
-            record=recorder(output, args.report_to),
+            record=recorder(output, args.report_to if machine.group.first else "none"),
             save=save,
             start=start,
             stopped=lambda: received[0] if received else 0,

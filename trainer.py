@@ -20,6 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from dataset import Encoded, length_batches, padding_share, pieces, training_batches
 from model.checkpoint import learnt, put_back
 from model.metrics import compute_metrics, prefixed
+from model.processes import ALONE, Group
 from model.sequence_classification import classification_loss
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Machine:
 
     device: torch.device
     precision: str  # "fp32", or "bf16": matrix products run in bfloat16, tuned weights are float32
+    group: Group = ALONE  # of processes; the first one shows progress
 
     def place(self, model: nn.Module) -> None:
         """Move a model here. What is frozen is cast once, not in each step; to the same bits."""
@@ -60,7 +62,7 @@ class Machine:
             return model(**batch).logits.float()
 
 
-def pick_machine(precision: str) -> Machine:
+def pick_machine(precision: str, group: Group = ALONE) -> Machine:
     """CUDA, then MPS, then the CPU; `auto` is bf16 where the processor computes in bfloat16."""
     name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu" and torch.backends.mps.is_available():
@@ -72,7 +74,7 @@ def pick_machine(precision: str) -> Machine:
             has = torch.cpu.get_capabilities()
             fast = name == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16"))
         precision = "bf16" if fast else "fp32"
-    return Machine(torch.device(name), precision)
+    return Machine(torch.device(name), precision, group)
 
 
 # ------------------------------------------------------------------------- optimizer, schedule
@@ -151,7 +153,7 @@ def train(
     warmup = warmup_steps(args.warmup_steps, total)
     average = MovingAverage(model, args.ema_decay)
     best = BestEpoch(args.metric_for_best_model, args.load_best_model_at_end)
-    progress = Progress(total, steps_per_epoch, args.logging_steps, record)
+    progress = Progress(total, steps_per_epoch, args.logging_steps, record, machine.group.first)
     if start:
         state, tensors = start
         put_back(tensors, model, optimizer)
@@ -192,7 +194,7 @@ def train(
                 average.update(progress.done)
                 ends = progress.done % steps_per_epoch == 0
                 due = args.save_steps and progress.done % args.save_steps == 0
-                stop = stopped()
+                stop = machine.group.highest(stopped())
                 if not ends and (due or stop):  # an epoch's end is kept after its evaluation
                     keep()
                 if not ends and stop:
@@ -208,7 +210,7 @@ def train(
                 logger.info("epoch %d: validation %s%s", epoch + 1, shown, " (best)" * better)
 
             # keep this epoch
-            stop = stopped()
+            stop = machine.group.highest(stopped())
             if args.save_strategy != "no" or stop:
                 keep()
             if stop:
@@ -232,21 +234,30 @@ def training_step(
 ) -> tuple[float, float]:
     """The optimizer's step number `step`, on `rows`; returns mean loss and gradient norm.
 
-    Every row weighs 1 / len(rows), so the last, partial window of an epoch counts right and
-    accumulation equals the big batch.
+    Every row weighs 1 / len(rows), so the last, partial window of an epoch counts right, and
+    accumulation and several processes equal the big batch.
     """
     # forward and backward over micro-batches, with the step's own dropout
-    torch.manual_seed(step_seed(args.seed, step))
-    loss = 0.0
-    for part in pieces(rows, args.per_device_train_batch_size):
+    torch.manual_seed(step_seed(args.seed, step, machine.group.rank))
+    loss = torch.zeros((), device=machine.device)
+    mine = machine.group.share(rows)
+    for part in pieces(mine, args.per_device_train_batch_size) if len(mine) else ():
         logits = machine.logits(model, train_set, train_set.text_of_row[part])
         labels = torch.from_numpy(train_set.labels[part]).to(machine.device)
         part_loss = classification_loss(logits, labels) / len(rows)
         part_loss.backward()
-        loss += part_loss.item()
+        loss += part_loss.detach()
+
+    # add up what all processes found
+    tuned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if machine.group.size > 1:
+        for parameter in tuned:
+            if parameter.grad is None:  # of a process whose share is empty
+                parameter.grad = torch.zeros_like(parameter)
+        machine.group.add_up([loss, *(parameter.grad for parameter in tuned)])
+    loss = loss.item()
 
     # clip; refuse what is not finite while the weights are still good
-    tuned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.clip_grad_norm_(tuned, args.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         numbers = ", ".join(str(train_set.rows[row]) for row in sorted(rows)[:8])
@@ -366,6 +377,7 @@ class Progress:
     steps_per_epoch: int
     logging_steps: int
     record: Callable[[dict], None]
+    shown: bool = True
     done: int = 0
     examples: int = 0
     loss_sum: float = 0.0
@@ -403,7 +415,11 @@ class Progress:
     def __enter__(self) -> "Progress":
         # `disable=None`: no bar where the output is no terminal
         self.bar = tqdm(
-            total=self.total, initial=self.done, unit="step", disable=None, dynamic_ncols=True
+            total=self.total,
+            initial=self.done,
+            unit="step",
+            disable=None if self.shown else True,
+            dynamic_ncols=True,
         )
         return self
 
@@ -464,12 +480,17 @@ def predict(model: nn.Module, data: Encoded, args: Namespace, machine: Machine) 
     Raises: TrainingError where one is not finite, since it would count as a prediction.
     """
     model.eval()
-    batches = length_batches(data.lengths, args.per_device_eval_batch_size)
-    logits = [machine.logits(model, data, texts).cpu() for texts in tqdm(
-        batches, desc="predict", unit="batch", disable=None, leave=False, dynamic_ncols=True
-    )]  # fmt: skip
-    of_text = torch.empty(len(data.token_ids), logits[0].shape[1])  # [U, C]
-    of_text[np.concatenate(batches)] = torch.cat(logits)
+    group = machine.group
+    mine = group.share(length_batches(data.lengths, args.per_device_eval_batch_size))
+    of_text = torch.zeros(len(data.token_ids), model.config.num_labels)  # [U, C]
+    for texts in tqdm(
+        mine, desc="predict", unit="batch", disable=None if group.first else True, leave=False,
+        dynamic_ncols=True,
+    ):  # fmt: skip
+        of_text[texts] = machine.logits(model, data, texts).cpu()
+    of_text = of_text.to(machine.device)
+    group.add_up([of_text])
+    of_text = of_text.cpu()
     if not of_text.isfinite().all():
         raise TrainingError("the model's logits are not finite: it diverged, lower --learning_rate")
     return of_text[data.text_of_row]  # [U, C] -> [N, C]

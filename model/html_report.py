@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from model.report import WAYS, result_rows, shown
 
 # Okabe & Ito's colours, which colour-blind people can tell apart.
-BLUE, ORANGE = "#0072B2", "#D55E00"
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 INK = "#123456"  # becomes the page's colour of text, dark or light
 STYLE = {
     "text.parse_math": False,  # a $ in a label is a $
@@ -168,4 +168,62 @@ def render(about: dict, results: dict, evaluation: dict, records: list[dict]) ->
         about=about, results=results, way=way, file={"test": "test", "eval": "validation"}[name],
         cards=[card for card in cards if card[1] is not None], rows=result_rows(results),
         pictures=pictures, classes=list(classes), mistakes=mistakes,
+    )  # fmt: skip
+
+
+def by_method(rows: list[dict], protocol: str) -> Markup:
+    """Test accuracy of each method on seen and on unseen texts, with its spread over runs."""
+    rows = [row for row in rows if row["protocol"] == protocol]
+    names = [row["method"] for row in rows]
+    figure, axis = plt.subplots(figsize=(5, 0.4 * len(rows) + 1.2))
+    words = []
+    for column, color, mark in (("on seen", BLUE, "s"), ("on unseen", ORANGE, "o")):
+        there = [row for row in rows if row[column] is not None]
+        spread = [row[f"{column} sd"] or 0 for row in there]
+        if there:
+            values = [row[column] for row in there]
+            axis.errorbar(values, [row["method"] for row in there], xerr=spread, fmt=mark,
+                          color=color, capsize=3, label=column)  # fmt: skip
+            words += [f"{row['method']} {column} {row[column]:.3f}" for row in there]
+    axis.set(xlim=(0, 1.02), xlabel="test accuracy", ylim=(len(names) - 0.5, -0.5))
+    axis.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=2)
+    return svg(figure, f"Test accuracy, protocol {protocol}: {'; '.join(words)}.")
+
+
+def curves_by_method(runs: list[dict], protocol: str) -> Markup:
+    """Validation accuracy after each epoch, mean over the runs of each method."""
+    figure, axis = plt.subplots(figsize=(5, 3.2))
+    for (method, mark), color in zip(
+        (("full", "o"), ("prefix", "s"), ("input prefix", "^")), (BLUE, ORANGE, GREEN), strict=True
+    ):
+        found: dict[int, list[float]] = {}
+        for run in runs:
+            if (run["protocol"], run["method"]) == (protocol, method):
+                for line in run["records"]:
+                    if "eval_accuracy" in line:
+                        found.setdefault(line["epoch"], []).append(line["eval_accuracy"])
+        if found:
+            means = [np.mean(values) for values in found.values()]
+            axis.plot(list(found), means, marker=mark, color=color, label=method)
+    axis.set(xlabel="epoch", ylabel="validation accuracy")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend()
+    return svg(figure, f"Validation accuracy by epoch, protocol {protocol}.")
+
+
+def render_study(
+    runs: list[dict], rows: list[dict], table: list[list[str]], columns: list[str],
+    tests: list[dict], command: str,
+) -> str:  # fmt: skip
+    """The page of a study, see script/compare.py."""
+    with matplotlib.rc_context(STYLE):
+        protocols = [
+            (protocol, [by_method(rows, protocol), curves_by_method(runs, protocol)])
+            for protocol in dict.fromkeys(run["protocol"] for run in runs)
+        ]
+    folds = len({run["data"] for run in runs if run["protocol"] == "unseen"})
+    return environment().get_template("study.html").render(
+        runs=runs, table=table, columns=columns, tests=tests, command=command,
+        protocols=protocols, folds=folds,
     )  # fmt: skip

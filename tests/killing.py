@@ -32,7 +32,7 @@ import trainer  # noqa: F401
 from model import prefix_bank, report  # noqa: F401
 
 TIMES = {"samples_per_second", "eta_seconds", "train_runtime", "train_samples_per_second",
-         "peak_memory_bytes"}  # fmt: skip
+         "peak_memory_bytes", "predict_samples_per_second"}  # fmt: skip
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree",
               "shutil.copyfile"}  # fmt: skip
 SMALL_PREFIX = ["--prefix", "--pre_seq_len", "3"]
@@ -47,6 +47,10 @@ WAYS = {
 }  # fmt: skip
 
 
+# They tell times, folders or commands.
+UNLIKE = ("run.json", "README.md", "report.html", "state.json", "manifest.json")
+
+
 def comparable(folder: Path) -> dict[str, object]:
     """What has to be the same: all files by their bytes, but for times."""
     found: dict[str, object] = {}
@@ -56,7 +60,7 @@ def comparable(folder: Path) -> dict[str, object]:
             lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
             parsed = [json.loads(line) for line in lines]
             found[name] = [{k: v for k, v in p.items() if k not in TIMES} for p in parsed]
-        elif path.name not in ("run.json", "README.md", "state.json", "manifest.json"):
+        elif path.name not in UNLIKE:
             found[name] = path.read_bytes()
     return found
 

@@ -1,0 +1,239 @@
+"""The study: every way, over seeds, on a split that leaks and on texts that are all unseen.
+
+    bash script/compare.sh [--quick] [--original DIR] [--unseen DIR...] [--seeds N...] \\
+        [-- flags of main.py for every tuned run]
+
+A folder holds {train,val,test}_simple.csv. Several folders of unseen texts, such as the folds of
+script/folds.py, take the seeds in turn. What is finished is not repeated, so that a study that was
+stopped goes on. Ends with a table, paired tests, study.json and report.html in --output_dir.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import permutation_test
+
+from dataset import LABEL_SEPARATOR, canonical_label, file_sha256, text_key
+from model import html_report
+from model.output_folder import RUN_FILE, read_record
+
+TUNE = ["main.py", "--do_train", "--do_eval", "--do_predict", "--resume_from_checkpoint", "auto"]
+METHODS = {
+    "majority": ["-m", "script.baseline", "majority", "--overwrite_output_dir"],
+    "look-up": ["-m", "script.baseline", "lookup", "--overwrite_output_dir"],
+    "TF-IDF, linear": ["-m", "script.baseline", "tfidf", "--overwrite_output_dir"],
+    "full": TUNE,
+    "prefix": [*TUNE, "--prefix"],
+    "input prefix": [*TUNE, "--prefix", "--prefix_depth", "input"],
+}
+QUICK = ["--num_train_epochs", "3"]
+COLUMNS = {  # of the table, by their names in all_results.json
+    "accuracy": "test_accuracy",
+    "on seen": "test_accuracy_seen",
+    "on unseen": "test_accuracy_unseen",
+    "macro F1": "test_macro_f1",
+    "log loss": "test_loss",
+    "ECE": "test_ece",
+    "tuned": "trainable_parameters",
+    "bytes": "stored_bytes",
+    "seconds": "train_runtime",
+    "rows/s": "predict_samples_per_second",
+    "memory": "peak_memory_bytes",
+}
+RESAMPLES = 9999  # of a permutation test
+
+
+def plan(args: argparse.Namespace) -> list[dict]:
+    """All runs: protocol, method, folder of the data, seed, folder of the results, command."""
+    runs = []
+    for protocol, folders in (("original", [args.original]), ("unseen", args.unseen)):
+        for number in range(max(len(folders), len(args.seeds))):
+            data, seed = folders[number % len(folders)], args.seeds[number % len(args.seeds)]
+            for method in args.methods:
+                name = f"{protocol}-{method.replace(', ', '-').replace(' ', '-')}"
+                folder = Path(args.output_dir) / f"{name}-{number}"
+                files = [
+                    word
+                    for flag, file in (("train", "train"), ("validation", "val"), ("test", "test"))
+                    for word in (f"--{flag}_file", f"{data}/{file}_simple.csv")
+                ]
+                command = [*METHODS[method], *files, "--output_dir", str(folder)]
+                if TUNE[0] in command:
+                    command += ["--seed", str(seed), *(QUICK if args.quick else []), *args.flags]
+                elif number >= len(folders):  # a baseline depends on no seed
+                    continue
+                runs.append({"protocol": protocol, "method": method, "data": data, "seed": seed,
+                             "folder": folder, "command": command})  # fmt: skip
+    return runs
+
+
+def is_finished(run: dict) -> bool:
+    """Whether its folder holds the results of the very command on the very files."""
+    record = read_record(run["folder"] / RUN_FILE)
+    if record.get("command") != shlex.join(["python", *run["command"]]):
+        return False
+    return all(file_sha256(one["path"]) == one["sha256"] for one in record["data"].values())
+
+
+def work_through(runs: list[dict]) -> None:
+    """Run what is not finished, one after the other; a log lies beside each folder."""
+    left = [run for run in runs if not is_finished(run)]
+    print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished already", flush=True)
+    took: dict[str, list[float]] = {}
+    for number, run in enumerate(left):
+        known = [np.mean(took[one["method"]]) for one in left[number:] if one["method"] in took]
+        rest = f"{np.mean(known) * (len(left) - number) / 60:.0f} min left" if known else ""
+        print(f"run {number + 1} of {len(left)}: {run['method']}, {run['data']}, seed "
+              f"{run['seed']}  {rest}", flush=True)  # fmt: skip
+        start = time.perf_counter()
+        log = run["folder"].with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w", encoding="utf-8") as file:
+            done = subprocess.run([sys.executable, *run["command"]], stdout=file, stderr=file)
+        if done.returncode:
+            last = log.read_text(encoding="utf-8").strip().split("\n")[-1]
+            sys.exit(f"{last}\nthe whole of it: {log}; the same command goes on from here")
+        took.setdefault(run["method"], []).append(time.perf_counter() - start)
+
+
+def read(run: dict) -> dict:
+    """A run with its figures and its records."""
+    results = json.loads((run["folder"] / "all_results.json").read_text(encoding="utf-8"))
+    weights = [run["folder"] / name for name in ("model.safetensors", "adapter_model.safetensors")]
+    results["stored_bytes"] = sum(path.stat().st_size for path in weights if path.exists())
+    records = run["folder"] / "metrics.jsonl"
+    lines = records.read_text(encoding="utf-8").splitlines() if records.exists() else []
+    return run | {"results": results, "records": [json.loads(line) for line in lines]}
+
+
+def summary(runs: list[dict]) -> list[dict]:
+    """Mean and standard deviation of each column, by protocol and method."""
+    rows = []
+    for protocol, method in dict.fromkeys((run["protocol"], run["method"]) for run in runs):
+        ours = [r["results"] for r in runs if (r["protocol"], r["method"]) == (protocol, method)]
+        row = {"protocol": protocol, "method": method, "runs": len(ours)}
+        for column, key in COLUMNS.items():
+            values = [one[key] for one in ours if one.get(key) is not None]
+            row[column] = float(np.mean(values)) if values else None
+            row[f"{column} sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def hits(run: dict) -> pd.DataFrame:
+    """Of each distinct test text: its rows, how many are right, whether it is seen in training."""
+    settings = read_record(run["folder"] / RUN_FILE)["settings"]
+    table = pd.read_csv(run["folder"] / "predictions.csv", dtype=str, keep_default_na=False)
+    texts = table[settings["text_column_names"]].agg(settings["text_column_delimiter"].join, axis=1)
+
+    def names(cell: str) -> frozenset[str]:
+        return frozenset(canonical_label(name) for name in cell.split(LABEL_SEPARATOR))
+
+    right = table[settings["label_column_name"]].map(names) == table["predicted"].map(names)
+    train = pd.read_csv(f"{run['data']}/train_simple.csv", dtype=str, keep_default_na=False)
+    known = set(train[settings["text_column_names"]].agg(
+        settings["text_column_delimiter"].join, axis=1).map(text_key))  # fmt: skip
+    keys = texts.map(text_key)
+    frame = pd.DataFrame({"rows": 1, "right": right, "seen": keys.isin(known)})
+    frame = frame.groupby(keys).agg({"rows": "sum", "right": "sum", "seen": "first"})
+    return frame.set_index(frame.index.map(lambda key: (run["data"], key)))
+
+
+def paired_tests(runs: list[dict]) -> list[dict]:
+    """Each two methods on the same unseen texts: difference of accuracy, and its p-value.
+
+    A permutation test over distinct texts: were both methods alike, each text's two shares of
+    right predictions, over rows and seeds, could as well be exchanged.
+    """
+    found = []
+    for protocol in dict.fromkeys(run["protocol"] for run in runs):
+        tables = {}
+        for method in METHODS:
+            ours = [hits(r) for r in runs if (r["protocol"], r["method"]) == (protocol, method)]
+            if ours:
+                together = pd.concat(ours).groupby(level=[0, 1]).sum()
+                together = together[together["seen"] == 0]
+                tables[method] = together["right"] / together["rows"]
+        for one, other in combinations(tables, 2):
+            if tables[one].index.equals(tables[other].index) and len(tables[one]):
+                pair = (tables[one].to_numpy(), tables[other].to_numpy())
+                test = permutation_test(
+                    pair, lambda a, b, axis: np.mean(b - a, axis=axis), vectorized=True,
+                    permutation_type="samples", n_resamples=RESAMPLES, batch=200, rng=0,
+                )  # fmt: skip
+                found.append({"protocol": protocol, "one": one, "other": other,
+                              "texts": len(pair[0]), "difference": float(test.statistic),
+                              "p": float(test.pvalue)})  # fmt: skip
+    return found
+
+
+def shown(row: dict, column: str) -> str:
+    """A cell of the table."""
+    value, spread = row[column], row[f"{column} sd"]
+    if value is None or (column in ("tuned", "bytes") and not value):
+        return "-"
+    if column == "memory":
+        return f"{value / 2**30:.2f} GiB"
+    if column == "bytes":
+        return f"{value / 1e6:,.1f} MB"
+    if column in ("tuned", "seconds", "rows/s"):
+        return f"{value:,.0f}"
+    return f"{value:.4f}" + (f" ±{spread:.4f}" if spread is not None else "")
+
+
+def text_table(rows: list[dict], tests: list[dict]) -> str:
+    """What the terminal shows in the end."""
+    frame = pd.DataFrame(
+        [[row["protocol"], row["method"], row["runs"], *(shown(row, c) for c in COLUMNS)]
+         for row in rows],
+        columns=["protocol", "method", "runs", *COLUMNS],
+    )  # fmt: skip
+    lines = [frame.to_string(index=False), "", "paired on unseen texts, p by permutation of texts:"]
+    lines += [
+        f"{test['protocol']:9} {test['other']} against {test['one']}: "
+        f"{100 * test['difference']:+.2f} points, p = {test['p']:.4f} ({test['texts']:,} texts)"
+        for test in tests
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--original", default="csv", help="the split that leaks [csv]")
+    parser.add_argument("--unseen", nargs="+", default=["csv/unseen"], help="[csv/unseen]")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], help="[42 43 44]")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=METHODS, help="[all]"
+    )
+    parser.add_argument("--quick", action="store_true", help="few epochs, to see it work")
+    parser.add_argument("--output_dir", default="checkpoints/study", help="[checkpoints/study]")
+    parser.add_argument("flags", nargs="*", help="after --: of main.py, for every tuned run")
+    args = parser.parse_args()
+    runs = plan(args)
+    work_through(runs)
+    runs = [read(run) for run in runs]
+    rows, tests = summary(runs), paired_tests(runs)
+    folder = Path(args.output_dir)
+    (folder / "study.json").write_text(
+        json.dumps({"summary": rows, "tests": tests}, indent=2) + "\n", encoding="utf-8"
+    )
+    command = shlex.join(["bash", "script/compare.sh", *sys.argv[1:]])
+    table = [[row["protocol"], row["method"], *(shown(row, c) for c in COLUMNS)] for row in rows]
+    page = html_report.render_study(runs, rows, table, list(COLUMNS), tests, command)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    print(text_table(rows, tests))
+    print(f"in {folder}: study.json, report.html, and a folder with a report of its own each run")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The study: what it runs, what it does not repeat, what it computes of it."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import ROOT, ROWS, write_csv
+from script import compare
+
+
+@pytest.fixture
+def folders(tmp_path) -> list[str]:
+    """An original split, whose test file repeats training texts, and two folds without repeats."""
+    test = {"original": ROWS[:4], "fold 0": [("big team", "2"), ("a dog", "0")],
+            "fold 1": [("small song", "1")]}  # fmt: skip
+    for name, rows in test.items():
+        (tmp_path / name).mkdir()
+        write_csv(tmp_path / name / "train_simple.csv", ROWS)
+        write_csv(tmp_path / name / "val_simple.csv", [("a new dog", "0"), ("song", "1")])
+        write_csv(tmp_path / name / "test_simple.csv", rows)
+    return [str(tmp_path / name) for name in test]
+
+
+def study(folders, tmp_path, backbone, *flags):
+    original, *unseen = folders
+    return subprocess.run(
+        [sys.executable, "-m", "script.compare", "--original", original, "--unseen", *unseen,
+         "--output_dir", str(tmp_path / "study"), "--methods", "majority", "prefix", *flags, "--",
+         "--model_name_or_path", backbone, "--max_seq_length", "16", "--pre_seq_len", "3",
+         "--num_train_epochs", "1"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def told(output: str) -> list[str]:
+    """The lines of a study's end."""
+    return [line for line in output.splitlines() if not line.startswith(("run ", "7 runs"))]
+
+
+def test_a_study_runs_once_and_says_what_it_found(folders, tmp_path, backbone):
+    first = study(folders, tmp_path, backbone, "--seeds", "1", "2")
+    assert first.returncode == 0, first.stderr
+    assert "7 runs, 0 of them finished already" in first.stdout  # 1 + 2 baselines, 2 + 2 prefixes
+    found = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert [(row["protocol"], row["method"], row["runs"]) for row in found["summary"]] == [
+        ("original", "majority", 1), ("original", "prefix", 2),
+        ("unseen", "majority", 2), ("unseen", "prefix", 2),
+    ]  # fmt: skip
+    assert {test["protocol"] for test in found["tests"]} == {"unseen"}  # the other has none unseen
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert page.count("<svg") == 4 and "script/compare.sh" in page
+    again = study(folders, tmp_path, backbone, "--seeds", "1", "2")
+    assert "7 runs, 7 of them finished already" in again.stdout
+    assert told(again.stdout) == told(first.stdout)
+
+
+def test_a_run_that_fails_ends_the_study_with_its_last_line(folders, tmp_path, backbone):
+    write_csv(tmp_path / "fold 0" / "train_simple.csv", [("one", "1"), ("", "0")])
+    failed = study(folders, tmp_path, backbone, "--seeds", "1")
+    assert failed.returncode == 1
+    assert "the text is blank in row 2" in failed.stderr and "goes on from here" in failed.stderr
+
+
+def test_folds_take_the_seeds_in_turn_and_baselines_run_once_each():
+    args = Namespace(original="o", unseen=["a", "b", "c"], seeds=[1, 2], quick=True, flags=[],
+                     output_dir="out", methods=list(compare.METHODS))  # fmt: skip
+    runs = compare.plan(args)
+    assert [(r["data"], r["seed"]) for r in runs if r["method"] == "full"] == [
+        ("o", 1), ("o", 2), ("a", 1), ("b", 2), ("c", 1)
+    ]  # fmt: skip
+    assert [r["data"] for r in runs if r["method"] == "look-up"] == ["o", "a", "b", "c"]
+    assert len({r["folder"] for r in runs}) == len(runs)
+    assert all(("--num_train_epochs" in r["command"]) == (r["method"] in
+               ("full", "prefix", "input prefix")) for r in runs)  # fmt: skip
+
+
+def test_mean_and_spread():
+    runs = [
+        {"protocol": "p", "method": "m", "results": {"test_accuracy": value}}
+        for value in (0.5, 0.7)
+    ]
+    (row,) = compare.summary(runs)
+    assert row["accuracy"] == pytest.approx(0.6) and row["accuracy sd"] == pytest.approx(
+        0.1414, 1e-3
+    )
+    assert row["on unseen"] is None and compare.shown(row, "on unseen") == "-"
+
+
+def test_paired_tests_are_those_of_mcnemar(monkeypatch):
+    """Of 60 texts 12 are right for one method only and 3 for the other: p = 0.035 exactly."""
+    right = {"full": [1] * 40 + [0] * 12 + [1] * 3 + [0] * 5,
+             "prefix": [1] * 40 + [1] * 12 + [0] * 3 + [0] * 5}  # fmt: skip
+
+    def hits(run):
+        index = pd.MultiIndex.from_product([["data"], range(60)])
+        return pd.DataFrame({"rows": 1, "right": right[run["method"]], "seen": False}, index=index)
+
+    monkeypatch.setattr(compare, "hits", hits)
+    (test,) = compare.paired_tests(
+        [{"protocol": "p", "method": one} for one in right for _ in "ab"]
+    )
+    assert test["difference"] == pytest.approx(9 / 60) and test["texts"] == 60
+    assert test["p"] == pytest.approx(0.0352, abs=0.01)
+    assert np.isfinite(test["p"])

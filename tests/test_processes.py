@@ -1,0 +1,110 @@
+"""Two processes that tune one model: the same result as one, told and written once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from conftest import ROOT
+from killing import comparable
+from test_main import load
+from trainer import Group
+
+RUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture
+def command(backbone, files, tmp_path):
+    """Flags for 3 epochs of 3 steps, of which the last has 3 rows for two processes."""
+
+    def make(name: str, *flags: str, processes: int = 2) -> list[str]:
+        argv = [*(RUN if processes == 2 else []), "main.py", "--do_train", "--do_eval"]
+        argv += ["--do_predict", *files, "--model_name_or_path", backbone, "--precision", "fp32"]
+        argv += ["--output_dir", str(tmp_path / name), "--num_train_epochs", "3"]
+        argv += ["--per_device_train_batch_size", "4", "--logging_steps", "1"]
+        argv += ["--attention_probs_dropout_prob", "0"]
+        return [sys.executable, *argv, "--max_seq_length", "16", *flags]
+
+    return make
+
+
+def call(command: list[str], status: int = 0):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode == 0) == (status == 0), done.stderr
+    return done
+
+
+def losses(folder) -> np.ndarray:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return np.array([one.get("loss", one.get("eval_loss")) for one in map(json.loads, lines)])
+
+
+@pytest.mark.parametrize("flags", [(), ("--prefix", "--pre_seq_len", "3")])
+def test_two_processes_learn_what_one_learns(command, tmp_path, flags):
+    told = call(command("two", *flags))
+    call(command("one", *flags, processes=1))
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    np.testing.assert_allclose(losses(one), losses(two), rtol=1e-4)
+    probabilities = [
+        pd.read_csv(each / "predictions.csv").iloc[:, 3:].to_numpy(float) for each in (one, two)
+    ]
+    np.testing.assert_allclose(*probabilities, atol=1e-4)
+    alone, together = (load(each, "all_results.json") for each in (one, two))
+    for name in alone:
+        if name.startswith(("eval_", "test_")):
+            assert alone[name] == pytest.approx(together[name], rel=1e-3), name
+    assert told.stdout.count("accuracy on unseen texts") == 1
+
+
+def test_a_stopped_group_goes_on_to_the_same_bytes(command, tmp_path):
+    """Stopped by a signal to torchrun, after which every process saves the same step."""
+    flags = ["--num_train_epochs", "40", "--hidden_dropout_prob", "0.1"]
+    call(command("whole", *flags))
+    child = subprocess.Popen(command("out", *flags), cwd=ROOT, stderr=subprocess.DEVNULL)
+    staging = tmp_path / "out" / "unfinished"
+    deadline = time.monotonic() + 60
+    while not list(staging.glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(60) != 0
+    assert list(staging.glob("checkpoint-*")) and not (tmp_path / "out" / "run.json").exists()
+    call(command("out", *flags, "--resume_from_checkpoint", "auto"))
+    assert comparable(tmp_path / "out") == comparable(tmp_path / "whole")
+    again = call(command("out", *flags, "--resume_from_checkpoint", "auto"))
+    assert "this run has finished already" in again.stderr
+    other = call(command("out", *flags, "--resume_from_checkpoint", "auto", processes=1), status=2)
+    assert "error:" in other.stderr
+
+
+def test_where_one_process_dies_all_end_soon(command, tmp_path):
+    child = subprocess.Popen(
+        command("out", "--num_train_epochs", "2000"), cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out" / "unfinished").glob("checkpoint-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True
+    )
+    workers = sorted(int(number) for number in found.stdout.split())
+    os.kill(workers[-1], signal.SIGKILL)
+    start = time.monotonic()
+    assert child.wait(60) != 0
+    assert time.monotonic() - start < 60
+
+
+def test_each_row_is_in_one_share():
+    rows = np.arange(11)
+    shares = [Group(rank, 3).share(rows) for rank in range(3)]
+    assert sorted(np.concatenate(shares)) == rows.tolist()
+    assert {len(share) for share in shares} == {3, 4}
+    assert Group().share(rows) is not None and len(Group().share(rows)) == 11
