@@ -25,7 +25,8 @@ logger = logging.getLogger("main")
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line; returns the exit status.
 
-    0; 2 after one line about what the user can mend; 130 or 143 when stopped by a signal.
+    0; 2 after one line about what the user can mend; 130 or 143 when stopped by a signal; 1 where
+    another process of the group is lost.
     """
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # After the arguments, so that --help and a typo are answered without importing torch.
     from dataset import DataError
+    from model import processes
     from model.checkpoint import CheckpointError
     from model.output_folder import OutputError
     from model.source import ModelError
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if "gloo" in str(error).lower() or "nccl" in str(error).lower():
+        if processes.is_lost(error):
             first = str(error).split("\n")[0]
             print(
                 f"error: another process ended, or does not answer: {first}; what was saved is "
@@ -142,6 +144,7 @@ def run_into(output, args: Namespace, group) -> None:
     encoded = {
         name: dataset.encode(tokenizer, split, labels[name], args.max_seq_length)
         for name, split in splits.items()
+        if args.do_train
     }
 
     # is there anything left to do?
@@ -193,11 +196,14 @@ def run_into(output, args: Namespace, group) -> None:
         data = dataset.encode(tokenizer, split, None, args.max_seq_length, served_by)
         return trainer.predict(model, data, args, machine)
 
+    if not group.first:  # only lends a hand
+        for part in (*([splits["eval"]] if args.do_eval else ()), *files.get("test", ())):
+            classify(part)
+        return
     results |= score(classify, splits.get("eval"), files.get("test"), known, names, args, output)
     if args.do_train:
         output.write_text("README.md", report.model_card(about, results))
-    if group.first:
-        publish(output, args, about, results)
+    publish(output, args, about, results)
 
 
 def tune(

@@ -8,7 +8,6 @@ import io
 from pathlib import Path
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -18,6 +17,7 @@ from model.report import WAYS, result_rows, shown
 
 # Okabe & Ito's colours, which colour-blind people can tell apart.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+DRAWN = 50  # labels at most in a picture; there are tables too
 INK = "#123456"  # becomes the page's colour of text, dark or light
 STYLE = {
     "text.parse_math": False,  # a $ in a label is a $
@@ -33,7 +33,6 @@ def svg(figure: Figure, words: str) -> Markup:
     """A figure as an element of the page, which `words` describe to who cannot see it."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
     picture = file.getvalue()
     picture = picture[picture.index("<svg") :].replace(INK, "currentColor")
     label = f'<svg role="img" aria-label="{escape(words)}"'
@@ -46,7 +45,8 @@ def learning_curves(records: list[dict]) -> list[Markup]:
     epochs = [line for line in records if "eval_loss" in line]
     pictures = []
     for key, title in (("loss", "loss"), ("accuracy", "accuracy, validation")):
-        figure, axis = plt.subplots(figsize=(4, 3))
+        figure = Figure(figsize=(4, 3))
+        axis = figure.subplots()
         words = f"Learning curve of {title}."
         if key == "loss" and steps:
             by_step = [x["loss"] for x in steps]
@@ -62,7 +62,6 @@ def learning_curves(records: list[dict]) -> list[Markup]:
         if axis.lines:
             axis.legend()
             pictures.append(svg(figure, words))
-        plt.close(figure)
     return pictures
 
 
@@ -71,7 +70,8 @@ def confusion(labels: list[str], counts: list[list[int]]) -> Markup:
     table = np.array(counts)
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     size = max(3.5, 0.45 * len(labels) + 1.5)
-    figure, axis = plt.subplots(figsize=(size, size))
+    figure = Figure(figsize=(size, size))
+    axis = figure.subplots()
     axis.pcolormesh(share, cmap="Blues", vmin=0, vmax=1)  # vectors, where imshow puts a bitmap
     axis.invert_yaxis()
     places = np.arange(len(labels)) + 0.5
@@ -92,11 +92,12 @@ def confusion(labels: list[str], counts: list[list[int]]) -> Markup:
 
 def class_bars(labels: list[str], f1: list[float], support: list[int]) -> Markup:
     """F1 of each label, with its rows."""
-    figure, axis = plt.subplots(figsize=(6, 0.35 * len(labels) + 1))
+    figure = Figure(figsize=(6, 0.35 * len(labels) + 1))
+    axis = figure.subplots()
     names = [f"{name} ({rows:,})" for name, rows in zip(labels, support, strict=True)]
     bars = axis.barh(names, f1, color=BLUE)
     axis.bar_label(bars, fmt="%.2f", padding=3)
-    axis.set(xlim=(0, 1.1), xlabel="F1 (rows of the test file in brackets)")
+    axis.set(xlim=(0, 1.1), xlabel="F1 (rows in brackets)")
     axis.invert_yaxis()
     low = labels[int(np.argmin(f1))]
     return svg(figure, f"F1 of each label, lowest for {low} with {min(f1):.2f}.")
@@ -106,7 +107,8 @@ def reliability(bins: dict[str, list[float]]) -> Markup:
     """Share of right predictions by their confidence; calibrated ones lie on the diagonal."""
     rows, hits, sure = (np.array(bins[name]) for name in ("rows", "hits", "confidence"))
     there = rows > 0
-    figure, axis = plt.subplots(figsize=(4, 4))
+    figure = Figure(figsize=(4, 4))
+    axis = figure.subplots()
     axis.plot([0, 1], [0, 1], "--", color=INK, linewidth=1, label="calibrated")
     axis.plot(sure[there] / rows[there], hits[there] / rows[there], color=BLUE)
     area = 300 * rows[there] / rows.sum() + 10
@@ -145,12 +147,13 @@ def render(about: dict, results: dict, evaluation: dict, records: list[dict]) ->
             ("macro F1", "macro_f1"),
         )
     ]  # fmt: skip
+    few = len(labels) <= DRAWN
     with matplotlib.rc_context(STYLE):
         pictures = {
             "curves": learning_curves(records),
-            "bars": class_bars(labels, details["f1"], details["support"]),
+            "bars": few and class_bars(labels, details["f1"], details["support"]),
             "reliability": reliability(details["reliability"]),
-            "confusion": details["confusion"] and confusion(labels, details["confusion"]),
+            "confusion": few and details["confusion"] and confusion(labels, details["confusion"]),
         }
 
     def named(label: int | list[int]) -> str:
@@ -175,7 +178,8 @@ def by_method(rows: list[dict], protocol: str) -> Markup:
     """Test accuracy of each method on seen and on unseen texts, with its spread over runs."""
     rows = [row for row in rows if row["protocol"] == protocol]
     names = [row["method"] for row in rows]
-    figure, axis = plt.subplots(figsize=(5, 0.4 * len(rows) + 1.2))
+    figure = Figure(figsize=(5, 0.4 * len(rows) + 1.2))
+    axis = figure.subplots()
     words = []
     for column, color, mark in (("on seen", BLUE, "s"), ("on unseen", ORANGE, "o")):
         there = [row for row in rows if row[column] is not None]
@@ -193,7 +197,8 @@ def by_method(rows: list[dict], protocol: str) -> Markup:
 
 def curves_by_method(runs: list[dict], protocol: str) -> Markup:
     """Validation accuracy after each epoch, mean over the runs of each method."""
-    figure, axis = plt.subplots(figsize=(5, 3.2))
+    figure = Figure(figsize=(5, 3.2))
+    axis = figure.subplots()
     for (method, mark), color in zip(
         (("full", "o"), ("prefix", "s"), ("input prefix", "^")), (BLUE, ORANGE, GREEN), strict=True
     ):

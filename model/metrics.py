@@ -38,7 +38,6 @@ class Counts:
     def __init__(self) -> None:
         self.rows, self.hits, self.loss = 0, 0, 0.0
         self.tables: np.ndarray | int = 0  # [C, 2, 2], see `multilabel_confusion_matrix`
-        self.confusion: np.ndarray | int = 0  # [C, C], rows are the true classes; one label a row
         self.bins = np.zeros((3, BINS))  # rows, hits and summed confidence, by confidence
 
     def add(self, logits: torch.Tensor, labels: np.ndarray) -> np.ndarray:
@@ -50,19 +49,23 @@ class Counts:
         probability = probabilities(logits, self.multi_label)
         predicted = predictions(probability, self.multi_label)
         right = predicted == labels
-        classes = range(logits.shape[1])
         if self.multi_label:
             right = right.all(axis=1)
-        else:
-            self.confusion += confusion_matrix(labels, predicted, labels=classes)
         sure = confidence(probability, self.multi_label)
         self.rows += len(labels)
         self.hits += int(right.sum())
         self.loss += classification_loss(logits, torch.from_numpy(labels)).item()
-        self.tables += multilabel_confusion_matrix(labels, predicted, labels=classes)
+        tables = multilabel_confusion_matrix(labels, predicted, labels=range(logits.shape[1]))
+        self.tables += tables.astype(np.int64)  # which it is not where there is no hit
         place = np.minimum((sure * BINS).astype(int), BINS - 1)
         self.bins += [np.bincount(place, what, BINS) for what in (np.ones(len(sure)), right, sure)]
         return right
+
+    def merge(self, other: "Counts") -> None:
+        """Count the other's rows too."""
+        for name, value in vars(other).items():
+            same = name == "multi_label"
+            setattr(self, name, value if same else getattr(self, name) + value)
 
     def metrics(self) -> dict[str, float]:
         """Loss, accuracy and macro F1; with several labels a row also micro F1.
@@ -147,7 +150,8 @@ class Score:
     """Metrics of a file, of its seen and of its unseen texts, with what a report shows of them."""
 
     def __init__(self) -> None:
-        self.parts = {name: (Counts(), Bootstrap()) for name in ("all", "seen", "unseen")}
+        self.parts = {name: (Counts(), Bootstrap()) for name in ("seen", "unseen")}
+        self.confusion: np.ndarray | int = 0  # [C, C], rows are the true classes; one label a row
         self.mistakes: list[dict] = []
 
     def add(
@@ -163,29 +167,30 @@ class Score:
         seen, bool [N]: whether each one's text stands in the training file.
         """
         self.audited = seen is not None
-        every = np.ones(len(labels), dtype=bool)
-        for name, rows in {"all": every, "seen": seen, "unseen": None}.items():
-            if name == "unseen" and self.audited:
-                rows = ~seen
-            if rows is not None and rows.any():
+        if seen is None:  # then the parts mean nothing, but their sum does
+            seen = np.zeros(len(labels), dtype=bool)
+        for name, rows in (("seen", seen), ("unseen", ~seen)):
+            if rows.any():
                 counts, bootstrap = self.parts[name]
                 right = counts.add(logits[rows], labels[rows])
                 bootstrap.add(list(compress(keys, rows)), right)
-                if name == "all":
-                    self.note_mistakes(logits, labels, texts, right)
+        self.note_mistakes(logits, labels, texts)
         return self
 
-    def note_mistakes(
-        self, logits: torch.Tensor, labels: np.ndarray, texts: list[str], right: np.ndarray
-    ) -> None:
-        """Keep the wrong predictions that are surest, each text once."""
+    def note_mistakes(self, logits: torch.Tensor, labels: np.ndarray, texts: list[str]) -> None:
+        """Count what is taken for what; keep the surest of what is wrong, each text once."""
         multi_label = labels.ndim == 2
         probability = probabilities(logits, multi_label)
         predicted, sure = (
             predictions(probability, multi_label),
             confidence(probability, multi_label),
         )
-        wrong = np.flatnonzero(~right)
+        wrong = predicted != labels
+        if multi_label:
+            wrong = wrong.any(axis=1)
+        else:
+            self.confusion += confusion_matrix(labels, predicted, labels=range(logits.shape[1]))
+        wrong = np.flatnonzero(wrong)
         for row in wrong[np.argsort(-sure[wrong], kind="stable")][: 10 * MISTAKES]:
             self.mistakes.append({
                 "text": texts[row], "label": labels[row].tolist(),
@@ -194,13 +199,22 @@ class Score:
         unique = {one["text"]: one for one in reversed(self.mistakes)}.values()
         self.mistakes = sorted(unique, key=lambda one: -one["confidence"])[:MISTAKES]
 
+    def whole(self) -> tuple[Counts, Bootstrap]:
+        """Of all rows."""
+        counts, bootstrap = Counts(), Bootstrap()
+        for part, of_texts in self.parts.values():
+            if part.rows:
+                counts.merge(part)
+                bootstrap.sums += of_texts.sums
+        return counts, bootstrap
+
     def results(self, name: str) -> dict[str, float | list[float] | None]:
         """Metrics of the file `name`, as `name_accuracy` and so on.
 
         Where texts were audited also the share of seen ones, and the accuracy on those and on all
         others; None where there are no such rows.
         """
-        counts, bootstrap = self.parts["all"]
+        counts, bootstrap = self.whole()
         results = {**counts.metrics(), **counts.calibration()}
         results["accuracy_interval"] = bootstrap.interval()
         if self.audited:
@@ -214,10 +228,10 @@ class Score:
 
     def details(self) -> dict:
         """What is no single figure, as JSON takes it; classes are in the order of the labels."""
-        counts = self.parts["all"][0]
+        counts, _ = self.whole()
         return {
             **counts.per_class(),
-            "confusion": None if counts.multi_label else counts.confusion.tolist(),
+            "confusion": None if counts.multi_label else self.confusion.tolist(),
             "reliability": dict(
                 zip(("rows", "hits", "confidence"), counts.bins.tolist(), strict=True)
             ),

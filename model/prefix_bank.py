@@ -77,13 +77,23 @@ class PrefixBank(nn.Module):
         longest = int(lengths.max())
         place = torch.arange(longest + input_ids.shape[1], device=input_ids.device)
         there = place[:longest] < lengths[:, None]  # [B, P]
-        one = served_by[:1] if (served_by == served_by[0]).all() else served_by
+        used, number = served_by.unique(return_inverse=True)  # G prefixes; of each row, its own
+        places = None
+        if len(used) > 1:
+            counts = number.bincount()
+            size = int(counts.max())
+            order = number.argsort(stable=True)
+            in_order = torch.arange(len(number), device=number.device)
+            first = (counts.cumsum(0) - counts)[number[order]]  # in order, of each row's prefix
+            place_of_row = torch.empty_like(number)
+            place_of_row[order] = number[order] * size + in_order - first
+            places = place_of_row, size
         state = self.backbone(
             input_ids,
             attention_mask=torch.cat([there.to(attention_mask.dtype), attention_mask], dim=1),
             position_ids=place[: input_ids.shape[1]] + lengths[:, None],
-            # [2, H, K, P, D] -> [2, H, B, P, D], or 1 where all rows share it
-            prefix=lambda layer: self.slots[layer][:, :, one, :longest],
+            prefix=lambda layer: self.slots[layer][:, :, used, :longest],  # [2, H, G, P, D]
+            places=places,
         ).pooler_output
         logits = torch.einsum("bcd,bd->bc", self.weight[served_by], state.float())
         return SequenceClassifierOutput(logits=logits + self.bias[served_by])

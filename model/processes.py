@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(seconds=60)  # with a process that neither answers nor is seen to have ended
+# With a process that works on its own, such as the first one while it saves a large model. One that
+# has ended is seen at once.
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ class Group:
 
 
 ALONE = Group()
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether it says that another process of the group does not answer."""
+    said = str(error).lower()
+    return "WORLD_SIZE" in os.environ and ("gloo" in said or "nccl" in said)
 
 
 @contextmanager

@@ -276,7 +276,11 @@ def save_model(
 
 
 def count_parameters(model: BertForSequenceClassification) -> dict[str, int]:
-    """Numbers that are tuned, held and stored; `..._without_head` leaves out the classifier."""
+    """Numbers that are tuned, held and stored; `..._without_head` leaves out the classifier.
+
+    As is the custom, all word embeddings count as tuned where they may move, though those of words
+    that no training text holds stay as they are.
+    """
 
     def size(parameters: Iterable[torch.nn.Parameter]) -> int:
         return sum(parameter.numel() for parameter in parameters)

@@ -62,7 +62,7 @@ def tfidf(texts: list[str], labels: np.ndarray, strength: float) -> Probabilitie
     linear = LogisticRegression(C=strength, max_iter=2000)
     if labels.ndim == 2:
         linear = OneVsRestClassifier(linear)
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
     return make_pipeline(words, linear).fit(texts, labels).predict_proba
 
 
@@ -121,6 +121,10 @@ def main(argv: list[str]) -> int:
     """Returns the exit status; 2 after one line about what the user can mend."""
     if not argv or argv[0] not in ("majority", "lookup", "tfidf"):
         print(__doc__, file=sys.stderr)
+        return 2
+    given = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
+    if strange := sorted(given - {*USED, "overwrite_output_dir"}):
+        print(f"error: --{strange[0]} does nothing to a baseline", file=sys.stderr)
         return 2
     args = parse_args(["--do_train", "--do_eval", "--do_predict", *argv[1:]])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

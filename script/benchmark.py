@@ -1,7 +1,7 @@
 """Measures speed and memory on this machine: ours and others' in turn, in one call.
 
 Every way of working has a process of its own, and only one works at a time. Tables are printed;
-results/benchmark.json holds all figures, results/benchmark.svg shows how cost grows.
+benchmark.json holds all figures, benchmark.svg shows how cost grows.
 
     bash script/benchmark.sh [--data FILE] [--rounds N] [--only NAME...] [--growth]
 """
@@ -22,9 +22,9 @@ from pathlib import Path
 
 BATCH = 32  # rows of a training step, of every way
 STEPS = 50  # of a measurement: one sorted group of the Trainer's, so that no way gets easy lengths
-SCORED = 2048  # texts of a measurement of scoring
+RECIPE_STEPS = 1  # of the recipe re-created, whose texts all have one length, and whose steps last
+TEXTS = 2048  # of a measurement of scoring
 PREFIXES = 16  # of a mixed batch
-RESULTS = Path("results")
 THREADS = 2
 
 
@@ -43,31 +43,40 @@ def settings(data: str, *flags: str) -> argparse.Namespace:
     return parse_args(["--do_train", *files, *flags])
 
 
+def texts_to_train_on(args: argparse.Namespace):
+    """Source and config of the model, tokenizer, and the encoded training file."""
+    import dataset
+    from model import utils
+    from model.source import locate
+
+    source = locate(args.model_name_or_path)
+    config = utils.load_config(source, tuned=False)
+    split = dataset.read_splits(args)["train"]
+    utils.describe_task(source, config, dataset.label_names(split), args)
+    names = utils.list_labels(config)
+    length = utils.set_max_seq_length(config, args.max_seq_length)
+    tokenizer = utils.load_tokenizer(source, config)
+    rows = dataset.encode(tokenizer, split, dataset.label_ids(split, names, False), length)
+    return source, config, tokenizer, rows, split
+
+
 def prepared(args: argparse.Namespace):
     """What main.py makes of its arguments: machine, model, tokenizer, rows to train on."""
     import dataset
     import trainer
     from model import utils
-    from model.source import locate
 
     machine = trainer.pick_machine(args.precision)
-    source = locate(args.model_name_or_path)
-    config = utils.load_config(source, tuned=False)
-    split = dataset.read_splits(args)["train"]
-    fresh_head = utils.describe_task(source, config, dataset.label_names(split), args)
-    names = utils.list_labels(config)
-    length = utils.set_max_seq_length(config, args.max_seq_length)
-    tokenizer = utils.load_tokenizer(source, config)
-    rows = dataset.encode(tokenizer, split, dataset.label_ids(split, names, False), length)
-    model = utils.make_model(source, config, args, fresh_head)
+    source, config, tokenizer, rows, split = texts_to_train_on(args)
+    model = utils.make_model(source, config, args, fresh_head=True)
     if args.prefix_init == "text":
-        words = dataset.words_to_start_from(names, split, args.seed)
+        words = dataset.words_to_start_from(utils.list_labels(config), split, args.seed)
         utils.start_from_text(model, tokenizer, words)
     machine.place(model)
     return machine, model, tokenizer, rows
 
 
-def ours(data: str, *flags: str, steps: int = STEPS) -> Callable[[], dict]:
+def ours(data: str, steps: int, *flags: str) -> Callable[[], dict]:
     """`main.py` with these flags: `steps` steps of its loop."""
     import trainer
     from model import utils
@@ -110,24 +119,20 @@ def flops(logits_of: Callable, rows, count: int) -> float:
 
 
 def hf_trainer(
-    data: str, *, prefix: int = 0, steps: int = STEPS, pad_to: int | None = None, **options
+    data: str, steps: int, *, prefix: int = 0, pad_to: int | None = None, **options
 ) -> Callable[[], dict]:
     """The Trainer of transformers, over PEFT where there is a `prefix`; `options` are its own.
 
     pad_to: tokens that every text is padded to, as in the work re-created.
     """
+    import torch
     import transformers
 
-    args = settings(data)
-    _, _, tokenizer, rows = prepared(args)
-    import torch
-
-    from model.source import locate
-
+    source, _, tokenizer, rows, _ = texts_to_train_on(settings(data))
     transformers.utils.logging.set_verbosity_error()
     # SDPA's backward is slow on CPUs in bfloat16: plain attention is these peers' best
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        locate(args.model_name_or_path).backbone,
+        source.backbone,
         num_labels=int(rows.labels.max()) + 1, attn_implementation="eager",
     )  # fmt: skip
     if prefix:
@@ -177,7 +182,7 @@ def hf_trainer(
 # ----------------------------------------------------------------------------- the ways to score
 
 
-def distinct_texts(data: str, count: int = SCORED) -> list[str]:
+def distinct_texts(data: str, count: int) -> list[str]:
     """The first `count` distinct texts of a file."""
     import dataset
 
@@ -196,7 +201,7 @@ def tuned_folder(data: str, folder: str, *flags: str) -> str:
     return folder
 
 
-def our_scoring(data: str, *flags: str, prefixes: int = 0) -> Callable[[], dict]:
+def our_scoring(data: str, count: int, *flags: str, prefixes: int = 0) -> Callable[[], dict]:
     """`main.py --do_predict` of texts in memory: to tokens, then to logits.
 
     prefixes: with that many tuned folders, which serve the rows in turn.
@@ -222,7 +227,7 @@ def our_scoring(data: str, *flags: str, prefixes: int = 0) -> Callable[[], dict]
     machine = trainer.pick_machine("auto")
     machine.place(model.requires_grad_(False))
     split = dataset.read_split(data, text_columns=["text"], labels_required=False)
-    texts = distinct_texts(data)
+    texts = distinct_texts(data, count)
     split = dataclasses.replace(split, texts=texts)
     served_by = np.arange(len(texts)) % prefixes if prefixes else None
 
@@ -235,7 +240,7 @@ def our_scoring(data: str, *flags: str, prefixes: int = 0) -> Callable[[], dict]
     return measure
 
 
-def hf_pipeline(data: str, batch_size: int, dtype: str) -> Callable[[], dict]:
+def hf_pipeline(data: str, count: int, *, batch_size: int, dtype: str) -> Callable[[], dict]:
     """`pipeline("text-classification")` of a fully tuned folder."""
     import torch
     import transformers
@@ -243,9 +248,10 @@ def hf_pipeline(data: str, batch_size: int, dtype: str) -> Callable[[], dict]:
     with tempfile.TemporaryDirectory() as folder:
         tuned_folder(data, folder)
         pipe = transformers.pipeline(
-            "text-classification", model=folder, device="cpu", dtype=getattr(torch, dtype)
-        )
-    texts = distinct_texts(data)
+            "text-classification", model=folder, device="cpu", dtype=getattr(torch, dtype),
+            model_kwargs={"attn_implementation": "eager"},  # faster here than SDPA
+        )  # fmt: skip
+    texts = distinct_texts(data, count)
 
     def measure() -> dict:
         start = time.perf_counter()
@@ -260,23 +266,32 @@ def hf_pipeline(data: str, batch_size: int, dtype: str) -> Callable[[], dict]:
 BEST = {"bf16": True, "train_sampling_strategy": "group_by_length"}
 # name: how it is made, and the name of the way that it is compared with
 TUNING = {
-    "recipe re-created": (partial(hf_trainer, pad_to=256, steps=1), None),
+    "recipe re-created": (
+        lambda data, steps: hf_trainer(data, min(steps, RECIPE_STEPS), pad_to=256),
+        None,
+    ),
     "HF Trainer, bf16, by length": (partial(hf_trainer, **BEST), None),
     "ours, full": (ours, ["recipe re-created", "HF Trainer, bf16, by length"]),
     "PEFT prefix 20": (partial(hf_trainer, prefix=20, **BEST), None),
     "ours, prefix 20": (
-        lambda data: ours(data, "--prefix", "--pre_seq_len", "20"),
+        lambda data, steps: ours(data, steps, "--prefix", "--pre_seq_len", "20"),
         ["PEFT prefix 20", "ours, full"],
     ),
     "PEFT prefix 128": (partial(hf_trainer, prefix=128, **BEST), None),
-    "ours, prefix 128": (lambda data: ours(data, "--prefix"), ["PEFT prefix 128", "ours, full"]),
+    "ours, prefix 128": (
+        lambda data, steps: ours(data, steps, "--prefix"),
+        ["PEFT prefix 128", "ours, full"],
+    ),
 }
 SCORING = {
     "HF pipeline": (partial(hf_pipeline, batch_size=64, dtype="bfloat16"), None),
     "ours, full": (our_scoring, ["HF pipeline"]),
-    "ours, prefix 128": (lambda data: our_scoring(data, "--prefix"), ["HF pipeline"]),
+    "ours, prefix 128": (
+        lambda data, count: our_scoring(data, count, "--prefix"),
+        ["HF pipeline"],
+    ),
     "ours, 16 prefixes mixed": (
-        lambda data: our_scoring(data, "--prefix", prefixes=PREFIXES),
+        lambda data, count: our_scoring(data, count, "--prefix", prefixes=PREFIXES),
         ["HF pipeline", "ours, prefix 128"],
     ),
 }
@@ -285,13 +300,13 @@ SCORING = {
 # ------------------------------------------------------------------------------------ processes
 
 
-def worker(pipe: Connection, spawned: float, make: str, name: str, data: str) -> None:
-    """Make one way, say when it was ready, then measure whenever asked."""
+def worker(pipe: Connection, spawned: float, make: str, name: str, data: str, count: int) -> None:
+    """Make one way, say when it was ready, then measure `count` steps or texts whenever asked."""
     import torch
 
     logging.disable(logging.INFO)
     torch.set_num_threads(THREADS)
-    measure = globals()[make][name][0](data)
+    measure = globals()[make][name][0](data, count)
     pipe.send({"start_up": time.time() - spawned})
     while pipe.recv():
         figures = measure()
@@ -300,14 +315,14 @@ def worker(pipe: Connection, spawned: float, make: str, name: str, data: str) ->
     pipe.send({"flops": measure.flops() if hasattr(measure, "flops") else None})
 
 
-def in_turn(make: str, data: str, rounds: int, only: list[str]) -> dict[str, dict]:
+def in_turn(make: str, data: str, count: int, rounds: int, only: list[str]) -> dict[str, dict]:
     """Measure every way of TUNING or SCORING `rounds` times, one after the other each time."""
     spawn = multiprocessing.get_context("spawn")
     pipes, found = {}, {}
     for name in globals()[make]:
         if not only or any(part in name for part in only):
             pipes[name], end = spawn.Pipe()
-            process = spawn.Process(target=worker, args=(end, time.time(), make, name, data))
+            process = spawn.Process(target=worker, args=(end, time.time(), make, name, data, count))
             process.daemon = True
             process.start()
             end.close()
@@ -369,6 +384,7 @@ def growth(data: str) -> dict[str, dict[str, dict[int, float]]]:
 
     import dataset
     import trainer
+    from model import utils
 
     def step_time(args, machine, model, rows, batch) -> float:
         optimizer = trainer.build_optimizer(model.train(), args)
@@ -384,6 +400,7 @@ def growth(data: str) -> dict[str, dict[str, dict[int, float]]]:
     for name, way in flags.items():
         args = settings(data, *way)
         machine, model, _, rows = prepared(args)
+        utils.tune_words_in_use(model, rows.token_ids)
         some = np.concatenate(rows.token_ids)[: 128 * BATCH]
         measure = found[name] = {"text length": {}, "threads": {}, "rows": {}}
         for length in (8, 16, 32, 64, 128):
@@ -440,22 +457,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", default="csv/train_simple.csv", help="with `text` and `label`")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of tuning, each time")
+    parser.add_argument("--texts", type=int, default=TEXTS, help="to score, each time")
     parser.add_argument("--rounds", type=int, default=5, help="alternations; medians are shown")
     parser.add_argument("--only", nargs="+", default=[], help="ways whose names hold one of these")
+    parser.add_argument("--output_dir", default="results")
     parser.add_argument("--growth", action="store_true", help="measure how cost grows too")
     args = parser.parse_args()
     peak = peak_flops()
     print(f"{THREADS} threads, matrix products in bfloat16: {peak / 1e9:.0f} GFLOP/s at best")
     results = {"threads": THREADS, "peak_flops": peak, "data": args.data, "rounds": args.rounds}
-    for make, title in (("TUNING", "tuning"), ("SCORING", "scoring distinct texts")):
-        results[title] = in_turn(make, args.data, args.rounds, args.only)
+    for make, title, count in (
+        ("TUNING", "tuning", args.steps),
+        ("SCORING", "scoring distinct texts", args.texts),
+    ):
+        results[title] = in_turn(make, args.data, count, args.rounds, args.only)
         print(table(title, results[title], globals()[make], peak), flush=True)
-    RESULTS.mkdir(exist_ok=True)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     if args.growth:
         results["growth"] = growth(args.data)
-        picture(results["growth"], RESULTS / "benchmark.svg")
-    (RESULTS / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\nall figures: {RESULTS / 'benchmark.json'}")
+        picture(results["growth"], folder / "benchmark.svg")
+    (folder / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nall figures: {folder / 'benchmark.json'}")
 
 
 if __name__ == "__main__":

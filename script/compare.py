@@ -3,9 +3,9 @@
     bash script/compare.sh [--quick] [--original DIR] [--unseen DIR...] [--seeds N...] \\
         [-- flags of main.py for every tuned run]
 
-A folder holds {train,val,test}_simple.csv. Several folders of unseen texts, such as the folds of
-script/folds.py, take the seeds in turn. What is finished is not repeated, so that a study that was
-stopped goes on. Ends with a table, paired tests, study.json and report.html in --output_dir.
+A folder holds {train,val,test}_simple.csv, one label a row. Several folders of unseen texts, such
+as the folds of script/folds.py, take the seeds in turn. What is finished is not repeated, so that a
+study that was stopped goes on. Ends with a table, paired tests, study.json and report.html.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import permutation_test
 
-from dataset import LABEL_SEPARATOR, canonical_label, file_sha256, text_key
+from dataset import canonical_label, file_sha256, text_key
 from model import html_report
 from model.output_folder import RUN_FILE, read_record
 
@@ -34,6 +34,11 @@ METHODS = {
     "prefix": [*TUNE, "--prefix"],
     "input prefix": [*TUNE, "--prefix", "--prefix_depth", "input"],
 }
+DATA_FLAGS = {  # which the baselines would have to share
+    "--text_column_names", "--text_column_delimiter", "--label_column_name", "--csv_encoding",
+    "--problem_type", "--drop_empty", "--max_train_samples", "--output_dir", "--seed",
+    "--train_file", "--validation_file", "--test_file",
+}  # fmt: skip
 QUICK = ["--num_train_epochs", "3"]
 COLUMNS = {  # of the table, by their names in all_results.json
     "accuracy": "test_accuracy",
@@ -80,7 +85,8 @@ def is_finished(run: dict) -> bool:
     record = read_record(run["folder"] / RUN_FILE)
     if record.get("command") != shlex.join(["python", *run["command"]]):
         return False
-    return all(file_sha256(one["path"]) == one["sha256"] for one in record["data"].values())
+    files = record["data"].values()
+    return all(Path(f["path"]).exists() and file_sha256(f["path"]) == f["sha256"] for f in files)
 
 
 def work_through(runs: list[dict]) -> None:
@@ -111,7 +117,9 @@ def read(run: dict) -> dict:
     results["stored_bytes"] = sum(path.stat().st_size for path in weights if path.exists())
     records = run["folder"] / "metrics.jsonl"
     lines = records.read_text(encoding="utf-8").splitlines() if records.exists() else []
-    return run | {"results": results, "records": [json.loads(line) for line in lines]}
+    commit = read_record(run["folder"] / RUN_FILE)["commit"]
+    records = [json.loads(line) for line in lines]
+    return run | {"results": results, "records": records, "commit": commit}
 
 
 def summary(runs: list[dict]) -> list[dict]:
@@ -130,18 +138,11 @@ def summary(runs: list[dict]) -> list[dict]:
 
 def hits(run: dict) -> pd.DataFrame:
     """Of each distinct test text: its rows, how many are right, whether it is seen in training."""
-    settings = read_record(run["folder"] / RUN_FILE)["settings"]
     table = pd.read_csv(run["folder"] / "predictions.csv", dtype=str, keep_default_na=False)
-    texts = table[settings["text_column_names"]].agg(settings["text_column_delimiter"].join, axis=1)
-
-    def names(cell: str) -> frozenset[str]:
-        return frozenset(canonical_label(name) for name in cell.split(LABEL_SEPARATOR))
-
-    right = table[settings["label_column_name"]].map(names) == table["predicted"].map(names)
     train = pd.read_csv(f"{run['data']}/train_simple.csv", dtype=str, keep_default_na=False)
-    known = set(train[settings["text_column_names"]].agg(
-        settings["text_column_delimiter"].join, axis=1).map(text_key))  # fmt: skip
-    keys = texts.map(text_key)
+    right = table["label"].map(canonical_label) == table["predicted"]
+    known = set(train["text"].map(text_key))
+    keys = table["text"].map(text_key)
     frame = pd.DataFrame({"rows": 1, "right": right, "seen": keys.isin(known)})
     frame = frame.groupby(keys).agg({"rows": "sum", "right": "sum", "seen": "first"})
     return frame.set_index(frame.index.map(lambda key: (run["data"], key)))
@@ -163,7 +164,7 @@ def paired_tests(runs: list[dict]) -> list[dict]:
                 together = together[together["seen"] == 0]
                 tables[method] = together["right"] / together["rows"]
         for one, other in combinations(tables, 2):
-            if tables[one].index.equals(tables[other].index) and len(tables[one]):
+            if tables[one].index.equals(tables[other].index) and len(tables[one]) > 1:
                 pair = (tables[one].to_numpy(), tables[other].to_numpy())
                 test = permutation_test(
                     pair, lambda a, b, axis: np.mean(b - a, axis=axis), vectorized=True,
@@ -216,12 +217,17 @@ def main() -> None:
         "--methods", nargs="+", default=list(METHODS), choices=METHODS, help="[all]"
     )
     parser.add_argument("--quick", action="store_true", help="few epochs, to see it work")
-    parser.add_argument("--output_dir", default="checkpoints/study", help="[checkpoints/study]")
+    parser.add_argument("--output_dir", help="[checkpoints/study, or with --quick study-quick]")
     parser.add_argument("flags", nargs="*", help="after --: of main.py, for every tuned run")
     args = parser.parse_args()
+    if shared := sorted({word.partition("=")[0] for word in args.flags} & DATA_FLAGS):
+        parser.error(f"{shared[0]}: the study reads the columns text and label, of UTF-8 files")
+    args.output_dir = args.output_dir or f"checkpoints/study{'-quick' * args.quick}"
     runs = plan(args)
     work_through(runs)
     runs = [read(run) for run in runs]
+    if len({run["commit"] for run in runs}) > 1:
+        print("warning: the runs are of several commits of this program, see their run.json")
     rows, tests = summary(runs), paired_tests(runs)
     folder = Path(args.output_dir)
     (folder / "study.json").write_text(

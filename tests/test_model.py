@@ -376,17 +376,23 @@ def tuned(make_model, backbone, tmp_path):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("served_by", [(0, 1, 2), (2, 0, 2), (1, 1, 1), (0, 0, 1)])
+@pytest.mark.parametrize(
+    "served_by", [(0, 1, 2), (2, 0, 2), (1, 1, 1), (2, 0, 0, 0, 1, 0, 2, 0, 2), (0,) * 8 + (1,)]
+)
 def test_each_row_of_a_batch_is_served_by_its_own_prefix(tuned, mask, served_by):
     paths, models = tuned
     bank = PrefixBank.open(paths)
     names = utils.list_labels(bank.config)
     assert names == list("abcdxy")
+    times = len(served_by) // len(IDS)
+    ids, masks = IDS.repeat(times, 1), MASKS[mask].repeat(times, 1)
     with torch.no_grad():
-        logits = bank(IDS, MASKS[mask], torch.tensor(served_by)).logits
+        logits = bank(ids, masks, torch.tensor(served_by)).logits
+        with torch.inference_mode():
+            torch.testing.assert_close(bank(ids, masks, torch.tensor(served_by)).logits, logits)
         for row, number in enumerate(served_by):
             known = utils.list_labels(models[number].config)
-            alone = models[number](IDS, attention_mask=MASKS[mask]).logits[row]
+            alone = models[number](ids, attention_mask=masks).logits[row]
             found = logits[row, [names.index(name) for name in known]]
             torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
             probability = logits[row].softmax(0)

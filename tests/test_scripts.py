@@ -70,16 +70,25 @@ def test_each_fold_is_tested_once_and_no_row_is_lost(tmp_path):
         assert parts[2].texts == [text for text, _, number in rows if number == fold]
 
 
-def test_the_benchmark_measures_one_prefix_and_many(tmp_path, capsys, monkeypatch):
-    path = write_csv(tmp_path / "a.csv", [(f"some text {i}", 0) for i in range(20)])
-    flags = ["--data", path, "--texts", "16", "--prefixes", "2", "--pre_seq_len", "4"]
-    monkeypatch.setattr(sys, "argv", ["benchmark", *flags, "--rounds", "1"])
+def test_the_benchmark_measures_ours_and_others_in_turn(tmp_path, capsys, monkeypatch):
+    rows = [(f"some text of number {i}", i % 2) for i in range(160)]
+    path = write_csv(tmp_path / "a.csv", rows)
+    flags = ["--data", path, "--steps", "2", "--texts", "16", "--rounds", "1", "--output_dir"]
+    flags += [str(tmp_path / "out"), "--only", "by length", "20", "pipeline", "ours, full"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
     benchmark.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[1:]] == [
-        "one model", "bank, one prefix", "bank, 2 prefixes"
-    ]  # fmt: skip
-    assert lines[1].endswith("1.00x")
+    found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert found["tuning"].keys() == {
+        "HF Trainer, bf16, by length", "ours, full", "PEFT prefix 20", "ours, prefix 20"
+    }  # fmt: skip
+    assert found["scoring distinct texts"].keys() == {"HF pipeline", "ours, full"}
+    for way in (*found["tuning"].values(), *found["scoring distinct texts"].values()):
+        assert min(way["rate"], way["peak_memory_bytes"], way["start_up"]) > 0
+    # the same matrix products, but for the last layer and the words not in use
+    flops = {name: way["flops"] for name, way in found["tuning"].items()}
+    assert 0.75 < flops["ours, full"] / flops["HF Trainer, bf16, by length"] < 1
+    assert flops["ours, prefix 20"] < flops["PEFT prefix 20"]
+    assert "x HF pipeline" in capsys.readouterr().out
 
 
 def test_flags_can_be_appended_and_errors_come_through(clone):

@@ -305,9 +305,12 @@ def test_figures_of_each_class_and_the_confusion_matrix_are_scikit_learns():
     random = np.random.default_rng(0)
     labels, logits = random.integers(0, 4, 200), torch.tensor(random.normal(size=(200, 4)))
     logits[:, 3] = -9  # never predicted
-    counts = Counts()
-    for part in (slice(0, 50), slice(50, 200)):
-        counts.add(logits[part].float(), labels[part])
+    right = (logits.argmax(dim=1).numpy() == labels).argsort()  # whole chunks that are all wrong
+    labels, logits = labels[right], logits[right].float()
+    score, texts = Score(), [str(number) for number in range(200)]
+    for part in (slice(150, 200), slice(0, 40), slice(40, 150)):
+        score.add(logits[part], labels[part], texts[part], texts[part], None)
+    counts, _ = score.whole()
     found, predicted = counts.per_class(), logits.argmax(dim=1).numpy()
     expected = precision_recall_fscore_support(labels, predicted, zero_division=0)
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
@@ -315,7 +318,8 @@ def test_figures_of_each_class_and_the_confusion_matrix_are_scikit_learns():
     assert counts.calibration()["weighted_f1"] == pytest.approx(
         f1_score(labels, predicted, average="weighted")
     )
-    assert (counts.confusion == confusion_matrix(labels, predicted)).all()
+    assert (score.confusion == confusion_matrix(labels, predicted)).all()
+    assert counts.rows == 200 and score.details()["support"] == expected[3].tolist()
 
 
 def test_calibration_error_by_hand():
