@@ -595,9 +595,13 @@ def training_batches(
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def length_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """All texts, the longest first (what does not fit in memory fails at once)."""
-    return pieces(np.argsort(-lengths, kind="stable"), batch_size)
+def length_batches(data: Encoded, batch_size: int) -> list[np.ndarray]:
+    """All texts, the longest first (what does not fit in memory fails at once).
+
+    Those of one length are in the order of the models that serve them, so that a batch has few.
+    """
+    served_by = data.lengths * 0 if data.served_by is None else data.served_by
+    return pieces(np.lexsort((served_by, -data.lengths)), batch_size)
 
 
 def pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:

@@ -499,7 +499,7 @@ def predict(model: nn.Module, data: Encoded, args: Namespace, machine: Machine) 
     keep_freed_memory()
     model.eval()
     group = machine.group
-    mine = group.share(length_batches(data.lengths, args.per_device_eval_batch_size))
+    mine = group.share(length_batches(data, args.per_device_eval_batch_size))
     of_text = torch.zeros(len(data.token_ids), model.config.num_labels)  # [U, C]
     for texts in tqdm(
         mine, desc="predict", unit="batch", disable=None if group.first else True, leave=False,

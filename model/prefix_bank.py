@@ -88,11 +88,12 @@ class PrefixBank(nn.Module):
             place_of_row = torch.empty_like(number)
             place_of_row[order] = number[order] * size + in_order - first
             places = place_of_row, size
+        chosen = used if len(used) < len(self.lengths) else slice(None)  # all need no copy
         state = self.backbone(
             input_ids,
             attention_mask=torch.cat([there.to(attention_mask.dtype), attention_mask], dim=1),
             position_ids=place[: input_ids.shape[1]] + lengths[:, None],
-            prefix=lambda layer: self.slots[layer][:, :, used, :longest],  # [2, H, G, P, D]
+            prefix=lambda layer: self.slots[layer][:, :, chosen, :longest],  # [2, H, G, P, D]
             places=places,
         ).pooler_output
         logits = torch.einsum("bcd,bd->bc", self.weight[served_by], state.float())

@@ -190,21 +190,23 @@ def distinct_texts(data: str, count: int) -> list[str]:
     return list(dict.fromkeys(texts))[:count]
 
 
-def tuned_folder(data: str, folder: str, *flags: str) -> str:
-    """A model of main.py with these flags, as it is before training."""
+def make_folders(data: str, parent: str) -> None:
+    """Models as they are before training: PARENT/full, and prefixes PARENT/0, PARENT/1, ..."""
     from model import utils
     from model.source import locate
 
-    args = settings(data, *flags)
-    _, model, tokenizer, _ = prepared(args)
-    utils.save_model(model, tokenizer, locate(args.model_name_or_path), Path(folder))
-    return folder
+    flags = {"full": []}
+    flags |= {str(number): ["--prefix", "--seed", str(number)] for number in range(PREFIXES)}
+    for name, words in flags.items():
+        args = settings(data, *words)
+        _, model, tokenizer, _ = prepared(args)
+        utils.save_model(model, tokenizer, locate(args.model_name_or_path), Path(parent) / name)
 
 
-def our_scoring(data: str, count: int, *flags: str, prefixes: int = 0) -> Callable[[], dict]:
+def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Callable[[], dict]:
     """`main.py --do_predict` of texts in memory: to tokens, then to logits.
 
-    prefixes: with that many tuned folders, which serve the rows in turn.
+    names: of the folder; with several, they serve the rows in turn.
     """
     import numpy as np
 
@@ -214,22 +216,20 @@ def our_scoring(data: str, count: int, *flags: str, prefixes: int = 0) -> Callab
     from model.prefix_bank import PrefixBank
     from model.source import locate
 
-    with tempfile.TemporaryDirectory() as parent:
-        folders = [
-            tuned_folder(data, f"{parent}/{number}", *flags, "--seed", str(number))
-            for number in range(max(1, prefixes))
-        ]
-        source = locate(folders[0])
-        config = utils.load_config(source, tuned=True)
-        tokenizer = utils.load_tokenizer(source, config)
-        model = PrefixBank.open(folders) if prefixes else utils.load_model(source, config)
+    source = locate(f"{parent}/{names[0]}")
+    config = utils.load_config(source, tuned=True)
+    tokenizer = utils.load_tokenizer(source, config)
+    if len(names) > 1:
+        model = PrefixBank.open([f"{parent}/{name}" for name in names])
+    else:
+        model = utils.load_model(source, config)
     args = settings(data)
     machine = trainer.pick_machine("auto")
     machine.place(model.requires_grad_(False))
     split = dataset.read_split(data, text_columns=["text"], labels_required=False)
     texts = distinct_texts(data, count)
     split = dataclasses.replace(split, texts=texts)
-    served_by = np.arange(len(texts)) % prefixes if prefixes else None
+    served_by = np.arange(len(texts)) % len(names) if len(names) > 1 else None
 
     def measure() -> dict:
         start = time.perf_counter()
@@ -240,17 +240,15 @@ def our_scoring(data: str, count: int, *flags: str, prefixes: int = 0) -> Callab
     return measure
 
 
-def hf_pipeline(data: str, count: int, *, batch_size: int, dtype: str) -> Callable[[], dict]:
-    """`pipeline("text-classification")` of a fully tuned folder."""
+def hf_pipeline(data: str, count: int, parent: str, batch_size: int) -> Callable[[], dict]:
+    """`pipeline("text-classification")` at its best here: bfloat16, plain attention."""
     import torch
     import transformers
 
-    with tempfile.TemporaryDirectory() as folder:
-        tuned_folder(data, folder)
-        pipe = transformers.pipeline(
-            "text-classification", model=folder, device="cpu", dtype=getattr(torch, dtype),
-            model_kwargs={"attn_implementation": "eager"},  # faster here than SDPA
-        )  # fmt: skip
+    pipe = transformers.pipeline(
+        "text-classification", model=f"{parent}/full", device="cpu", dtype=torch.bfloat16,
+        model_kwargs={"attn_implementation": "eager"},
+    )  # fmt: skip
     texts = distinct_texts(data, count)
 
     def measure() -> dict:
@@ -284,14 +282,11 @@ TUNING = {
     ),
 }
 SCORING = {
-    "HF pipeline": (partial(hf_pipeline, batch_size=64, dtype="bfloat16"), None),
-    "ours, full": (our_scoring, ["HF pipeline"]),
-    "ours, prefix 128": (
-        lambda data, count: our_scoring(data, count, "--prefix"),
-        ["HF pipeline"],
-    ),
+    "HF pipeline": (partial(hf_pipeline, batch_size=64), None),
+    "ours, full": (partial(our_scoring, names=["full"]), ["HF pipeline"]),
+    "ours, prefix 128": (partial(our_scoring, names=["0"]), ["HF pipeline"]),
     "ours, 16 prefixes mixed": (
-        lambda data, count: our_scoring(data, count, "--prefix", prefixes=PREFIXES),
+        partial(our_scoring, names=[str(number) for number in range(PREFIXES)]),
         ["HF pipeline", "ours, prefix 128"],
     ),
 }
@@ -300,13 +295,13 @@ SCORING = {
 # ------------------------------------------------------------------------------------ processes
 
 
-def worker(pipe: Connection, spawned: float, make: str, name: str, data: str, count: int) -> None:
-    """Make one way, say when it was ready, then measure `count` steps or texts whenever asked."""
+def worker(pipe: Connection, spawned: float, make: str, name: str, what: tuple) -> None:
+    """Make one way, say when it was ready, then measure whenever asked."""
     import torch
 
     logging.disable(logging.INFO)
     torch.set_num_threads(THREADS)
-    measure = globals()[make][name][0](data, count)
+    measure = globals()[make][name][0](*what)
     pipe.send({"start_up": time.time() - spawned})
     while pipe.recv():
         figures = measure()
@@ -315,14 +310,17 @@ def worker(pipe: Connection, spawned: float, make: str, name: str, data: str, co
     pipe.send({"flops": measure.flops() if hasattr(measure, "flops") else None})
 
 
-def in_turn(make: str, data: str, count: int, rounds: int, only: list[str]) -> dict[str, dict]:
-    """Measure every way of TUNING or SCORING `rounds` times, one after the other each time."""
+def in_turn(make: str, what: tuple, rounds: int, only: list[str]) -> dict[str, dict]:
+    """Measure every way of TUNING or SCORING `rounds` times, one after the other each time.
+
+    what: data file, number of steps or texts, and for scoring the folder of the models.
+    """
     spawn = multiprocessing.get_context("spawn")
     pipes, found = {}, {}
     for name in globals()[make]:
         if not only or any(part in name for part in only):
             pipes[name], end = spawn.Pipe()
-            process = spawn.Process(target=worker, args=(end, time.time(), make, name, data, count))
+            process = spawn.Process(target=worker, args=(end, time.time(), make, name, what))
             process.daemon = True
             process.start()
             end.close()
@@ -467,12 +465,18 @@ def main() -> None:
     peak = peak_flops()
     print(f"{THREADS} threads, matrix products in bfloat16: {peak / 1e9:.0f} GFLOP/s at best")
     results = {"threads": THREADS, "peak_flops": peak, "data": args.data, "rounds": args.rounds}
-    for make, title, count in (
-        ("TUNING", "tuning", args.steps),
-        ("SCORING", "scoring distinct texts", args.texts),
-    ):
-        results[title] = in_turn(make, args.data, count, args.rounds, args.only)
-        print(table(title, results[title], globals()[make], peak), flush=True)
+    with tempfile.TemporaryDirectory() as parent:
+        maker = multiprocessing.get_context("spawn").Process(
+            target=make_folders, args=(args.data, parent)
+        )
+        maker.start()
+        maker.join()
+        for make, title, what in (
+            ("TUNING", "tuning", (args.data, args.steps)),
+            ("SCORING", "scoring distinct texts", (args.data, args.texts, parent)),
+        ):
+            results[title] = in_turn(make, what, args.rounds, args.only)
+            print(table(title, results[title], globals()[make], peak), flush=True)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if args.growth:

@@ -300,7 +300,13 @@ def test_training_batches_hold_every_row_once_and_follow_seed_and_epoch():
 def test_batches_of_like_length_leave_little_padding():
     lengths = np.random.default_rng(0).integers(3, 40, 5000)
     assert dataset.padding_share(lengths, dataset.training_batches(lengths, 32, 1, 0)) < 0.05
-    assert dataset.padding_share(lengths, dataset.length_batches(lengths, 64)) < 0.05
+    random = np.random.default_rng(2).integers(0, 4, 5000)
+    ids = [[0] * length for length in lengths]
+    data = dataset.Encoded(ids, np.arange(5000), None, [], pad_token_id=0, served_by=random)
+    batches = dataset.length_batches(data, 64)
+    assert sorted(np.concatenate(batches)) == list(range(5000))
+    assert dataset.padding_share(lengths, batches) < 0.05
+    assert np.mean([len(set(random[batch])) for batch in batches]) < 3  # of four models
     shuffled = np.array_split(np.random.default_rng(1).permutation(5000), 157)
     assert dataset.padding_share(lengths, shuffled) > 0.3
 
