@@ -79,7 +79,7 @@ def test_a_bad_call_is_one_line(capsys, files, tmp_path):
     assert "--learning_rate does nothing to a baseline" in capsys.readouterr().err
     argv = ["majority", *files, "--output_dir", str(tmp_path / "out"), "--train_file", "absent.csv"]
     assert baseline.main(argv) == 2
-    assert capsys.readouterr().err.count("\nerror: absent.csv") == 1
+    assert capsys.readouterr().err.count("error: absent.csv") == 1
 
 
 @pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data are not here (../shared/data)")
