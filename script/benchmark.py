@@ -437,10 +437,10 @@ def picture(found: dict[str, dict], path: Path) -> None:
     }
     figure, axes = plt.subplots(1, len(titles), figsize=(12, 3), layout="constrained")
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for (name, curves), mark in zip(found.items(), "os", strict=True):
+        for (name, curves), look in zip(found.items(), ("o-C0", "s-C1"), strict=True):
             if key in curves:
                 points = list(curves[key].items())
-                axis.plot(*zip(*points, strict=True), marker=mark, label=name)
+                axis.plot(*zip(*points, strict=True), look, label=name)
         axis.set(title=title, xscale="log", ylim=0, xticks=[x for x, _ in points])
         axis.set_xticklabels([f"{x:,}" for x, _ in points])
         axis.minorticks_off()
