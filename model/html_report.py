@@ -112,8 +112,8 @@ def reliability(bins: dict[str, list[float]]) -> Markup:
     axis.plot([0, 1], [0, 1], "--", color=INK, linewidth=1, label="calibrated")
     axis.plot(sure[there] / rows[there], hits[there] / rows[there], color=BLUE)
     area = 300 * rows[there] / rows.sum() + 10
-    axis.scatter(sure[there] / rows[there], hits[there] / rows[there], area, color=BLUE, clip_on=False,
-                 label="this model; area: rows")  # fmt: skip
+    axis.scatter(sure[there] / rows[there], hits[there] / rows[there], area, color=BLUE,
+                 clip_on=False, label="this model; area: rows")  # fmt: skip
     axis.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.03))
     axis.legend(loc="upper left")
     error = np.abs(hits - sure).sum() / rows.sum()
