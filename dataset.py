@@ -313,7 +313,7 @@ def open_stream(args: Namespace, names: list[str], known: set[str] | None) -> St
         if chunk.labels is not None:
             label_ids(chunk, names, multi_label)
         if known is not None:
-            seen += seen_texts(known, chunk).sum()
+            seen += seen_texts(known, text_keys(chunk)).sum()
         if args.prefix_paths:
             numbers_of(chunk, args.prefix_column, args.prefix_paths)
     report_dropped(args.test_file, dropped, rows)
@@ -439,9 +439,9 @@ def text_keys(split: Split) -> list[str]:
     return [text_key(text) for text in split.texts]
 
 
-def seen_texts(known: set[str], split: Split) -> np.ndarray:
-    """Whether each row's text is among the training file's `text_keys`: bool [N]."""
-    return np.array([key in known for key in text_keys(split)], dtype=bool)
+def seen_texts(known: set[str], keys: list[str]) -> np.ndarray:
+    """Whether each row's key is among the training file's, both `text_keys`: bool [N]."""
+    return np.array([key in known for key in keys], dtype=bool)
 
 
 def log_seen(path: str, rows: int, seen: int) -> None:

@@ -131,7 +131,7 @@ def run_into(output, args: Namespace, group) -> None:
     labels = {name: dataset.label_ids(split, names, multi_label) for name, split in splits.items()}
     known = dataset.audit(splits["train"]) if args.do_train else None
     if args.do_train and args.do_eval:
-        seen = dataset.seen_texts(known, splits["eval"])
+        seen = dataset.seen_texts(known, dataset.text_keys(splits["eval"]))
         dataset.log_seen(splits["eval"].path, len(seen), seen.sum())
     files = dict(splits)
     if args.do_predict:
@@ -288,7 +288,7 @@ def score(classify, eval_split, stream, known: set | None, names, args: Namespac
 
     def add(name: str, split, logits) -> None:
         labels, keys = dataset.label_ids(split, names, multi_label), dataset.text_keys(split)
-        seen = known and dataset.seen_texts(known, split)
+        seen = known and dataset.seen_texts(known, keys)
         scores.setdefault(name, Score()).add(logits, labels, split.texts, keys, seen)
 
     if eval_split:

@@ -33,9 +33,7 @@ USED = (  # settings of main.py that have a meaning here
 )  # fmt: skip
 STRENGTHS = (0.3, 1, 3, 10, 30, 100)  # C, the inverse of regularisation
 SMOOTHING = 0.01  # rows of the majority's that a look-up adds, so that nothing is impossible
-TIE = (
-    1e-6  # weight of the validation file's shares, which break the ties of a balanced training file
-)
+TIE = 1e-6  # weight of the validation file's shares, where the training file is balanced
 
 Probabilities = Callable[[list[str]], np.ndarray]  # of N texts: [N, C]
 

@@ -182,12 +182,12 @@ def hf_trainer(
 # ----------------------------------------------------------------------------- the ways to score
 
 
-def distinct_texts(data: str, count: int) -> list[str]:
-    """The first `count` distinct texts of a file."""
+def distinct(data: str, count: int):
+    """A file's `Split` of its first `count` distinct texts."""
     import dataset
 
-    texts = dataset.read_split(data, text_columns=["text"], labels_required=False).texts
-    return list(dict.fromkeys(texts))[:count]
+    split = dataset.read_split(data, text_columns=["text"], labels_required=False)
+    return dataclasses.replace(split, texts=list(dict.fromkeys(split.texts))[:count])
 
 
 def make_folders(data: str, parent: str) -> None:
@@ -226,16 +226,14 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Callabl
     args = settings(data)
     machine = trainer.pick_machine("auto")
     machine.place(model.requires_grad_(False))
-    split = dataset.read_split(data, text_columns=["text"], labels_required=False)
-    texts = distinct_texts(data, count)
-    split = dataclasses.replace(split, texts=texts)
-    served_by = np.arange(len(texts)) % len(names) if len(names) > 1 else None
+    split = distinct(data, count)
+    served_by = np.arange(len(split)) % len(names) if len(names) > 1 else None
 
     def measure() -> dict:
         start = time.perf_counter()
         encoded = dataset.encode(tokenizer, split, None, config.max_seq_length, served_by)
         trainer.predict(model, encoded, args, machine)
-        return measured(len(texts), time.perf_counter() - start)
+        return measured(len(split), time.perf_counter() - start)
 
     return measure
 
@@ -249,7 +247,7 @@ def hf_pipeline(data: str, count: int, parent: str, batch_size: int) -> Callable
         "text-classification", model=f"{parent}/full", device="cpu", dtype=torch.bfloat16,
         model_kwargs={"attn_implementation": "eager"},
     )  # fmt: skip
-    texts = distinct_texts(data, count)
+    texts = distinct(data, count).texts
 
     def measure() -> dict:
         start = time.perf_counter()
