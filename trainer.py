@@ -54,6 +54,9 @@ class Machine:
                 frozen = not any(weight.requires_grad for weight in module.parameters())
                 if isinstance(module, nn.Linear) and frozen:
                     module.to(torch.bfloat16)
+            for weight in model.parameters():
+                if not weight.requires_grad:  # else the file, mapped into memory, stays for these
+                    weight.data = weight.data.clone()
 
     def logits(self, model: nn.Module, data: Encoded, texts: np.ndarray) -> torch.Tensor:
         """Classify the given distinct texts of `data`: float [B, C], on the device."""

@@ -5,12 +5,14 @@ that comes from data.
 """
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from model.report import WAYS, result_rows, shown
@@ -174,47 +176,74 @@ def render(about: dict, results: dict, evaluation: dict, records: list[dict]) ->
     )  # fmt: skip
 
 
-def by_method(rows: list[dict], protocol: str) -> Markup:
-    """Test accuracy of each method on seen and on unseen texts, with its spread over runs."""
-    rows = [row for row in rows if row["protocol"] == protocol]
+def by_method(axis: Axes, rows: list[dict]) -> str:
+    """Draw the test accuracy of each method on seen and unseen texts, with its spread over runs.
+
+    Returns the same in words, as `curves_by_method` does.
+    """
     names = [row["method"] for row in rows]
-    figure = Figure(figsize=(5, 0.4 * len(rows) + 1.2))
-    axis = figure.subplots()
     words = []
     for column, color, mark in (("on seen", BLUE, "s"), ("on unseen", ORANGE, "o")):
         there = [row for row in rows if row[column] is not None]
-        spread = [row[f"{column} sd"] or 0 for row in there]
         if there:
-            values = [row[column] for row in there]
-            axis.errorbar(values, [row["method"] for row in there], xerr=spread, fmt=mark,
-                          color=color, capsize=3, label=column)  # fmt: skip
+            axis.errorbar(
+                [row[column] for row in there], [names.index(row["method"]) for row in there],
+                xerr=[row[f"{column} sd"] or 0 for row in there],
+                fmt=mark, color=color, capsize=3, label=f"{column} titles",
+            )  # fmt: skip
             words += [f"{row['method']} {column} {row[column]:.3f}" for row in there]
     axis.set(xlim=(0, 1.02), xlabel="test accuracy", ylim=(len(names) - 0.5, -0.5))
+    axis.set_yticks(range(len(names)), names)
     axis.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=2)
-    return svg(figure, f"Test accuracy, protocol {protocol}: {'; '.join(words)}.")
+    return f"Test accuracy: {'; '.join(words)}."
 
 
-def curves_by_method(runs: list[dict], protocol: str) -> Markup:
-    """Validation accuracy after each epoch, mean over the runs of each method."""
-    figure = Figure(figsize=(5, 3.2))
-    axis = figure.subplots()
+def curves_by_method(axis: Axes, runs: list[dict]) -> str:
+    """Draw the validation accuracy after each epoch, its mean over the runs of each method."""
+    words = []
     for (method, mark), color in zip(
         (("full", "o"), ("prefix", "s"), ("input prefix", "^")), (BLUE, ORANGE, GREEN), strict=True
     ):
+        lines = [x for run in runs if run["method"] == method for x in run["records"]]
         found: dict[int, list[float]] = {}
-        for run in runs:
-            if (run["protocol"], run["method"]) == (protocol, method):
-                for line in run["records"]:
-                    if "eval_accuracy" in line:
-                        found.setdefault(line["epoch"], []).append(line["eval_accuracy"])
+        for line in lines:
+            if "eval_accuracy" in line:
+                found.setdefault(line["epoch"], []).append(line["eval_accuracy"])
         if found:
             means = [np.mean(values) for values in found.values()]
             axis.plot(list(found), means, marker=mark, color=color, label=method)
+            words.append(f"{method} from {means[0]:.3f} to {means[-1]:.3f}")
     axis.set(xlabel="epoch", ylabel="validation accuracy")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend()
-    return svg(figure, f"Validation accuracy by epoch, protocol {protocol}.")
+    axis.legend(loc="lower right")
+    return f"Validation accuracy by epoch: {'; '.join(words)}."
+
+
+def study_figures(runs: list[dict], rows: list[dict]) -> Iterator[tuple[str, Figure, str]]:
+    """The pictures of a study, with a panel for each protocol: name, figure, and its words."""
+    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
+    for name, draw, things in (("accuracy", by_method, rows), ("curves", curves_by_method, runs)):
+        figure = Figure(figsize=(4.8 * len(protocols), 3.2))
+        axes = figure.subplots(1, len(protocols), sharey=name == "accuracy", squeeze=False)[0]
+        words = []
+        for axis, protocol in zip(axes, protocols, strict=True):
+            words.append(draw(axis, [one for one in things if one["protocol"] == protocol]))
+            axis.set_title(f"protocol {protocol}", fontsize=10)
+        if name == "accuracy":
+            handles = axes[0].get_legend_handles_labels()
+            figure.legend(*handles, loc="outside upper center", ncols=2)
+        yield name, figure, " ".join(words)
+
+
+def study_pictures(runs: list[dict], rows: list[dict]) -> dict[str, str]:
+    """The pictures of a study as SVG files of their own."""
+    with matplotlib.rc_context(STYLE | {"svg.fonttype": "path"}):
+        pictures = {}
+        for name, figure, _ in study_figures(runs, rows):
+            file = io.StringIO()
+            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+            pictures[name] = file.getvalue().replace(INK, "#222222")
+    return pictures
 
 
 def render_study(
@@ -224,9 +253,15 @@ def render_study(
     """The page of a study, see script/compare.py."""
     with matplotlib.rc_context(STYLE):
         protocols = [
-            (protocol, [by_method(rows, protocol), curves_by_method(runs, protocol)])
-            for protocol in dict.fromkeys(run["protocol"] for run in runs)
-        ]
+            [
+                svg(figure, words)
+                for _, figure, words in study_figures(
+                    *([one for one in things if one["protocol"] == protocol]
+                      for things in (runs, rows))
+                )
+            ]
+            for protocol in dict.fromkeys(row["protocol"] for row in rows)
+        ]  # fmt: skip
     folds = len({run["data"] for run in runs if run["protocol"] == "unseen"})
     return environment().get_template("study.html").render(
         runs=runs, table=table, columns=columns, tests=tests, command=command,

@@ -6,7 +6,6 @@ from itertools import compress
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import confusion_matrix, multilabel_confusion_matrix
 
 from model.sequence_classification import classification_loss
 
@@ -45,6 +44,8 @@ class Counts:
 
         Returns which rows are right: bool [N].
         """
+        from sklearn.metrics import multilabel_confusion_matrix  # what has no labels needs it not
+
         self.multi_label = labels.ndim == 2
         probability = probabilities(logits, self.multi_label)
         predicted = predictions(probability, self.multi_label)
@@ -179,6 +180,8 @@ class Score:
 
     def note_mistakes(self, logits: torch.Tensor, labels: np.ndarray, texts: list[str]) -> None:
         """Count what is taken for what; keep the surest of what is wrong, each text once."""
+        from sklearn.metrics import confusion_matrix
+
         multi_label = labels.ndim == 2
         probability = probabilities(logits, multi_label)
         predicted, sure = (

@@ -220,10 +220,12 @@ def make_model(
 
 
 def load_model(source: Source, config: BertConfig) -> BertForSequenceClassification:
-    """A tuned model, full or prefix."""
+    """A tuned model, full or prefix, all of it frozen."""
     if source.adapter is None:
-        return load_weights(BertForSequenceClassification, source, config, ())
-    return build_model(source, config, fresh_head=False)
+        model = load_weights(BertForSequenceClassification, source, config, ())
+    else:
+        model = build_model(source, config, fresh_head=False)
+    return model.requires_grad_(False)
 
 
 def tune_words_in_use(model: BertForSequenceClassification, token_ids: list[list[int]]) -> None:

@@ -225,7 +225,7 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Callabl
         model = utils.load_model(source, config)
     args = settings(data)
     machine = trainer.pick_machine("auto")
-    machine.place(model.requires_grad_(False))
+    machine.place(model)
     split = distinct(data, count)
     served_by = np.arange(len(split)) % len(names) if len(names) > 1 else None
 

@@ -1,11 +1,12 @@
 """The study: every way, over seeds, on a split that leaks and on texts that are all unseen.
 
-    bash script/compare.sh [--quick] [--original DIR] [--unseen DIR...] [--seeds N...] \\
+    bash script/compare.sh [--quick] [--original [DIR...]] [--unseen [DIR...]] [--seeds N...] \\
         [-- flags of main.py for every tuned run]
 
-A folder holds {train,val,test}_simple.csv, one label a row. Several folders of unseen texts, such
-as the folds of script/folds.py, take the seeds in turn. What is finished is not repeated, so that a
-study that was stopped goes on. Ends with a table, paired tests, study.json and report.html.
+A folder holds {train,val,test}_simple.csv, one label a row. Several folders of a protocol, such as
+the folds of script/folds.py, take the seeds in turn; none leaves it out. What is finished is not
+repeated, so that a study that was stopped goes on. Ends with a table, paired tests, study.json,
+two pictures and report.html.
 """
 
 import argparse
@@ -59,8 +60,8 @@ RESAMPLES = 9999  # of a permutation test
 def plan(args: argparse.Namespace) -> list[dict]:
     """All runs: protocol, method, folder of the data, seed, folder of the results, command."""
     runs = []
-    for protocol, folders in (("original", [args.original]), ("unseen", args.unseen)):
-        for number in range(max(len(folders), len(args.seeds))):
+    for protocol, folders in (("original", args.original), ("unseen", args.unseen)):
+        for number in range(max(len(folders), len(args.seeds)) if folders else 0):
             data, seed = folders[number % len(folders)], args.seeds[number % len(args.seeds)]
             for method in args.methods:
                 name = f"{protocol}-{method.replace(', ', '-').replace(' ', '-')}"
@@ -210,8 +211,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--original", default="csv", help="the split that leaks [csv]")
-    parser.add_argument("--unseen", nargs="+", default=["csv/unseen"], help="[csv/unseen]")
+    parser.add_argument(
+        "--original", nargs="*", default=["csv"], metavar="DIR", help="splits that leak [csv]"
+    )
+    parser.add_argument(
+        "--unseen", nargs="*", default=["csv/unseen"], metavar="DIR", help="[csv/unseen]"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], help="[42 43 44]")
     parser.add_argument(
         "--methods", nargs="+", default=list(METHODS), choices=METHODS, help="[all]"
@@ -230,15 +235,24 @@ def main() -> None:
         print("warning: the runs are of several commits of this program, see their run.json")
     rows, tests = summary(runs), paired_tests(runs)
     folder = Path(args.output_dir)
-    (folder / "study.json").write_text(
-        json.dumps({"summary": rows, "tests": tests}, indent=2) + "\n", encoding="utf-8"
-    )
+    singles = [
+        {"folder": run["folder"].name, "command": shlex.join(["python", *run["command"]]),
+         "commit": run["commit"], "results": run["results"]}
+        for run in runs
+    ]  # fmt: skip
+    files = {
+        "study.json": json.dumps({"summary": rows, "tests": tests, "runs": singles}, indent=1),
+        **{f"{name}.svg": x for name, x in html_report.study_pictures(runs, rows).items()},
+    }
     command = shlex.join(["bash", "script/compare.sh", *sys.argv[1:]])
     table = [[row["protocol"], row["method"], *(shown(row, c) for c in COLUMNS)] for row in rows]
-    page = html_report.render_study(runs, rows, table, list(COLUMNS), tests, command)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    files["report.html"] = html_report.render_study(
+        runs, rows, table, list(COLUMNS), tests, command
+    )
+    for name, text in files.items():
+        (folder / name).write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     print(text_table(rows, tests))
-    print(f"in {folder}: study.json, report.html, and a folder with a report of its own each run")
+    print(f"in {folder}: {', '.join(files)}, and each run's folder with a report of its own")
 
 
 if __name__ == "__main__":

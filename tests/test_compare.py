@@ -67,7 +67,7 @@ def test_a_run_that_fails_ends_the_study_with_its_last_line(folders, tmp_path, b
 
 
 def test_folds_take_the_seeds_in_turn_and_baselines_run_once_each():
-    args = Namespace(original="o", unseen=["a", "b", "c"], seeds=[1, 2], quick=True, flags=[],
+    args = Namespace(original=["o"], unseen=["a", "b", "c"], seeds=[1, 2], quick=True, flags=[],
                      output_dir="out", methods=list(compare.METHODS))  # fmt: skip
     runs = compare.plan(args)
     assert [(r["data"], r["seed"]) for r in runs if r["method"] == "full"] == [
@@ -75,6 +75,9 @@ def test_folds_take_the_seeds_in_turn_and_baselines_run_once_each():
     ]  # fmt: skip
     assert [r["data"] for r in runs if r["method"] == "look-up"] == ["o", "a", "b", "c"]
     assert len({r["folder"] for r in runs}) == len(runs)
+    assert {r["protocol"] for r in compare.plan(Namespace(**vars(args) | {"original": []}))} == {
+        "unseen"
+    }
     assert all(("--num_train_epochs" in r["command"]) == (r["method"] in
                ("full", "prefix", "input prefix")) for r in runs)  # fmt: skip
 
