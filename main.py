@@ -103,8 +103,8 @@ def run_into(output, args: Namespace, group) -> None:
     """The story of a run."""
     import dataset
     import trainer
-    from model import checkpoint, report, utils
-    from model.output_folder import check_same, writing
+    from model import report, utils
+    from model.output_folder import writing
     from model.prefix_bank import PrefixBank
     from model.source import locate
 
@@ -156,15 +156,7 @@ def run_into(output, args: Namespace, group) -> None:
         if group.first:
             show(report.summary(args, output.read_results(), output.path))
         return
-    begun = None
-    if args.resume_from_checkpoint and group.first:
-        begun = checkpoint.find(args.resume_from_checkpoint, output.staging)
-    if begun:
-        check_same(begun[0], begun[1]["run"], about)
-        logger.info("going on from %s", begun[0])
-    elif args.resume_from_checkpoint:
-        logger.info("there is no checkpoint yet: starting from the beginning")
-    begun = group.from_first(begun)
+    begun = group.from_first(group.first and find_checkpoint(output, args, about))
     output.start(about, begun and (begun[0], begun[1]["step"]))
 
     # model
@@ -204,6 +196,22 @@ def run_into(output, args: Namespace, group) -> None:
     if args.do_train:
         output.write_text("README.md", report.model_card(about, results))
     publish(output, args, about, results)
+
+
+def find_checkpoint(output, args: Namespace, about: dict) -> tuple[Path, dict, dict] | None:
+    """What this run is to go on from: folder, state and tensors; None for the beginning."""
+    from model import checkpoint
+    from model.output_folder import check_same
+
+    if not args.resume_from_checkpoint:
+        return None
+    found = checkpoint.find(args.resume_from_checkpoint, output.staging)
+    if found:
+        check_same(found[0], found[1]["run"], about)
+        logger.info("going on from %s", found[0])
+    else:
+        logger.info("there is no checkpoint yet: starting from the beginning")
+    return found
 
 
 def tune(

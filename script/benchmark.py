@@ -190,15 +190,13 @@ def distinct(data: str, count: int):
     return dataclasses.replace(split, texts=list(dict.fromkeys(split.texts))[:count])
 
 
-def make_folders(data: str, parent: str) -> None:
+def make_folders(data: str, parent: str, names: set[str]) -> None:
     """Models as they are before training: PARENT/full, and prefixes PARENT/0, PARENT/1, ..."""
     from model import utils
     from model.source import locate
 
-    flags = {"full": []}
-    flags |= {str(number): ["--prefix", "--seed", str(number)] for number in range(PREFIXES)}
-    for name, words in flags.items():
-        args = settings(data, *words)
+    for name in sorted(names):
+        args = settings(data, *([] if name == "full" else ["--prefix", "--seed", name]))
         _, model, tokenizer, _ = prepared(args)
         utils.save_model(model, tokenizer, locate(args.model_name_or_path), Path(parent) / name)
 
@@ -238,13 +236,15 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Callabl
     return measure
 
 
-def hf_pipeline(data: str, count: int, parent: str, batch_size: int) -> Callable[[], dict]:
+def hf_pipeline(
+    data: str, count: int, parent: str, names: list[str], batch_size: int
+) -> Callable[[], dict]:
     """`pipeline("text-classification")` at its best here: bfloat16, plain attention."""
     import torch
     import transformers
 
     pipe = transformers.pipeline(
-        "text-classification", model=f"{parent}/full", device="cpu", dtype=torch.bfloat16,
+        "text-classification", model=f"{parent}/{names[0]}", device="cpu", dtype=torch.bfloat16,
         model_kwargs={"attn_implementation": "eager"},
     )  # fmt: skip
     texts = distinct(data, count).texts
@@ -280,7 +280,7 @@ TUNING = {
     ),
 }
 SCORING = {
-    "HF pipeline": (partial(hf_pipeline, batch_size=64), None),
+    "HF pipeline": (partial(hf_pipeline, names=["full"], batch_size=64), None),
     "ours, full": (partial(our_scoring, names=["full"]), ["HF pipeline"]),
     "ours, prefix 128": (partial(our_scoring, names=["0"]), ["HF pipeline"]),
     "ours, 16 prefixes mixed": (
@@ -308,6 +308,11 @@ def worker(pipe: Connection, spawned: float, make: str, name: str, what: tuple) 
     pipe.send({"flops": measure.flops() if hasattr(measure, "flops") else None})
 
 
+def asked(name: str, only: list[str]) -> bool:
+    """Whether a way is to be measured."""
+    return not only or any(part in name for part in only)
+
+
 def in_turn(make: str, what: tuple, rounds: int, only: list[str]) -> dict[str, dict]:
     """Measure every way of TUNING or SCORING `rounds` times, one after the other each time.
 
@@ -316,7 +321,7 @@ def in_turn(make: str, what: tuple, rounds: int, only: list[str]) -> dict[str, d
     spawn = multiprocessing.get_context("spawn")
     pipes, found = {}, {}
     for name in globals()[make]:
-        if not only or any(part in name for part in only):
+        if asked(name, only):
             pipes[name], end = spawn.Pipe()
             process = spawn.Process(target=worker, args=(end, time.time(), make, name, what))
             process.daemon = True
@@ -464,8 +469,10 @@ def main() -> None:
     print(f"{THREADS} threads, matrix products in bfloat16: {peak / 1e9:.0f} GFLOP/s at best")
     results = {"threads": THREADS, "peak_flops": peak, "data": args.data, "rounds": args.rounds}
     with tempfile.TemporaryDirectory() as parent:
+        ways = [make for name, (make, _) in SCORING.items() if asked(name, args.only)]
+        names = {name for make in ways for name in make.keywords["names"]}
         maker = multiprocessing.get_context("spawn").Process(
-            target=make_folders, args=(args.data, parent)
+            target=make_folders, args=(args.data, parent, names)
         )
         maker.start()
         maker.join()

@@ -33,7 +33,8 @@ METHODS = {
     "TF-IDF, linear": ["-m", "script.baseline", "tfidf", "--overwrite_output_dir"],
     "full": TUNE,
     "prefix": [*TUNE, "--prefix"],
-    "input prefix": [*TUNE, "--prefix", "--prefix_depth", "input"],
+    # of these each virtual token costs as much as a word
+    "input prefix": [*TUNE, "--prefix", "--prefix_depth", "input", "--pre_seq_len", "20"],
 }
 DATA_FLAGS = {  # which the baselines would have to share
     "--text_column_names", "--text_column_delimiter", "--label_column_name", "--csv_encoding",

@@ -5,4 +5,4 @@ source "$(dirname "$0")/environment.sh" requirements.txt tests/requirements.txt
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest --numprocesses auto --dist worksteal "$@"

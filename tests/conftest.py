@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Each core has tests of its own. Here and in processes that tests start: so small a model is as
+# fast, and sums have one order everywhere.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ import main
 from model import utils
 from model.source import locate
 
-torch.set_num_threads(1)  # as fast for so small a model, and its sums have one order everywhere
+torch.set_num_threads(1)
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = (

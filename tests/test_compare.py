@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import main
 from conftest import ROOT, ROWS, write_csv
-from script import compare
+from model import report
+from script import baseline, compare
 
 
 @pytest.fixture
@@ -26,26 +28,42 @@ def folders(tmp_path) -> list[str]:
     return [str(tmp_path / name) for name in test]
 
 
-def study(folders, tmp_path, backbone, *flags):
+@pytest.fixture
+def study(folders, tmp_path, backbone, monkeypatch, capsys):
+    """Call the study on the tiny backbone; returns what it printed. Its runs are no processes of
+    their own, each of which would load torch again."""
+    modules = {"main.py": main, "-m": baseline}
+
+    def in_process(command, **streams):
+        monkeypatch.setattr(sys, "orig_argv", command)
+        start = 2 if command[1] == "main.py" else 3
+        return Namespace(returncode=modules[command[1]].main(command[start:]))
+
+    monkeypatch.setattr(compare.subprocess, "run", in_process)
+    monkeypatch.setattr(report, "commit", lambda: "0" * 40)  # which asks git
     original, *unseen = folders
-    return subprocess.run(
-        [sys.executable, "-m", "script.compare", "--original", original, "--unseen", *unseen,
-         "--output_dir", str(tmp_path / "study"), "--methods", "majority", "prefix", *flags, "--",
-         "--model_name_or_path", backbone, "--max_seq_length", "16", "--pre_seq_len", "3",
-         "--num_train_epochs", "1"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+
+    def call(*flags: str) -> str:
+        argv = [
+            "--original",
+            original,
+            "--unseen",
+            *unseen,
+            "--output_dir",
+            str(tmp_path / "study"),
+        ]
+        argv += ["--methods", "majority", "prefix", *flags, "--", "--model_name_or_path", backbone]
+        argv += ["--max_seq_length", "16", "--pre_seq_len", "3", "--num_train_epochs", "1"]
+        monkeypatch.setattr(sys, "argv", ["compare", *argv])
+        compare.main()
+        return capsys.readouterr().out
+
+    return call
 
 
-def told(output: str) -> list[str]:
-    """The lines of a study's end."""
-    return [line for line in output.splitlines() if not line.startswith(("run ", "7 runs"))]
-
-
-def test_a_study_runs_once_and_says_what_it_found(folders, tmp_path, backbone):
-    first = study(folders, tmp_path, backbone, "--seeds", "1", "2")
-    assert first.returncode == 0, first.stderr
-    assert "7 runs, 0 of them finished already" in first.stdout  # 1 + 2 baselines, 2 + 2 prefixes
+def test_a_study_runs_once_and_says_what_it_found(study, tmp_path):
+    first = study("--seeds", "1", "2")
+    assert "7 runs, 0 of them finished already" in first  # 1 + 2 baselines, 2 + 2 prefixes
     found = json.loads((tmp_path / "study" / "study.json").read_text())
     assert [(row["protocol"], row["method"], row["runs"]) for row in found["summary"]] == [
         ("original", "majority", 1), ("original", "prefix", 2),
@@ -54,14 +72,24 @@ def test_a_study_runs_once_and_says_what_it_found(folders, tmp_path, backbone):
     assert {test["protocol"] for test in found["tests"]} == {"unseen"}  # the other has none unseen
     page = (tmp_path / "study" / "report.html").read_text()
     assert page.count("<svg") == 4 and "script/compare.sh" in page
-    again = study(folders, tmp_path, backbone, "--seeds", "1", "2")
-    assert "7 runs, 7 of them finished already" in again.stdout
-    assert told(again.stdout) == told(first.stdout)
+    single = found["runs"][-1]
+    assert single["folder"] == "unseen-prefix-1" and single["results"]["train_rows"] == len(ROWS)
+    for name in ("accuracy", "curves"):
+        assert (tmp_path / "study" / f"{name}.svg").read_text().startswith("<?xml")
+    again = study("--seeds", "1", "2")
+    assert "7 runs, 7 of them finished already" in again
+    end = first.index("protocol")
+    assert first[end:] == again[again.index("protocol") :]
 
 
-def test_a_run_that_fails_ends_the_study_with_its_last_line(folders, tmp_path, backbone):
+def test_a_run_that_fails_ends_the_study_with_its_last_line(folders, tmp_path):
+    """And here each run is a process."""
     write_csv(tmp_path / "fold 0" / "train_simple.csv", [("one", "1"), ("", "0")])
-    failed = study(folders, tmp_path, backbone, "--seeds", "1")
+    failed = subprocess.run(
+        [sys.executable, "-m", "script.compare", "--original", "--unseen", folders[1],
+         "--output_dir", str(tmp_path / "study"), "--methods", "majority"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
     assert failed.returncode == 1
     assert "the text is blank in row 2" in failed.stderr and "goes on from here" in failed.stderr
 

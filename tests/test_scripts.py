@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from transformers import pipeline
 
-from conftest import REAL_DATA, bash, write_csv
+from conftest import REAL_DATA, ROOT, bash, write_csv
 from dataset import read_split
-from script import benchmark, folds
+from script import benchmark, folds, splits, variants
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,26 @@ def test_each_fold_is_tested_once_and_no_row_is_lost(tmp_path):
         assert [len(part) for part in parts] == [36, 4, 20]
         assert sorted(text for part in parts for text in part.texts) == sorted(r[0] for r in rows)
         assert parts[2].texts == [text for text, _, number in rows if number == fold]
+
+
+def test_variants_of_a_text_stand_in_the_same_folds(tmp_path):
+    """Row by row the same videos, each once; titles that are cleaned alike in one fold."""
+    sample = str(ROOT / "csv/USvideos_sample.csv")
+    variants.main(sample, "utf-8", str(tmp_path), "original:title", "none:title,channel_title")
+    cleaned, whole = (
+        pd.read_csv(tmp_path / name / "all.csv", dtype=str, keep_default_na=False)
+        for name in ("original-title", "none-title-channel_title")
+    )
+    assert len(cleaned) == pd.read_csv(sample, usecols=["video_id"])["video_id"].nunique()
+    assert cleaned[["label", "fold"]].equals(whole[["label", "fold"]])
+    titles = whole["text"].map(lambda text: splits.clean(text.rpartition(" | ")[0]))
+    assert titles.equals(cleaned["text"])
+    assert cleaned.groupby("text")["fold"].nunique().max() == 1
+    tests = [
+        pd.read_csv(tmp_path / "original-title" / str(fold) / "test_simple.csv", dtype=str)
+        for fold in range(variants.FOLDS)
+    ]
+    assert sorted(pd.concat(tests)["text"]) == sorted(cleaned["text"])
 
 
 def test_the_benchmark_measures_ours_and_others_in_turn(tmp_path, capsys, monkeypatch):

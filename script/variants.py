@@ -1,0 +1,40 @@
+"""One raw file, its texts made in several ways, cut into the same folds: what is a text worth?
+
+    .venv/bin/python -m script.variants FILE ENCODING OUTPUT_DIR VARIANT...
+
+A variant is the cleaning and the columns, as `original:title` or `none:title,tags`. Of each video
+the first row counts; its fold follows from its cleaned title, so that equal titles stay together
+and row by row the files of all variants hold the same videos. Writes OUTPUT_DIR/VARIANT/FOLD/, see
+script/folds.py, with `-` for the signs.
+"""
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+from script import folds, splits
+
+FOLDS = 5
+
+
+def main(path: str, encoding: str, output_dir: str, *variants: str) -> None:
+    """Write the files of each variant."""
+    ways = [variant.partition(":")[::2] for variant in variants]
+    columns = {"title", *(name for _, names in ways for name in names.split(","))}
+    raw = splits.read_raw(path, encoding, sorted(columns))
+    labels, _ = splits.make_labels(raw["category_id"], 0.70, splits.CATEGORY_NAMES)
+    cleaned = splits.make_texts(raw, ["title"], "original")
+    digest = cleaned.map(lambda text: int(hashlib.sha256(text.encode()).hexdigest(), 16) % FOLDS)
+    kept = ~raw["video_id"].duplicated() & (cleaned != "")
+    for variant, (cleaning, names) in zip(variants, ways, strict=True):
+        texts = splits.make_texts(raw, names.split(","), cleaning)
+        table = raw.assign(text=texts, label=labels, fold=digest)[kept]
+        folder = Path(output_dir) / re.sub(r"\W+", "-", variant)
+        folder.mkdir(parents=True, exist_ok=True)
+        table[["text", "label", "fold"]].to_csv(folder / "all.csv", index=False)
+        folds.main(str(folder / "all.csv"), str(folder))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
