@@ -189,7 +189,7 @@ def by_method(axis: Axes, rows: list[dict]) -> str:
             axis.errorbar(
                 [row[column] for row in there], [names.index(row["method"]) for row in there],
                 xerr=[row[f"{column} sd"] or 0 for row in there],
-                fmt=mark, color=color, capsize=3, label=f"{column} titles",
+                fmt=mark, color=color, capsize=3, label=f"{column} texts",
             )  # fmt: skip
             words += [f"{row['method']} {column} {row[column]:.3f}" for row in there]
     axis.set(xlim=(0, 1.02), xlabel="test accuracy", ylim=(len(names) - 0.5, -0.5))
@@ -223,7 +223,7 @@ def study_figures(runs: list[dict], rows: list[dict]) -> Iterator[tuple[str, Fig
     """The pictures of a study, with a panel for each protocol: name, figure, and its words."""
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     for name, draw, things in (("accuracy", by_method, rows), ("curves", curves_by_method, runs)):
-        figure = Figure(figsize=(4.8 * len(protocols), 3.2))
+        figure = Figure(figsize=(4.3 * len(protocols), 3.2))
         axes = figure.subplots(1, len(protocols), sharey=name == "accuracy", squeeze=False)[0]
         words = []
         for axis, protocol in zip(axes, protocols, strict=True):
@@ -263,7 +263,8 @@ def render_study(
             for protocol in dict.fromkeys(row["protocol"] for row in rows)
         ]  # fmt: skip
     folds = len({run["data"] for run in runs if run["protocol"] == "unseen"})
+    cards = [row for row in rows if row["protocol"] == "unseen" and row["on unseen"] is not None]
     return environment().get_template("study.html").render(
         runs=runs, table=table, columns=columns, tests=tests, command=command,
-        protocols=protocols, folds=folds,
+        protocols=protocols, folds=folds, cards=cards,
     )  # fmt: skip
