@@ -13,7 +13,7 @@ from typing import NoReturn
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
-# What depends on the way of tuning, measured on the bundled backbone (README, "Defaults").
+# What depends on the way of tuning, measured on the bundled backbone (results/README.md).
 TUNING_DEFAULTS = {
     "full": {
         "learning_rate": 2e-4,

@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -189,7 +190,7 @@ def run_into(output, args: Namespace, group) -> None:
         return trainer.predict(model, data, args, machine)
 
     if not group.first:  # only lends a hand
-        for part in (*([splits["eval"]] if args.do_eval else ()), *files.get("test", ())):
+        for part in chain([splits["eval"]] if args.do_eval else (), files.get("test", ())):
             classify(part)
         return
     results |= score(classify, splits.get("eval"), files.get("test"), known, names, args, output)

@@ -253,8 +253,8 @@ def training_step(
 ) -> tuple[float, float]:
     """The optimizer's step number `step`, on `rows`; returns mean loss and gradient norm.
 
-    Every row weighs 1 / len(rows), so the last, partial window of an epoch counts right, and
-    accumulation and several processes equal the big batch.
+    Every row weighs 1 / len(rows), so the last, partial window of an epoch counts right, and but
+    for dropout accumulation and several processes equal the big batch.
     """
     # forward and backward over micro-batches, with the step's own dropout
     torch.manual_seed(step_seed(args.seed, step, machine.group.rank))

@@ -138,9 +138,8 @@ def render(about: dict, results: dict, evaluation: dict, records: list[dict]) ->
     name = "test" if "test" in evaluation else "eval"
     details = evaluation[name]
     settings = about["settings"]
-    way = (
-        WAYS[settings.get("prefix_depth")] if "num_train_epochs" in settings else about["backbone"]
-    )
+    trained = settings.get("num_train_epochs")
+    way = WAYS[settings["prefix_depth"]] if trained else about["backbone"]
     cards = [
         (title, results.get(f"{name}_{key}"), results.get(f"{name}_{key}_interval"))
         for title, key in (
@@ -173,6 +172,7 @@ def render(about: dict, results: dict, evaluation: dict, records: list[dict]) ->
         about=about, results=results, way=way, file={"test": "test", "eval": "validation"}[name],
         cards=[card for card in cards if card[1] is not None], rows=result_rows(results),
         pictures=pictures, classes=list(classes), mistakes=mistakes,
+        audited=f"{name}_seen_share" in results,
     )  # fmt: skip
 
 
@@ -215,7 +215,6 @@ def curves_by_method(axis: Axes, runs: list[dict]) -> str:
             words.append(f"{method} from {means[0]:.3f} to {means[-1]:.3f}")
     axis.set(xlabel="epoch", ylabel="validation accuracy")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(loc="lower right")
     return f"Validation accuracy by epoch: {'; '.join(words)}."
 
 
@@ -229,10 +228,12 @@ def study_figures(runs: list[dict], rows: list[dict]) -> Iterator[tuple[str, Fig
         for axis, protocol in zip(axes, protocols, strict=True):
             words.append(draw(axis, [one for one in things if one["protocol"] == protocol]))
             axis.set_title(f"protocol {protocol}", fontsize=10)
-        if name == "accuracy":
-            handles = axes[0].get_legend_handles_labels()
-            figure.legend(*handles, loc="outside upper center", ncols=2)
-        yield name, figure, " ".join(words)
+        marks = {}
+        for axis in axes:
+            marks |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        if marks:  # else nothing was tuned, and there are no curves
+            figure.legend(marks.values(), marks, loc="outside upper center", ncols=3)
+            yield name, figure, " ".join(words)
 
 
 def study_pictures(runs: list[dict], rows: list[dict]) -> dict[str, str]:

@@ -312,6 +312,11 @@ def check_same(folder: Path, earlier: dict, run: dict) -> None:
             f"{folder} is of a run with other {', '.join(found)}: give the same command, or "
             "start anew with --overwrite_output_dir, without --resume_from_checkpoint"
         )
+    if earlier["commit"] != run["commit"]:
+        logger.warning(
+            "warning: this run began at commit %s of the program: its end may differ",
+            earlier["commit"],
+        )
     for name in differences(earlier["versions"], run["versions"]):
         logger.warning(
             "warning: %s was %s when this run began and is %s: its end may differ in the last "

@@ -52,7 +52,7 @@ class PrefixBank(nn.Module):
             bias[number, columns] = tensors["classifier.bias"]
         self.register_buffer("weight", weight)  # [K, C, HD]
         self.register_buffer("bias", bias)  # [K, C]
-        self.eval().requires_grad_(False)
+        self.eval()
 
     @classmethod
     def open(cls, paths: list[str], max_seq_length: int | None = None) -> "PrefixBank":

@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import permutation_test
 
-from dataset import canonical_label, file_sha256, text_key
+from dataset import canonical_label, file_sha256, read_table, text_key
 from model import html_report
 from model.output_folder import RUN_FILE, read_record
 
@@ -33,17 +34,18 @@ METHODS = {
     "TF-IDF, linear": ["-m", "script.baseline", "tfidf", "--overwrite_output_dir"],
     "full": TUNE,
     "prefix": [*TUNE, "--prefix"],
-    # of these each virtual token costs as much as a word
-    "input prefix": [*TUNE, "--prefix", "--prefix_depth", "input", "--pre_seq_len", "20"],
+    "input prefix": [*TUNE, "--prefix", "--prefix_depth", "input"],
 }
-DATA_FLAGS = {  # which the baselines would have to share
+STUDYS_OWN = {  # flags that the study sets itself, or that the baselines would have to share
     "--text_column_names", "--text_column_delimiter", "--label_column_name", "--csv_encoding",
     "--problem_type", "--drop_empty", "--max_train_samples", "--output_dir", "--seed",
-    "--train_file", "--validation_file", "--test_file",
+    "--train_file", "--validation_file", "--test_file", "--do_train", "--do_eval", "--do_predict",
+    "--overwrite_output_dir", "--resume_from_checkpoint",
 }  # fmt: skip
 QUICK = ["--num_train_epochs", "3"]
 COLUMNS = {  # of the table, by their names in all_results.json
     "accuracy": "test_accuracy",
+    "seen": "test_seen_share",
     "on seen": "test_accuracy_seen",
     "on unseen": "test_accuracy_unseen",
     "macro F1": "test_macro_f1",
@@ -62,7 +64,9 @@ def plan(args: argparse.Namespace) -> list[dict]:
     """All runs: protocol, method, folder of the data, seed, folder of the results, command."""
     runs = []
     for protocol, folders in (("original", args.original), ("unseen", args.unseen)):
-        for number in range(max(len(folders), len(args.seeds)) if folders else 0):
+        # whole passes over the folders, so that each weighs the same
+        passes = -(-max(len(folders), len(args.seeds)) // len(folders)) if folders else 0
+        for number in range(passes * len(folders)):
             data, seed = folders[number % len(folders)], args.seeds[number % len(args.seeds)]
             for method in args.methods:
                 name = f"{protocol}-{method.replace(', ', '-').replace(' ', '-')}"
@@ -78,14 +82,15 @@ def plan(args: argparse.Namespace) -> list[dict]:
                 elif number >= len(folders):  # a baseline depends on no seed
                     continue
                 runs.append({"protocol": protocol, "method": method, "data": data, "seed": seed,
-                             "folder": folder, "command": command})  # fmt: skip
+                             "folder": folder, "command": command,
+                             "line": shlex.join(["python", *command])})  # fmt: skip
     return runs
 
 
 def is_finished(run: dict) -> bool:
     """Whether its folder holds the results of the very command on the very files."""
     record = read_record(run["folder"] / RUN_FILE)
-    if record.get("command") != shlex.join(["python", *run["command"]]):
+    if record.get("command") != run["line"]:
         return False
     files = record["data"].values()
     return all(Path(f["path"]).exists() and file_sha256(f["path"]) == f["sha256"] for f in files)
@@ -105,10 +110,17 @@ def work_through(runs: list[dict]) -> None:
         log = run["folder"].with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w", encoding="utf-8") as file:
-            done = subprocess.run([sys.executable, *run["command"]], stdout=file, stderr=file)
-        if done.returncode:
+            process = subprocess.Popen([sys.executable, *run["command"]], stdout=file, stderr=file)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # which the run got too: it saves its step
+            status = process.wait()
+        if status:
             last = log.read_text(encoding="utf-8").strip().split("\n")[-1]
-            sys.exit(f"{last}\nthe whole of it: {log}; the same command goes on from here")
+            way_out = "the same command goes on from here"
+            if (run["folder"] / RUN_FILE).exists():
+                way_out = f"{run['folder']} is of another study: give another --output_dir"
+            sys.exit(f"{last}\nthe whole of it: {log}; {way_out}")
         took.setdefault(run["method"], []).append(time.perf_counter() - start)
 
 
@@ -138,23 +150,29 @@ def summary(runs: list[dict]) -> list[dict]:
     return rows
 
 
+@cache
+def known_texts(path: str) -> set[str]:
+    """The keys of a training file's texts."""
+    return set(read_table(path, "utf-8", ["text"])["text"].map(text_key))
+
+
 def hits(run: dict) -> pd.DataFrame:
-    """Of each distinct test text: its rows, how many are right, whether it is seen in training."""
-    table = pd.read_csv(run["folder"] / "predictions.csv", dtype=str, keep_default_na=False)
-    train = pd.read_csv(f"{run['data']}/train_simple.csv", dtype=str, keep_default_na=False)
+    """Of each distinct test text that is unseen in training: its rows, and how many are right."""
+    table = read_table(
+        str(run["folder"] / "predictions.csv"), "utf-8", ["text", "label", "predicted"]
+    )
     right = table["label"].map(canonical_label) == table["predicted"]
-    known = set(train["text"].map(text_key))
     keys = table["text"].map(text_key)
-    frame = pd.DataFrame({"rows": 1, "right": right, "seen": keys.isin(known)})
-    frame = frame.groupby(keys).agg({"rows": "sum", "right": "sum", "seen": "first"})
-    return frame.set_index(frame.index.map(lambda key: (run["data"], key)))
+    unseen = ~keys.isin(known_texts(f"{run['data']}/train_simple.csv"))
+    return pd.DataFrame({"rows": 1, "right": right})[unseen].groupby(keys[unseen]).sum()
 
 
 def paired_tests(runs: list[dict]) -> list[dict]:
     """Each two methods on the same unseen texts: difference of accuracy, and its p-value.
 
-    A permutation test over distinct texts: were both methods alike, each text's two shares of
-    right predictions, over rows and seeds, could as well be exchanged.
+    A permutation test over distinct texts: were both methods' models alike, each text's two shares
+    of right predictions, over rows and seeds, could as well be exchanged. It knows nothing of what
+    other seeds would give.
     """
     found = []
     for protocol in dict.fromkeys(run["protocol"] for run in runs):
@@ -162,8 +180,7 @@ def paired_tests(runs: list[dict]) -> list[dict]:
         for method in METHODS:
             ours = [hits(r) for r in runs if (r["protocol"], r["method"]) == (protocol, method)]
             if ours:
-                together = pd.concat(ours).groupby(level=[0, 1]).sum()
-                together = together[together["seen"] == 0]
+                together = pd.concat(ours).groupby(level=0).sum()
                 tables[method] = together["right"] / together["rows"]
         for one, other in combinations(tables, 2):
             if tables[one].index.equals(tables[other].index) and len(tables[one]) > 1:
@@ -226,8 +243,13 @@ def main() -> None:
     parser.add_argument("--output_dir", help="[checkpoints/study, or with --quick study-quick]")
     parser.add_argument("flags", nargs="*", help="after --: of main.py, for every tuned run")
     args = parser.parse_args()
-    if shared := sorted({word.partition("=")[0] for word in args.flags} & DATA_FLAGS):
-        parser.error(f"{shared[0]}: the study reads the columns text and label, of UTF-8 files")
+    if own := sorted({word.partition("=")[0] for word in args.flags} & STUDYS_OWN):
+        parser.error(
+            f"{own[0]}: the study sets it (--seeds, --original, --unseen, --output_dir), or its "
+            "baselines would not share it: files are UTF-8, with columns text and label"
+        )
+    if not (args.original or args.unseen):
+        parser.error("give at least one folder for --original or --unseen")
     args.output_dir = args.output_dir or f"checkpoints/study{'-quick' * args.quick}"
     runs = plan(args)
     work_through(runs)
@@ -237,8 +259,8 @@ def main() -> None:
     rows, tests = summary(runs), paired_tests(runs)
     folder = Path(args.output_dir)
     singles = [
-        {"folder": run["folder"].name, "command": shlex.join(["python", *run["command"]]),
-         "commit": run["commit"], "results": run["results"]}
+        {"folder": run["folder"].name, "command": run["line"], "commit": run["commit"],
+         "results": run["results"]}
         for run in runs
     ]  # fmt: skip
     files = {

@@ -2,6 +2,6 @@
 # The study: baselines, full fine-tuning and prefix tuning side by side; see script/compare.py.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
-[[ " $* " == *" --original "* ]] || source script/data.sh
+[[ " $* " == *" --original "* && " $* " == *" --unseen "* ]] || source script/data.sh
 
 exec "$PYTHON" -m script.compare "$@"

@@ -26,14 +26,16 @@ def main(path: str, encoding: str, output_dir: str, *variants: str) -> None:
     labels, _ = splits.make_labels(raw["category_id"], 0.70, splits.CATEGORY_NAMES)
     cleaned = splits.make_texts(raw, ["title"], "original")
     digest = cleaned.map(lambda text: int(hashlib.sha256(text.encode()).hexdigest(), 16) % FOLDS)
+    texts = [splits.make_texts(raw, names.split(","), cleaning) for cleaning, names in ways]
     kept = ~raw["video_id"].duplicated() & (cleaned != "")
-    for variant, (cleaning, names) in zip(variants, ways, strict=True):
-        texts = splits.make_texts(raw, names.split(","), cleaning)
-        table = raw.assign(text=texts, label=labels, fold=digest)[kept]
+    for text in texts:
+        kept &= text != ""
+    for variant, text in zip(variants, texts, strict=True):
         folder = Path(output_dir) / re.sub(r"\W+", "-", variant)
-        folder.mkdir(parents=True, exist_ok=True)
-        table[["text", "label", "fold"]].to_csv(folder / "all.csv", index=False)
-        folds.main(str(folder / "all.csv"), str(folder))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        table = raw.assign(text=text, label=labels, fold=digest)[kept]
+        table[["text", "label", "fold"]].to_csv(folder.with_suffix(".csv"), index=False)
+        folds.main(str(folder.with_suffix(".csv")), str(folder))
 
 
 if __name__ == "__main__":

@@ -37,9 +37,10 @@ def study(folders, tmp_path, backbone, monkeypatch, capsys):
     def in_process(command, **streams):
         monkeypatch.setattr(sys, "orig_argv", command)
         start = 2 if command[1] == "main.py" else 3
-        return Namespace(returncode=modules[command[1]].main(command[start:]))
+        status = modules[command[1]].main(command[start:])
+        return Namespace(wait=lambda: status)
 
-    monkeypatch.setattr(compare.subprocess, "run", in_process)
+    monkeypatch.setattr(compare.subprocess, "Popen", in_process)
     monkeypatch.setattr(report, "commit", lambda: "0" * 40)  # which asks git
     original, *unseen = folders
 
@@ -103,9 +104,10 @@ def test_folds_take_the_seeds_in_turn_and_baselines_run_once_each():
     ]  # fmt: skip
     assert [r["data"] for r in runs if r["method"] == "look-up"] == ["o", "a", "b", "c"]
     assert len({r["folder"] for r in runs}) == len(runs)
-    assert {r["protocol"] for r in compare.plan(Namespace(**vars(args) | {"original": []}))} == {
-        "unseen"
-    }
+    assert {r["protocol"] for r in runs} == {"original", "unseen"}
+    args.original, args.unseen, args.seeds = [], ["a", "b"], [1, 2, 3]
+    again = compare.plan(args)
+    assert [r["data"] for r in again if r["method"] == "full"] == ["a", "b", "a", "b"]
     assert all(("--num_train_epochs" in r["command"]) == (r["method"] in
                ("full", "prefix", "input prefix")) for r in runs)  # fmt: skip
 
@@ -128,8 +130,7 @@ def test_paired_tests_are_those_of_mcnemar(monkeypatch):
              "prefix": [1] * 40 + [1] * 12 + [0] * 3 + [0] * 5}  # fmt: skip
 
     def hits(run):
-        index = pd.MultiIndex.from_product([["data"], range(60)])
-        return pd.DataFrame({"rows": 1, "right": right[run["method"]], "seen": False}, index=index)
+        return pd.DataFrame({"rows": 1, "right": right[run["method"]]})
 
     monkeypatch.setattr(compare, "hits", hits)
     (test,) = compare.paired_tests(

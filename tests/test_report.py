@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import main
 from conftest import ROWS, write_csv
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -94,6 +95,14 @@ def test_without_labels_there_is_a_page_of_the_validation_file(run, tmp_path):
     test = write_csv(tmp_path / "no labels.csv", [["a dog"], ["a tune"]], header=["text"])
     folder = run("--test_file", test)
     assert "Figures of the validation file" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_predictions_alone_are_no_full_fine_tuning(run, files, tmp_path):
+    argv = ["--do_predict", "--model_name_or_path", str(run("--prefix")), "--test_file", files[5]]
+    assert main.main([*argv, "--output_dir", str(tmp_path / "scored")]) == 0
+    text = (tmp_path / "scored" / "report.html").read_text(encoding="utf-8")
+    assert "Full fine-tuning" not in text and "unseen texts" not in text
+    assert "Figures of the test file" in text and "0 of " in text  # parameters tuned
 
 
 def test_several_labels_a_row_have_no_confusion_matrix(run, tmp_path):

@@ -75,7 +75,7 @@ def test_variants_of_a_text_stand_in_the_same_folds(tmp_path):
     sample = str(ROOT / "csv/USvideos_sample.csv")
     variants.main(sample, "utf-8", str(tmp_path), "original:title", "none:title,channel_title")
     cleaned, whole = (
-        pd.read_csv(tmp_path / name / "all.csv", dtype=str, keep_default_na=False)
+        pd.read_csv(tmp_path / f"{name}.csv", dtype=str, keep_default_na=False)
         for name in ("original-title", "none-title-channel_title")
     )
     assert len(cleaned) == pd.read_csv(sample, usecols=["video_id"])["video_id"].nunique()
