@@ -203,7 +203,7 @@ def shown(row: dict, column: str) -> str:
     if column == "memory":
         return f"{value / 2**30:.2f} GiB"
     if column == "bytes":
-        return f"{value / 1e6:,.1f} MB"
+        return f"{value / 1e6:,.1f} MB" if value >= 1e6 else f"{value / 1e3:,.0f} kB"
     if column in ("tuned", "seconds", "rows/s"):
         return f"{value:,.0f}"
     return f"{value:.4f}" + (f" ±{spread:.4f}" if spread is not None else "")
