@@ -414,6 +414,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:  # what a run is told is written down, as UTF-8
+            parser.error(f"{word!a} is not UTF-8")
     args = parser.parse_args(argv)
     check_tasks(parser, args)
     check_columns_and_paths(parser, args)

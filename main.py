@@ -11,7 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -90,14 +90,14 @@ def run(args: Namespace) -> None:
     from model.output_folder import OutputFolder
 
     # where to write: a mistake here costs a second; what others than the first write is thrown away
-    with processes.joined() as group, TemporaryDirectory() as elsewhere:
+    with processes.joined() as group, ExitStack() as stack:
         if not group.first:
             logging.disable(logging.WARNING)
-            args.output_dir = elsewhere
-        with OutputFolder(
-            args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint
-        ) as output:
-            run_into(output, args, group)
+            args.output_dir = stack.enter_context(TemporaryDirectory())
+        output = stack.enter_context(
+            OutputFolder(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint)
+        )
+        run_into(output, args, group)
 
 
 def run_into(output, args: Namespace, group) -> None:
@@ -107,12 +107,12 @@ def run_into(output, args: Namespace, group) -> None:
     from model import report, utils
     from model.output_folder import writing
     from model.prefix_bank import PrefixBank
-    from model.source import locate
+    from model.source import locate, sha256_of
 
     # what to compute with, what to start from
     machine = trainer.pick_machine(args.precision, group)
     bank = args.prefix_paths and PrefixBank.open(args.prefix_paths, args.max_seq_length)
-    source = bank.source if bank else locate(args.model_name_or_path)
+    source = bank.sources[0] if bank else locate(args.model_name_or_path)
     config = bank.config if bank else utils.load_config(source, tuned=not args.do_train)
     args.device, args.precision = str(machine.device), machine.precision
     args.processes = group.size
@@ -150,7 +150,9 @@ def run_into(output, args: Namespace, group) -> None:
 
     # is there anything left to do?
     described = {name: file.describe() for name, file in files.items()}
-    about = report.about(args, source.name, source.sha256(), names, described)
+    about = report.about(
+        args, source.name, sha256_of(bank.sources if bank else [source]), names, described
+    )
     auto = args.resume_from_checkpoint == "auto"
     if group.from_first(auto and group.first and output.is_finished(about)):
         logger.info("this run has finished already")

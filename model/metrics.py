@@ -194,11 +194,16 @@ class Score:
         else:
             self.confusion += confusion_matrix(labels, predicted, labels=range(logits.shape[1]))
         wrong = np.flatnonzero(wrong)
-        for row in wrong[np.argsort(-sure[wrong], kind="stable")][: 10 * MISTAKES]:
-            self.mistakes.append({
-                "text": texts[row], "label": labels[row].tolist(),
-                "predicted": predicted[row].tolist(), "confidence": round(float(sure[row]), 6),
-            })  # fmt: skip
+        surest: dict[str, int] = {}  # rows, by their texts
+        for row in wrong[np.argsort(-sure[wrong], kind="stable")]:
+            surest.setdefault(texts[row], row)
+            if len(surest) == MISTAKES:
+                break
+        self.mistakes += [
+            {"text": text, "label": labels[row].tolist(), "predicted": predicted[row].tolist(),
+             "confidence": round(float(sure[row]), 6)}
+            for text, row in surest.items()
+        ]  # fmt: skip
         unique = {one["text"]: one for one in reversed(self.mistakes)}.values()
         self.mistakes = sorted(unique, key=lambda one: -one["confidence"])[:MISTAKES]
 

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import compress
 from pathlib import Path
@@ -114,6 +114,8 @@ class OutputFolder:
             raise OutputError(
                 f"{self.path} is in use by {holder}: wait for it, or give another --output_dir"
             ) from None
+        except OSError as error:  # a file system without locks
+            raise OutputError(f"{self.path} cannot be locked: {error.strerror}") from None
 
     def check(self) -> None:
         """Refuse what is not to be replaced."""
@@ -145,15 +147,27 @@ class OutputFolder:
     def is_finished(self, run: dict) -> bool:
         """Whether the folder's results are those of this very run, whole; then left-overs go.
 
+        What another run has not finished stays where it is.
         Raises: OutputError where they are another's and not to be replaced.
         """
-        whole = all((self.path / name).exists() for name in self.finished.get("files", ()))
-        if self.finished and whole and not differences(decisive(self.finished), decisive(run)):
-            shutil.rmtree(self.staging)
-            return True
-        if not self.begun or differences(decisive(self.begun), decisive(run)):
+        others = self.begun and differences(decisive(self.begun), decisive(run))
+        if self.finished and not differences(decisive(self.finished), decisive(run)):
+            if not self.begun:  # it may have been killed while it published
+                self.move_checkpoints(self.finished["files"])
+            if all((self.path / name).exists() for name in self.finished["files"]):
+                if not others:
+                    shutil.rmtree(self.staging)
+                return True
+        if not self.begun or others:
             self.refuse_earlier()
         return False
+
+    def move_checkpoints(self, names: Iterable[str]) -> None:
+        """Move up those of `names` that are checkpoints and still staged."""
+        with writing(self.path):
+            for name in names:
+                if checkpoint.NAME.fullmatch(name) and (self.staging / name).exists():
+                    os.replace(self.staging / name, self.path / name)
 
     def refuse_earlier(self) -> None:
         """Raises: OutputError where there are results that are not to be replaced."""
@@ -167,7 +181,7 @@ class OutputFolder:
         """Clear away what killed runs left, and write what this run is.
 
         begun: the checkpoint to go on from and its step; its records are taken, and checkpoints
-        after it, which are damaged, go.
+        after it go: they are damaged, or it was chosen by hand.
         """
         with writing(self.staging):
             records = begun[0] / RECORDS if begun else None
@@ -176,6 +190,10 @@ class OutputFolder:
                 match = checkpoint.NAME.fullmatch(entry.name)
                 kept = match and self.goes_on and begun and int(match[1]) <= begun[1]
                 if not kept and entry.name not in (RUN_FILE, PROCESS):
+                    if match and begun:
+                        logger.warning(
+                            "warning: %s, after the one to go on from, is removed", entry
+                        )
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             if text is not None:
                 (self.staging / RECORDS).write_bytes(text)
@@ -256,8 +274,9 @@ class OutputFolder:
     def publish(self, run: dict, keep_checkpoints: bool = False) -> None:
         """Replace the earlier run's files by this one's; `run` becomes run.json.
 
-        Killed meanwhile, it can be done again: the list of files stands before the first of them
-        moves, and the checkpoints move or go last.
+        Killed meanwhile, it can be done again, or by `is_finished` to its end: the list of files
+        stands before the first of them moves, and the checkpoints move or go when all else is on
+        the disk itself.
         Raises: OutputError where the folder cannot be written to; the new files stay in
             `unfinished`.
         """
@@ -265,16 +284,24 @@ class OutputFolder:
         checkpoints = {name for name in names if checkpoint.NAME.fullmatch(name)}
         names -= set() if keep_checkpoints else checkpoints
         self.write_json(RUN_FILE, {**run, "files": sorted(names | self.earlier)})
+        now = names - checkpoints - {RUN_FILE}
         with writing(self.path):
-            for name in [*sorted(names - checkpoints - {RUN_FILE}), *sorted(names & checkpoints)]:
+            for staged in map(self.staging.joinpath, now):
+                for path in (staged, *staged.rglob("*")):
+                    checkpoint.sync(path)
+            for name in sorted(now):
                 if (self.path / name).is_dir():  # a rename replaces files only
                     shutil.rmtree(self.path / name)
                 os.replace(self.staging / name, self.path / name)
-            for name in self.earlier - names:
+            for name in self.earlier - now - {RUN_FILE}:
                 entry = self.path / name
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
             self.write_json(RUN_FILE, {**run, "files": sorted(names)})
+            checkpoint.sync(self.staging / RUN_FILE)
             os.replace(self.staging / RUN_FILE, self.path / RUN_FILE)
+            checkpoint.sync(self.path)
+        self.move_checkpoints(sorted(names))
+        with writing(self.path):
             shutil.rmtree(self.staging)
             checkpoint.sync(self.path)
 

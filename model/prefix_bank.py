@@ -32,7 +32,7 @@ class PrefixBank(nn.Module):
         """
         super().__init__()
         check_alike(sources, configs)
-        self.source, self.config = sources[0], merge(configs)
+        self.sources, self.config = sources, merge(configs)
         self.backbone = utils.load_model(sources[0], configs[0]).bert
         learnt = [
             adapter.load(source.adapter, config)

@@ -43,16 +43,20 @@ class Source:
         """What a message calls it."""
         return self.adapter or self.backbone
 
-    def sha256(self) -> str:
-        """Of all that a model starts from: weights, settings, tokenizer; in hexadecimal."""
-        digest = hashlib.sha256()
-        folders = [self.backbone, *([self.adapter] if self.adapter else [])]
-        for path in sorted(
-            path for folder in folders for path in folder.iterdir() if STARTS_FROM.search(path.name)
-        ):
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+
+def sha256_of(sources: list[Source]) -> str:
+    """Of all that models start from: weights, settings, tokenizer; in hexadecimal."""
+    digest = hashlib.sha256()
+    folders = {folder for one in sources for folder in (one.backbone, one.adapter) if folder}
+    for path in sorted(
+        path
+        for folder in folders
+        for path in folder.iterdir()
+        if STARTS_FROM.search(path.name) and path.is_file()
+    ):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def locate(name: str) -> Source:
@@ -79,7 +83,8 @@ def locate(name: str) -> Source:
 def bundled_folder() -> Path:
     """The bundled backbone's folder, its weights verified."""
     folder = Path(find_spec(BUNDLED_PACKAGE).submodule_search_locations[0]) / "model"
-    sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    with open(folder / "model.safetensors", "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != BUNDLED_SHA256:
         raise ModelError(
             f"{folder}/model.safetensors is not the official {BUNDLED_NAME} (SHA-256 {sha256}): "

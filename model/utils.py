@@ -191,14 +191,16 @@ def build_model(
 
     What is new is drawn from torch's generator, normal with the backbone's initializer_range.
     """
+    tuned = config.architectures == TUNED
+    new = (HEAD,) if fresh_head or source.adapter else ()
     if hasattr(config, "pre_seq_len"):
-        model = load_weights(
-            BertPrefixForSequenceClassification, source, config, (HEAD, "prefix_encoder.")
-        )
+        new += ("prefix_encoder.",)
+        model = load_weights(BertPrefixForSequenceClassification, source, config, new)
         model.bert.requires_grad_(False)  # here, since from_pretrained makes new parameters
     else:
-        model = load_weights(BertForSequenceClassification, source, config, (HEAD, "bert.pooler."))
-    if fresh_head and config.architectures == TUNED:  # else there was none to load
+        new += () if tuned else ("bert.pooler.",)
+        model = load_weights(BertForSequenceClassification, source, config, new)
+    if fresh_head and tuned:  # else there was none to load
         torch.nn.init.normal_(model.classifier.weight, std=config.initializer_range)
         torch.nn.init.zeros_(model.classifier.bias)
     if source.adapter:

@@ -56,11 +56,16 @@ def lookup(texts: list[str], hot: np.ndarray, share: np.ndarray) -> Probabilitie
 
 
 def tfidf(texts: list[str], labels: np.ndarray, strength: float) -> Probabilities:
-    """TF-IDF with logistic regression. labels: see `dataset.label_ids`."""
+    """TF-IDF with logistic regression. labels: see `dataset.label_ids`.
+
+    Raises: DataError where no text holds a word.
+    """
     linear = LogisticRegression(C=strength, max_iter=2000)
     if labels.ndim == 2:
         linear = OneVsRestClassifier(linear)
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    if not any(map(words.build_analyzer(), texts)):
+        raise dataset.DataError("no text of the training file holds a word: there is no TF-IDF")
     return make_pipeline(words, linear).fit(texts, labels).predict_proba
 
 
@@ -117,7 +122,7 @@ def run(method: str, args: Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Returns the exit status; 2 after one line about what the user can mend."""
-    if not argv or argv[0] not in ("majority", "lookup", "tfidf"):
+    if not argv or argv[0] not in ("majority", "lookup", "tfidf") or {"-h", "--help"} & {*argv}:
         print(__doc__, file=sys.stderr)
         return 2
     given = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}

@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=TEXTS, help="to score, each time")
     parser.add_argument("--rounds", type=int, default=5, help="alternations; medians are shown")
     parser.add_argument("--only", nargs="+", default=[], help="ways whose names hold one of these")
-    parser.add_argument("--output_dir", default="results")
+    parser.add_argument("--output_dir", default="checkpoints/benchmark")
     parser.add_argument("--growth", action="store_true", help="measure how cost grows too")
     args = parser.parse_args()
     peak = peak_flops()

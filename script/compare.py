@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import permutation_test
 
-from dataset import canonical_label, file_sha256, read_table, text_key
+from dataset import DataError, canonical_label, file_sha256, read_table, text_key
 from model import html_report
 from model.output_folder import RUN_FILE, read_record
 
@@ -40,7 +40,7 @@ STUDYS_OWN = {  # flags that the study sets itself, or that the baselines would 
     "--text_column_names", "--text_column_delimiter", "--label_column_name", "--csv_encoding",
     "--problem_type", "--drop_empty", "--max_train_samples", "--output_dir", "--seed",
     "--train_file", "--validation_file", "--test_file", "--do_train", "--do_eval", "--do_predict",
-    "--overwrite_output_dir", "--resume_from_checkpoint",
+    "--overwrite_output_dir", "--resume_from_checkpoint", "--prefix", "--prefix_depth",
 }  # fmt: skip
 QUICK = ["--num_train_epochs", "3"]
 COLUMNS = {  # of the table, by their names in all_results.json
@@ -225,7 +225,8 @@ def text_table(rows: list[dict], tests: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
+    """The study's flags; what cannot be studied ends the program with one line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -245,12 +246,26 @@ def main() -> None:
     args = parser.parse_args()
     if own := sorted({word.partition("=")[0] for word in args.flags} & STUDYS_OWN):
         parser.error(
-            f"{own[0]}: the study sets it (--seeds, --original, --unseen, --output_dir), or its "
-            "baselines would not share it: files are UTF-8, with columns text and label"
+            f"{own[0]}: the study sets it (--methods, --seeds, --original, --unseen, "
+            "--output_dir), or its baselines would not share it: files are UTF-8, with columns "
+            "text and label"
         )
     if not (args.original or args.unseen):
         parser.error("give at least one folder for --original or --unseen")
+    if tuned := [word for word in args.flags if (Path(word) / "adapter_config.json").exists()]:
+        parser.error(f"{tuned[0]} is a tuned prefix: a study starts from a backbone")
+    try:
+        for folder in (*args.original, *args.unseen):
+            for file in ("train", "val", "test"):
+                read_table(f"{folder}/{file}_simple.csv", "utf-8", ["text", "label"])
+    except DataError as error:
+        parser.error(str(error))
     args.output_dir = args.output_dir or f"checkpoints/study{'-quick' * args.quick}"
+    return args
+
+
+def main() -> None:
+    args = parse_args()
     runs = plan(args)
     work_through(runs)
     runs = [read(run) for run in runs]

@@ -14,7 +14,7 @@ for name, sha256 in about["files"].items():
 EOF
 }
 
-if [[ " $*" != *" --train_file"* ]]; then
+if [[ " $*" != *" --train_file"* && " $*" != *" --data"* ]]; then
     if made_up && { [ -e csv/USvideos.csv ] || [ -e csv/USvideo.csv ]; } ||
         [ ! -e csv/train_simple.csv ]; then
         echo "preprocessing.ipynb makes the split files in csv/ ..." >&2

@@ -2,22 +2,28 @@
 
     .venv/bin/python -m script.folds FILE OUTPUT_DIR
 
-Writes OUTPUT_DIR/FOLD/{train,val,test}_simple.csv; a tenth of the other folds, drawn at random by
-the fold's number, is the validation file.
+FILE has the columns text, label and fold. Writes OUTPUT_DIR/FOLD/{train,val,test}_simple.csv; a
+tenth of the other folds, drawn at random by the fold's number, is the validation file.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
 
-from dataset import read_table
+from dataset import DataError, read_table
 
 
-def main(path: str, output_dir: str) -> None:
-    """Write the files of each fold, with the columns `text` and `label`."""
+def cut(path: str, output_dir: str) -> None:
+    """Write the files of each fold, with the columns `text` and `label`.
+
+    Raises: DataError for a file that cannot be read, or has one fold only.
+    """
     table = read_table(path, "utf-8", ["text", "label", "fold"])
-    for number, fold in enumerate(sorted(table["fold"].unique())):
+    names = sorted(table["fold"].unique())
+    if len(names) < 2:
+        raise DataError(f"{path} has one fold only: nothing is left to train on")
+    for number, fold in enumerate(names):
         test, rest = table[table["fold"] == fold], table[table["fold"] != fold]
         chosen = np.random.default_rng(number).permutation(len(rest)) < len(rest) // 10
         folder = Path(output_dir) / fold
@@ -27,5 +33,18 @@ def main(path: str, output_dir: str) -> None:
         print(f"{folder}: {(~chosen).sum()} rows to train on, {chosen.sum()}, {len(test)} to test")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file")
+    parser.add_argument("output_dir")
+    args = parser.parse_args()
+    try:
+        cut(args.file, args.output_dir)
+    except DataError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -284,14 +284,20 @@ def unseen_splits(
 
 
 def only_known_labels(splits: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Drop, and say so, validation and test rows of a label that training lacks."""
+    """Drop, and say so, validation and test rows of a label that training lacks.
+
+    Raises: DataError where no row is left of a file.
+    """
     known = set(splits["train"]["label"])
     for name, split in splits.items():
         if unknown := sorted(set(split["label"]) - known):
             count = (~split["label"].isin(known)).sum()
             labels = ", ".join(unknown)
             print(f"warning: {name}: dropped {count} rows of labels that training lacks: {labels}")
-    return {name: split[split["label"].isin(known)] for name, split in splits.items()}
+    splits = {name: split[split["label"].isin(known)] for name, split in splits.items()}
+    if empty := [name for name, split in splits.items() if not len(split)]:
+        raise DataError(f"too few rows for these shares and labels: none is left for {empty[0]}")
+    return splits
 
 
 def connected(keys: list[pd.Series]) -> np.ndarray:

@@ -1,11 +1,13 @@
 """The command line: what is accepted as it stands, and the one line for what is not."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 from arguments import TUNING_DEFAULTS, build_parser, learning_rate_warning, parse_args
+from conftest import ROOT
 
 TASK = ["--do_train", "--do_eval", "--output_dir", "out"]
 ORIGINAL = (
@@ -83,6 +85,7 @@ def test_defaults_depend_on_the_way_of_tuning():
         (["--weight_decay", "2"], "--weight_decay: 2 is out of range"),
         (["--csv_encoding", "undefined"], "Python knows no encoding 'undefined'"),
         (["--output_dir", ""], "--output_dir is empty"),
+        (["--output_dir", "caf\udce9"], "'caf\\udce9' is not UTF-8"),
         (["--load_best_model_at_end", "maybe"], "'maybe' is neither True nor False"),
     ],
 )
@@ -118,6 +121,16 @@ def test_help_shows_the_defaults_that_hold():
     for way, defaults in TUNING_DEFAULTS.items():
         assert f"{way} {defaults['learning_rate']:g}" in text
         assert f"{way} {defaults['num_train_epochs']}" in text
+
+
+def test_the_readmes_commands_are_accepted():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = re.findall(r"(run_og\.sh|run_prefix\.sh|main\.py) +(--[^`\n]+)", text)
+    assert len(commands) >= 9
+    given = {"run_og.sh": TASK, "run_prefix.sh": [*TASK, "--prefix"], "main.py": []}
+    for program, flags in commands:
+        if flags != "--help":
+            parse_args([*given[program], *flags.split()])
 
 
 def test_whole_numbers_and_booleans_as_trainer_scripts_write_them():

@@ -14,7 +14,7 @@ from model import source as model_source
 from model import utils
 from model.prefix_bank import PrefixBank
 from model.sequence_classification import classification_loss
-from model.source import BUNDLED_NAME, ModelError, locate
+from model.source import BUNDLED_NAME, ModelError, locate, sha256_of
 
 LAYERS, HEADS, HIDDEN, CLASSES, PREFIX = 2, 2, 16, 3, 5
 IDS = torch.tensor([[2, 5, 6, 7, 3], [2, 8, 9, 3, 0], [2, 10, 3, 0, 0]])
@@ -475,6 +475,23 @@ def test_bad_model_folders_are_refused(backbone, tmp_path):
     assert "is not a BERT's" in broken("settings", edit_config(hidden_size="wide"))
     assert "not a multiple" in broken("heads", edit_config(num_attention_heads=3))
     assert "cannot be read" in broken("empty", lambda folder: (folder / "config.json").unlink())
+
+
+def test_a_tuned_model_without_its_head_is_refused(make_model, backbone, tmp_path):
+    """Where it goes on with its own labels, whose head would otherwise be drawn at random."""
+    folder = tmp_path / "tuned"
+    save(make_model(), backbone, folder)
+    (folder / "vocab_old").mkdir()  # no file, so nothing to start from
+    source = locate(str(folder))
+    assert len(sha256_of([source])) == 64
+    config = utils.load_config(source, tuned=True)
+    utils.build_model(source, config, fresh_head=False)
+    weights = load_file(folder / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    utils.build_model(source, config, fresh_head=True)
+    with pytest.raises(ModelError, match=r"lacks 1 of the weights.*: classifier\.weight"):
+        utils.build_model(source, config, fresh_head=False)
 
 
 def test_an_unknown_name_is_refused_at_once():

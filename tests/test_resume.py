@@ -200,9 +200,10 @@ def test_a_finished_run_is_not_run_again(run, capsys):
     assert hashes(folder) != before
 
 
-def test_a_run_killed_while_it_publishes_goes_on(run, monkeypatch):
+@pytest.mark.parametrize("kept", [(), ("--save_strategy", "epoch")])
+def test_a_run_killed_while_it_publishes_goes_on(run, monkeypatch, kept):
     """At each renaming and removal; without --overwrite_output_dir, which nothing calls for."""
-    expected = comparable(run(name="whole"))
+    expected = comparable(run(*kept, name="whole"))
     usual = os.replace, shutil.rmtree
     for at in range(100):
         left = [at]
@@ -223,7 +224,7 @@ def test_a_run_killed_while_it_publishes_goes_on(run, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(OutputFolder, "publish", armed)
-            argv = ("--resume_from_checkpoint", "auto")
+            argv = (*kept, "--resume_from_checkpoint", "auto")
             status = 130
             try:
                 run(*argv, name=f"out{at}", status=130)
@@ -235,6 +236,36 @@ def test_a_run_killed_while_it_publishes_goes_on(run, monkeypatch):
             assert at > 10
             return
         check_end(run(*argv, name=f"out{at}"), expected)
+
+
+def test_what_is_published_is_on_the_disk_before_it_moves(run, monkeypatch):
+    """Else a power cut could leave it empty when the checkpoints are gone."""
+    synced, moved = set(), []
+    sync, replace = checkpoint.sync, os.replace
+    monkeypatch.setattr(checkpoint, "sync", lambda path: (synced.add(str(path)), sync(path)))
+
+    def move(one, other):
+        if Path(one).name in RESULTS | FULL and Path(one).parent != Path(other).parent:
+            moved.append((str(one), str(one) in synced))
+        replace(one, other)
+
+    monkeypatch.setattr(os, "replace", move)
+    run()
+    assert {Path(path).name for path, _ in moved} == RESULTS | FULL
+    assert all(before for _, before in moved)
+
+
+def test_a_finished_run_leaves_another_unfinished_one_alone(run, stop_at):
+    run()
+    stop_at(4)
+    folder = run("--seed", "1", "--overwrite_output_dir", status=143)
+    before = hashes(folder)
+    stop_at(None)
+    run("--resume_from_checkpoint", "auto")  # the finished one, the seed forgotten
+    assert hashes(folder) == before
+    expected = comparable(run("--seed", "1", name="whole"))
+    run("--seed", "1", "--resume_from_checkpoint", "auto", "--overwrite_output_dir")
+    check_end(folder, expected)
 
 
 def test_an_early_stop_between_two_records_can_be_gone_on_from(run, stop_at):

@@ -1,5 +1,6 @@
 """The scripts, end to end, with the bundled backbone on the sample: what a new user types."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_the_original_command_line_runs_as_it_stands(clone):
 def test_each_fold_is_tested_once_and_no_row_is_lost(tmp_path):
     rows = [(f"text {i}", i % 2, i % 3) for i in range(60)]
     path = write_csv(tmp_path / "all.csv", rows, ("text", "label", "fold"))
-    folds.main(path, str(tmp_path / "folds"))
+    folds.cut(path, str(tmp_path / "folds"))
     for fold in range(3):
         parts = [
             read_split(tmp_path / "folds" / str(fold) / f"{name}_simple.csv", text_columns=["text"])
@@ -70,10 +71,31 @@ def test_each_fold_is_tested_once_and_no_row_is_lost(tmp_path):
         assert parts[2].texts == [text for text, _, number in rows if number == fold]
 
 
+@pytest.mark.parametrize(
+    ("module", "argv", "message"),
+    [
+        ("folds", ["absent.csv", "out"], "absent.csv cannot be read"),
+        ("folds", ["csv/USvideos_sample.csv", "out"], "has no column 'text', 'label', 'fold'"),
+        ("variants", ["csv/USvideos_sample.csv", "utf-8", "out", "foo:title"], "is no variant"),
+        ("variants", ["csv/USvideos_sample.csv", "utf-8", "out", "none"], "is no variant"),
+        ("compare", ["--", "--prefix"], "--prefix: the study sets it"),
+        ("compare", ["--original", "absent", "--unseen"], "absent/train_simple.csv cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line(module, argv, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [module, *argv])
+    with pytest.raises(SystemExit) as exit_info:
+        importlib.import_module(f"script.{module}").main()
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
 def test_variants_of_a_text_stand_in_the_same_folds(tmp_path):
     """Row by row the same videos, each once; titles that are cleaned alike in one fold."""
     sample = str(ROOT / "csv/USvideos_sample.csv")
-    variants.main(sample, "utf-8", str(tmp_path), "original:title", "none:title,channel_title")
+    variants.write(sample, "utf-8", str(tmp_path), ["original:title", "none:title,channel_title"])
     cleaned, whole = (
         pd.read_csv(tmp_path / f"{name}.csv", dtype=str, keep_default_na=False)
         for name in ("original-title", "none-title-channel_title")

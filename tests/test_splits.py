@@ -172,6 +172,8 @@ def test_labels_that_training_lacks_are_dropped_and_said(capsys):
             {"train": "ab", "val": "acc", "test": "b"}.items()}  # fmt: skip
     assert splits.only_known_labels(part)["val"]["label"].tolist() == ["a"]
     assert "val: dropped 2 rows of labels that training lacks: c" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"too few rows .* none is left for test"):
+        splits.only_known_labels(part | {"test": pd.DataFrame({"label": ["c"]})})
 
 
 GOOD = ("2kyS6SvSYSE", "17.14.11", "a title", "22")
@@ -284,6 +286,15 @@ def test_the_notebook_runs_headless_on_the_sample_and_repeats_itself(clone):
     names = [f"{name}_simple.csv" for name in ("train", "val", "test")] + ["split.json"]
     for name in [*names, *(f"unseen/{name}" for name in names)]:
         assert (folder / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_neither_protocol_is_written_where_one_would_go_over_files_of_others(clone):
+    mine = clone / "out" / "unseen" / "train_simple.csv"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("text,label\nmine,1\n")
+    done, folder = preprocess(clone, out="out")
+    assert done.returncode == 2 and "was not made by this: move it away" in done.stderr
+    assert [path.name for path in folder.iterdir()] == ["unseen"]
 
 
 @pytest.mark.parametrize(

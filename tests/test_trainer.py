@@ -359,6 +359,9 @@ def test_the_surest_mistakes_are_kept_each_text_once():
         ("b", 1, 0), ("c", 1, 0)
     ]  # fmt: skip
     assert score.mistakes[0]["confidence"] == pytest.approx(0.982, abs=1e-3)
+    labels, texts = np.ones(400, dtype=int), ["b"] * 380 + [f"other {i}" for i in range(20)]
+    score.add(torch.tensor([[4.0, 0.0]] * 380 + [[3.0, 0.0]] * 20), labels, texts, texts, None)
+    assert len({one["text"] for one in score.mistakes}) == len(score.mistakes) == 20
     assert json.loads(json.dumps(score.details())) == score.details()
 
 
