@@ -125,7 +125,7 @@ def growth(data: str) -> dict[str, dict[str, dict[int, float]]]:
     def step_time(args, machine, model, rows, batch) -> float:
         optimizer = trainer.build_optimizer(model.train(), args)
         times = []
-        for number in range(8):
+        for number in range(20):
             start = time.perf_counter()
             trainer.training_step(model, optimizer, rows, batch, number, args, machine)
             times.append(time.perf_counter() - start)
