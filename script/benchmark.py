@@ -178,7 +178,7 @@ def picture(found: dict[str, dict], path: Path) -> None:
         for (name, curves), look in zip(found.items(), ("o-C0", "s-C1"), strict=True):
             if key in curves:
                 points = list(curves[key].items())
-                axis.plot(*zip(*points, strict=True), look, label=name)
+                axis.plot(*zip(*points, strict=True), look, label=name, clip_on=False)
         axis.set(title=title, xscale="log", ylim=0, xticks=[x for x, _ in points])
         axis.set_xticklabels([f"{x:,}" for x, _ in points])
         axis.minorticks_off()
