@@ -289,14 +289,19 @@ def count_parameters(model: BertForSequenceClassification) -> dict[str, int]:
     def size(parameters: Iterable[torch.nn.Parameter]) -> int:
         return sum(parameter.numel() for parameter in parameters)
 
-    head = size(model.classifier.parameters())
-    trainable = size(p for p in model.parameters() if p.requires_grad)
-    total = size(model.parameters())
+    def tuned(module: torch.nn.Module) -> int:
+        return size(p for p in module.parameters() if p.requires_grad)
+
+    head, total = size(model.classifier.parameters()), size(model.parameters())
     stored = total
     if isinstance(model, BertPrefixForSequenceClassification):
         stored = model.config.pre_seq_len * prefix_width(model.config) + head
-    counts = {"trainable": trainable, "total": total, "stored": stored}
+    counts = {  # a model that only predicts tunes nothing, nor its head
+        "trainable": (tuned(model), tuned(model.classifier)),
+        "total": (total, head),
+        "stored": (stored, head),
+    }
     return {
-        **{f"{name}_parameters": count for name, count in counts.items()},
-        **{f"{name}_parameters_without_head": count - head for name, count in counts.items()},
+        **{f"{name}_parameters": count for name, (count, _) in counts.items()},
+        **{f"{name}_parameters_without_head": count - its for name, (count, its) in counts.items()},
     }

@@ -214,11 +214,15 @@ def test_the_prefix_and_each_of_its_slots_change_the_logits(make_model):
     ],
 )
 def test_parameter_counts(make_model, kind, trainable, total, stored):
-    counts = utils.count_parameters(make_model(**KINDS[kind]))
+    model = make_model(**KINDS[kind])
+    counts = utils.count_parameters(model)
     assert counts["trainable_parameters"] == trainable
     assert counts["total_parameters"] == total
     assert counts["stored_parameters"] == stored
     assert counts["trainable_parameters_without_head"] == trainable - 51
+    predicting = utils.count_parameters(model.requires_grad_(False))
+    nothing = {"trainable_parameters": 0, "trainable_parameters_without_head": 0}
+    assert predicting == {**counts, **nothing}
 
 
 def test_only_prefix_and_head_get_gradients(make_model):
