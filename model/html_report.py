@@ -138,8 +138,13 @@ def render(about: dict, results: dict, evaluation: dict, records: list[dict]) ->
     name = "test" if "test" in evaluation else "eval"
     details = evaluation[name]
     settings = about["settings"]
-    trained = settings.get("num_train_epochs")
-    way = WAYS[settings["prefix_depth"]] if trained else about["backbone"]
+    if settings.get("num_train_epochs"):
+        way = WAYS[settings["prefix_depth"]]
+    elif "train_rows" in results:
+        way = f"baseline {about['backbone']}"
+    else:
+        models = settings["prefix_paths"] or [settings["model_name_or_path"]]
+        way = f"predictions of {', '.join(models)}"
     cards = [
         (title, results.get(f"{name}_{key}"), results.get(f"{name}_{key}_interval"))
         for title, key in (
