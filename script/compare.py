@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import permutation_test
 
-from dataset import DataError, canonical_label, file_sha256, read_table, text_key
+from dataset import DataError, file_sha256, read_table, text_key
 from model import html_report
 from model.output_folder import RUN_FILE, read_record
+from script.paired import exchange_test, predicted
 
 TUNE = ["main.py", "--do_train", "--do_eval", "--do_predict", "--resume_from_checkpoint", "auto"]
 METHODS = {
@@ -57,7 +57,6 @@ COLUMNS = {  # of the table, by their names in all_results.json
     "rows/s": "predict_samples_per_second",
     "memory": "peak_memory_bytes",
 }
-RESAMPLES = 9999  # of a permutation test
 
 
 def plan(args: argparse.Namespace) -> list[dict]:
@@ -158,21 +157,16 @@ def known_texts(path: str) -> set[str]:
 
 def hits(run: dict) -> pd.DataFrame:
     """Of each distinct test text that is unseen in training: its rows, and how many are right."""
-    table = read_table(
-        str(run["folder"] / "predictions.csv"), "utf-8", ["text", "label", "predicted"]
-    )
-    right = table["label"].map(canonical_label) == table["predicted"]
-    keys = table["text"].map(text_key)
-    unseen = ~keys.isin(known_texts(f"{run['data']}/train_simple.csv"))
-    return pd.DataFrame({"rows": 1, "right": right})[unseen].groupby(keys[unseen]).sum()
+    table = predicted(run["folder"])
+    unseen = table[~table["text"].isin(known_texts(f"{run['data']}/train_simple.csv"))]
+    return unseen.assign(rows=1).groupby("text")[["rows", "right"]].sum()
 
 
 def paired_tests(runs: list[dict]) -> list[dict]:
     """Each two methods on the same unseen texts: difference of accuracy, and its p-value.
 
-    A permutation test over distinct texts: were both methods' models alike, each text's two shares
-    of right predictions, over rows and seeds, could as well be exchanged. It knows nothing of what
-    other seeds would give.
+    Over distinct texts, each with its share of right predictions over rows and seeds: the test
+    knows nothing of what other seeds would give.
     """
     found = []
     for protocol in dict.fromkeys(run["protocol"] for run in runs):
@@ -185,13 +179,10 @@ def paired_tests(runs: list[dict]) -> list[dict]:
         for one, other in combinations(tables, 2):
             if tables[one].index.equals(tables[other].index) and len(tables[one]) > 1:
                 pair = (tables[one].to_numpy(), tables[other].to_numpy())
-                test = permutation_test(
-                    pair, lambda a, b, axis: np.mean(b - a, axis=axis), vectorized=True,
-                    permutation_type="samples", n_resamples=RESAMPLES, batch=200, rng=0,
-                )  # fmt: skip
+                difference, p = exchange_test(*pair)
                 found.append({"protocol": protocol, "one": one, "other": other,
-                              "texts": len(pair[0]), "difference": float(test.statistic),
-                              "p": float(test.pvalue)})  # fmt: skip
+                              "texts": len(pair[0]), "difference": difference,
+                              "p": p})  # fmt: skip
     return found
 
 
