@@ -6,6 +6,7 @@ follow P-tuning v2. Nothing heavy is imported here, so that `--help` and a typo 
 
 import argparse
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -29,6 +30,11 @@ TUNING_DEFAULTS = {
 # Not tuned on real data.
 TUNING_DEFAULTS["projected prefix"] = TUNING_DEFAULTS["prefix"] | {"learning_rate": 1e-3}
 TUNING_DEFAULTS["input prefix"] = TUNING_DEFAULTS["prefix"]
+COLUMN_DEFAULTS = {
+    "text_column_names": ["text"],
+    "text_column_delimiter": " ",
+    "label_column_name": "label",
+}
 # Groups of flags that would do nothing without --do_train.
 NEEDS_TRAINING = ("prefix tuning", "training", "evaluation and choice of the best epoch")
 PREFIX_DEFAULTS = {
@@ -131,18 +137,19 @@ def add_data_flags(parser: Parser) -> None:
     group.add_argument(
         "--text_column_names",
         type=names,
-        default=["text"],
         metavar="A,B",
-        help="column(s) that hold the text, separated by commas [text]",
+        help="column(s) that hold the text, separated by commas "
+        "[text, or those of the tuned folder]",
     )
     group.add_argument(
         "--text_column_delimiter",
-        default=" ",
         metavar="STR",
-        help="what joins several text columns [one blank]",
+        help="what joins several text columns [one blank, or that of the tuned folder]",
     )
     group.add_argument(
-        "--label_column_name", default="label", metavar="NAME", help="label column [%(default)s]"
+        "--label_column_name",
+        metavar="NAME",
+        help="label column [label, or that of the tuned folder]",
     )
     group.add_argument(
         "--problem_type",
@@ -421,6 +428,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"{word!a} is not UTF-8")
     args = parser.parse_args(argv)
     check_tasks(parser, args)
+    fill_columns(args)
     check_columns_and_paths(parser, args)
     if args.do_train:
         check_prefix(parser, args)
@@ -443,6 +451,19 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--prefix_paths: the folders name their backbone; leave --model_name_or_path")
     if args.prefix_paths and (args.do_train or args.do_eval):
         parser.error("--prefix_paths is for --do_predict alone")
+
+
+def fill_columns(args: argparse.Namespace) -> None:
+    """Columns that are not given are those that a tuned folder was tuned on."""
+    try:
+        with open(os.path.join(args.model_name_or_path, "run.json"), encoding="utf-8") as file:
+            tuned_on = json.load(file)["settings"]
+        tuned_on = {name: tuned_on[name] for name in COLUMN_DEFAULTS}
+    except (OSError, ValueError, KeyError, TypeError):  # a backbone, or written by others
+        tuned_on = COLUMN_DEFAULTS
+    for name, value in tuned_on.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def refuse_training_flags(parser: Parser, args: argparse.Namespace, argv: list[str]) -> None:
@@ -509,7 +530,7 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
         )
     check_saving(parser, args)
     if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
-        parser.error("--report_to tensorboard: pip install tensorboard first")
+        parser.error("--report_to tensorboard: .venv/bin/pip install tensorboard first")
     if args.warmup_steps > 1 and args.warmup_steps % 1:
         parser.error("--warmup_steps: give a whole number of steps, or a share below 1")
 

@@ -55,11 +55,15 @@ class Split:
         """`count` rows drawn at random, in the file's order; all where there are no more."""
         if count >= len(self):
             return self
-        drawn = np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))
+        return self.take(np.random.default_rng(seed).choice(len(self), count, replace=False))
+
+    def take(self, chosen: np.ndarray) -> "Split":
+        """The rows of these numbers, from 0, in the file's order."""
+        chosen = np.sort(chosen)
         texts, labels, rows = (
-            [values[i] for i in drawn] for values in (self.texts, self.labels, self.rows)
+            [values[i] for i in chosen] for values in (self.texts, self.labels, self.rows)
         )
-        return replace(self, table=self.table.iloc[drawn], texts=texts, labels=labels, rows=rows)
+        return replace(self, table=self.table.iloc[chosen], texts=texts, labels=labels, rows=rows)
 
 
 # ---------------------------------------------------------------------------------- CSV files
@@ -170,6 +174,8 @@ def read_tables(
     lines = read_rows(path, encoding, mend)
     header = next(lines)
     if missing := [name for name in columns if name not in header]:
+        if len(header) == 1 and re.search(r"[;\t]", header[0]):
+            hint = ": are its fields separated by something else than commas?"
         raise DataError(
             f"{path} has no column {', '.join(map(repr, missing))}; it has "
             f"{', '.join(map(repr, header))}{hint}"
@@ -296,11 +302,14 @@ class Stream:
         )
 
 
-def open_stream(args: Namespace, names: list[str], known: set[str] | None) -> Stream:
+def open_stream(
+    args: Namespace, names: list[str], known: set[str] | None, served: list[list[str]] = ()
+) -> Stream:
     """Check the whole test file, a chunk at a time; its labels may be missing.
 
     names: the labels that it may hold. known: `text_keys` of the training file, to log how much
-    of it is seen. Raises: DataError, also where a part of the rows has labels.
+    of it is seen. served: the labels of each of `--prefix_paths`, for the rows that name it.
+    Raises: DataError, also where a part of the rows has labels.
     """
     rows, dropped, seen = 0, 0, 0
     multi_label = args.problem_type == "multi_label_classification"
@@ -315,7 +324,9 @@ def open_stream(args: Namespace, names: list[str], known: set[str] | None) -> St
         if known is not None:
             seen += seen_texts(known, text_keys(chunk)).sum()
         if args.prefix_paths:
-            numbers_of(chunk, args.prefix_column, args.prefix_paths)
+            numbers = numbers_of(chunk, args.prefix_column, args.prefix_paths)
+            for number, its in enumerate(served if chunk.labels is not None else ()):
+                label_ids(chunk.take(np.flatnonzero(numbers == number)), its, multi_label)
     report_dropped(args.test_file, dropped, rows)
     if labelled[True] and labelled[False] and not multi_label:  # there a blank is no label
         raise DataError(
@@ -368,7 +379,10 @@ def read_labels(
         labels = [[canonical_label(cell)] for cell in table[column]]
     missing = [row for row, names in zip(rows, labels, strict=True) if "" in names]
     if missing:
-        raise DataError(f"{path}: no '{column}' in {row_list(missing)}")
+        raise DataError(
+            f"{path}: no '{column}' in {row_list(missing)}; fill it in, leave such rows out, or, "
+            "where a row may have several or none, give --problem_type multi_label_classification"
+        )
     return labels
 
 
@@ -416,7 +430,7 @@ def label_ids(split: Split, names: list[str], multi_label: bool) -> np.ndarray:
         raise DataError(
             f"{split.path}: label {', '.join(map(repr, strange[:10]))} in "
             f"{row_list(sorted({row for row, _ in unknown}))} is none of the training "
-            f"file's: {', '.join(map(repr, names))}"
+            f"file's: {', '.join(map(repr, names))}; correct or leave out such rows"
         )
     if not multi_label:
         return np.array([index[labels[0]] for labels in split.labels], dtype=np.int64)
@@ -461,6 +475,11 @@ def audit(train: Split) -> set[str]:
     logger.info("%s: %d rows, %d distinct texts", train.path, len(train), len(known))
     counts = Counter(name for names in train.labels for name in names)
     single = [name for name, count in counts.items() if count == 1]
+    if joined := [name for name in counts if LABEL_SEPARATOR in name]:
+        logger.warning(
+            "warning: %s: '%s' is one label; if it is several, give --problem_type "
+            "multi_label_classification", train.path, joined[0],
+        )  # fmt: skip
     if single:
         logger.warning("warning: %s: only one row of label %s", train.path, ", ".join(single))
     if doubtful := contradictions(train):

@@ -34,12 +34,20 @@ def main(argv: list[str] | None = None) -> int:
     logger.info("loading libraries ...")  # seconds of silence otherwise
 
     # After the arguments, so that --help and a typo are answered without importing torch.
-    from dataset import DataError
-    from model import processes
-    from model.checkpoint import CheckpointError
-    from model.output_folder import OutputError
-    from model.source import ModelError
-    from trainer import Stopped, TrainingError
+    try:
+        from dataset import DataError
+        from model import processes
+        from model.checkpoint import CheckpointError
+        from model.output_folder import OutputError
+        from model.source import ModelError
+        from trainer import Stopped, TrainingError
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {error} for {sys.executable}: .venv/bin/python has it, once bash "
+            "script/run_og.sh has made that",
+            file=sys.stderr,
+        )
+        return 2
 
     try:
         run(args)
@@ -131,12 +139,17 @@ def run_into(output, args: Namespace, group) -> None:
     multi_label = args.problem_type == "multi_label_classification"
     labels = {name: dataset.label_ids(split, names, multi_label) for name, split in splits.items()}
     known = dataset.audit(splits["train"]) if args.do_train else None
+    before = args.model_name_or_path if args.do_train and utils.is_tuned(source, config) else None
+    if before:
+        logger.warning(
+            "warning: %s was tuned before: the texts it saw then count as unseen", before
+        )
     if args.do_train and args.do_eval:
         seen = dataset.seen_texts(known, dataset.text_keys(splits["eval"]))
         dataset.log_seen(splits["eval"].path, len(seen), seen.sum())
     files = dict(splits)
     if args.do_predict:
-        files["test"] = dataset.open_stream(args, names, known)
+        files["test"] = dataset.open_stream(args, names, known, bank.labels if bank else ())
         output.check_columns(args.test_file, files["test"].columns, names)
 
     # tokens
@@ -152,7 +165,7 @@ def run_into(output, args: Namespace, group) -> None:
     described = {name: file.describe() for name, file in files.items()}
     about = report.about(
         args, source.name, sha256_of(bank.sources if bank else [source]), names, described
-    )
+    ) | {"started_from": before}
     auto = args.resume_from_checkpoint == "auto"
     if group.from_first(auto and group.first and output.is_finished(about)):
         logger.info("this run has finished already")

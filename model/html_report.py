@@ -150,7 +150,7 @@ def render(about: dict, results: dict, evaluation: dict, records: list[dict]) ->
         for title, key in (
             ("accuracy", "accuracy"), ("on unseen texts", "accuracy_unseen"),
             ("on seen texts", "accuracy_seen"), ("texts seen in training", "seen_share"),
-            ("macro F1", "macro_f1"),
+            ("micro F1", "micro_f1"), ("macro F1", "macro_f1"),
         )
     ]  # fmt: skip
     few = len(labels) <= DRAWN
@@ -177,7 +177,7 @@ def render(about: dict, results: dict, evaluation: dict, records: list[dict]) ->
         about=about, results=results, way=way, file={"test": "test", "eval": "validation"}[name],
         cards=[card for card in cards if card[1] is not None], rows=result_rows(results),
         pictures=pictures, classes=list(classes), mistakes=mistakes,
-        audited=f"{name}_seen_share" in results,
+        audited=f"{name}_seen_share" in results, several=f"{name}_micro_f1" in results,
     )  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def study_pictures(runs: list[dict], rows: list[dict]) -> dict[str, str]:
 
 def render_study(
     runs: list[dict], rows: list[dict], table: list[list[str]], columns: list[str],
-    tests: list[dict], command: str,
+    tests: list[dict], command: str, notes: list[str],
 ) -> str:  # fmt: skip
     """The page of a study, see script/compare.py."""
     with matplotlib.rc_context(STYLE):
@@ -272,5 +272,5 @@ def render_study(
     cards = [row for row in rows if row["protocol"] == "unseen" and row["on unseen"] is not None]
     return environment().get_template("study.html").render(
         runs=runs, table=table, columns=columns, tests=tests, command=command,
-        protocols=protocols, folds=folds, cards=cards,
+        protocols=protocols, folds=folds, cards=cards, notes=notes,
     )  # fmt: skip

@@ -25,9 +25,9 @@ def predictions(probability: np.ndarray, multi_label: bool) -> np.ndarray:
 
 
 def confidence(probability: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Probability of the prediction [N]; with several labels a row, of its least sure decision."""
+    """Probability of the prediction [N]; several labels a row count as independent."""
     if multi_label:
-        return np.maximum(probability, 1 - probability).min(axis=1)
+        return np.maximum(probability, 1 - probability).prod(axis=1)
     return probability.max(axis=1)
 
 

@@ -37,6 +37,7 @@ PARTIAL_FILE = re.compile(
     r"saving-checkpoint-\d+|[a-z_]+\.(json|html)\.new|README\.md\.new|process"
 )
 LABEL_SEPARATOR = "|"
+os.umask(UMASK := os.umask(0o022))  # it can only be read by setting it
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class OutputFolder:
         inside = resume and Path(resume).resolve().parent == self.staging.resolve()
         self.auto, self.goes_on = resume == "auto", bool(resume == "auto" or inside)
         try:
+            self.made = not self.path.exists()
             self.staging.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.path, os.O_RDONLY)
         except OSError as error:
@@ -100,6 +102,8 @@ class OutputFolder:
         with suppress(OSError):  # read-only; or the folder is gone, or not empty
             (self.staging / PROCESS).unlink(missing_ok=True)
             self.staging.rmdir()
+            if self.made:  # and has come to nothing
+                self.path.rmdir()
         os.close(self.lock)
 
     def take(self) -> None:
@@ -184,6 +188,12 @@ class OutputFolder:
         after it go: they are damaged, or it was chosen by hand.
         """
         with writing(self.staging):
+            if not begun and (lost := checkpoint.steps(self.staging)):
+                logger.warning(
+                    "warning: an unfinished run was in %s, saved up to step %d: it is removed; "
+                    "--resume_from_checkpoint auto would have gone on with it",
+                    self.path, max(lost),
+                )  # fmt: skip
             records = begun[0] / RECORDS if begun else None
             text = records.read_bytes() if records and records.exists() else None
             for entry in list(self.staging.iterdir()):
@@ -288,6 +298,9 @@ class OutputFolder:
         with writing(self.path):
             for staged in map(self.staging.joinpath, now):
                 for path in (staged, *staged.rglob("*")):
+                    # safetensors makes files that nobody else may read
+                    if path.is_file() and not path.stat().st_mode & 0o077:
+                        path.chmod(0o666 & ~UMASK)
                     checkpoint.sync(path)
             for name in sorted(now):
                 if (self.path / name).is_dir():  # a rename replaces files only

@@ -33,6 +33,7 @@ class PrefixBank(nn.Module):
         super().__init__()
         check_alike(sources, configs)
         self.sources, self.config = sources, merge(configs)
+        self.labels = [utils.list_labels(config) for config in configs]  # of each prefix
         self.backbone = utils.load_model(sources[0], configs[0]).bert
         learnt = [
             adapter.load(source.adapter, config)

@@ -41,15 +41,11 @@ metrics: [accuracy, f1]
 
 # {title}
 
-{backbone}, tuned by {way} to tell {count} labels apart: {labels}.
+{backbone}, tuned by {way} to tell {count} labels apart: {labels}.{notes}
 
 ## Results
 
-| | validation | test |
-|---|---|---|
 {results}
-
-The accuracy on texts that do not stand in the training file is the one to expect on new texts.
 {choice}
 
 ## Training data and procedure
@@ -85,10 +81,21 @@ def about(
         "weights_sha256": sha256,
         "labels": names,
         "data": data,
+        "synthetic": any(map(is_synthetic, data.values())),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "commit": commit(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
+
+
+def is_synthetic(described: dict) -> bool:
+    """Whether a file of data is as script/splits.py made it from the synthetic sample."""
+    path = Path(described["path"])
+    try:
+        about = json.loads((path.parent / "split.json").read_text(encoding="utf-8"))
+        return about["synthetic"] and about["files"].get(path.name) == described["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not ours, or none
+        return False
 
 
 def commit() -> str | None:
@@ -140,9 +147,20 @@ def result_rows(results: dict) -> list[tuple[str, list[str]]]:
 def model_card(about: dict, results: dict) -> str:
     """The README.md beside a tuned model."""
     settings = about["settings"]
-    table = "\n".join(
-        f"| {title.strip()} | {' | '.join(cells)} |" for title, cells in result_rows(results)
-    )
+    rows = [f"| {title.strip()} | {' | '.join(cells)} |" for title, cells in result_rows(results)]
+    table = ["None: it was neither evaluated nor tested."]
+    if rows:
+        table = ["| | validation | test |", "|---|---|---|", *rows, ""]
+        table.append(
+            "The accuracy on texts that do not stand in the training file is the one to expect on "
+            "new texts."
+        )
+    notes = ""
+    if about["started_from"]:
+        notes += f"\n\nIt started from `{about['started_from']}`, which was tuned before: "
+        notes += "texts that it saw then count as unseen below."
+    if about["synthetic"]:
+        notes += "\n\n**It was tuned on made-up texts, the synthetic sample.**"
     choice = "It is the model after the last epoch."
     if "best_epoch" in results:
         choice = (
@@ -165,24 +183,29 @@ def model_card(about: dict, results: dict) -> str:
         settings=json.dumps(settings, indent=2),
         versions="\n".join(f"- {name} {number}" for name, number in about["versions"].items()),
         max_seq_length=settings["max_seq_length"],
-        results=table,
+        results="\n".join(table),
+        notes=notes,
     )
 
 
 def summary(args: Namespace, results: dict, folder: Path) -> str:
     """The closing table of a run: what was reached, what it took, where it lies."""
-    lines = [f"{'':24}{'validation':>13}{'test':>13}"]
-    lines += [f"{title:24}{one:>13}{other:>13}" for title, (one, other) in result_rows(results)]
+    rows = result_rows(results)
+    lines = [f"{'':24}{'validation':>13}{'test':>13}"] if rows else []
+    lines += [f"{title:24}{one:>13}{other:>13}" for title, (one, other) in rows]
     if "train_runtime" in results:
         tuned, total = results["trainable_parameters"], results["total_parameters"]
         lines.append(
-            f"tuned {tuned:,} of {total:,} parameters ({100 * tuned / total:.1f} %) "
+            f"tuned {tuned:,} of {total:,} parameters ({100 * tuned / total:.3g} %) "
             f"in {results['train_runtime']:.0f} s, "
             f"{results['train_samples_per_second']:.0f} examples/s"
         )
     lines.append(f"peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB")
     if args.do_predict and "test_accuracy" not in results:
-        lines.append(f"{args.test_file} has no labels: predicted, not scored")
+        lines.append(
+            f"{args.test_file} has nothing in a column '{args.label_column_name}': predicted, not "
+            "scored"
+        )
     files = sorted(entry.name for entry in folder.iterdir())
     lines.append(f"in {folder}: {', '.join(files)}")
     return "\n".join(lines)

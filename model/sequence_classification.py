@@ -52,7 +52,7 @@ class WordsInUse(nn.Module):
     """Word embeddings of which only those of the words in use are tuned.
 
     The others have no gradient in any step. Left out they need no memory for it, no moments and no
-    work: of a small BERT all word embeddings are half of the weights, those in use a fraction of it.
+    work: word embeddings are half of a small BERT's weights, those in use a part of that.
     """
 
     def __init__(self, table: nn.Embedding, words: torch.Tensor) -> None:

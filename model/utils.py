@@ -76,7 +76,7 @@ def describe_task(source: Source, config: BertConfig, names: list[str], args: Na
     they cover `names`. Returns whether the head starts anew.
     """
     known = list_labels(config)
-    tuned = bool(source.adapter) or config.architectures == TUNED
+    tuned = is_tuned(source, config)
     unnamed = known == [f"LABEL_{number}" for number in range(len(known))]
     if tuned and unnamed and len(known) == len(names):
         logger.info("%s names no labels: they are %s, in this order", source.folder, names)
@@ -98,6 +98,11 @@ def describe_task(source: Source, config: BertConfig, names: list[str], args: Na
     config.attention_probs_dropout_prob = args.attention_probs_dropout_prob
     config.classifier_dropout = None  # that of hidden layers before the head too
     return fresh
+
+
+def is_tuned(source: Source, config: BertConfig) -> bool:
+    """Whether it is the folder of a tuned model, which has a head, and no mere backbone."""
+    return bool(source.adapter) or config.architectures == TUNED
 
 
 def list_labels(config: BertConfig) -> list[str]:

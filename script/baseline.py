@@ -122,7 +122,10 @@ def run(method: str, args: Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Returns the exit status; 2 after one line about what the user can mend."""
-    if not argv or argv[0] not in ("majority", "lookup", "tfidf") or {"-h", "--help"} & {*argv}:
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__)
+        return 0
+    if not argv or argv[0] not in ("majority", "lookup", "tfidf"):
         print(__doc__, file=sys.stderr)
         return 2
     given = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}

@@ -42,7 +42,7 @@ STUDYS_OWN = {  # flags that the study sets itself, or that the baselines would 
     "--train_file", "--validation_file", "--test_file", "--do_train", "--do_eval", "--do_predict",
     "--overwrite_output_dir", "--resume_from_checkpoint", "--prefix", "--prefix_depth",
 }  # fmt: skip
-QUICK = ["--num_train_epochs", "3"]
+QUICK = ["--num_train_epochs", "6"]
 COLUMNS = {  # of the table, by their names in all_results.json
     "accuracy": "test_accuracy",
     "seen": "test_seen_share",
@@ -98,6 +98,10 @@ def is_finished(run: dict) -> bool:
 def work_through(runs: list[dict]) -> None:
     """Run what is not finished, one after the other; a log lies beside each folder."""
     left = [run for run in runs if not is_finished(run)]
+    for run in left:
+        if (run["folder"] / RUN_FILE).exists():
+            sys.exit(f"error: {run['folder']} holds a run with other flags, data or seed: give "
+                     "another --output_dir")  # fmt: skip
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished already", flush=True)
     took: dict[str, list[float]] = {}
     for number, run in enumerate(left):
@@ -116,10 +120,7 @@ def work_through(runs: list[dict]) -> None:
             status = process.wait()
         if status:
             last = log.read_text(encoding="utf-8").strip().split("\n")[-1]
-            way_out = "the same command goes on from here"
-            if (run["folder"] / RUN_FILE).exists():
-                way_out = f"{run['folder']} is of another study: give another --output_dir"
-            sys.exit(f"{last}\nthe whole of it: {log}; {way_out}")
+            sys.exit(f"{last}\nthe whole of it: {log}; the same command goes on from here")
         took.setdefault(run["method"], []).append(time.perf_counter() - start)
 
 
@@ -133,6 +134,24 @@ def read(run: dict) -> dict:
     commit = read_record(run["folder"] / RUN_FILE)["commit"]
     records = [json.loads(line) for line in lines]
     return run | {"results": results, "records": records, "commit": commit}
+
+
+def notes(runs: list[dict], quick: bool) -> list[str]:
+    """What one has to know before one believes the figures."""
+    found = []
+    if any(read_record(run["folder"] / RUN_FILE).get("synthetic") for run in runs):
+        found.append(
+            "The texts are made up, of the synthetic sample: the figures mean nothing else."
+        )
+    if quick:
+        found.append(f"Tuned to see it work only (--quick: {' '.join(QUICK)}).")
+    for run in runs:
+        if TUNE[0] in run["command"] and predicted(run["folder"])["answer"].nunique() == 1:
+            found.append(
+                f"{run['folder'].name} gives every row the same label: it has learnt nothing, and "
+                "the means of its method are worth as much; try another rate or more epochs."
+            )
+    return found
 
 
 def summary(runs: list[dict]) -> list[dict]:
@@ -273,14 +292,16 @@ def main() -> None:
         "study.json": json.dumps({"summary": rows, "tests": tests, "runs": singles}, indent=1),
         **{f"{name}.svg": x for name, x in html_report.study_pictures(runs, rows).items()},
     }
+    warnings = notes(runs, args.quick)
     command = shlex.join(["bash", "script/compare.sh", *sys.argv[1:]])
     table = [[row["protocol"], row["method"], *(shown(row, c) for c in COLUMNS)] for row in rows]
     files["report.html"] = html_report.render_study(
-        runs, rows, table, list(COLUMNS), tests, command
+        runs, rows, table, list(COLUMNS), tests, command, warnings
     )
     for name, text in files.items():
         (folder / name).write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     print(text_table(rows, tests))
+    print(*warnings, sep="\n")
     print(f"in {folder}: {', '.join(files)}, and each run's folder with a report of its own")
 
 

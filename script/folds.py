@@ -30,7 +30,7 @@ def cut(path: str, output_dir: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in (("train", rest[~chosen]), ("val", rest[chosen]), ("test", test)):
             part[["text", "label"]].to_csv(folder / f"{name}_simple.csv", index=False)
-        print(f"{folder}: {(~chosen).sum()} rows to train on, {chosen.sum()}, {len(test)} to test")
+        print(f"{folder}: train {(~chosen).sum()}, validate {chosen.sum()}, test {len(test)} rows")
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ RESAMPLES = 9999
 
 
 def predicted(folder: str | Path) -> pd.DataFrame:
-    """Of each row of a run's test file: key of its text, its labels, whether they were predicted.
+    """Of each row of a run's test file: key of its text, its labels, what was predicted as they
+    are written, and whether it is right.
 
     Raises: OutputError for a folder without a run, DataError for one without labelled predictions.
     """
@@ -38,12 +39,14 @@ def predicted(folder: str | Path) -> pd.DataFrame:
         multi_label=multi_label,
     )
     labels = [frozenset(names) for names in split.labels]
-    answers = [
-        set(filter(None, answer.split(LABEL_SEPARATOR))) if multi_label else {answer}
-        for answer in read_table(path, "utf-8", ["predicted"])["predicted"]
+    answers = read_table(path, "utf-8", ["predicted"])["predicted"]
+    right = [
+        names == (set(filter(None, answer.split(LABEL_SEPARATOR))) if multi_label else {answer})
+        for names, answer in zip(labels, answers, strict=True)
     ]
-    right = [names == answer for names, answer in zip(labels, answers, strict=True)]
-    return pd.DataFrame({"text": text_keys(split), "labels": labels, "right": right})
+    return pd.DataFrame(
+        {"text": text_keys(split), "labels": labels, "answer": answers, "right": right}
+    )
 
 
 def exchange_test(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:

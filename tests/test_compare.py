@@ -83,6 +83,30 @@ def test_a_study_runs_once_and_says_what_it_found(study, tmp_path):
     assert first[end:] == again[again.index("protocol") :]
 
 
+def test_another_study_is_refused_before_it_starts(study, tmp_path):
+    """And leaves the logs of the finished one."""
+    study()
+    log = tmp_path / "study" / "unseen-prefix-0.log"
+    log.write_text("of the finished run")
+    with pytest.raises(SystemExit, match="holds a run with other flags, data or seed"):
+        study("--seeds", "7")
+    assert log.read_text() == "of the finished run"
+
+
+def test_a_study_says_what_its_figures_are_not_worth(study, tmp_path):
+    assert "--quick: --num_train_epochs" in study("--quick", "--seeds", "1")
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "Tuned to see it work only" in page
+    folder = tmp_path / "study" / "unseen-prefix-0"
+    run = {"folder": folder, "command": compare.METHODS["prefix"]}
+    for answers, collapsed in (("01", False), ("11", True)):
+        rows = [("a", "0", answers[0]), ("b", "1", answers[1])]
+        write_csv(folder / "predictions.csv", rows, ("text", "label", "predicted"))
+        notes = compare.notes([run], quick=False)
+        assert ("unseen-prefix-0 gives every row the same label" in " ".join(notes)) == collapsed
+    assert not compare.notes([run | {"command": compare.METHODS["majority"]}], quick=False)
+
+
 def test_a_run_that_fails_ends_the_study_with_its_last_line(folders, tmp_path):
     """And here each run is a process."""
     write_csv(tmp_path / "fold 0" / "train_simple.csv", [("one", "1"), ("", "0")])

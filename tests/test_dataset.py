@@ -47,7 +47,8 @@ def test_odd_texts_come_back_unchanged(tmp_path):
         (b"text,label\nx\0y,1\n", "row 1 (line 2) holds a NUL byte"),
         (b'text,label\nx,1\n"y,1\nz,1\n', "the row that starts at line 3"),
         (b'text,label\n"x"y,1\n', "the row that starts at line 2"),
-        (b"text,label\nx,1\ny,\n", "no 'label' in row 2"),
+        (b"text,label\nx,1\ny,\n", "no 'label' in row 2; fill it in"),
+        (b"text;label\nx;1\n", "are its fields separated by something else than commas?"),
         (
             "text,label\nabcdé,1\n".encode("cp1252"),
             "not utf-8 at byte 15: give its",
@@ -156,6 +157,9 @@ def test_the_leak_is_found_whatever_case_and_white_space(tmp_path, caplog):
     assert "66.7 % have a text that stands in the training file" in caplog.text
     assert "1 texts stand under more than one label" in caplog.text
     assert "only one row of label 1, 2" in caplog.text
+    assert "multi_label" not in caplog.text
+    dataset.audit(read(write_csv(tmp_path / "c.csv", [("a", "x|y"), ("b", "x")])))
+    assert "'x|y' is one label; if it is several, give --problem_type" in caplog.text
 
 
 def arguments(path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import main
-from conftest import ROWS, write_csv
+from conftest import ROOT, ROWS, write_csv
 from dataset import read_split
 
 RESULTS = {
@@ -53,6 +53,51 @@ def test_a_run_leaves_exactly_its_files(run, flags, model):
     assert train["sha256"] == hashlib.sha256(Path(train["path"]).read_bytes()).hexdigest()
     assert set(load(folder, "all_results.json")) >= REQUIRED
     assert load(folder, "all_results.json")["test_seen_share"] == 0.5
+    os.umask(umask := os.umask(0o022))
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
+
+
+def test_tuned_and_not_scored_it_says_so(backbone, files, tmp_path, capsys):
+    argv = ["--do_train", *files, "--model_name_or_path", backbone, "--num_train_epochs", "1"]
+    argv += ["--max_seq_length", "16"]
+    assert main.main([*argv, "--output_dir", str(tmp_path / "out")]) == 0
+    assert "neither evaluated nor tested" in (tmp_path / "out" / "README.md").read_text()
+    assert "validation" not in capsys.readouterr().out
+
+
+def test_columns_are_those_that_a_folder_was_tuned_on(run, tmp_path):
+    rows = [(i, text, "a word", label) for i, (text, label) in enumerate(ROWS)]
+    path = write_csv(tmp_path / "columns.csv", rows, ("id", "title", "tags", "category"))
+    named = ["--text_column_names", "title,tags", "--text_column_delimiter", " : "]
+    files = [word for name in ("train", "validation", "test") for word in (f"--{name}_file", path)]
+    folder = run(*named, "--label_column_name", "category", *files)
+    argv = ["--do_predict", "--model_name_or_path", str(folder), "--precision", "fp32"]
+    argv += ["--test_file", path, "--output_dir", str(tmp_path / "again")]
+    assert main.main(argv) == 0
+    mine, first = (load(path, "all_results.json") for path in (tmp_path / "again", folder))
+    assert mine["test_loss"] == pytest.approx(first["test_loss"], abs=1e-6)
+
+
+def test_made_up_texts_are_told_wherever_figures_are(run, files, tmp_path):
+    sha256 = hashlib.sha256((tmp_path / "test.csv").read_bytes()).hexdigest()
+    for made_up in (True, False):
+        about = {"synthetic": made_up, "files": {"test.csv": sha256}}
+        (tmp_path / "split.json").write_text(json.dumps(about))
+        folder = run("--overwrite_output_dir")
+        assert load(folder, "run.json")["synthetic"] == made_up
+        for name in ("README.md", "report.html"):
+            text = (folder / name).read_text(encoding="utf-8").lower()
+            assert ("made-up texts" in text) == made_up
+
+
+def test_without_the_packages_one_line_tells_the_way_out(tmp_path):
+    flags = ["--do_train", "--output_dir", str(tmp_path / "out")]
+    shown = subprocess.run(
+        [sys.executable, "-S", "main.py", *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert shown.returncode == 2
+    assert "error: No module named" in shown.stderr and ".venv/bin/python has it" in shown.stderr
+    assert "Traceback" not in shown.stderr
 
 
 @pytest.mark.parametrize("flags", [(), ("--prefix",), ("--prefix", "--prefix_projection")])
@@ -237,6 +282,10 @@ def test_an_output_folder_that_cannot_be_one(run, tmp_path, capsys):
     assert "error: --output_dir" in capsys.readouterr().err
 
 
+def test_a_run_that_is_refused_leaves_no_folder(run, tmp_path):
+    assert not run("--train_file", str(tmp_path / "none.csv"), status=2).exists()
+
+
 # -------------------------------------------------------------- prefixes: depths, further, many
 
 
@@ -299,6 +348,7 @@ def further(folder, files, tmp_path, *flags: str, name: str = "further") -> Path
 def test_a_tuned_folder_is_tuned_further_from_where_it_stood(run, files, tmp_path, flags):
     """With a learning rate so small that it stays there: the same model, head and labels too."""
     folder = run(*flags)
+    assert "It started from" not in (folder / "README.md").read_text()
     fewer = write_csv(tmp_path / "fewer.csv", ROWS[:8])  # two of the three labels
     again = further(folder, [*files, "--train_file", fewer], tmp_path, "--learning_rate", "1e-12")
     for name in ("model", "adapter_model"):
@@ -310,6 +360,9 @@ def test_a_tuned_folder_is_tuned_further_from_where_it_stood(run, files, tmp_pat
                 torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-9)
     assert load(again, "run.json")["labels"] == ["0", "1", "2"]
     assert load(again, "run.json")["settings"]["prefix"] == bool(flags)
+    assert (
+        f"It started from `{folder}`, which was tuned before" in (again / "README.md").read_text()
+    )
     moved = further(folder, files, tmp_path, name="moved")
     if flags:
         first, second = (load_file(path / "adapter_model.safetensors") for path in (folder, moved))
@@ -392,6 +445,11 @@ def test_a_column_names_the_prefix_that_serves_each_row(run, files, tmp_path, ca
     assert load(tmp_path / "mixed", "all_results.json")["test_accuracy"] == pytest.approx(hits)
 
     capsys.readouterr()
+    wrong = [(text, model, "x" if number == 3 else label)  # "first" tells 0, 1 and 2 apart
+             for number, (text, model, label) in enumerate(rows)]  # fmt: skip
+    write_csv(Path(mixed), wrong, ("text", "model", "label"))
+    assert main.main([*argv, "--output_dir", str(tmp_path / "no")]) == 2
+    assert "label 'x' in row 4 is none of" in capsys.readouterr().err
     argv[argv.index("model")] = "label"
     assert main.main([*argv, "--output_dir", str(tmp_path / "no")]) == 2
     assert "'label' in 7 rows (1, 2, 3, 4, 5, ...) names none" in capsys.readouterr().err

@@ -168,7 +168,7 @@ def test_a_limit_keeps_the_newest_and_the_best(run):
     assert set(checkpoint.steps(folder)) == {3, 12}
 
 
-def test_an_output_folder_keeps_an_unfinished_run(run, stop_at, capsys):
+def test_an_output_folder_keeps_an_unfinished_run(run, stop_at, capsys, caplog):
     stop_at(4)
     folder = run(status=143)
     before = hashes(folder)
@@ -178,6 +178,7 @@ def test_an_output_folder_keeps_an_unfinished_run(run, stop_at, capsys):
     stop_at(None)
     run("--overwrite_output_dir")
     assert {path.name for path in folder.iterdir()} == RESULTS | FULL
+    assert f"an unfinished run was in {folder}, saved up to step 5: it is removed" in caplog.text
 
 
 def test_a_checkpoint_of_another_folder_is_gone_on_from(run, stop_at):

@@ -371,11 +371,20 @@ def test_several_labels_a_row_are_scored_each():
     found = predictions(probabilities(logits, True), True)
     assert found.tolist() == [[1, 1], [0, 1], [0, 0]]
     sure = confidence(probabilities(logits, True), True)
-    np.testing.assert_allclose(sure, [0.982, 0.982, 0.731], atol=1e-3)
+    np.testing.assert_allclose(sure, [0.982**2, 0.982**2, 0.731 * 0.982], atol=1e-3)
     metrics = compute_metrics(logits, labels)
     assert metrics["accuracy"] == pytest.approx(2 / 3)
     assert metrics["micro_f1"] == pytest.approx(f1_score(labels, found, average="micro"))
     assert metrics["macro_f1"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_several_labels_drawn_from_their_probabilities_are_calibrated():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20_000, 4, generator=generator)
+    labels = torch.bernoulli(logits.sigmoid(), generator=generator).numpy()
+    counts = Counts()
+    counts.add(logits, labels)
+    assert counts.calibration()["ece"] < 0.015
 
 
 def test_records_are_plain_json_and_complete(make_model, data):
