@@ -65,6 +65,14 @@ def comparable(folder: Path) -> dict[str, object]:
     return found
 
 
+def holds(folder: Path, start: str) -> bool:
+    """Whether an unfinished run has such a file; it may end, and its folder go, at any time."""
+    try:
+        return any(name.startswith(start) for name in os.listdir(folder / "unfinished"))
+    except FileNotFoundError:
+        return False
+
+
 def live(argv: list[str], folder: Path, death: tuple[str, float] | None) -> int:
     """One life of the run in a child, ended by `death`, a kind and a number; its wait status."""
     child = os.fork()
@@ -92,7 +100,7 @@ def live(argv: list[str], folder: Path, death: tuple[str, float] | None) -> int:
         os.kill(child, signal.SIGKILL)
     if death and death[0] == "staging":
         while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-            if any((folder / "unfinished").glob("saving-*")):
+            if holds(folder, "saving-"):
                 time.sleep(death[1])
                 os.kill(child, signal.SIGKILL)
                 return os.waitpid(child, 0)[1]
@@ -108,7 +116,7 @@ def kill_until_done(argv: list[str], folder: Path, chance: random.Random, kills:
         kind = chance.choice(["time", "staging", "operation", "operation"])
         size = {"time": chance.uniform(0, 0.6), "staging": chance.uniform(0, 0.01),
                 "operation": chance.randrange(1, 60)}[kind]  # fmt: skip
-        counts["resumptions"] += any((folder / "unfinished").glob("checkpoint-*"))
+        counts["resumptions"] += holds(folder, "checkpoint-")
         status = live(again, folder, (kind, size))
         if os.WIFSIGNALED(status):
             counts[f"killed by {kind}"] += 1
