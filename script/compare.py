@@ -141,7 +141,7 @@ def notes(runs: list[dict], quick: bool) -> list[str]:
     found = []
     if any(read_record(run["folder"] / RUN_FILE).get("synthetic") for run in runs):
         found.append(
-            "The texts are made up, of the synthetic sample: the figures mean nothing else."
+            "The texts are made up, of the synthetic sample: the figures tell nothing of real ones."
         )
     if quick:
         found.append(f"Tuned to see it work only (--quick: {' '.join(QUICK)}).")
