@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError
 
+from dataset import LABEL_SEPARATOR
 from model import checkpoint
 from model.metrics import confidence, predictions, probabilities
 
@@ -36,7 +37,6 @@ OWN_FILE = re.compile(
 PARTIAL_FILE = re.compile(
     r"saving-checkpoint-\d+|[a-z_]+\.(json|html)\.new|README\.md\.new|process"
 )
-LABEL_SEPARATOR = "|"
 os.umask(UMASK := os.umask(0o022))  # it can only be read by setting it
 
 logger = logging.getLogger(__name__)
