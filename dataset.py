@@ -319,14 +319,16 @@ def open_stream(
         rows, dropped = rows + len(chunk), dropped + chunk.dropped
         if len(chunk):
             labelled[chunk.labels is not None] += chunk.rows[:1]
+        numbers = numbers_of(chunk, args.prefix_column, args.prefix_paths) if served else None
         if chunk.labels is not None:
-            label_ids(chunk, names, multi_label)
+            parts = [(chunk, names)]  # rows, and the labels that they may have
+            if served:
+                chosen = [np.flatnonzero(numbers == number) for number in range(len(served))]
+                parts = zip(map(chunk.take, chosen), served, strict=True)
+            for part, its in parts:
+                label_ids(part, its, multi_label)
         if known is not None:
             seen += seen_texts(known, text_keys(chunk)).sum()
-        if args.prefix_paths:
-            numbers = numbers_of(chunk, args.prefix_column, args.prefix_paths)
-            for number, its in enumerate(served if chunk.labels is not None else ()):
-                label_ids(chunk.take(np.flatnonzero(numbers == number)), its, multi_label)
     report_dropped(args.test_file, dropped, rows)
     if labelled[True] and labelled[False] and not multi_label:  # there a blank is no label
         raise DataError(

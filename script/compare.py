@@ -125,28 +125,31 @@ def work_through(runs: list[dict]) -> None:
 
 
 def read(run: dict) -> dict:
-    """A run with its figures and its records."""
+    """A run with its figures, records and predictions."""
     results = json.loads((run["folder"] / "all_results.json").read_text(encoding="utf-8"))
     weights = [run["folder"] / name for name in ("model.safetensors", "adapter_model.safetensors")]
     results["stored_bytes"] = sum(path.stat().st_size for path in weights if path.exists())
     records = run["folder"] / "metrics.jsonl"
     lines = records.read_text(encoding="utf-8").splitlines() if records.exists() else []
-    commit = read_record(run["folder"] / RUN_FILE)["commit"]
-    records = [json.loads(line) for line in lines]
-    return run | {"results": results, "records": records, "commit": commit}
+    about = read_record(run["folder"] / RUN_FILE)
+    return run | {
+        "results": results, "records": [json.loads(line) for line in lines],
+        "commit": about["commit"], "synthetic": about.get("synthetic"),
+        "predictions": predicted(run["folder"]),
+    }  # fmt: skip
 
 
 def notes(runs: list[dict], quick: bool) -> list[str]:
     """What one has to know before one believes the figures."""
     found = []
-    if any(read_record(run["folder"] / RUN_FILE).get("synthetic") for run in runs):
+    if any(run["synthetic"] for run in runs):
         found.append(
             "The texts are made up, of the synthetic sample: the figures tell nothing of real ones."
         )
     if quick:
         found.append(f"Tuned to see it work only (--quick: {' '.join(QUICK)}).")
     for run in runs:
-        if TUNE[0] in run["command"] and predicted(run["folder"])["answer"].nunique() == 1:
+        if TUNE[0] in run["command"] and run["predictions"]["answer"].nunique() == 1:
             found.append(
                 f"{run['folder'].name} gives every row the same label: it has learnt nothing, and "
                 "the means of its method are worth as much; try another rate or more epochs."
@@ -176,7 +179,7 @@ def known_texts(path: str) -> set[str]:
 
 def hits(run: dict) -> pd.DataFrame:
     """Of each distinct test text that is unseen in training: its rows, and how many are right."""
-    table = predicted(run["folder"])
+    table = run["predictions"]
     unseen = table[~table["text"].isin(known_texts(f"{run['data']}/train_simple.csv"))]
     return unseen.assign(rows=1).groupby("text")[["rows", "right"]].sum()
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import permutation_test
 
-from dataset import LABEL_SEPARATOR, DataError, read_split, read_table, text_keys
+from dataset import LABEL_SEPARATOR, DataError, read_split, reading, text_keys
 from model.output_folder import RUN_FILE, OutputError, read_record
 
 RESAMPLES = 9999
@@ -30,20 +30,15 @@ def predicted(folder: str | Path) -> pd.DataFrame:
     settings = read_record(Path(folder) / RUN_FILE).get("settings")
     if not settings:
         raise OutputError(f"{folder} holds no finished run")
-    multi_label = settings["problem_type"] == "multi_label_classification"
-    split = read_split(
-        path,
-        text_columns=settings["text_column_names"],
-        label_column=settings["label_column_name"],
-        delimiter=settings["text_column_delimiter"],
-        multi_label=multi_label,
-    )
+    options = reading(argparse.Namespace(**settings)) | {"encoding": "utf-8"}
+    split = read_split(path, **options)
     labels = [frozenset(names) for names in split.labels]
-    answers = read_table(path, "utf-8", ["predicted"])["predicted"]
-    right = [
-        names == (set(filter(None, answer.split(LABEL_SEPARATOR))) if multi_label else {answer})
-        for names, answer in zip(labels, answers, strict=True)
+    answers = split.table["predicted"]
+    found = [
+        set(filter(None, answer.split(LABEL_SEPARATOR))) if options["multi_label"] else {answer}
+        for answer in answers
     ]
+    right = [names == answer for names, answer in zip(labels, found, strict=True)]
     return pd.DataFrame(
         {"text": text_keys(split), "labels": labels, "answer": answers, "right": right}
     )

@@ -98,10 +98,11 @@ def test_a_study_says_what_its_figures_are_not_worth(study, tmp_path):
     page = (tmp_path / "study" / "report.html").read_text()
     assert "Tuned to see it work only" in page
     folder = tmp_path / "study" / "unseen-prefix-0"
-    run = {"folder": folder, "command": compare.METHODS["prefix"]}
+    unread = {"folder": folder, "command": compare.METHODS["prefix"]}
     for answers, collapsed in (("01", False), ("11", True)):
         rows = [("a", "0", answers[0]), ("b", "1", answers[1])]
         write_csv(folder / "predictions.csv", rows, ("text", "label", "predicted"))
+        run = compare.read(unread)
         notes = compare.notes([run], quick=False)
         assert ("unseen-prefix-0 gives every row the same label" in " ".join(notes)) == collapsed
     assert not compare.notes([run | {"command": compare.METHODS["majority"]}], quick=False)

@@ -21,6 +21,8 @@ def finished(tmp_path):
             "text_column_delimiter": " ",
             "label_column_name": "label",
             "problem_type": f"{problem}_classification",
+            "csv_encoding": "cp1252",  # of what was read; predictions are UTF-8
+            "drop_empty": False,
         }
         (tmp_path / name / "run.json").write_text(json.dumps({"settings": settings, "files": []}))
         write_csv(tmp_path / name / "predictions.csv", rows, header=["text", "label", "predicted"])
