@@ -4,6 +4,8 @@
 # active environment where it serves, else .venv, made once and then found again in a second.
 
 export PYTHONUTF8=1 # files and paths are UTF-8 whatever the locale
+# How long OpenMP threads spin at a barrier before they sleep: see main.py.
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-5000}"
 CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # recent PYTHON: is it Python 3.11 or later?

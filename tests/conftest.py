@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Each core has tests of its own. Here and in processes that tests start: so small a model is as
 # fast, and sums have one order everywhere.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see main.py
 
 import pytest
 import torch
