@@ -3,33 +3,24 @@
 Nothing here knows of models. N rows, U distinct texts, C classes, B rows of a batch, T tokens.
 """
 
-import csv
-import hashlib
-import itertools
 import logging
 import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import pandas as pd
-import torch
+
+from runtime.batches import Encoded
+from runtime.csv_reader import DataError, file_sha256, read_tables, row_list
 
 logger = logging.getLogger(__name__)
 
 LABEL_SEPARATOR = "|"
-# Rows that are shuffled together before they are sorted by length: large enough to leave little
-# padding, small enough that an epoch is not one sorted list.
-WINDOW_BATCHES = 100
 CHUNK_ROWS = 20_000  # of a file to predict that are in memory at a time
-
-
-class DataError(ValueError):
-    """A data file that cannot be used: its message names the file, the row and the way out."""
 
 
 @dataclass(frozen=True)
@@ -67,131 +58,6 @@ class Split:
 
 
 # ---------------------------------------------------------------------------------- CSV files
-
-
-def read_rows(
-    path: str | Path, encoding: str = "utf-8", mend: Callable[[str], str] = str
-) -> Iterator[list[str]]:
-    """Yield the header, then each row, of a CSV file, as text.
-
-    Stricter than pandas, which fills up short rows and joins lines at a stray quote: there are
-    never fewer rows in silence. A blank line is no row, but a blank text where there is only one
-    column. Where the header ends in a line feed, a carriage return is text that some program did
-    not quote, and an error. `mend` is applied to each line before it is parsed, for a file with a
-    known flaw.
-
-    Raises: DataError for a file that is missing, empty, not in `encoding`, cut off inside a
-        quoted field, ragged, or holds a NUL byte.
-    """
-    csv.field_size_limit(2**31 - 1)
-    # The "-sig" codec also takes a file without the byte order mark.
-    codec = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-    line, last = 1, ""
-
-    def lines(file: TextIO) -> Iterator[str]:
-        nonlocal last
-        for last in file:
-            yield mend(last)
-
-    try:
-        with open(path, encoding=codec, newline="") as file:
-            next(csv.reader(lines(file), strict=True), None)  # `last` is where the header ends
-        end = last[len(last.rstrip("\r\n")) :]
-        with open(path, encoding=codec, newline="" if end == "\r" else "\n") as file:
-            reader = csv.reader(lines(file), strict=True)
-            header = next(reader, None)
-            if not header:
-                raise DataError(f"{path} is empty: a header and rows are needed")
-            check_header(path, header)
-            yield header
-            number, line = 0, reader.line_num + 1
-            for row in reader:
-                if not row and len(header) == 1:
-                    row = [""]
-                number += bool(row)
-                if end == "\n" and last.endswith(("\r\n", "\r")):
-                    raise DataError(
-                        f"{path}, row {number} (line {line}) ends in a carriage return, the header "
-                        "does not: quote fields that hold one, or give all lines the same end"
-                    )
-                if row and len(row) != len(header):
-                    raise DataError(
-                        f"{path}, row {number} (line {line}) has {len(row)} fields, the header "
-                        f"{len(header)}: quote fields that hold a comma, a quote or a line break"
-                    )
-                if any("\0" in field for field in row):
-                    raise DataError(f"{path}, row {number} (line {line}) holds a NUL byte")
-                if row:
-                    yield row
-                line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path}, the row that starts at line {line}: {error}; is a quote missing or doubled?"
-        ) from None
-    except UnicodeError as error:
-        raise DataError(encoding_message(path, encoding, codec, error)) from None
-    except (OSError, LookupError) as error:  # the second: an encoding that Python does not know
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DataError(f"{path} cannot be read: {reason}") from None
-
-
-def check_header(path: str | Path, header: list[str]) -> None:
-    """Refuse a column that is there twice, since one of them would be lost."""
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DataError(f"{path} has the column {', '.join(map(repr, twice))} more than once")
-
-
-def encoding_message(path: str | Path, encoding: str, codec: str, error: UnicodeError) -> str:
-    """Name the byte at which decoding fails, and the encoding that the file looks to be in."""
-    data = Path(path).read_bytes()
-    try:
-        data.decode(codec)
-    except UnicodeDecodeError as whole:  # `error` counts from the start of a chunk, not the file
-        error = whole
-    utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-    at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
-    return (
-        f"{path} is not {encoding}{at}: give its encoding (main.py --csv_encoding NAME, "
-        f"preprocess.sh -p csv_encoding NAME), perhaps {'utf-16' if utf16 else 'cp1252'}"
-    )
-
-
-def read_tables(
-    path: str | Path,
-    encoding: str,
-    columns: list[str],
-    *,
-    size: int | None = None,
-    mend: Callable[[str], str] = str,
-    hint: str = "",
-) -> Iterator[pd.DataFrame]:
-    """Yield a file as text, `size` rows at a time, or at once; see `read_rows`.
-
-    It has at least these columns and one row; the index counts its rows from 1.
-    Raises: DataError, which ends with `hint` where a column is missing.
-    """
-    lines = read_rows(path, encoding, mend)
-    header = next(lines)
-    if missing := [name for name in columns if name not in header]:
-        if len(header) == 1 and re.search(r"[;\t]", header[0]):
-            hint = ": are its fields separated by something else than commas?"
-        raise DataError(
-            f"{path} has no column {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(map(repr, header))}{hint}"
-        )
-    first = 1
-    while rows := list(itertools.islice(lines, size)):
-        index = range(first, first + len(rows))
-        yield pd.DataFrame(rows, index=index, columns=header, dtype=object)
-        first += len(rows)
-    if first == 1:
-        raise DataError(f"{path} has a header and no rows")
-
-
-def read_table(path: str | Path, encoding: str, columns: list[str], **options) -> pd.DataFrame:
-    """A whole file as text, see `read_tables`; the index counts from 0."""
-    return next(read_tables(path, encoding, columns, **options)).reset_index(drop=True)
 
 
 def read_chunks(
@@ -245,12 +111,6 @@ def report_dropped(path: str, dropped: int, left: int) -> None:
         logger.warning("warning: %s: dropped %d rows without a text", path, dropped)
     if not left:
         raise DataError(f"{path}: every text is blank")
-
-
-def file_sha256(path: str | Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reading(args: Namespace) -> dict:
@@ -340,14 +200,6 @@ def open_stream(
     return Stream(
         args.test_file, chunk.sha256, rows, list(chunk.table), bool(labelled[True]), reading(args)
     )
-
-
-def row_list(rows: np.ndarray | list[int], shown: int = 5) -> str:
-    """`row 3`, or `9 rows (3, 5, 8, 9, 12, ...)`."""
-    if len(rows) == 1:
-        return f"row {rows[0]}"
-    dots = ", ..." if len(rows) > shown else ""
-    return f"{len(rows)} rows ({', '.join(map(str, rows[:shown]))}{dots})"
 
 
 # ------------------------------------------------------------------------------------- labels
@@ -502,39 +354,6 @@ def contradictions(split: Split) -> int:
 # ---------------------------------------------------------------------------- tokens, batches
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The tokens of a split; each distinct text is held, and later scored, once."""
-
-    token_ids: list[list[int]]  # U distinct texts (with `served_by`: pairs of text and model)
-    text_of_row: np.ndarray  # [N], an index into token_ids
-    labels: np.ndarray | None  # see label_ids
-    rows: list[int]  # each row's number in its file, for messages
-    pad_token_id: int
-    served_by: np.ndarray | None = None  # [U], the number of the tuned model that each goes to
-
-    def __len__(self) -> int:
-        return len(self.text_of_row)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each distinct text: [U]."""
-        return np.array([len(ids) for ids in self.token_ids])
-
-    def collate(self, texts: np.ndarray) -> dict[str, torch.Tensor]:
-        """Pad the given distinct texts to the longest of them: int64 [B, T]."""
-        ids = [torch.tensor(self.token_ids[text]) for text in texts]
-        input_ids = torch.nn.utils.rnn.pad_sequence(
-            ids, batch_first=True, padding_value=self.pad_token_id
-        )
-        lengths = torch.tensor([len(row) for row in ids])
-        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self.served_by is not None:
-            batch["served_by"] = torch.from_numpy(self.served_by[texts])
-        return batch
-
-
 def numbers_of(split: Split, column: str, paths: list[str]) -> np.ndarray:
     """Which of the tuned folders `paths` each row names in a column: int64 [N].
 
@@ -596,41 +415,3 @@ def encode(
         pad_token_id=tokenizer.pad_token_id,
         served_by=None if served_by is None else np.array(served_by),
     )
-
-
-def training_batches(
-    lengths: np.ndarray, batch_size: int, seed: int, epoch: int
-) -> list[np.ndarray]:
-    """Rows of each step of one epoch: texts of like length, in an order drawn anew each epoch.
-
-    The order is a function of (seed, epoch) alone, so that a resumed run needs no random state.
-    Shuffled rows are cut into windows, sorted by length inside a window, cut into batches, and
-    the batches are shuffled.
-    """
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths))
-    batches = []
-    for window in pieces(order, WINDOW_BATCHES * batch_size):
-        window = window[np.argsort(lengths[window], kind="stable")]
-        batches += pieces(window, batch_size)
-    return [batches[i] for i in random.permutation(len(batches))]
-
-
-def length_batches(data: Encoded, batch_size: int) -> list[np.ndarray]:
-    """All texts, the longest first (what does not fit in memory fails at once).
-
-    Those of one length are in the order of the models that serve them, so that a batch has few.
-    """
-    served_by = data.lengths * 0 if data.served_by is None else data.served_by
-    return pieces(np.lexsort((served_by, -data.lengths)), batch_size)
-
-
-def pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cut into runs of `size`; the last may be shorter."""
-    return np.split(rows, range(size, len(rows), size))
-
-
-def padding_share(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
-    """Share of the tokens in `batches` that is padding."""
-    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
-    return 1 - sum(lengths[batch].sum() for batch in batches) / padded

@@ -39,11 +39,11 @@ def main(argv: list[str] | None = None) -> int:
 
     # After the arguments, so that --help and a typo are answered without importing torch.
     try:
-        from dataset import DataError
-        from model import processes
-        from model.checkpoint import CheckpointError
-        from model.output_folder import OutputError
         from model.source import ModelError
+        from runtime import processes
+        from runtime.checkpoint import CheckpointError
+        from runtime.csv_reader import DataError
+        from runtime.record import OutputError
         from trainer import Stopped, TrainingError
     except ModuleNotFoundError as error:
         print(
@@ -98,8 +98,8 @@ def out_of_memory(error: Exception) -> bool:
 
 def run(args: Namespace) -> None:
     """One run, from checked arguments to published results."""
-    from model import processes
-    from model.output_folder import OutputFolder
+    from runtime import processes
+    from runtime.output_folder import OutputFolder
 
     # where to write: a mistake here costs a second; what others than the first write is thrown away
     with processes.joined() as group, ExitStack() as stack:
@@ -116,34 +116,37 @@ def run_into(output, args: Namespace, group) -> None:
     """The story of a run."""
     import dataset
     import trainer
-    from model import report, utils
-    from model.output_folder import writing
+    from evaluation import tables
+    from model import loading
     from model.prefix_bank import PrefixBank
     from model.source import locate, sha256_of
+    from runtime.machine import pick_machine
+    from runtime.output_folder import writing
+    from runtime.record import about as about_run
 
     # what to compute with, what to start from
-    machine = trainer.pick_machine(args.precision, group)
+    machine = pick_machine(args.precision, group)
     bank = args.prefix_paths and PrefixBank.open(args.prefix_paths, args.max_seq_length)
     source = bank.sources[0] if bank else locate(args.model_name_or_path)
-    config = bank.config if bank else utils.load_config(source, tuned=not args.do_train)
+    config = bank.config if bank else loading.load_config(source, tuned=not args.do_train)
     args.device, args.precision = str(machine.device), machine.precision
     args.processes = group.size
     logger.info("device %s, precision %s, model %s", args.device, args.precision, source.name)
 
     # data: read, checked, audited for leaks
     if not args.do_train:
-        args.problem_type = utils.task_of(config, args.problem_type)
+        args.problem_type = loading.task_of(config, args.problem_type)
     splits = dataset.read_splits(args)
-    fresh_head = args.do_train and utils.describe_task(
+    fresh_head = args.do_train and loading.describe_task(
         source, config, dataset.label_names(splits["train"]), args
     )
     if args.do_train and args.max_train_samples:
         splits["train"] = splits["train"].sample(args.max_train_samples, args.seed)
-    names = utils.list_labels(config)
+    names = loading.list_labels(config)
     multi_label = args.problem_type == "multi_label_classification"
     labels = {name: dataset.label_ids(split, names, multi_label) for name, split in splits.items()}
     known = dataset.audit(splits["train"]) if args.do_train else None
-    before = args.model_name_or_path if args.do_train and utils.is_tuned(source, config) else None
+    before = args.model_name_or_path if args.do_train and loading.is_tuned(source, config) else None
     if before:
         logger.warning(
             "warning: %s was tuned before: the texts it saw then count as unseen", before
@@ -157,8 +160,8 @@ def run_into(output, args: Namespace, group) -> None:
         output.check_columns(args.test_file, files["test"].columns, names)
 
     # tokens
-    args.max_seq_length = utils.set_max_seq_length(config, args.max_seq_length)
-    tokenizer = utils.load_tokenizer(source, config)
+    args.max_seq_length = loading.set_max_seq_length(config, args.max_seq_length)
+    tokenizer = loading.load_tokenizer(source, config)
     encoded = {
         name: dataset.encode(tokenizer, split, labels[name], args.max_seq_length)
         for name, split in splits.items()
@@ -167,36 +170,36 @@ def run_into(output, args: Namespace, group) -> None:
 
     # is there anything left to do?
     described = {name: file.describe() for name, file in files.items()}
-    about = report.about(
+    about = about_run(
         args, source.name, sha256_of(bank.sources if bank else [source]), names, described
     ) | {"started_from": before}
     auto = args.resume_from_checkpoint == "auto"
     if group.from_first(auto and group.first and output.is_finished(about)):
         logger.info("this run has finished already")
         if group.first:
-            show(report.summary(args, output.read_results(), output.path))
+            show(tables.summary(args, output.read_results(), output.path))
         return
     begun = group.from_first(group.first and find_checkpoint(output, args, about))
     output.start(about, begun and (begun[0], begun[1]["step"]))
 
     # model
-    model = bank or utils.make_model(source, config, args, fresh_head)
+    model = bank or loading.make_model(source, config, args, fresh_head)
     if args.prefix_init == "text":
         words = args.prefix_init_text or dataset.words_to_start_from(
             names, splits["train"], args.seed
         )
-        utils.start_from_text(model, tokenizer, words)
+        loading.start_from_text(model, tokenizer, words)
     machine.place(model)
     results = {f"{name}_rows": len(file) for name, file in files.items()}
     if bank:
         logger.info("%d tuned prefixes over one backbone", len(args.prefix_paths))
     else:
-        results |= utils.count_parameters(model)
-        logger.info(report.parameters(results))
+        results |= loading.count_parameters(model)
+        logger.info(tables.parameters(results))
 
     # train; the model ends as its best epoch by the validation file
     if args.do_train:
-        save = partial(utils.save_model, model, tokenizer, source)
+        save = partial(loading.save_model, model, tokenizer, source)
         results |= tune(model, encoded, args, machine, output, about, save, begun and begun[1:])
         if group.first:
             with writing(output.staging):
@@ -214,14 +217,14 @@ def run_into(output, args: Namespace, group) -> None:
         return
     results |= score(classify, splits.get("eval"), files.get("test"), known, names, args, output)
     if args.do_train:
-        output.write_text("README.md", report.model_card(about, results))
+        output.write_text("README.md", tables.model_card(about, results))
     publish(output, args, about, results)
 
 
 def find_checkpoint(output, args: Namespace, about: dict) -> tuple[Path, dict, dict] | None:
     """What this run is to go on from: folder, state and tensors; None for the beginning."""
-    from model import checkpoint
-    from model.output_folder import check_same
+    from runtime import checkpoint
+    from runtime.record import check_same
 
     if not args.resume_from_checkpoint:
         return None
@@ -239,9 +242,10 @@ def tune(
 ) -> dict:
     """Train, with checkpoints, from the state and tensors of one if given; returns its figures."""
     import trainer
-    from model import checkpoint, utils
+    from model import loading
+    from runtime import checkpoint
 
-    utils.tune_words_in_use(model, encoded["train"].token_ids)
+    loading.tune_words_in_use(model, encoded["train"].token_ids)
     if warning := learning_rate_warning(args):
         logger.warning("warning: %s", warning)
     if args.prefix_depth == "input":
@@ -309,7 +313,7 @@ def score(classify, eval_split, stream, known: set | None, names, args: Namespac
     returns the figures for all_results.json.
     """
     import dataset
-    from model.metrics import Score
+    from evaluation.metrics import Score
 
     multi_label = args.problem_type == "multi_label_classification"
     scores: dict[str, Score] = {}
@@ -346,15 +350,16 @@ def score(classify, eval_split, stream, known: set | None, names, args: Namespac
 
 def publish(output, args: Namespace, about: dict, results: dict) -> None:
     """Write the figures and the report; then all files of the run appear at once."""
-    from model import html_report, report
+    from evaluation import pages, tables
+    from runtime.record import peak_memory_bytes
 
-    results["peak_memory_bytes"] = report.peak_memory_bytes()
+    results["peak_memory_bytes"] = peak_memory_bytes()
     output.write_json("all_results.json", results)
     if evaluation := output.staged("evaluation.json"):
         records = output.staged("metrics.jsonl")
-        output.write_text("report.html", html_report.render(about, results, evaluation[0], records))
+        output.write_text("report.html", pages.render(about, results, evaluation[0], records))
     output.publish(about, keep_checkpoints=args.save_total_limit != 0)
-    show(report.summary(args, results, output.path))
+    show(tables.summary(args, results, output.path))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from model import adapter, utils
+from model import adapter, loading
 from model.prefix_encoder import by_layer
 from model.source import ModelError, Source, locate
 
@@ -33,8 +33,8 @@ class PrefixBank(nn.Module):
         super().__init__()
         check_alike(sources, configs)
         self.sources, self.config = sources, merge(configs)
-        self.labels = [utils.list_labels(config) for config in configs]  # of each prefix
-        self.backbone = utils.load_model(sources[0], configs[0]).bert
+        self.labels = [loading.list_labels(config) for config in configs]  # of each prefix
+        self.backbone = loading.load_model(sources[0], configs[0]).bert
         learnt = [
             adapter.load(source.adapter, config)
             for source, config in zip(sources, configs, strict=True)
@@ -44,11 +44,11 @@ class PrefixBank(nn.Module):
         padded = pad_sequence(flat, batch_first=True)  # [K, P, 2LHD]
         slots = [torch.stack(by_layer(one, configs[0])) for one in padded]
         self.register_buffer("slots", torch.cat(slots, dim=3))  # [L, 2, H, K, P, D]
-        known = utils.list_labels(self.config)
+        known = loading.list_labels(self.config)
         weight = torch.zeros(len(learnt), len(known), configs[0].hidden_size)
         bias = torch.full(weight.shape[:2], UNKNOWN)
         for number, (tensors, config) in enumerate(zip(learnt, configs, strict=True)):
-            columns = [known.index(name) for name in utils.list_labels(config)]
+            columns = [known.index(name) for name in loading.list_labels(config)]
             weight[number, columns] = tensors["classifier.weight"]
             bias[number, columns] = tensors["classifier.bias"]
         self.register_buffer("weight", weight)  # [K, C, HD]
@@ -62,9 +62,9 @@ class PrefixBank(nn.Module):
         for path, source in zip(paths, sources, strict=True):
             if source.adapter is None:
                 raise ModelError(f"--prefix_paths: {path} is not the folder of a tuned prefix")
-        configs = [utils.load_config(source, tuned=True) for source in sources]
+        configs = [loading.load_config(source, tuned=True) for source in sources]
         for config in configs:
-            utils.set_max_seq_length(config, max_seq_length)
+            loading.set_max_seq_length(config, max_seq_length)
         return cls(sources, configs)
 
     def forward(
@@ -107,7 +107,7 @@ def check_alike(sources: list[Source], configs: list[BertConfig]) -> None:
     def traits(source: Source, config: BertConfig) -> dict:
         return {
             "backbone": source.backbone,
-            "problem_type": utils.task_of(config, None),
+            "problem_type": loading.task_of(config, None),
             "max_seq_length": config.max_seq_length,
         }
 
@@ -126,7 +126,7 @@ def check_alike(sources: list[Source], configs: list[BertConfig]) -> None:
 def merge(configs: list[BertConfig]) -> BertConfig:
     """The first config, with the labels of all, in the order in which they come up."""
     merged = BertConfig.from_dict(configs[0].to_dict())
-    names = (name for config in configs for name in utils.list_labels(config))
-    utils.set_labels(merged, list(dict.fromkeys(names)))
+    names = (name for config in configs for name in loading.list_labels(config))
+    loading.set_labels(merged, list(dict.fromkeys(names)))
     merged.pre_seq_len = max(config.pre_seq_len for config in configs)
     return merged

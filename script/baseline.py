@@ -22,10 +22,12 @@ from sklearn.pipeline import make_pipeline
 
 import dataset
 from arguments import parse_args
+from evaluation.metrics import compute_metrics
 from main import publish, score
-from model import report
-from model.metrics import compute_metrics
-from model.output_folder import OutputError, OutputFolder
+from runtime import record
+from runtime.csv_reader import DataError
+from runtime.output_folder import OutputFolder
+from runtime.record import OutputError
 
 USED = (  # settings of main.py that have a meaning here
     "train_file", "validation_file", "test_file", "text_column_names", "text_column_delimiter",
@@ -65,7 +67,7 @@ def tfidf(texts: list[str], labels: np.ndarray, strength: float) -> Probabilitie
         linear = OneVsRestClassifier(linear)
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
     if not any(map(words.build_analyzer(), texts)):
-        raise dataset.DataError("no text of the training file holds a word: there is no TF-IDF")
+        raise DataError("no text of the training file holds a word: there is no TF-IDF")
     return make_pipeline(words, linear).fit(texts, labels).predict_proba
 
 
@@ -109,7 +111,7 @@ def run(method: str, args: Namespace) -> None:
         files = {**splits, "test": stream}
         described = {name: file.describe() for name, file in files.items()}
         used = Namespace(**{name: getattr(args, name) for name in USED})
-        about = report.about(used, method, None, names, described)
+        about = record.about(used, method, None, names, described)
         output.start(about)
         classify, chosen = fit(method, splits, labels, len(names), multi_label)
         results = {f"{name}_rows": len(file) for name, file in files.items()} | chosen
@@ -136,7 +138,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         run(argv[0], args)
-    except (dataset.DataError, OutputError) as error:
+    except (DataError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -18,7 +18,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from script import ways
+from script import contenders
 
 STEPS = 50  # of a measurement: one sorted group of the Trainer's, so that no way gets easy lengths
 TEXTS = 2048  # of a measurement of scoring
@@ -34,7 +34,7 @@ def worker(pipe: Connection, spawned: float, make: str, name: str, what: tuple) 
 
     logging.disable(logging.INFO)
     torch.set_num_threads(THREADS)
-    measure = getattr(ways, make)[name][0](*what)
+    measure = getattr(contenders, make)[name][0](*what)
     pipe.send({"start_up": time.time() - spawned})
     while pipe.recv():
         figures = measure()
@@ -55,7 +55,7 @@ def in_turn(make: str, what: tuple, rounds: int, only: list[str]) -> dict[str, d
     """
     spawn = multiprocessing.get_context("spawn")
     pipes, found = {}, {}
-    for name in getattr(ways, make):
+    for name in getattr(contenders, make):
         if asked(name, only):
             pipes[name], end = spawn.Pipe()
             process = spawn.Process(target=worker, args=(end, time.time(), make, name, what))
@@ -118,9 +118,9 @@ def growth(data: str) -> dict[str, dict[str, dict[int, float]]]:
     import numpy as np
     import torch
 
-    import dataset
     import trainer
-    from model import utils
+    from model import loading
+    from runtime import batches
 
     def step_time(args, machine, model, rows, batch) -> float:
         optimizer = trainer.build_optimizer(model.train(), args)
@@ -134,15 +134,17 @@ def growth(data: str) -> dict[str, dict[str, dict[int, float]]]:
     found: dict[str, dict[str, dict[int, float]]] = {}
     flags = {"ours, full": [], "ours, prefix 128": ["--prefix"]}
     for name, way in flags.items():
-        args = ways.settings(data, *way)
-        machine, model, _, rows = ways.prepared(args)
-        utils.tune_words_in_use(model, rows.token_ids)
-        some = np.concatenate(rows.token_ids)[: 128 * ways.BATCH]
+        args = contenders.settings(data, *way)
+        machine, model, _, rows = contenders.prepared(args)
+        loading.tune_words_in_use(model, rows.token_ids)
+        some = np.concatenate(rows.token_ids)[: 128 * contenders.BATCH]
         measure = found[name] = {"text length": {}, "threads": {}, "rows": {}}
         for length in (8, 16, 32, 64, 128):
-            ids = np.resize(some, (ways.BATCH, length)).tolist()
-            fixed = dataclasses.replace(rows, token_ids=ids, text_of_row=np.arange(ways.BATCH))
-            batch = np.arange(ways.BATCH)
+            ids = np.resize(some, (contenders.BATCH, length)).tolist()
+            fixed = dataclasses.replace(
+                rows, token_ids=ids, text_of_row=np.arange(contenders.BATCH)
+            )
+            batch = np.arange(contenders.BATCH)
             measure["text length"][length] = step_time(args, machine, model, fixed, batch)
             if length == 16:
                 for threads in range(1, THREADS + 1):
@@ -156,9 +158,9 @@ def growth(data: str) -> dict[str, dict[str, dict[int, float]]]:
             measure["rows"][count] = 1000 * (time.perf_counter() - start) / count
     measure = found["ours, prefix 128"]["prefix length"] = {}
     for virtual in (4, 8, 16, 32, 64, 128):
-        args = ways.settings(data, "--prefix", "--pre_seq_len", str(virtual))
-        machine, model, _, rows = ways.prepared(args)
-        batch = dataset.training_batches(rows.lengths[rows.text_of_row], ways.BATCH, 42, 0)[0]
+        args = contenders.settings(data, "--prefix", "--pre_seq_len", str(virtual))
+        machine, model, _, rows = contenders.prepared(args)
+        batch = batches.training_batches(rows.lengths[rows.text_of_row], contenders.BATCH, 42, 0)[0]
         measure[virtual] = step_time(args, machine, model, rows, batch)
     return found
 
@@ -204,10 +206,10 @@ def main() -> None:
     print(f"{THREADS} threads, matrix products in bfloat16: {peak / 1e9:.0f} GFLOP/s at best")
     results = {"threads": THREADS, "peak_flops": peak, "data": args.data, "rounds": args.rounds}
     with tempfile.TemporaryDirectory() as parent:
-        wanted = [make for name, (make, _) in ways.SCORING.items() if asked(name, args.only)]
+        wanted = [make for name, (make, _) in contenders.SCORING.items() if asked(name, args.only)]
         names = {name for make in wanted for name in make.keywords["names"]}
         maker = multiprocessing.get_context("spawn").Process(
-            target=ways.make_folders, args=(args.data, parent, names)
+            target=contenders.make_folders, args=(args.data, parent, names)
         )
         maker.start()
         maker.join()
@@ -216,7 +218,7 @@ def main() -> None:
             ("SCORING", "scoring distinct texts", (args.data, args.texts, parent)),
         ):
             results[title] = in_turn(make, what, args.rounds, args.only)
-            print(table(title, results[title], getattr(ways, make), peak), flush=True)
+            print(table(title, results[title], getattr(contenders, make), peak), flush=True)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if args.growth:

@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dataset import DataError, file_sha256, read_table, text_key
-from model import html_report
-from model.output_folder import RUN_FILE, read_record
+from dataset import text_key
+from evaluation import pages, plots
+from runtime.csv_reader import DataError, file_sha256, read_table
+from runtime.record import RUN_FILE, read_record
 from script.paired import exchange_test, predicted
 
 TUNE = ["main.py", "--do_train", "--do_eval", "--do_predict", "--resume_from_checkpoint", "auto"]
@@ -293,12 +294,12 @@ def main() -> None:
     ]  # fmt: skip
     files = {
         "study.json": json.dumps({"summary": rows, "tests": tests, "runs": singles}, indent=1),
-        **{f"{name}.svg": x for name, x in html_report.study_pictures(runs, rows).items()},
+        **{f"{name}.svg": x for name, x in plots.study_pictures(runs, rows).items()},
     }
     warnings = notes(runs, args.quick)
     command = shlex.join(["bash", "script/compare.sh", *sys.argv[1:]])
     table = [[row["protocol"], row["method"], *(shown(row, c) for c in COLUMNS)] for row in rows]
-    files["report.html"] = html_report.render_study(
+    files["report.html"] = pages.render_study(
         runs, rows, table, list(COLUMNS), tests, command, warnings
     )
     for name, text in files.items():

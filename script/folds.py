@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import DataError, read_table
+from runtime.csv_reader import DataError, read_table
 
 
 def cut(path: str, output_dir: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset import DataError, read_rows
+from runtime.csv_reader import DataError, read_rows
 from script.splits import mend_tags
 
 URL = "https://www.kaggle.com/api/v1/datasets/download/datasnaek/youtube-new"

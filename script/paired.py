@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import permutation_test
 
-from dataset import LABEL_SEPARATOR, DataError, read_split, reading, text_keys
-from model.output_folder import RUN_FILE, OutputError, read_record
+from dataset import LABEL_SEPARATOR, read_split, reading, text_keys
+from runtime.csv_reader import DataError
+from runtime.record import RUN_FILE, OutputError, read_record
 
 RESAMPLES = 9999
 

@@ -14,7 +14,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import train_test_split
 
-from dataset import DataError, canonical_label, file_sha256, read_table, row_list, text_key
+from dataset import canonical_label, text_key
+from runtime.csv_reader import DataError, file_sha256, read_table, row_list
 
 RAW_FILES = ("csv/USvideos.csv", "csv/USvideo.csv")
 SAMPLE_FILE = "csv/USvideos_sample.csv"
@@ -119,7 +120,7 @@ def read_raw(path: str, encoding: str, text_columns: list[str]) -> pd.DataFrame:
     A `video_id` that is none gets the title added: spreadsheets turn ids that start with a minus
     into "#NAME?", which many videos then share.
 
-    Raises: DataError for what `dataset.read_rows` refuses, a missing column, and rows whose
+    Raises: DataError for what `read_rows` refuses, a missing column, and rows whose
         category id is no number or whose trending date is none.
     """
     needed = {"video_id", "trending_date", "title", "category_id", *text_columns}

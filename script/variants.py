@@ -13,7 +13,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from dataset import DataError
+from runtime.csv_reader import DataError
 from script import folds, splits
 
 FOLDS = 5

@@ -18,7 +18,7 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import main
-from model import utils
+from model import loading
 from model.source import locate
 
 torch.set_num_threads(1)
@@ -109,7 +109,8 @@ def run(backbone, files, tmp_path):
 def clone(tmp_path) -> Path:
     """A copy of the project in a folder with a blank, without data and results of the user's."""
     folder = tmp_path / "a clone"
-    names = ["*.py", "*.ipynb", "requirements.txt", "model", "script", "csv/USvideos_sample.csv"]
+    names = ["*.py", "*.ipynb", "requirements.txt", "csv/USvideos_sample.csv"]
+    names += ["model", "runtime", "evaluation", "script"]
     for path in (path for name in names for path in ROOT.glob(name)):
         copy = shutil.copytree if path.is_dir() else shutil.copy
         (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
@@ -134,14 +135,14 @@ def make_model(backbone):
         depth: str = "all", length: int = 5,
     ):  # fmt: skip
         source = locate(backbone)
-        config = utils.load_config(source, tuned=False)
+        config = loading.load_config(source, tuned=False)
         config.id2label = {0: "a", 1: "b", 2: "c"}
         config._attn_implementation = attention
         if prefix:
             config.pre_seq_len, config.prefix_projection = length, projection
             config.prefix_hidden_size, config.prefix_depth = 7, depth
         torch.manual_seed(1)
-        model = utils.build_model(source, config).eval()
+        model = loading.build_model(source, config).eval()
         if prefix:  # a prefix as large as keys and values, so that it shows
             torch.nn.init.normal_(model.prefix_encoder.embedding.weight)
         return model

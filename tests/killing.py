@@ -29,7 +29,8 @@ import conftest
 import dataset  # noqa: F401 - all are imported here once, not in each child
 import main
 import trainer  # noqa: F401
-from model import prefix_bank, report  # noqa: F401
+from evaluation import pages, tables  # noqa: F401
+from model import prefix_bank  # noqa: F401
 
 TIMES = {"samples_per_second", "eta_seconds", "train_runtime", "train_samples_per_second",
          "peak_memory_bytes", "predict_samples_per_second"}  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 
 import main
 from conftest import ROOT, ROWS, write_csv
-from model import report
+from runtime import record
 from script import baseline, compare
 
 
@@ -41,7 +41,7 @@ def study(folders, tmp_path, backbone, monkeypatch, capsys):
         return Namespace(wait=lambda: status)
 
     monkeypatch.setattr(compare.subprocess, "Popen", in_process)
-    monkeypatch.setattr(report, "commit", lambda: "0" * 40)  # which asks git
+    monkeypatch.setattr(record, "commit", lambda: "0" * 40)  # which asks git
     original, *unseen = folders
 
     def call(*flags: str) -> str:

@@ -15,7 +15,9 @@ from transformers import AutoTokenizer
 import dataset
 from arguments import parse_args
 from conftest import REAL_DATA, write_csv
-from dataset import DataError, read_split
+from dataset import read_split
+from runtime import batches, csv_reader
+from runtime.csv_reader import DataError
 
 
 def read(path, **options):
@@ -245,7 +247,7 @@ def test_what_pandas_writes_comes_back_row_for_row(table, ending):
 def comes_back_or_is_refused(path, header, rows):
     """Never fewer rows, never another text; a refusal names a row."""
     try:
-        found, *back = dataset.read_rows(path)
+        found, *back = csv_reader.read_rows(path)
     except DataError as error:
         assert re.search(r"row \d+|line \d+|more than once", str(error))
         return
@@ -260,7 +262,7 @@ def test_any_bytes_are_read_or_refused_in_one_line(content):
         path = Path(folder) / "a.csv"
         path.write_bytes(content)
         try:
-            header, *rows = dataset.read_rows(path)
+            header, *rows = csv_reader.read_rows(path)
         except DataError as error:
             assert "\n" not in str(error).replace(repr(content), "")
         else:
@@ -292,27 +294,27 @@ def test_training_batches_hold_every_row_once_and_follow_seed_and_epoch():
     lengths = np.random.default_rng(0).integers(3, 40, 1003)
 
     def flat(seed, epoch):
-        return np.concatenate(dataset.training_batches(lengths, 8, seed, epoch)).tolist()
+        return np.concatenate(batches.training_batches(lengths, 8, seed, epoch)).tolist()
 
     assert sorted(flat(1, 0)) == list(range(1003))
     assert flat(1, 0) == flat(1, 0)
     assert flat(1, 0) != flat(1, 1) != flat(2, 1)
-    sizes = [len(batch) for batch in dataset.training_batches(lengths, 8, 1, 0)]
+    sizes = [len(batch) for batch in batches.training_batches(lengths, 8, 1, 0)]
     assert sorted(sizes) == [3] + [8] * 125
 
 
 def test_batches_of_like_length_leave_little_padding():
     lengths = np.random.default_rng(0).integers(3, 40, 5000)
-    assert dataset.padding_share(lengths, dataset.training_batches(lengths, 32, 1, 0)) < 0.05
+    assert batches.padding_share(lengths, batches.training_batches(lengths, 32, 1, 0)) < 0.05
     random = np.random.default_rng(2).integers(0, 4, 5000)
     ids = [[0] * length for length in lengths]
-    data = dataset.Encoded(ids, np.arange(5000), None, [], pad_token_id=0, served_by=random)
-    batches = dataset.length_batches(data, 64)
-    assert sorted(np.concatenate(batches)) == list(range(5000))
-    assert dataset.padding_share(lengths, batches) < 0.05
-    assert np.mean([len(set(random[batch])) for batch in batches]) < 3  # of four models
+    data = batches.Encoded(ids, np.arange(5000), None, [], pad_token_id=0, served_by=random)
+    found = batches.length_batches(data, 64)
+    assert sorted(np.concatenate(found)) == list(range(5000))
+    assert batches.padding_share(lengths, found) < 0.05
+    assert np.mean([len(set(random[batch])) for batch in found]) < 3  # of four models
     shuffled = np.array_split(np.random.default_rng(1).permutation(5000), 157)
-    assert dataset.padding_share(lengths, shuffled) > 0.3
+    assert batches.padding_share(lengths, shuffled) > 0.3
 
 
 @pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data is not on this machine")

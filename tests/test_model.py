@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from model import loading
 from model import source as model_source
-from model import utils
 from model.prefix_bank import PrefixBank
 from model.sequence_classification import classification_loss
 from model.source import BUNDLED_NAME, ModelError, locate, sha256_of
@@ -170,7 +170,7 @@ def test_a_start_from_text_is_what_the_backbone_makes_of_the_words(make_model, b
     """Virtual tokens in front of a text then are that very text in front of it."""
     model = make_model(prefix=True, depth=depth)
     tokenizer = AutoTokenizer.from_pretrained(backbone)
-    utils.start_from_text(model, tokenizer, "cat dog bird")  # repeated: cat dog bird cat dog
+    loading.start_from_text(model, tokenizer, "cat dog bird")  # repeated: cat dog bird cat dog
     words = tokenizer("cat dog bird cat dog", add_special_tokens=False)["input_ids"]
     plain = make_model()
     states = plain.bert(torch.tensor([words]), output_hidden_states=True).hidden_states
@@ -187,7 +187,7 @@ def test_a_start_from_text_is_what_the_backbone_makes_of_the_words(make_model, b
 
 def test_a_start_from_no_words_is_refused(make_model, backbone):
     with pytest.raises(ModelError, match="--prefix_init_text '  ' holds no word"):
-        utils.start_from_text(
+        loading.start_from_text(
             make_model(prefix=True), AutoTokenizer.from_pretrained(backbone), "  "
         )
 
@@ -215,12 +215,12 @@ def test_the_prefix_and_each_of_its_slots_change_the_logits(make_model):
 )
 def test_parameter_counts(make_model, kind, trainable, total, stored):
     model = make_model(**KINDS[kind])
-    counts = utils.count_parameters(model)
+    counts = loading.count_parameters(model)
     assert counts["trainable_parameters"] == trainable
     assert counts["total_parameters"] == total
     assert counts["stored_parameters"] == stored
     assert counts["trainable_parameters_without_head"] == trainable - 51
-    predicting = utils.count_parameters(model.requires_grad_(False))
+    predicting = loading.count_parameters(model.requires_grad_(False))
     nothing = {"trainable_parameters": 0, "trainable_parameters_without_head": 0}
     assert predicting == {**counts, **nothing}
 
@@ -248,11 +248,11 @@ def save(model, backbone, folder):
     """Save a model and load it again, in the same attention implementation."""
     model.config.max_seq_length = 16
     found = locate(backbone)
-    utils.save_model(model, utils.load_tokenizer(found, model.config), found, folder)
+    loading.save_model(model, loading.load_tokenizer(found, model.config), found, folder)
     again = locate(str(folder))
-    config = utils.load_config(again, tuned=True)
+    config = loading.load_config(again, tuned=True)
     config._attn_implementation = model.config._attn_implementation.removeprefix("prefix_")
-    return utils.load_model(again, config).eval()
+    return loading.load_model(again, config).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -313,7 +313,7 @@ def test_ours_loads_a_prefix_of_peft_to_the_bit(peft_folder, backbone):
         frozen = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=CLASSES)
         peer = PeftModel.from_pretrained(frozen, str(folder)).eval()
     found = locate(str(folder))
-    model = utils.load_model(found, utils.load_config(found, tuned=True)).eval()
+    model = loading.load_model(found, loading.load_config(found, tuned=True)).eval()
     assert model.config.pre_seq_len == 4
     for mask in MASKS.values():
         expected = peer(input_ids=IDS, attention_mask=mask).logits
@@ -339,7 +339,7 @@ def test_other_adapters_and_other_backbones_are_refused(make_model, backbone, tm
     def refusal():
         with pytest.raises(ModelError) as error:
             found = locate(str(tmp_path))
-            utils.load_model(found, utils.load_config(found, tuned=True))
+            loading.load_model(found, loading.load_config(found, tuned=True))
         return str(error.value)
 
     assert "only PREFIX_TUNING with SEQ_CLS" in broken(peft_type="LORA")
@@ -372,7 +372,7 @@ def tuned(make_model, backbone, tmp_path):
     models = []
     for number, (length, names) in enumerate([(5, "abc"), (2, "cd"), (7, "bxay")]):
         model = make_model(prefix=True, length=length)
-        utils.set_labels(model.config, list(names))
+        loading.set_labels(model.config, list(names))
         model.classifier = torch.nn.Linear(HIDDEN, len(names))
         torch.nn.init.normal_(model.prefix_encoder.embedding.weight)
         models.append(save(model, backbone, tmp_path / f"{number}"))
@@ -386,7 +386,7 @@ def tuned(make_model, backbone, tmp_path):
 def test_each_row_of_a_batch_is_served_by_its_own_prefix(tuned, mask, served_by):
     paths, models = tuned
     bank = PrefixBank.open(paths)
-    names = utils.list_labels(bank.config)
+    names = loading.list_labels(bank.config)
     assert names == list("abcdxy")
     times = len(served_by) // len(IDS)
     ids, masks = IDS.repeat(times, 1), MASKS[mask].repeat(times, 1)
@@ -395,7 +395,7 @@ def test_each_row_of_a_batch_is_served_by_its_own_prefix(tuned, mask, served_by)
         with torch.inference_mode():
             torch.testing.assert_close(bank(ids, masks, torch.tensor(served_by)).logits, logits)
         for row, number in enumerate(served_by):
-            known = utils.list_labels(models[number].config)
+            known = loading.list_labels(models[number].config)
             alone = models[number](ids, attention_mask=masks).logits[row]
             found = logits[row, [names.index(name) for name in known]]
             torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
@@ -429,11 +429,11 @@ def test_prefixes_that_do_not_go_together_are_refused(tuned, make_model, backbon
 
 
 def test_a_prefix_beyond_the_positions_is_refused(backbone):
-    config = utils.load_config(locate(backbone), tuned=False)
+    config = loading.load_config(locate(backbone), tuned=False)
     config.pre_seq_len = 50
     with pytest.raises(ModelError, match="--pre_seq_len 50 \\+ --max_seq_length 15 is above"):
-        utils.set_max_seq_length(config, 15)
-    assert utils.set_max_seq_length(config, 14) == 14
+        loading.set_max_seq_length(config, 15)
+    assert loading.set_max_seq_length(config, 14) == 14
 
 
 def test_bad_model_folders_are_refused(backbone, tmp_path):
@@ -443,10 +443,10 @@ def test_bad_model_folders_are_refused(backbone, tmp_path):
         change(folder)
         source = locate(str(folder))
         with pytest.raises(ModelError) as error:
-            config = utils.load_config(source, tuned=False)
+            config = loading.load_config(source, tuned=False)
             config.max_seq_length = 16
-            utils.load_tokenizer(source, config)
-            utils.build_model(source, config)
+            loading.load_tokenizer(source, config)
+            loading.build_model(source, config)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -488,14 +488,14 @@ def test_a_tuned_model_without_its_head_is_refused(make_model, backbone, tmp_pat
     (folder / "vocab_old").mkdir()  # no file, so nothing to start from
     source = locate(str(folder))
     assert len(sha256_of([source])) == 64
-    config = utils.load_config(source, tuned=True)
-    utils.build_model(source, config, fresh_head=False)
+    config = loading.load_config(source, tuned=True)
+    loading.build_model(source, config, fresh_head=False)
     weights = load_file(folder / "model.safetensors")
     del weights["classifier.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    utils.build_model(source, config, fresh_head=True)
+    loading.build_model(source, config, fresh_head=True)
     with pytest.raises(ModelError, match=r"lacks 1 of the weights.*: classifier\.weight"):
-        utils.build_model(source, config, fresh_head=False)
+        loading.build_model(source, config, fresh_head=False)
 
 
 def test_an_unknown_name_is_refused_at_once():

@@ -13,8 +13,8 @@ import pytest
 
 from conftest import ROOT
 from killing import comparable
+from runtime.processes import Group
 from test_main import load
-from trainer import Group
 
 RUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 

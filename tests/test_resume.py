@@ -18,8 +18,8 @@ import main
 import trainer
 from conftest import ROWS, write_csv
 from killing import check_end, command, comparable, kill_until_done
-from model import checkpoint
-from model.output_folder import OutputFolder
+from runtime import checkpoint
+from runtime.output_folder import OutputFolder
 from test_main import FULL, RESULTS, hashes, load
 
 
@@ -406,7 +406,7 @@ def test_two_runs_do_not_share_a_folder(run, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from model.output_folder import OutputFolder\n"
+        "from runtime.output_folder import OutputFolder\n"
         "folder = OutputFolder(sys.argv[2], False); print(flush=True); time.sleep(60)"
     )
     root = str(Path(main.__file__).parent)

@@ -156,13 +156,14 @@ def test_padding_on_the_real_titles_is_under_five_percent(clone):
     named = [str(word) for pair in zip(flags, files, strict=True) for word in pair]
     command = """
 import numpy, dataset, sys
+from runtime import batches
 from arguments import parse_args
-from model import source, utils
+from model import loading, source
 args = parse_args(["--do_train", "--output_dir", "x", *sys.argv[1:]])
-tokenizer = utils.AutoTokenizer.from_pretrained(source.bundled_folder())
+tokenizer = loading.AutoTokenizer.from_pretrained(source.bundled_folder())
 data = dataset.encode(tokenizer, dataset.read_splits(args)["train"], None, 128)
 lengths = data.lengths[data.text_of_row]
-print(dataset.padding_share(lengths, dataset.training_batches(lengths, 32, 42, 0)))
+print(batches.padding_share(lengths, batches.training_batches(lengths, 32, 42, 0)))
 """
     done = subprocess.run(
         [sys.executable, "-c", command, *named], cwd=clone, capture_output=True, text=True

@@ -15,7 +15,8 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 
 from conftest import REAL_DATA, ROOT, bash, write_csv
-from dataset import DataError, read_split, text_key
+from dataset import read_split, text_key
+from runtime.csv_reader import DataError
 from script import splits
 
 SAMPLE = str(ROOT / splits.SAMPLE_FILE)
@@ -240,10 +241,12 @@ def test_category_names_come_from_the_file_where_it_is(tmp_path):
 
 
 def test_the_sample_is_what_its_generator_writes_and_a_fair_rehearsal(tmp_path):
-    shutil.copy(ROOT / "csv" / "make_sample.py", tmp_path)
-    subprocess.run([sys.executable, "make_sample.py"], cwd=tmp_path, check=True)
+    for name in ("script", "csv"):
+        (tmp_path / name).mkdir()
+    shutil.copy(ROOT / "script" / "make_sample.py", tmp_path / "script")
+    subprocess.run([sys.executable, "script/make_sample.py"], cwd=tmp_path, check=True)
     content = (ROOT / splits.SAMPLE_FILE).read_bytes()
-    assert (tmp_path / "USvideos_sample.csv").read_bytes() == content
+    assert (tmp_path / splits.SAMPLE_FILE).read_bytes() == content
     assert len(content) < 1_000_000
     table = raw_table()
     assert table["category_id"].nunique() == 16

@@ -1,5 +1,6 @@
 """The loop: its losses, its steps, its choice of epoch, its refusals."""
 
+import dataclasses
 import json
 import math
 
@@ -9,13 +10,10 @@ import torch
 import transformers
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
-import dataset
 import trainer
 from arguments import parse_args
 from conftest import ROWS
-from dataset import Encoded
-from model import utils
-from model.metrics import (
+from evaluation.metrics import (
     Bootstrap,
     Counts,
     Score,
@@ -24,8 +22,12 @@ from model.metrics import (
     predictions,
     probabilities,
 )
+from model import loading
+from runtime import batches
+from runtime.batches import Encoded
+from runtime.machine import Machine
 
-FP32 = trainer.Machine(torch.device("cpu"), "fp32")
+FP32 = Machine(torch.device("cpu"), "fp32")
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def test_no_decay_on_biases_layer_norms_and_prefix(make_model):
 def test_accumulation_equals_the_big_batch(make_model, data, kind):
     """11 rows in batches of 6 and 5, at once or in parts of 2 (the last part has one row)."""
     if kind == "multi":
-        data = dataset.replace(data, labels=np.eye(3, dtype=np.float32)[data.labels])
+        data = dataclasses.replace(data, labels=np.eye(3, dtype=np.float32)[data.labels])
     models, losses = [], []
     for flags in (
         ["6", "--gradient_accumulation_steps", "1"],
@@ -124,7 +126,7 @@ def test_expected_losses(make_model, data, way):
 
 def test_the_first_loss_is_that_of_the_model(make_model, data):
     model = without_dropout(make_model())
-    rows = dataset.training_batches(data.lengths, 32, 42, 0)[0]
+    rows = batches.training_batches(data.lengths, 32, 42, 0)[0]
     batch = data.collate(rows)
     logits = model(**batch).logits
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(data.labels[rows])).item()
@@ -140,7 +142,7 @@ def test_a_plain_loop_learns_the_same(backbone, make_model, data):
     )
     plain.load_state_dict(model.state_dict())
     before = model.get_input_embeddings().weight.detach().clone()
-    utils.tune_words_in_use(model, data.token_ids)
+    loading.tune_words_in_use(model, data.token_ids)
     args = arguments("--weight_decay", "0", "--learning_rate", "1e-3")
     optimizers = [trainer.build_optimizer(one, args) for one in (model, plain)]
     for step in range(6):
@@ -259,7 +261,7 @@ def test_what_is_not_finite_is_refused_before_the_weights_change(make_model, dat
 
 def test_predictions_are_in_the_order_of_the_rows_and_score_no_text_twice(make_model, data):
     model, args = make_model(), arguments("--per_device_eval_batch_size", "3")
-    twice = dataset.replace(data, text_of_row=np.array([4, 0, 4, 10]), labels=None)
+    twice = dataclasses.replace(data, text_of_row=np.array([4, 0, 4, 10]), labels=None)
     scored = []
     model.register_forward_hook(lambda *hooked: scored.append(len(hooked[2].logits)))
     logits = trainer.predict(model, twice, args, FP32)

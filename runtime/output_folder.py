@@ -22,10 +22,10 @@ import torch
 from safetensors import SafetensorError
 
 from dataset import LABEL_SEPARATOR
-from model import checkpoint
-from model.metrics import confidence, predictions, probabilities
+from evaluation.metrics import confidence, predictions, probabilities
+from runtime import checkpoint
+from runtime.record import RUN_FILE, OutputError, decisive, differences, read_record
 
-RUN_FILE = "run.json"
 RECORDS = "metrics.jsonl"
 PROCESS = "process"  # holds the number of the process at work, for messages
 # All that a run may leave in its folder.
@@ -40,17 +40,6 @@ PARTIAL_FILE = re.compile(
 os.umask(UMASK := os.umask(0o022))  # it can only be read by setting it
 
 logger = logging.getLogger(__name__)
-
-# Settings that change nothing of what a run learns and predicts; files count by their content.
-FREE_SETTINGS = {
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_strategy", "save_steps",
-    "save_total_limit", "train_file", "validation_file", "test_file", "model_name_or_path",
-    "report_to",
-}  # fmt: skip
-
-
-class OutputError(ValueError):
-    """An output folder that cannot be used: its message names it and the way out."""
 
 
 @contextmanager
@@ -257,9 +246,9 @@ class OutputFolder:
     ) -> Iterator[Callable[[pd.DataFrame, torch.Tensor], None]]:
         """Open predictions.csv: one row per input row, in its order. Yields what adds a chunk.
 
-        The input's `columns`, `predicted`, `confidence` (see `model.metrics.confidence`), and one
-        column `probability_LABEL` for each label. A chunk is a table and its logits [N, C]. Words
-        are quoted, so that any text comes back as it was.
+        The input's `columns`, `predicted`, `confidence` (see `metrics.confidence`), and one column
+        `probability_LABEL` for each label. A chunk is a table and its logits [N, C]. Words are
+        quoted, so that any text comes back as it was.
         """
         path = self.staging / "predictions.csv"
         header = [*columns, "predicted", "confidence", *(f"probability_{name}" for name in names)]
@@ -317,62 +306,3 @@ class OutputFolder:
         with writing(self.path):
             shutil.rmtree(self.staging)
             checkpoint.sync(self.path)
-
-
-def decisive(run: dict) -> dict:
-    """The part of a run's record that decides, over the same versions, its results to the bit."""
-    try:
-        settings = {k: v for k, v in run["settings"].items() if k not in FREE_SETTINGS}
-        data = {name: described["sha256"] for name, described in run["data"].items()}
-        weights = {name: run[name] for name in ("labels", "weights_sha256")}
-    except (KeyError, AttributeError, TypeError) as error:
-        return {"unreadable": str(error)}
-    return {"settings": settings, "data": data, **weights}
-
-
-def differences(one: dict, other: dict) -> list[str]:
-    """The fields, as `settings.seed`, in which two records differ."""
-    found = []
-    for key in sorted(one.keys() | other.keys()):
-        mine, theirs = one.get(key), other.get(key)
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            found += [f"{key}.{name}" for name in differences(mine, theirs)]
-        elif mine != theirs:
-            found.append(key)
-    return found
-
-
-def check_same(folder: Path, earlier: dict, run: dict) -> None:
-    """Whether `run` goes on as the run `earlier`, of the checkpoint `folder`, would have.
-
-    Raises: OutputError naming what differs. Other versions of packages are warned of.
-    """
-    if found := differences(decisive(earlier), decisive(run)):
-        raise OutputError(
-            f"{folder} is of a run with other {', '.join(found)}: give the same command, or "
-            "start anew with --overwrite_output_dir, without --resume_from_checkpoint"
-        )
-    if earlier["commit"] != run["commit"]:
-        logger.warning(
-            "warning: this run began at commit %s of the program: its end may differ",
-            earlier["commit"],
-        )
-    for name in differences(earlier["versions"], run["versions"]):
-        logger.warning(
-            "warning: %s was %s when this run began and is %s: its end may differ in the last "
-            "digits", name, earlier["versions"].get(name), run["versions"].get(name),
-        )  # fmt: skip
-
-
-def read_record(path: Path) -> dict:
-    """A run.json; empty where there is none. Raises: OutputError for what no run wrote."""
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        listed = all(isinstance(name, str) for name in record["files"])
-    except (ValueError, KeyError, TypeError):
-        listed = False
-    if not listed:
-        raise OutputError(f"{path} is not a run's: move it away")
-    return record

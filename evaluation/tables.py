@@ -1,16 +1,8 @@
 """What a person reads of a run: its record, its model card, its closing table."""
 
 import json
-import platform
-import resource
-import shlex
-import subprocess
-import sys
 from argparse import Namespace
-from importlib.metadata import version
 from pathlib import Path
-
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "scikit-learn")
 
 # Rows of the closing table, and their keys in all_results.json behind `eval_` and `test_`.
 ROWS = (
@@ -66,55 +58,6 @@ parameters tuned, in {seconds:.0f} s. All settings:
 It knows the labels above and texts of the kind it was tuned on; texts are cut to
 {max_seq_length} tokens. Confidences are not calibrated.
 """
-
-
-def about(
-    args: Namespace, start: str, sha256: str | None, names: list[str], data: dict[str, dict]
-) -> dict:
-    """All that a run's results depend on; becomes run.json.
-
-    start, sha256: name and content of what is tuned. data: `Split.describe` of each file.
-    """
-    return {
-        "settings": vars(args),
-        "backbone": start,
-        "weights_sha256": sha256,
-        "labels": names,
-        "data": data,
-        "synthetic": any(map(is_synthetic, data.values())),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-        "commit": commit(),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-    }
-
-
-def is_synthetic(described: dict) -> bool:
-    """Whether a file of data is as script/splits.py made it from the synthetic sample."""
-    path = Path(described["path"])
-    try:
-        about = json.loads((path.parent / "split.json").read_text(encoding="utf-8"))
-        return about["synthetic"] and about["files"].get(path.name) == described["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not ours, or none
-        return False
-
-
-def commit() -> str | None:
-    """The commit of this program, with "+" where files were changed since; None without git."""
-    here = Path(__file__).parent
-    try:
-        name, status = (
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return name.stdout.strip() + ("+" if status.stdout.strip() else "")
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident set of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def parameters(results: dict) -> str:

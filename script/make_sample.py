@@ -1,6 +1,6 @@
 """Write the synthetic sample that stands in where the real data is not there.
 
-    python csv/make_sample.py        # writes csv/USvideos_sample.csv, always the same bytes
+    .venv/bin/python -m script.make_sample   # writes csv/USvideos_sample.csv, always the same bytes
 
 Nothing in it is real: titles, channels and figures are drawn from the word lists below by a
 seeded generator. It rehearses the real file: its 16 columns and quirks, all 16 categories in
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / "csv"
 SEED = 42
 VIDEOS = 600
 OWN_WORD = 0.66  # a title's topic word comes from its own category, else from any

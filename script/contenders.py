@@ -36,16 +36,16 @@ def settings(data: str, *flags: str) -> argparse.Namespace:
 def texts_to_train_on(args: argparse.Namespace):
     """Source and config of the model, tokenizer, and the encoded training file."""
     import dataset
-    from model import utils
+    from model import loading
     from model.source import locate
 
     source = locate(args.model_name_or_path)
-    config = utils.load_config(source, tuned=False)
+    config = loading.load_config(source, tuned=False)
     split = dataset.read_splits(args)["train"]
-    utils.describe_task(source, config, dataset.label_names(split), args)
-    names = utils.list_labels(config)
-    length = utils.set_max_seq_length(config, args.max_seq_length)
-    tokenizer = utils.load_tokenizer(source, config)
+    loading.describe_task(source, config, dataset.label_names(split), args)
+    names = loading.list_labels(config)
+    length = loading.set_max_seq_length(config, args.max_seq_length)
+    tokenizer = loading.load_tokenizer(source, config)
     rows = dataset.encode(tokenizer, split, dataset.label_ids(split, names, False), length)
     return source, config, tokenizer, rows, split
 
@@ -53,15 +53,15 @@ def texts_to_train_on(args: argparse.Namespace):
 def prepared(args: argparse.Namespace):
     """What main.py makes of its arguments: machine, model, tokenizer, rows to train on."""
     import dataset
-    import trainer
-    from model import utils
+    from model import loading
+    from runtime.machine import pick_machine
 
-    machine = trainer.pick_machine(args.precision)
+    machine = pick_machine(args.precision)
     source, config, tokenizer, rows, split = texts_to_train_on(args)
-    model = utils.make_model(source, config, args, fresh_head=True)
+    model = loading.make_model(source, config, args, fresh_head=True)
     if args.prefix_init == "text":
-        words = dataset.words_to_start_from(utils.list_labels(config), split, args.seed)
-        utils.start_from_text(model, tokenizer, words)
+        words = dataset.words_to_start_from(loading.list_labels(config), split, args.seed)
+        loading.start_from_text(model, tokenizer, words)
     machine.place(model)
     return machine, model, tokenizer, rows
 
@@ -69,11 +69,11 @@ def prepared(args: argparse.Namespace):
 def ours(data: str, steps: int, *flags: str) -> Callable[[], dict]:
     """`main.py` with these flags: `steps` steps of its loop."""
     import trainer
-    from model import utils
+    from model import loading
 
     args = settings(data, *flags)
     machine, model, _, rows = prepared(args)
-    utils.tune_words_in_use(model, rows.token_ids)
+    loading.tune_words_in_use(model, rows.token_ids)
 
     def measure() -> dict:
         ends: list[float] = []
@@ -99,9 +99,9 @@ def flops(logits_of: Callable, rows, count: int) -> float:
     """Operations of the matrix products of `count` steps, forward and back, for one example."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    import dataset
+    from runtime.batches import training_batches
 
-    batches = dataset.training_batches(rows.lengths[rows.text_of_row], BATCH, 42, 0)[:count]
+    batches = training_batches(rows.lengths[rows.text_of_row], BATCH, 42, 0)[:count]
     with FlopCounterMode(display=False) as counter:
         for batch in batches:
             logits_of(rows.text_of_row[batch]).sum().backward()
@@ -182,13 +182,13 @@ def distinct(data: str, count: int):
 
 def make_folders(data: str, parent: str, names: set[str]) -> None:
     """Models as they are before training: PARENT/full, and prefixes PARENT/0, PARENT/1, ..."""
-    from model import utils
+    from model import loading
     from model.source import locate
 
     for name in sorted(names):
         args = settings(data, *([] if name == "full" else ["--prefix", "--seed", name]))
         _, model, tokenizer, _ = prepared(args)
-        utils.save_model(model, tokenizer, locate(args.model_name_or_path), Path(parent) / name)
+        loading.save_model(model, tokenizer, locate(args.model_name_or_path), Path(parent) / name)
 
 
 def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Callable[[], dict]:
@@ -200,19 +200,20 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Callabl
 
     import dataset
     import trainer
-    from model import utils
+    from model import loading
     from model.prefix_bank import PrefixBank
     from model.source import locate
+    from runtime.machine import pick_machine
 
     source = locate(f"{parent}/{names[0]}")
-    config = utils.load_config(source, tuned=True)
-    tokenizer = utils.load_tokenizer(source, config)
+    config = loading.load_config(source, tuned=True)
+    tokenizer = loading.load_tokenizer(source, config)
     if len(names) > 1:
         model = PrefixBank.open([f"{parent}/{name}" for name in names])
     else:
-        model = utils.load_model(source, config)
+        model = loading.load_model(source, config)
     args = settings(data)
-    machine = trainer.pick_machine("auto")
+    machine = pick_machine("auto")
     machine.place(model)
     split = distinct(data, count)
     served_by = np.arange(len(split)) % len(names) if len(names) > 1 else None
