@@ -15,40 +15,36 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from evaluation.metrics import compute_metrics, prefixed
+from evaluation.predictions import Predictions
 from model.sequence_classification import classification_loss
-from runtime.batches import Encoded, length_batches, padding_share, pieces, training_batches
-from runtime.checkpoint import learnt, put_back
-from runtime.machine import Machine, keep_freed_memory
-from runtime.training_state import BestEpoch, MovingAverage, Progress
+from model.tuning import method_of
+from runtime.batches import Encoded, chunks, length_batches, padding_share, training_batches
+from runtime.checkpoint import Checkpoint, Tensors
+from runtime.files import UserError
+from runtime.machine import Machine
+from runtime.training_state import Progress, TrainingState
 
 logger = logging.getLogger(__name__)
 
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: its message names the step, the rows and the way out."""
+Record = Callable[[dict], None]  # takes a line of metrics.jsonl
+Save = Callable[[dict, Tensors], None]  # takes the state and the tensors of a checkpoint
 
 
 class Stopped(Exception):
-    """Training was asked to stop and is saved; arguments: at which step, by which signal."""
-
-
-# -------------------------------------------------------------------------------- the machine
+    """Training was asked to stop and is saved. Arguments: the step and the signal."""
 
 
 # ------------------------------------------------------------------------- optimizer, schedule
 
 
 def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
-    """AdamW over what is tuned, each group with its peak learning rate.
-
-    No decay on biases and LayerNorm, nor on the prefix, which is no weight but a free input.
-    """
+    """AdamW over the trainable parameters, grouped by learning rate and weight decay."""
+    method = method_of(model.config)
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            exempt = parameter.ndim < 2 or name.startswith("prefix_encoder.embedding")
-            rate = args.head_learning_rate if name.startswith("classifier.") else args.learning_rate
-            decay = 0.0 if exempt else args.weight_decay
+            rate = args.head_learning_rate if method.is_head(name) else args.learning_rate
+            decay = 0.0 if method.is_exempt(name, parameter) else args.weight_decay
             group = groups.setdefault(
                 (rate, decay), {"params": [], "lr": rate, "peak_lr": rate, "weight_decay": decay}
             )
@@ -64,8 +60,17 @@ def learning_rate_factor(step: int, total: int, warmup: int) -> float:
 
 
 def warmup_steps(wanted: float, total: int) -> int:
-    """Steps of warm-up: below 1 `wanted` is a share of all, as in transformers 5."""
+    """Steps of warm-up: `wanted` below 1 is a share of all steps, as in transformers 5."""
     return min(round(wanted if wanted >= 1 else wanted * total), total - 1)
+
+
+def set_learning_rate(optimizer: torch.optim.AdamW, progress: Progress, args: Namespace) -> float:
+    """Set the rates of the next step by the schedule; returns that of the body."""
+    warmup = warmup_steps(args.warmup_steps, progress.total)
+    factor = learning_rate_factor(progress.done, progress.total, warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return args.learning_rate * factor
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -82,104 +87,92 @@ def train(
     eval_set: Encoded | None,
     args: Namespace,
     machine: Machine,
-    *,
-    record: Callable[[dict], None],
-    save: Callable[[dict, dict[str, torch.Tensor]], None],
-    start: tuple[dict, dict[str, torch.Tensor]] | None = None,
-    stopped: Callable[[], int] = int,
+    record: Record,
+    save: Save,
+    checkpoint: Checkpoint | None = None,
+    stop_requested: Callable[[], int] = int,
 ) -> dict[str, float]:
-    """Tune, in place, the parameters that require gradients.
+    """Train the trainable parameters, in place; a moving average of them is what counts.
 
-    What is evaluated, saved and left at the end is a `MovingAverage` over the steps. With an
-    `eval_set` each epoch is evaluated, and the model ends as its best one where
-    `args.load_best_model_at_end`. `record` gets a dict for each logged step and evaluation;
-    `save` gets state and tensors after each epoch, and every `args.save_steps`, unless
-    `args.save_strategy` is "no". With these as `start` the run goes on, and ends as if it had
-    never stopped; there is no random state, see `step_seed`. `stopped` is asked after each step:
-    where it gives the number of a signal, the step is saved and training ends.
+    With an `eval_set` each epoch is evaluated, and with `args.load_best_model_at_end` the model
+    ends as its best one. `save` gets state and tensors after each epoch, and every
+    `args.save_steps`, unless `args.save_strategy` is "no". From a `checkpoint` the run is resumed,
+    and ends as if it had never stopped. `stop_requested` is called after each step; if it returns
+    the number of a signal, the step is saved and training ends.
 
-    Returns `train_loss` (mean over all examples), `train_runtime` (seconds, evaluations
-    included), `train_samples_per_second`, `train_steps` and, where chosen, `best_epoch`.
-    Raises: TrainingError, before the weights change, where loss or gradient is not finite;
-        Stopped, after the step is saved.
+    Returns `train_loss` (mean over all examples), `train_runtime` (seconds, with evaluations),
+    `train_samples_per_second`, `train_steps` and, if one was chosen, `best_epoch`.
+    Raises: UserError, before the weights change, if loss or gradient is not finite; Stopped, after
+        the step is saved.
     """
-    keep_freed_memory()
-    optimizer = build_optimizer(model, args)
     step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    lengths = train_set.lengths[train_set.text_of_row]
     steps_per_epoch = math.ceil(len(train_set) / step_size)
     total = steps_per_epoch * args.num_train_epochs
-    warmup = warmup_steps(args.warmup_steps, total)
-    average = MovingAverage(model, args.ema_decay)
-    best = BestEpoch(args.metric_for_best_model, args.load_best_model_at_end)
-    progress = Progress(total, steps_per_epoch, args.logging_steps, record, machine.group.first)
-    if start:
-        state, tensors = start
-        put_back(tensors, model, optimizer)
-        average.go_on(tensors)
-        progress.go_on(state["progress"])
-        best.go_on(state["best"], tensors)
-
-    def keep() -> None:
-        best_step = best.epoch * steps_per_epoch
-        state = {"step": progress.done, "best_step": best_step}
-        state |= {"progress": progress.state(), "best": best.state()}
-        with average.applied():
-            tensors = learnt(model, optimizer) | average.tensors()
-            save(state, tensors | best.tensors(now=best_step == progress.done))
+    progress = Progress(total, steps_per_epoch, args.logging_steps, record, machine.group.is_main)
+    state = TrainingState(model, build_optimizer(model, args), progress, args, checkpoint)
+    log_plan(train_set, total, step_size, args)
 
     with logging_redirect_tqdm(), progress:
-        while progress.done < total and not best.patience_is_over(
-            progress.epoch, args.early_stopping_patience
-        ):
-            epoch = progress.epoch
+        while not state.is_over(args.early_stopping_patience):
             # the order of the rows: a function of (seed, epoch)
-            batches = training_batches(lengths, step_size, args.seed, epoch)
-            if epoch == 0:
-                micro = [m for b in batches for m in pieces(b, args.per_device_train_batch_size)]
-                share = 100 * padding_share(lengths, micro)
-                logger.info("%d steps of %d examples, %.1f %% padding", total, step_size, share)
+            batches = training_batches(train_set.row_lengths, step_size, args.seed, progress.epoch)
 
-            # one optimizer step for each batch that is left
+            # the remaining batches of this epoch, one optimizer step each
             model.train()
             for rows in batches[progress.done % steps_per_epoch :]:
-                factor = learning_rate_factor(progress.done, total, warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
+                rate = set_learning_rate(state.optimizer, progress, args)
                 loss, norm = training_step(
-                    model, optimizer, train_set, rows, progress.done, args, machine
+                    model, state.optimizer, train_set, rows, progress.done, args, machine
                 )
-                progress.step(len(rows), loss, norm, args.learning_rate * factor)
-                average.update(progress.done)
-                ends = progress.done % steps_per_epoch == 0
-                due = args.save_steps and progress.done % args.save_steps == 0
-                stop = machine.group.highest(stopped())
-                if not ends and (due or stop):  # an epoch's end is kept after its evaluation
-                    keep()
-                if not ends and stop:
-                    raise Stopped(progress.done, stop)
+                progress.step(len(rows), loss, norm, rate)
+                state.average.update(progress.done)
+                if progress.within_epoch:  # the last step of an epoch is saved after its evaluation
+                    due = args.save_steps and progress.done % args.save_steps == 0
+                    save_if_due(state, due, machine, save, stop_requested)
 
-            # evaluate on the validation file; remember the best
+            # evaluate on the validation file, remember the best epoch, save this one
             if eval_set is not None:
-                with average.applied():
-                    metrics = evaluate(model, eval_set, args, machine)
-                    better = best.update(model, epoch + 1, metrics)
-                record({"step": progress.done, "epoch": epoch + 1, **prefixed("eval", metrics)})
-                shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-                logger.info("epoch %d: validation %s%s", epoch + 1, shown, " (best)" * better)
+                evaluate_epoch(state, eval_set, args, machine, record)
+            save_if_due(state, args.save_strategy != "no", machine, save, stop_requested)
+    return state.finish()
 
-            # keep this epoch
-            stop = machine.group.highest(stopped())
-            if args.save_strategy != "no" or stop:
-                keep()
-            if stop:
-                raise Stopped(progress.done, stop)
 
-    if progress.done < total:
-        logger.info("stopped early: no better epoch since %d", best.epoch)
-    average.swap()
-    chosen = {"best_epoch": best.epoch} if best.restore(model) else {}
-    return {**progress.summary(), "train_steps": progress.done, **chosen}
+def log_plan(train_set: Encoded, total: int, step_size: int, args: Namespace) -> None:
+    """Log the number of steps, and the share of padding in the first epoch."""
+    size = args.per_device_train_batch_size
+    batches = training_batches(train_set.row_lengths, step_size, args.seed, 0)
+    micro = [part for batch in batches for part in chunks(batch, size)]
+    share = 100 * padding_share(train_set.row_lengths, micro)
+    logger.info("%d steps of %d examples, %.1f %% padding", total, step_size, share)
+
+
+def save_if_due(
+    state: TrainingState,
+    due: bool,
+    machine: Machine,
+    save: Save,
+    stop_requested: Callable[[], int],
+) -> None:
+    """Save a checkpoint if one is due. Raises: Stopped after saving, if that was requested."""
+    stop = machine.group.max_over_processes(stop_requested())
+    if due or stop:
+        with state.average.applied():
+            save(*state.state_dict())
+    if stop:
+        raise Stopped(state.progress.done, stop)
+
+
+def evaluate_epoch(
+    state: TrainingState, eval_set: Encoded, args: Namespace, machine: Machine, record: Record
+) -> None:
+    """Evaluate the averaged weights at the end of an epoch, and keep them if they are the best."""
+    step, epoch = state.progress.done, state.progress.epoch
+    with state.average.applied():
+        metrics = evaluate(state.model, eval_set, args, machine)
+        better = state.best.update(state.model, epoch, metrics)
+    record({"step": step, "epoch": epoch, **prefixed("eval", metrics)})
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    logger.info("epoch %d: validation %s%s", epoch, shown, " (best)" * better)
 
 
 def training_step(
@@ -191,39 +184,39 @@ def training_step(
     args: Namespace,
     machine: Machine,
 ) -> tuple[float, float]:
-    """The optimizer's step number `step`, on `rows`; returns mean loss and gradient norm.
+    """Do the optimizer's step number `step` on `rows`; returns mean loss and gradient norm.
 
-    Every row weighs 1 / len(rows), so the last, partial window of an epoch counts right, and but
-    for dropout accumulation and several processes equal the big batch.
+    Every row weighs 1 / len(rows), so a short last batch is weighted correctly; apart from dropout,
+    accumulation and several processes reproduce one large batch.
     """
     # forward and backward over micro-batches, with the step's own dropout
     torch.manual_seed(step_seed(args.seed, step, machine.group.rank))
     loss = torch.zeros((), device=machine.device)
     mine = machine.group.share(rows)
-    for part in pieces(mine, args.per_device_train_batch_size) if len(mine) else ():
-        logits = machine.logits(model, train_set, train_set.text_of_row[part])
+    for part in chunks(mine, args.per_device_train_batch_size) if len(mine) else ():
+        logits = machine.logits(model, train_set, train_set.text_index[part])
         labels = torch.from_numpy(train_set.labels[part]).to(machine.device)
         part_loss = classification_loss(logits, labels) / len(rows)
         part_loss.backward()
         loss += part_loss.detach()
 
-    # add up what all processes found
-    tuned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # sum over all processes
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if machine.group.size > 1:
-        for parameter in tuned:
-            if parameter.grad is None:  # of a process whose share is empty
+        for parameter in parameters:
+            if parameter.grad is None:  # in a process whose share is empty
                 parameter.grad = torch.zeros_like(parameter)
-        machine.group.add_up([loss, *(parameter.grad for parameter in tuned)])
+        machine.group.all_reduce_sum([loss, *(parameter.grad for parameter in parameters)])
     loss = loss.item()
 
-    # clip; refuse what is not finite while the weights are still good
-    norm = nn.utils.clip_grad_norm_(tuned, args.max_grad_norm).item()
+    # clip; fail while the weights are still good
+    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         numbers = ", ".join(str(train_set.rows[row]) for row in sorted(rows)[:8])
-        raise TrainingError(
-            f"the loss is {loss:g} and its gradient's norm {norm:g}, at step {step + 1}, on the "
-            f"training file's rows {numbers}{', ...' if len(rows) > 8 else ''}; "
-            "the weights were not changed by it: lower --learning_rate"
+        raise UserError(
+            f"the loss is {loss:g} and the norm of its gradient {norm:g}, at step {step + 1}, on "
+            f"the training file's rows {numbers}{', ...' if len(rows) > 8 else ''}; "
+            "the weights were not changed: lower --learning_rate"
         )
 
     # step
@@ -237,27 +230,25 @@ def training_step(
 
 @torch.inference_mode()
 def predict(model: nn.Module, data: Encoded, args: Namespace, machine: Machine) -> torch.Tensor:
-    """Logits of every row, in the rows' order: float32 [N, C]. No text is scored twice.
+    """Logits of every row, in the order of the rows: float32 [N, C]. No text is scored twice.
 
-    Raises: TrainingError where one is not finite, since it would count as a prediction.
+    Raises: UserError if one is not finite, since it would count as a prediction.
     """
-    keep_freed_memory()
     model.eval()
     group = machine.group
     mine = group.share(length_batches(data, args.per_device_eval_batch_size))
     of_text = torch.zeros(len(data.token_ids), model.config.num_labels)  # [U, C]
-    for texts in tqdm(
-        mine, desc="predict", unit="batch", disable=None if group.first else True, leave=False,
-        dynamic_ncols=True,
-    ):  # fmt: skip
+    hidden = None if group.is_main else True  # None: hidden if the output is not a terminal
+    bar = {"desc": "predict", "unit": "batch", "leave": False, "dynamic_ncols": True}
+    for texts in tqdm(mine, disable=hidden, **bar):
         of_text[texts] = machine.logits(model, data, texts).cpu()
     if group.size > 1:
         of_text = of_text.to(machine.device)
-        group.add_up([of_text])
+        group.all_reduce_sum([of_text])
         of_text = of_text.cpu()
     if not of_text.isfinite().all():
-        raise TrainingError("the model's logits are not finite: it diverged, lower --learning_rate")
-    return of_text[data.text_of_row]  # [U, C] -> [N, C]
+        raise UserError("the model's logits are not finite: it diverged, lower --learning_rate")
+    return of_text[data.text_index]  # [U, C] -> [N, C]
 
 
 def evaluate(
@@ -265,9 +256,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics over the whole file at once, see `compute_metrics`."""
     logits = predict(model, data, args, machine)
-    if data.labels.ndim == 1 and len(logits.argmax(dim=1).unique()) == 1:
+    found = Predictions.of(logits, data.labels.ndim == 2)
+    if data.labels.ndim == 1 and len(np.unique(found.label)) == 1:
         logger.warning(
-            "warning: every prediction is the same class: the model has collapsed, or has not "
-            "learnt yet; try another --learning_rate, --warmup_steps or more epochs"
+            "warning: every prediction is the same class: the model has collapsed or has not "
+            "learned yet; try another --learning_rate, --warmup_steps or more epochs"
         )
-    return compute_metrics(logits, data.labels)
+    return compute_metrics(found, data.labels)

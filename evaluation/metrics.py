@@ -1,4 +1,8 @@
-"""Metrics of a whole file, from its logits. N rows, C classes."""
+"""Metrics of a whole file, from the predictions of its rows. N rows, C classes.
+
+To add a metric, add it to `Counts.metrics`, or to `Counts.more_metrics` if choosing an epoch does
+not need it, and give it a title in `TITLES`: tables, reports and all_results.json then show it.
+"""
 
 import zlib
 from itertools import compress
@@ -6,57 +10,68 @@ from itertools import compress
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.metrics import confusion_matrix, multilabel_confusion_matrix
 
-from evaluation.predictions import confidence, predictions, probabilities
+from evaluation.predictions import Predictions
 from model.sequence_classification import classification_loss
 
 BINS = 10  # of confidence, in the reliability curve
 RESAMPLES = 1000  # of a bootstrap
-MISTAKES = 20  # the surest, for a report
+MISTAKES = 20  # the most confident, for a report
+
+# Rows of the closing table, by their keys in all_results.json after `eval_` and `test_`.
+TITLES = {
+    "rows": "rows",
+    "accuracy": "accuracy",
+    "accuracy_interval": "  95 % interval",
+    "macro_f1": "macro F1",
+    "weighted_f1": "weighted F1",
+    "micro_f1": "micro F1",
+    "loss": "log loss",
+    "ece": "calibration error",
+    "seen_share": "text in training file",
+    "accuracy_seen": "accuracy on seen texts",
+    "accuracy_unseen": "accuracy on unseen texts",
+    "accuracy_unseen_interval": "  95 % interval",
+}
 
 
 class Counts:
-    """What the metrics of any number of rows need: it grows with the classes alone."""
+    """What the metrics of any number of rows need; it grows with the classes only."""
 
-    def __init__(self) -> None:
+    def __init__(self, multi_label: bool) -> None:
+        self.multi_label = multi_label
         self.rows, self.hits, self.loss = 0, 0, 0.0
         self.tables: np.ndarray | int = 0  # [C, 2, 2], see `multilabel_confusion_matrix`
         self.bins = np.zeros((3, BINS))  # rows, hits and summed confidence, by confidence
 
-    def add(self, logits: torch.Tensor, labels: np.ndarray) -> np.ndarray:
-        """Count rows: logits float32 [N, C]; labels int64 [N], or float32 [N, C] of 0 and 1.
+    def add(self, found: Predictions, label_ids: np.ndarray) -> np.ndarray:
+        """Count rows; label_ids: int64 [N], or float32 [N, C] of 0 and 1.
 
         Returns which rows are right: bool [N].
         """
-        from sklearn.metrics import multilabel_confusion_matrix  # what has no labels needs it not
-
-        self.multi_label = labels.ndim == 2
-        probability = probabilities(logits, self.multi_label)
-        predicted = predictions(probability, self.multi_label)
-        right = predicted == labels
-        if self.multi_label:
-            right = right.all(axis=1)
-        sure = confidence(probability, self.multi_label)
-        self.rows += len(labels)
+        right = found.is_right(label_ids)
+        self.rows += len(label_ids)
         self.hits += int(right.sum())
-        self.loss += classification_loss(logits, torch.from_numpy(labels)).item()
-        tables = multilabel_confusion_matrix(labels, predicted, labels=range(logits.shape[1]))
-        self.tables += tables.astype(np.int64)  # which it is not where there is no hit
-        place = np.minimum((sure * BINS).astype(int), BINS - 1)
-        self.bins += [np.bincount(place, what, BINS) for what in (np.ones(len(sure)), right, sure)]
+        self.loss += classification_loss(found.logits, torch.from_numpy(label_ids)).item()
+        classes = range(found.logits.shape[1])
+        tables = multilabel_confusion_matrix(label_ids, found.label, labels=classes)
+        self.tables += tables.astype(np.int64)  # which it is not if there is no hit
+        place = np.minimum((found.confidence * BINS).astype(int), BINS - 1)
+        weights = (np.ones(len(right)), right, found.confidence)
+        self.bins += [np.bincount(place, weight, BINS) for weight in weights]
         return right
 
     def merge(self, other: "Counts") -> None:
         """Count the other's rows too."""
-        for name, value in vars(other).items():
-            same = name == "multi_label"
-            setattr(self, name, value if same else getattr(self, name) + value)
+        for name in ("rows", "hits", "loss", "tables", "bins"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def metrics(self) -> dict[str, float]:
         """Loss, accuracy and macro F1; with several labels a row also micro F1.
 
-        Accuracy of several labels a row is that of the whole row. Macro F1 averages over the
-        classes that occur in the labels or the predictions; where one has no hit its F1 is 0.
+        With several labels a row, accuracy is that of the whole row. Macro F1 averages over the
+        classes that occur in the labels or the predictions; a class without a hit has F1 0.
         """
         hits, wrong = self.tables[:, 1, 1], self.tables[:, 0, 1] + self.tables[:, 1, 0]
         occurs = hits + wrong > 0
@@ -71,10 +86,9 @@ class Counts:
         return found
 
     def per_class(self) -> dict[str, list[float]]:
-        """Precision, recall, F1 and support of each class; 0 where nothing is to be divided."""
-        hits, predicted, support = (
-            self.tables[:, 1, 1], self.tables[:, :, 1].sum(axis=1), self.tables[:, 1].sum(axis=1)
-        )  # fmt: skip
+        """Precision, recall, F1 and support of each class; 0 for 0 / 0."""
+        hits = self.tables[:, 1, 1]
+        predicted, support = self.tables[:, :, 1].sum(axis=1), self.tables[:, 1].sum(axis=1)
         return {
             "precision": (hits / np.maximum(predicted, 1)).tolist(),
             "recall": (hits / np.maximum(support, 1)).tolist(),
@@ -82,43 +96,43 @@ class Counts:
             "support": support.tolist(),
         }
 
-    def calibration(self) -> dict[str, float]:
+    def more_metrics(self) -> dict[str, float]:
         """F1 weighted by the classes' support, and the expected calibration error.
 
-        That is the mean distance of confidence and accuracy over bins of equal width (Guo et al.
-        2017, https://arxiv.org/abs/1706.04599).
+        The latter is the mean distance of confidence and accuracy over bins of equal width (Guo et
+        al. 2017, https://arxiv.org/abs/1706.04599).
         """
         each = self.per_class()
-        rows, hits, sure = self.bins
+        rows, hits, confidence = self.bins
         return {
             "weighted_f1": float(np.average(each["f1"], weights=np.maximum(each["support"], 1e-9))),
-            "ece": float(np.abs(hits - sure).sum() / rows.sum()),
+            "ece": float(np.abs(hits - confidence).sum() / rows.sum()),
         }
 
 
-def compute_metrics(logits: torch.Tensor, labels: np.ndarray) -> dict[str, float]:
-    """Those of `Counts`, of these rows."""
-    counts = Counts()
-    counts.add(logits, labels)
+def compute_metrics(found: Predictions, label_ids: np.ndarray) -> dict[str, float]:
+    """The `Counts.metrics` of these rows."""
+    counts = Counts(label_ids.ndim == 2)
+    counts.add(found, label_ids)
     return counts.metrics()
 
 
 class Bootstrap:
     """The 95 % interval of an accuracy, had other texts been drawn.
 
-    Distinct texts are drawn, not rows, since rows of one text are right or wrong together. Each
+    Distinct texts are drawn, not rows, since the rows of one text are right or wrong together. Each
     text is drawn as often as a Poisson variable says (Chamandy et al. 2012, "Estimating
-    uncertainty for massive data streams"), a function of the text: so memory is constant, and a
-    text that comes again counts as the same.
+    uncertainty for massive data streams"). The variable is a function of the text, so memory is
+    constant and a text that occurs again counts as the same.
     """
 
     def __init__(self) -> None:
         self.sums = np.zeros((2, RESAMPLES))  # rows and hits of each resampled file
 
     def add(self, keys: list[str], right: np.ndarray) -> None:
-        """Count rows: their texts' `dataset.text_key`, and whether each is right, bool [N]."""
-        text_of_row, texts = pd.factorize(np.array(keys, dtype=object))
-        counts = np.stack([np.bincount(text_of_row), np.bincount(text_of_row, right)])  # [2, U]
+        """Count rows: the keys of their texts, and whether each is right, bool [N]."""
+        text_index, texts = pd.factorize(np.array(keys, dtype=object))
+        counts = np.stack([np.bincount(text_index), np.bincount(text_index, right)])  # [2, U]
         for start in range(0, len(texts), 1000):
             part = slice(start, start + 1000)
             seeds = [zlib.crc32(text.encode("utf-8", "surrogatepass")) for text in texts[part]]
@@ -132,68 +146,63 @@ class Bootstrap:
 
 
 class Score:
-    """Metrics of a file, of its seen and of its unseen texts, with what a report shows of them."""
+    """Metrics of a file and of its seen and unseen texts, with the details for a report."""
 
-    def __init__(self) -> None:
-        self.parts = {name: (Counts(), Bootstrap()) for name in ("seen", "unseen")}
-        self.confusion: np.ndarray | int = 0  # [C, C], rows are the true classes; one label a row
+    def __init__(self, multi_label: bool) -> None:
+        self.multi_label, self.audited = multi_label, False
+        self.parts = {part: (Counts(multi_label), Bootstrap()) for part in ("seen", "unseen")}
+        self.confusion: np.ndarray | int = 0  # [C, C], true classes by row; one label a row
         self.mistakes: list[dict] = []
 
     def add(
         self,
-        logits: torch.Tensor,
-        labels: np.ndarray,
+        found: Predictions,
+        label_ids: np.ndarray,
         texts: list[str],
         keys: list[str],
         seen: np.ndarray | None,
     ) -> "Score":
-        """Count rows, their texts and `dataset.text_key` of these.
+        """Count rows, with their texts and the keys of these.
 
-        seen, bool [N]: whether each one's text stands in the training file.
+        seen, bool [N]: whether each text is in the training file; None if that is not known.
         """
         self.audited = seen is not None
-        if seen is None:  # then the parts mean nothing, but their sum does
-            seen = np.zeros(len(labels), dtype=bool)
-        for name, rows in (("seen", seen), ("unseen", ~seen)):
+        if seen is None:  # the parts then mean nothing, but their sum does
+            seen = np.zeros(len(label_ids), dtype=bool)
+        for part, rows in (("seen", seen), ("unseen", ~seen)):
             if rows.any():
-                counts, bootstrap = self.parts[name]
-                right = counts.add(logits[rows], labels[rows])
+                counts, bootstrap = self.parts[part]
+                right = counts.add(found.take(rows), label_ids[rows])
                 bootstrap.add(list(compress(keys, rows)), right)
-        self.note_mistakes(logits, labels, texts)
+        if not self.multi_label:
+            classes = range(found.logits.shape[1])
+            self.confusion += confusion_matrix(label_ids, found.label, labels=classes)
+        self.add_mistakes(found, label_ids, texts)
         return self
 
-    def note_mistakes(self, logits: torch.Tensor, labels: np.ndarray, texts: list[str]) -> None:
-        """Count what is taken for what; keep the surest of what is wrong, each text once."""
-        from sklearn.metrics import confusion_matrix
-
-        multi_label = labels.ndim == 2
-        probability = probabilities(logits, multi_label)
-        predicted, sure = (
-            predictions(probability, multi_label),
-            confidence(probability, multi_label),
-        )
-        wrong = predicted != labels
-        if multi_label:
-            wrong = wrong.any(axis=1)
-        else:
-            self.confusion += confusion_matrix(labels, predicted, labels=range(logits.shape[1]))
-        wrong = np.flatnonzero(wrong)
-        surest: dict[str, int] = {}  # rows, by their texts
-        for row in wrong[np.argsort(-sure[wrong], kind="stable")]:
-            surest.setdefault(texts[row], row)
-            if len(surest) == MISTAKES:
+    def add_mistakes(self, found: Predictions, label_ids: np.ndarray, texts: list[str]) -> None:
+        """Keep the most confident wrong predictions, each text once."""
+        wrong = np.flatnonzero(~found.is_right(label_ids))
+        rows: dict[str, int] = {}  # by their texts
+        for row in wrong[np.argsort(-found.confidence[wrong], kind="stable")]:
+            rows.setdefault(texts[row], row)
+            if len(rows) == MISTAKES:
                 break
         self.mistakes += [
-            {"text": text, "label": labels[row].tolist(), "predicted": predicted[row].tolist(),
-             "confidence": round(float(sure[row]), 6)}
-            for text, row in surest.items()
-        ]  # fmt: skip
+            {
+                "text": text,
+                "label": label_ids[row].tolist(),
+                "predicted": found.label[row].tolist(),
+                "confidence": round(float(found.confidence[row]), 6),
+            }
+            for text, row in rows.items()
+        ]
         unique = {one["text"]: one for one in reversed(self.mistakes)}.values()
         self.mistakes = sorted(unique, key=lambda one: -one["confidence"])[:MISTAKES]
 
     def whole(self) -> tuple[Counts, Bootstrap]:
-        """Of all rows."""
-        counts, bootstrap = Counts(), Bootstrap()
+        """Counts and bootstrap of all rows."""
+        counts, bootstrap = Counts(self.multi_label), Bootstrap()
         for part, of_texts in self.parts.values():
             if part.rows:
                 counts.merge(part)
@@ -203,27 +212,27 @@ class Score:
     def results(self, name: str) -> dict[str, float | list[float] | None]:
         """Metrics of the file `name`, as `name_accuracy` and so on.
 
-        Where texts were audited also the share of seen ones, and the accuracy on those and on all
-        others; None where there are no such rows.
+        If the training file is known, also the share of seen texts, and the accuracy on them and on
+        all others; None if there are no such rows.
         """
         counts, bootstrap = self.whole()
-        results = {**counts.metrics(), **counts.calibration()}
+        results = {**counts.metrics(), **counts.more_metrics()}
         results["accuracy_interval"] = bootstrap.interval()
         if self.audited:
             results["seen_share"] = self.parts["seen"][0].rows / counts.rows
             for part in ("seen", "unseen"):
                 counts, bootstrap = self.parts[part]
-                there = counts.rows > 0
-                results[f"accuracy_{part}"] = counts.metrics()["accuracy"] if there else None
-                results[f"accuracy_{part}_interval"] = bootstrap.interval() if there else None
+                some = counts.rows > 0
+                results[f"accuracy_{part}"] = counts.metrics()["accuracy"] if some else None
+                results[f"accuracy_{part}_interval"] = bootstrap.interval() if some else None
         return prefixed(name, results)
 
     def details(self) -> dict:
-        """What is no single figure, as JSON takes it; classes are in the order of the labels."""
+        """Per-class figures, confusion matrix, reliability curve and worst mistakes, as JSON."""
         counts, _ = self.whole()
         return {
             **counts.per_class(),
-            "confusion": None if counts.multi_label else self.confusion.tolist(),
+            "confusion": None if self.multi_label else self.confusion.tolist(),
             "reliability": dict(
                 zip(("rows", "hits", "confidence"), counts.bins.tolist(), strict=True)
             ),

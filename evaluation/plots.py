@@ -1,30 +1,38 @@
-"""The pictures of a run and of a study, as SVG."""
+"""The plots of a run and of a study, as SVG.
+
+To add a plot of a run, write a function that returns its pictures and give it a heading in
+`RUN_PLOTS`; report.html shows it.
+"""
 
 import io
 from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe & Ito's colours, which colour-blind people can tell apart.
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+COLORS = BLUE, ORANGE, *_ = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 DRAWN = 50  # labels at most in a picture; there are tables too
 INK = "#123456"  # becomes the page's colour of text, dark or light
-STYLE = {
-    "text.parse_math": False,  # a $ in a label is a $
-    "svg.fonttype": "none",  # words stay words, in the page's font
-    "svg.hashsalt": "report",  # the same picture gives the same bytes
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
-    "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
-    "font.size": 10, "legend.frameon": False, "figure.constrained_layout.use": True,
-}  # fmt: skip
+STYLE = Path(__file__).with_name("report.mplstyle")
+
+
+class Run(NamedTuple):
+    """What the plots of a run are drawn from."""
+
+    labels: list[str]
+    details: dict  # of the scored file, from evaluation.json
+    records: list[dict]  # the lines of metrics.jsonl
 
 
 def svg(figure: Figure, words: str) -> Markup:
-    """A figure as an element of the page, which `words` describe to who cannot see it."""
+    """A figure as an element of the page, with `words` that describe it to screen readers."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     picture = file.getvalue()
@@ -33,10 +41,10 @@ def svg(figure: Figure, words: str) -> Markup:
     return Markup(picture.replace("<svg", label, 1))  # matplotlib escapes what it draws
 
 
-def learning_curves(records: list[dict]) -> list[Markup]:
-    """Loss of training and validation by epoch, and the accuracy of validation."""
-    steps = [line for line in records if "loss" in line]
-    epochs = [line for line in records if "eval_loss" in line]
+def learning_curves(run: Run) -> list[Markup]:
+    """Loss of training and validation by epoch, and the accuracy on validation."""
+    steps = [line for line in run.records if "loss" in line]
+    epochs = [line for line in run.records if "eval_loss" in line]
     pictures = []
     for key, title in (("loss", "loss"), ("accuracy", "accuracy, validation")):
         figure = Figure(figsize=(4, 3))
@@ -45,7 +53,7 @@ def learning_curves(records: list[dict]) -> list[Markup]:
         if key == "loss" and steps:
             by_step = [x["loss"] for x in steps]
             axis.plot([x["epoch"] for x in steps], by_step, color=BLUE, label="training")
-            words += f" In training it goes from {by_step[0]:.2f} to {by_step[-1]:.2f}."
+            words += f" In training it falls from {by_step[0]:.2f} to {by_step[-1]:.2f}."
         if epochs:
             at, values = [x["epoch"] for x in epochs], [x[f"eval_{key}"] for x in epochs]
             axis.plot(at, values, "o-", color=ORANGE, label="validation")
@@ -59,9 +67,12 @@ def learning_curves(records: list[dict]) -> list[Markup]:
     return pictures
 
 
-def confusion(labels: list[str], counts: list[list[int]]) -> Markup:
-    """Rows are the true labels; a cell's colour is its share of its row."""
-    table = np.array(counts)
+def confusion(run: Run) -> list[Markup]:
+    """Confusion matrix: rows are the true labels, a cell's colour is its share of its row."""
+    labels = run.labels
+    if run.details["confusion"] is None or len(labels) > DRAWN:
+        return []
+    table = np.array(run.details["confusion"])
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     size = max(3.5, 0.45 * len(labels) + 1.5)
     figure = Figure(figsize=(size, size))
@@ -81,11 +92,14 @@ def confusion(labels: list[str], counts: list[list[int]]) -> Markup:
                 column + 0.5, row + 0.5, table[row, column], ha="center", va="center", color=color
             )
     right = table.trace() / max(table.sum(), 1)
-    return svg(figure, f"Confusion matrix: {right:.1%} of the rows lie on the diagonal.")
+    return [svg(figure, f"Confusion matrix: {right:.1%} of the rows lie on the diagonal.")]
 
 
-def class_bars(labels: list[str], f1: list[float], support: list[int]) -> Markup:
-    """F1 of each label, with its rows."""
+def class_bars(run: Run) -> list[Markup]:
+    """F1 of each label, with its number of rows."""
+    labels, f1, support = run.labels, run.details["f1"], run.details["support"]
+    if len(labels) > DRAWN:
+        return []
     figure = Figure(figsize=(6, 0.35 * len(labels) + 1))
     axis = figure.subplots()
     names = [f"{name} ({rows:,})" for name, rows in zip(labels, support, strict=True)]
@@ -94,24 +108,40 @@ def class_bars(labels: list[str], f1: list[float], support: list[int]) -> Markup
     axis.set(xlim=(0, 1.1), xlabel="F1 (rows in brackets)")
     axis.invert_yaxis()
     low = labels[int(np.argmin(f1))]
-    return svg(figure, f"F1 of each label, lowest for {low} with {min(f1):.2f}.")
+    return [svg(figure, f"F1 of each label, lowest for {low} with {min(f1):.2f}.")]
 
 
-def reliability(bins: dict[str, list[float]]) -> Markup:
-    """Share of right predictions by their confidence; calibrated ones lie on the diagonal."""
-    rows, hits, sure = (np.array(bins[name]) for name in ("rows", "hits", "confidence"))
-    there = rows > 0
+def reliability(run: Run) -> list[Markup]:
+    """Share of right predictions by their confidence; calibrated ones are on the diagonal."""
+    bins = run.details["reliability"]
+    rows, hits, confidence = (np.array(bins[name]) for name in ("rows", "hits", "confidence"))
+    error = np.abs(hits - confidence).sum() / rows.sum()
+    used = rows > 0
+    x, y = confidence[used] / rows[used], hits[used] / rows[used]
+    area = 300 * rows[used] / rows.sum() + 10
     figure = Figure(figsize=(4, 4))
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], "--", color=INK, linewidth=1, label="calibrated")
-    axis.plot(sure[there] / rows[there], hits[there] / rows[there], color=BLUE)
-    area = 300 * rows[there] / rows.sum() + 10
-    axis.scatter(sure[there] / rows[there], hits[there] / rows[there], area, color=BLUE,
-                 clip_on=False, label="this model; area: rows")  # fmt: skip
+    axis.plot(x, y, color=BLUE)
+    axis.scatter(x, y, area, color=BLUE, clip_on=False, label="this model; area: rows")
     axis.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.03))
     axis.legend(loc="upper left")
-    error = np.abs(hits - sure).sum() / rows.sum()
-    return svg(figure, f"Reliability curve; confidence is off by {error:.1%} on average.")
+    return [svg(figure, f"Reliability curve; confidence is off by {error:.1%} on average.")]
+
+
+RUN_PLOTS = {
+    "Learning": learning_curves,
+    "Which labels are confused": confusion,
+    "Is its confidence justified?": reliability,
+    "F1 of each label": class_bars,
+}
+
+
+def run_plots(run: Run) -> dict[str, list[Markup]]:
+    """The pictures of a run by their headings; a plot that does not apply is left out."""
+    with matplotlib.style.context(STYLE):
+        plots = {heading: draw(run) for heading, draw in RUN_PLOTS.items()}
+    return {heading: pictures for heading, pictures in plots.items() if pictures}
 
 
 def by_method(axis: Axes, rows: list[dict]) -> str:
@@ -122,14 +152,21 @@ def by_method(axis: Axes, rows: list[dict]) -> str:
     names = [row["method"] for row in rows]
     words = []
     for column, color, mark in (("on seen", BLUE, "s"), ("on unseen", ORANGE, "o")):
-        there = [row for row in rows if row[column] is not None]
-        if there:
+        some = [row for row in rows if row[column] is not None]
+        if some:
+            values = [row[column] for row in some]
+            places = [names.index(row["method"]) for row in some]
+            spread = [row[f"{column} sd"] or 0 for row in some]
             axis.errorbar(
-                [row[column] for row in there], [names.index(row["method"]) for row in there],
-                xerr=[row[f"{column} sd"] or 0 for row in there],
-                fmt=mark, color=color, capsize=3, label=f"{column} texts",
-            )  # fmt: skip
-            words += [f"{row['method']} {column} {row[column]:.3f}" for row in there]
+                values,
+                places,
+                xerr=spread,
+                fmt=mark,
+                color=color,
+                capsize=3,
+                label=f"{column} texts",
+            )
+            words += [f"{row['method']} {column} {row[column]:.3f}" for row in some]
     axis.set(xlim=(0, 1.02), xlabel="test accuracy", ylim=(len(names) - 0.5, -0.5))
     axis.set_yticks(range(len(names)), names)
     axis.grid(axis="x", alpha=0.3)
@@ -137,46 +174,41 @@ def by_method(axis: Axes, rows: list[dict]) -> str:
 
 
 def curves_by_method(axis: Axes, runs: list[dict]) -> str:
-    """Draw the validation accuracy after each epoch, its mean over the runs of each method."""
+    """Draw the validation accuracy after each epoch, as its mean over the runs of each method."""
     words = []
-    for (method, mark), color in zip(
-        (("full", "o"), ("prefix", "s"), ("input prefix", "^")), (BLUE, ORANGE, GREEN), strict=True
-    ):
-        lines = [x for run in runs if run["method"] == method for x in run["records"]]
+    tuned = dict.fromkeys(run["method"] for run in runs if run["records"])
+    for method, color, mark in zip(tuned, cycle(COLORS), cycle("os^vD")):
         found: dict[int, list[float]] = {}
-        for line in lines:
+        for line in (one for run in runs if run["method"] == method for one in run["records"]):
             if "eval_accuracy" in line:
                 found.setdefault(line["epoch"], []).append(line["eval_accuracy"])
-        if found:
-            means = [np.mean(values) for values in found.values()]
-            axis.plot(list(found), means, marker=mark, color=color, label=method)
-            words.append(f"{method} from {means[0]:.3f} to {means[-1]:.3f}")
+        means = [np.mean(values) for values in found.values()]
+        axis.plot(list(found), means, marker=mark, markersize=4, color=color, label=method)
+        words.append(f"{method} from {means[0]:.3f} to {means[-1]:.3f}")
     axis.set(xlabel="epoch", ylabel="validation accuracy")
     axis.xaxis.get_major_locator().set_params(integer=True)
     return f"Validation accuracy by epoch: {'; '.join(words)}."
 
 
 def study_figures(runs: list[dict], rows: list[dict]) -> Iterator[tuple[str, Figure, str]]:
-    """The pictures of a study, with a panel for each protocol: name, figure, and its words."""
+    """The plots of a study, with a panel for each protocol: name, figure, and its words."""
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     for name, draw, things in (("accuracy", by_method, rows), ("curves", curves_by_method, runs)):
-        figure = Figure(figsize=(4.3 * len(protocols), 3.2))
+        figure = Figure(figsize=(4.3 * len(protocols), 3.4))
         axes = figure.subplots(1, len(protocols), sharey=name == "accuracy", squeeze=False)[0]
-        words = []
+        words, marks = [], {}
         for axis, protocol in zip(axes, protocols, strict=True):
             words.append(draw(axis, [one for one in things if one["protocol"] == protocol]))
             axis.set_title(f"protocol {protocol}", fontsize=10)
-        marks = {}
-        for axis in axes:
             marks |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        if marks:  # else nothing was tuned, and there are no curves
+        if marks:  # otherwise nothing was tuned, and there are no curves
             figure.legend(marks.values(), marks, loc="outside upper center", ncols=3)
             yield name, figure, " ".join(words)
 
 
 def study_pictures(runs: list[dict], rows: list[dict]) -> dict[str, str]:
-    """The pictures of a study as SVG files of their own."""
-    with matplotlib.rc_context(STYLE | {"svg.fonttype": "path"}):
+    """The plots of a study as SVG files of their own."""
+    with matplotlib.style.context([STYLE, {"svg.fonttype": "path"}]):
         pictures = {}
         for name, figure, _ in study_figures(runs, rows):
             file = io.StringIO()

@@ -1,21 +1,91 @@
-"""Predictions from logits. N rows, C classes."""
+"""Predictions: probabilities, predicted labels and confidence of rows, computed once.
+
+N rows, C classes.
+"""
+
+import csv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
+from typing import Self
 
 import numpy as np
+import pandas as pd
 import torch
 
-
-def probabilities(logits: torch.Tensor, multi_label: bool) -> np.ndarray:
-    """Softmax over the classes, or a sigmoid for each: float32 [N, C]."""
-    return (logits.sigmoid() if multi_label else logits.softmax(dim=1)).numpy()
+from dataset import LABEL_SEPARATOR, Data
+from runtime.files import UserError, writing
 
 
-def predictions(probability: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Class numbers [N], or [N, C] of 0 and 1: a label applies from a probability of one half."""
-    return (probability >= 0.5).astype(int) if multi_label else probability.argmax(axis=1)
+@dataclass(frozen=True)
+class Predictions:
+    """What logits say about N rows."""
+
+    logits: torch.Tensor  # float32 [N, C]
+    probability: np.ndarray  # softmax over the classes, or a sigmoid for each: float32 [N, C]
+    label: np.ndarray  # class numbers [N]; several labels a row: [N, C] of 0 and 1
+    confidence: np.ndarray  # probability of the prediction [N]
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, multi_label: bool) -> Self:
+        """With several labels a row, one applies from a probability of one half, independently."""
+        if multi_label:
+            probability = logits.sigmoid().numpy()
+            label = (probability >= 0.5).astype(int)
+            confidence = np.maximum(probability, 1 - probability).prod(axis=1)
+        else:
+            probability = logits.softmax(dim=1).numpy()
+            label, confidence = probability.argmax(axis=1), probability.max(axis=1)
+        return cls(logits, probability, label, confidence)
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Those of some rows, bool [N]."""
+        return type(self)(*(part[rows] for part in vars(self).values()))
+
+    def is_right(self, label_ids: np.ndarray) -> np.ndarray:
+        """Whether each row, all of its labels, is predicted right: bool [N]."""
+        right = self.label == label_ids
+        return right.all(axis=1) if label_ids.ndim == 2 else right
 
 
-def confidence(probability: np.ndarray, multi_label: bool) -> np.ndarray:
-    """Probability of the prediction [N]; several labels a row count as independent."""
-    if multi_label:
-        return np.maximum(probability, 1 - probability).prod(axis=1)
-    return probability.max(axis=1)
+def added_columns(names: list[str]) -> list[str]:
+    """The columns that predictions.csv adds to those of the input."""
+    return ["predicted", "confidence", *(f"probability_{name}" for name in names)]
+
+
+def check_columns(data: Data) -> None:
+    """Raises: UserError if the test file has a column that the predictions add."""
+    if data.test is None:
+        return
+    if clash := set(data.test.columns).intersection(added_columns(data.names)):
+        raise UserError(
+            f"{data.test.path} has a column '{min(clash)}', which the predictions would add: "
+            "rename it"
+        )
+
+
+@contextmanager
+def prediction_writer(
+    path: Path, columns: list[str], names: list[str]
+) -> Iterator[Callable[[pd.DataFrame, Predictions], None]]:
+    """Open predictions.csv: one row per input row, in order. Yields a function that adds a chunk.
+
+    A row holds the input's `columns` and `added_columns`. Words are quoted, so any text survives.
+    """
+    with writing(path), open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        writer.writerow([*columns, *added_columns(names)])
+
+        def add(table: pd.DataFrame, found: Predictions) -> None:
+            if found.label.ndim == 2:
+                labels = [LABEL_SEPARATOR.join(compress(names, row)) for row in found.label]
+            else:
+                labels = [names[number] for number in found.label]
+            figures = np.hstack([found.confidence[:, None], found.probability]).astype(float)
+            rows = zip(table.to_numpy(), labels, np.round(figures, 6).tolist(), strict=True)
+            for row, label, values in rows:
+                writer.writerow([*row, label, *values])
+
+        yield add

@@ -1,8 +1,12 @@
-"""Many tuned prefixes over one frozen backbone, of which each row of a batch names its own.
+"""Many tuned prefixes on one frozen backbone; each row of a batch names its own.
 
-K prefixes, P the longest, B batch, T text tokens, L layers, H heads, D head size, C classes: the
-labels of all prefixes together.
+K prefixes, P the longest, G of them in a batch, B batch, T text tokens, L layers, H heads, D head
+size (HD the hidden size), C classes: the labels of all prefixes together.
 """
+
+import logging
+from argparse import Namespace
+from typing import Self
 
 import torch
 from torch import nn
@@ -10,45 +14,53 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from model import adapter, loading
+from model import adapter
+from model.loading import list_labels, problem_type, set_labels, set_max_seq_length
 from model.prefix_encoder import by_layer
-from model.source import ModelError, Source, locate
+from model.source import Source, locate
+from model.start import Start, read_model_config
+from model.tuning import TUNING
+from runtime.files import UserError
 
-UNKNOWN = -1e4  # logit of a label that a model does not know
+logger = logging.getLogger(__name__)
+
+UNKNOWN = -1e4  # logit of a label that a prefix does not know
 
 
 class PrefixBank(nn.Module):
     """Classifies each row of a batch with the prefix and the head that the row names.
 
-    Logits equal those of each tuned model alone, up to rounding. A label that a row's model does
-    not know has a logit so low that its probability is 0, and the loss still finite.
+    Logits equal those of each tuned model alone, up to rounding. A label that a row's prefix does
+    not know has a logit so low that its probability is 0, and the loss is still finite.
     """
 
     def __init__(self, sources: list[Source], configs: list[BertConfig]) -> None:
-        """Load K tuned folders.
+        """Load K adapter folders.
 
-        Raises: ModelError where they have no backbone, depth `all`, kind of problem or
-            `max_seq_length` in common.
+        Raises: UserError if they do not share backbone, depth `all`, kind of problem and
+            `max_seq_length`.
         """
         super().__init__()
         check_alike(sources, configs)
         self.sources, self.config = sources, merge(configs)
-        self.labels = [loading.list_labels(config) for config in configs]  # of each prefix
-        self.backbone = loading.load_model(sources[0], configs[0]).bert
-        learnt = [
-            adapter.load(source.adapter, config)
+        self.labels_by_prefix = [list_labels(config) for config in configs]
+        method = TUNING["prefix"]
+        model = method.build(sources[0], configs[0]).requires_grad_(False)
+        self.bert = model.bert
+        tuned = [
+            adapter.read(source.adapter, method.shapes(config))
             for source, config in zip(sources, configs, strict=True)
         ]
-        flat = [tensors[adapter.PREFIX] for tensors in learnt]
+        flat = [tensors[adapter.PREFIX] for tensors in tuned]
         self.register_buffer("lengths", torch.tensor([len(one) for one in flat]))  # [K]
         padded = pad_sequence(flat, batch_first=True)  # [K, P, 2LHD]
         slots = [torch.stack(by_layer(one, configs[0])) for one in padded]
         self.register_buffer("slots", torch.cat(slots, dim=3))  # [L, 2, H, K, P, D]
-        known = loading.list_labels(self.config)
-        weight = torch.zeros(len(learnt), len(known), configs[0].hidden_size)
+        names = list_labels(self.config)
+        weight = torch.zeros(len(tuned), len(names), configs[0].hidden_size)
         bias = torch.full(weight.shape[:2], UNKNOWN)
-        for number, (tensors, config) in enumerate(zip(learnt, configs, strict=True)):
-            columns = [known.index(name) for name in loading.list_labels(config)]
+        for number, tensors in enumerate(tuned):
+            columns = [names.index(name) for name in self.labels_by_prefix[number]]
             weight[number, columns] = tensors["classifier.weight"]
             bias[number, columns] = tensors["classifier.bias"]
         self.register_buffer("weight", weight)  # [K, C, HD]
@@ -56,77 +68,103 @@ class PrefixBank(nn.Module):
         self.eval()
 
     @classmethod
-    def open(cls, paths: list[str], max_seq_length: int | None = None) -> "PrefixBank":
-        """Load the tuned folders at `paths`, numbered in this order."""
+    def open(cls, paths: list[str], max_seq_length: int | None = None) -> Self:
+        """Load the adapter folders at `paths`, numbered in this order."""
         sources = [locate(path) for path in paths]
+        configs = []
         for path, source in zip(paths, sources, strict=True):
-            if source.adapter is None:
-                raise ModelError(f"--prefix_paths: {path} is not the folder of a tuned prefix")
-        configs = [loading.load_config(source, tuned=True) for source in sources]
-        for config in configs:
-            loading.set_max_seq_length(config, max_seq_length)
+            config, method = read_model_config(source)
+            if method is not TUNING["prefix"]:
+                raise UserError(f"--prefix_paths: {path} is not the folder of a tuned prefix")
+            set_max_seq_length(config, method.virtual_tokens(config), max_seq_length)
+            configs.append(config)
         return cls(sources, configs)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, served_by: torch.Tensor
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, prefix_index: torch.Tensor
     ) -> SequenceClassifierOutput:
-        """Classify int64 [B, T] tokens, row i by prefix number served_by[i]; logits [B, C]."""
+        """Classify int64 [B, T] tokens, row i with prefix number prefix_index[i]; logits [B, C]."""
         device = input_ids.device.type
-        if torch.is_autocast_enabled(device):  # cast once, not in each batch
+        if torch.is_autocast_enabled(device):  # cast once instead of in every batch
             self.slots = self.slots.to(torch.get_autocast_dtype(device))
-        lengths = self.lengths[served_by]  # [B]
+        lengths = self.lengths[prefix_index]  # [B]
         longest = int(lengths.max())
-        place = torch.arange(longest + input_ids.shape[1], device=input_ids.device)
-        there = place[:longest] < lengths[:, None]  # [B, P]
-        used, number = served_by.unique(return_inverse=True)  # G prefixes; of each row, its own
-        places = None
-        if len(used) > 1:
-            counts = number.bincount()
-            size = int(counts.max())
-            order = number.argsort(stable=True)
-            in_order = torch.arange(len(number), device=number.device)
-            first = (counts.cumsum(0) - counts)[number[order]]  # in order, of each row's prefix
-            place_of_row = torch.empty_like(number)
-            place_of_row[order] = number[order] * size + in_order - first
-            places = place_of_row, size
+        position = torch.arange(longest + input_ids.shape[1], device=input_ids.device)
+        prefix_mask = position[:longest] < lengths[:, None]  # [B, P]
+        used, group = prefix_index.unique(return_inverse=True)  # G prefixes; of each row, its own
+        places = place_rows(group) if len(used) > 1 else None
         chosen = used if len(used) < len(self.lengths) else slice(None)  # all need no copy
-        state = self.backbone(
+        pooled = self.bert(
             input_ids,
-            attention_mask=torch.cat([there.to(attention_mask.dtype), attention_mask], dim=1),
-            position_ids=place[: input_ids.shape[1]] + lengths[:, None],
+            attention_mask=torch.cat([prefix_mask.to(attention_mask.dtype), attention_mask], dim=1),
+            position_ids=position[: input_ids.shape[1]] + lengths[:, None],
             prefix=lambda layer: self.slots[layer][:, :, chosen, :longest],  # [2, H, G, P, D]
             places=places,
         ).pooler_output
-        logits = torch.einsum("bcd,bd->bc", self.weight[served_by], state.float())
-        return SequenceClassifierOutput(logits=logits + self.bias[served_by])
+        logits = torch.einsum("bcd,bd->bc", self.weight[prefix_index], pooled.float())
+        return SequenceClassifierOutput(logits=logits + self.bias[prefix_index])
+
+
+def place_rows(group: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Place each row in a table of G prefixes times R rows; group: int64 [B], of each row.
+
+    Returns the places, int64 [B], and R, the rows of the prefix that most rows need.
+    """
+    counts = group.bincount()
+    size = int(counts.max())
+    order = group.argsort(stable=True)
+    in_order = torch.arange(len(group), device=group.device)
+    first = (counts.cumsum(0) - counts)[group[order]]  # in order, of each row's prefix
+    place = torch.empty_like(group)
+    place[order] = group[order] * size + in_order - first
+    return place, size
 
 
 def check_alike(sources: list[Source], configs: list[BertConfig]) -> None:
-    """Raises: ModelError naming the first folder that does not go with the first one, and why."""
+    """Raises: UserError naming the first folder that does not fit the first one, and why."""
 
     def traits(source: Source, config: BertConfig) -> dict:
         return {
             "backbone": source.backbone,
-            "problem_type": loading.task_of(config, None),
+            "problem_type": problem_type(config, None),
             "max_seq_length": config.max_seq_length,
         }
 
     first = traits(sources[0], configs[0])
     for source, config in zip(sources, configs, strict=True):
         if config.prefix_depth != "all":
-            raise ModelError(f"--prefix_paths: {source.adapter} is no prefix of depth all")
+            raise UserError(f"--prefix_paths: {source.adapter} is not a prefix of depth all")
         for name, value in traits(source, config).items():
             if value != first[name]:
-                raise ModelError(
+                raise UserError(
                     f"--prefix_paths: {name} of {source.adapter} is {value}, "
                     f"that of {sources[0].adapter} {first[name]}"
                 )
 
 
 def merge(configs: list[BertConfig]) -> BertConfig:
-    """The first config, with the labels of all, in the order in which they come up."""
+    """The first config, with the labels of all, in the order in which they occur."""
     merged = BertConfig.from_dict(configs[0].to_dict())
-    names = (name for config in configs for name in loading.list_labels(config))
-    loading.set_labels(merged, list(dict.fromkeys(names)))
+    names = (name for config in configs for name in list_labels(config))
+    set_labels(merged, list(dict.fromkeys(names)))
     merged.pre_seq_len = max(config.pre_seq_len for config in configs)
     return merged
+
+
+class BankStart(Start):
+    """What a run with --prefix_paths starts from: a bank that only predicts."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.bank = PrefixBank.open(args.prefix_paths, args.max_seq_length)
+        self.config, self.sources = self.bank.config, self.bank.sources
+        self.source, self.method = self.sources[0], TUNING["prefix"]
+        self.config.problem_type = problem_type(self.config, args.problem_type)
+        self.title = f"predictions of {', '.join(args.prefix_paths)}"
+        self.labels_by_prefix, self.started_from = self.bank.labels_by_prefix, None
+
+    def build(self, args: Namespace) -> PrefixBank:
+        return self.bank
+
+    def count(self, model: PrefixBank) -> dict[str, int]:
+        logger.info("%d tuned prefixes on one backbone", len(self.sources))
+        return {}

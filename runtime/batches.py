@@ -1,36 +1,62 @@
-"""Tokens, and batches of texts of like length.
+"""Tokens, and batches of texts of similar length.
 
 N rows, U distinct texts, C classes, B rows of a batch, T tokens.
 """
 
+import logging
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import pandas as pd
 import torch
+from transformers import PreTrainedTokenizerBase
 
-# Rows that are shuffled together before they are sorted by length: large enough to leave little
-# padding, small enough that an epoch is not one sorted list.
+from runtime.csv_reader import row_list
+from runtime.files import UserError
+
+logger = logging.getLogger(__name__)
+
+# Rows that are shuffled together before they are sorted by length: enough of them to leave little
+# padding, few enough that an epoch is not one sorted list.
 WINDOW_BATCHES = 100
+
+
+class TextRows(Protocol):
+    """What is read of a `dataset.Split`."""
+
+    path: str
+    table: pd.DataFrame
+    texts: list[str]
+    rows: list[int]
+    label_ids: np.ndarray | None
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of a split; each distinct text is held, and later scored, once."""
+    """The tokens of a split; each distinct text is stored, and later scored, once."""
 
-    token_ids: list[list[int]]  # U distinct texts (with `served_by`: pairs of text and model)
-    text_of_row: np.ndarray  # [N], an index into token_ids
-    labels: np.ndarray | None  # see label_ids
+    token_ids: list[list[int]]  # of U distinct texts; with `prefix_index`, of (text, prefix) pairs
+    text_index: np.ndarray  # [N], each row's index into token_ids
+    labels: np.ndarray | None  # int64 [N], or float32 [N, C] of 0 and 1
     rows: list[int]  # each row's number in its file, for messages
     pad_token_id: int
-    served_by: np.ndarray | None = None  # [U], the number of the tuned model that each goes to
+    prefix_index: np.ndarray | None = None  # [U], the number of the prefix that each text needs
 
     def __len__(self) -> int:
-        return len(self.text_of_row)
+        return len(self.text_index)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each distinct text: [U]."""
         return np.array([len(ids) for ids in self.token_ids])
+
+    @cached_property
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each row: [N]."""
+        return self.lengths[self.text_index]
 
     def collate(self, texts: np.ndarray) -> dict[str, torch.Tensor]:
         """Pad the given distinct texts to the longest of them: int64 [B, T]."""
@@ -41,40 +67,100 @@ class Encoded:
         lengths = torch.tensor([len(row) for row in ids])
         attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self.served_by is not None:
-            batch["served_by"] = torch.from_numpy(self.served_by[texts])
+        if self.prefix_index is not None:
+            batch["prefix_index"] = torch.from_numpy(self.prefix_index[texts])
         return batch
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    split: TextRows,
+    max_length: int,
+    index: np.ndarray | None = None,
+) -> Encoded:
+    """Tokenize each distinct text of a split once, cut to `max_length` tokens.
+
+    index: see `prefix_index`; a text counts once for each prefix.
+    """
+    keys = pd.Series(split.texts, dtype=object)
+    if index is not None:
+        keys = pd.Series(list(zip(split.texts, index.tolist(), strict=True)), dtype=object)
+    text_index, distinct = pd.factorize(keys)
+    if index is not None:
+        distinct, index = zip(*distinct, strict=True)
+    tokens = tokenizer(
+        list(distinct),
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    cut = np.array([bool(encoding.overflowing) for encoding in tokens.encodings])[text_index]
+    if cut.any():
+        message = "%s: %d of %d texts are longer than %d tokens and were cut (--max_seq_length)"
+        logger.warning(message, split.path, cut.sum(), len(split), max_length)
+    return Encoded(
+        token_ids=tokens["input_ids"],
+        text_index=text_index,
+        labels=split.label_ids,
+        rows=split.rows,
+        pad_token_id=tokenizer.pad_token_id,
+        prefix_index=None if index is None else np.array(index),
+    )
+
+
+def prefix_index(split: TextRows, column: str | None, paths: list[str] | None) -> np.ndarray | None:
+    """Which of the adapter folders `paths` each row names in a column: int64 [N]; None without.
+
+    A row may hold a path as it is on the command line, or the folder's own name.
+    Raises: UserError if the column is missing, or names another or an ambiguous folder.
+    """
+    if column is None:
+        return None
+    if column not in split.table:
+        raise UserError(f"{split.path} has no column '{column}' (--prefix_column)")
+    numbers: dict[str, set[int]] = {}
+    for number, path in enumerate(paths):
+        for name in {path, path.rstrip("/"), Path(path).name}:
+            numbers.setdefault(name, set()).add(number)
+    found = [numbers.get(cell.strip(), set()) for cell in split.table[column]]
+    if strange := [row for row, one in zip(split.rows, found, strict=True) if len(one) != 1]:
+        raise UserError(
+            f"{split.path}: '{column}' in {row_list(strange)} names none, or more than one, of "
+            f"--prefix_paths {' '.join(paths)}"
+        )
+    return np.array([min(one) for one in found], dtype=np.int64)
 
 
 def training_batches(
     lengths: np.ndarray, batch_size: int, seed: int, epoch: int
 ) -> list[np.ndarray]:
-    """Rows of each step of one epoch: texts of like length, in an order drawn anew each epoch.
+    """The rows of each step of one epoch: texts of similar length, in a new order each epoch.
 
-    The order is a function of (seed, epoch) alone, so that a resumed run needs no random state.
-    Shuffled rows are cut into windows, sorted by length inside a window, cut into batches, and
-    the batches are shuffled.
+    The order is a function of (seed, epoch) alone, so a resumed run needs no random state. Rows are
+    shuffled, cut into windows, sorted by length within a window and cut into batches; then the
+    batches are shuffled.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     batches = []
-    for window in pieces(order, WINDOW_BATCHES * batch_size):
+    for window in chunks(order, WINDOW_BATCHES * batch_size):
         window = window[np.argsort(lengths[window], kind="stable")]
-        batches += pieces(window, batch_size)
+        batches += chunks(window, batch_size)
     return [batches[i] for i in random.permutation(len(batches))]
 
 
 def length_batches(data: Encoded, batch_size: int) -> list[np.ndarray]:
-    """All texts, the longest first (what does not fit in memory fails at once).
+    """All distinct texts, the longest first, so that one that exceeds the memory fails at once.
 
-    Those of one length are in the order of the models that serve them, so that a batch has few.
+    Texts of one length are ordered by their prefix, so that a batch needs few prefixes.
     """
-    served_by = data.lengths * 0 if data.served_by is None else data.served_by
-    return pieces(np.lexsort((served_by, -data.lengths)), batch_size)
+    prefix = data.lengths * 0 if data.prefix_index is None else data.prefix_index
+    return chunks(np.lexsort((prefix, -data.lengths)), batch_size)
 
 
-def pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cut into runs of `size`; the last may be shorter."""
+def chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Cut into chunks of `size`; the last one may be shorter."""
     return np.split(rows, range(size, len(rows), size))
 
 

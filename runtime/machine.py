@@ -1,6 +1,5 @@
-"""The machine: where and in what precision to compute."""
+"""Where and in what precision to compute."""
 
-import ctypes
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,22 +12,35 @@ from runtime.processes import ALONE, Group
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and in what precision to compute."""
+    """The device, the precision and the processes of a run."""
 
     device: torch.device
-    precision: str  # "fp32", or "bf16": matrix products run in bfloat16, tuned weights are float32
-    group: Group = ALONE  # of processes; the first one shows progress
+    precision: str  # "fp32", or "bf16": matrix products in bfloat16, trainable weights in float32
+    group: Group = ALONE  # of processes; the main one shows progress
+
+    def __str__(self) -> str:
+        return f"device {self.device}, precision {self.precision}"
+
+    def describe(self) -> dict:
+        """The machine's part of a run's settings."""
+        size = self.group.size
+        return {"device": str(self.device), "precision": self.precision, "processes": size}
 
     def place(self, model: nn.Module) -> None:
-        """Move a model here. What is frozen is cast once, not in each step; to the same bits."""
+        """Move a model to the device.
+
+        Frozen weights of matrix products are cast once instead of at every step; the result is
+        bit-identical.
+        """
         model.to(self.device)
         if self.precision == "bf16":
             for module in model.modules():
-                frozen = not any(weight.requires_grad for weight in module.parameters())
-                if isinstance(module, nn.Linear) and frozen:
-                    module.to(torch.bfloat16)
+                if isinstance(module, nn.Linear):
+                    for weight in module.parameters():
+                        if not weight.requires_grad:
+                            weight.data = weight.data.to(torch.bfloat16)
             for weight in model.parameters():
-                if not weight.requires_grad:  # else the file, mapped into memory, stays for these
+                if not weight.requires_grad:  # else the memory-mapped file stays open for them
                     weight.data = weight.data.clone()
 
     def logits(self, model: nn.Module, data: Encoded, texts: np.ndarray) -> torch.Tensor:
@@ -39,23 +51,8 @@ class Machine:
             return model(**batch).logits.float()
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep blocks that are freed, where it is the C library.
-
-    Each step asks for the same large blocks again. Given back in between, every page of them costs
-    a fault: a tenth of the time of a step of full fine-tuning.
-    """
-    mmap_threshold, trim_threshold = -3, -1  # of mallopt(3)
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return
-    libc.mallopt(mmap_threshold, 2**30)
-    libc.mallopt(trim_threshold, 2**31 - 1)
-
-
 def pick_machine(precision: str, group: Group = ALONE) -> Machine:
-    """CUDA, then MPS, then the CPU; `auto` is bf16 where the processor computes in bfloat16."""
+    """CUDA, then MPS, then the CPU; "auto" is bf16 if the processor computes in bfloat16."""
     name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu" and torch.backends.mps.is_available() and group.size == 1:  # gloo has no MPS
         name = "mps"

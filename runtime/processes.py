@@ -1,43 +1,45 @@
 """Processes that tune one model together: `torchrun --nproc_per_node=N main.py ...`.
 
-Each has all of the model and the data, computes its share of every batch, and adds its gradient
-to the others'. One process alone is a group of one.
+Each process holds the whole model and all the data, computes its share of every batch, and sums
+its gradient with the others'. A single process is a group of one.
 """
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 Value = TypeVar("Value")
-# With a process that works on its own, such as the first one while it saves a large model. One that
-# has ended is seen at once.
+# How long to wait for a process that works on its own, such as the main one while it saves a large
+# model. A process that has ended is noticed at once.
 PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process's number among all."""
+    """This process's rank among all."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this process is the one that speaks and writes."""
+    def is_main(self) -> bool:
+        """Whether this process is the one that logs and writes."""
         return self.rank == 0
 
     def share(self, items):
-        """This process's part of a sequence, which all processes hold in the same order."""
+        """This process's part of a sequence that all processes hold in the same order."""
         return items[self.rank :: self.size]
 
-    def add_up(self, tensors: list[torch.Tensor]) -> None:
-        """Replace each tensor by its sum over all processes: to the same bits everywhere."""
+    def all_reduce_sum(self, tensors: list[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, with the same bits in each."""
         if self.size > 1:
             together = torch.cat([tensor.flatten() for tensor in tensors])
             dist.all_reduce(together)
@@ -45,18 +47,18 @@ class Group:
             for tensor, part in zip(tensors, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def highest(self, number: int) -> int:
-        """Of the numbers that all processes give."""
+    def max_over_processes(self, number: int) -> int:
+        """The largest of the numbers that the processes pass."""
         return max(self.gather(number)) if self.size > 1 else number
 
     def gather(self, value: Value) -> list[Value]:
-        """What each process gives, in the order of their numbers."""
+        """The values that the processes pass, in the order of their ranks."""
         values: list = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, value: Value) -> Value:
-        """What the first process gives."""
+    def from_main(self, value: Value) -> Value:
+        """The value that the main process passes."""
         if self.size == 1:
             return value
         values = [value]
@@ -68,14 +70,14 @@ ALONE = Group()
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether it says that another process of the group does not answer."""
+    """Whether the error means that another process of the group no longer answers."""
     said = str(error).lower()
     return "WORLD_SIZE" in os.environ and ("gloo" in said or "nccl" in said)
 
 
 @contextmanager
 def joined() -> Iterator[Group]:
-    """The group that torchrun describes in the environment, for the time of a run."""
+    """Join the group that torchrun describes in the environment, for the duration of a run."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE
@@ -87,3 +89,24 @@ def joined() -> Iterator[Group]:
         yield Group(dist.get_rank(), size)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Note the first SIGINT or SIGTERM, so that a step can end; a second one ends at once.
+
+    Yields a function that returns the signal's number, or 0.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for each in usual:
+            signal.signal(each, signal.SIG_DFL)
+
+    usual = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: max(received, default=0)
+    finally:
+        for each, handler in usual.items():
+            signal.signal(each, handler)

@@ -1,8 +1,9 @@
-"""What training carries from step to step, and into checkpoints, besides the optimizer."""
+"""What training carries from step to step and into checkpoints."""
 
 import logging
 import math
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,108 +12,189 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from runtime.checkpoint import Checkpoint, CheckpointError, Tensors
+
 logger = logging.getLogger(__name__)
+
+WEIGHT, RAW, BEST = "weight/", "raw/", "best/"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
+
+
+class TrainingState:
+    """Optimizer, moving average, best epoch and progress: the whole state of the loop.
+
+    Dropout and the order of the rows are functions of seed, step and epoch, so there is no random
+    state.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        progress: "Progress",
+        args: Namespace,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """The state before the first step, or the one in `checkpoint`."""
+        self.model, self.optimizer, self.progress = model, optimizer, progress
+        self.average = MovingAverage(trainable(model), args.ema_decay)
+        self.best = BestEpoch(args.metric_for_best_model, args.load_best_model_at_end)
+        if checkpoint:
+            self.load_state_dict(checkpoint.state, checkpoint.tensors)
+
+    def is_over(self, patience: int) -> bool:
+        """Whether all steps are done, or `patience` evaluations in a row improved nothing."""
+        if self.progress.done == self.progress.total:
+            return True
+        if self.best.patience_is_over(self.progress.epoch, patience):
+            logger.info("stopped early: no better epoch since %d", self.best.epoch)
+            return True
+        return False
+
+    def finish(self) -> dict[str, float]:
+        """Leave the model with the averaged weights, or those of the best epoch; its figures."""
+        self.average.swap()
+        chosen = {"best_epoch": self.best.epoch} if self.best.restore(self.model) else {}
+        return {**self.progress.summary(), "train_steps": self.progress.done, **chosen}
+
+    def state_dict(self) -> tuple[dict, Tensors]:
+        """State as JSON-serialisable values, and tensors. While the average is applied.
+
+        The averaged weights are `weight/NAME`, the optimizer's moments `MOMENT/NAME`, the weights
+        of the last step `raw/NAME` and those of the best epoch `best/NAME`.
+        """
+        best_step = self.best.epoch * self.progress.steps_per_epoch
+        state = {"step": self.progress.done, "best_step": best_step}
+        state |= {"progress": self.progress.state_dict(), "best": self.best.state_dict()}
+        tensors = {RAW + name: weight for name, weight in self.average.weights.items()}
+        for name, parameter in trainable(self.model).items():
+            tensors[WEIGHT + name] = parameter.detach()
+            for moment in MOMENTS:
+                tensors[f"{moment}/{name}"] = self.optimizer.state[parameter][moment]
+        if best_step != self.progress.done:  # else they are the averaged weights
+            tensors |= {BEST + name: weight for name, weight in self.best.weights.items()}
+        return state, tensors
+
+    def load_state_dict(self, state: dict, tensors: Tensors) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises: CheckpointError if the tensors are not those of this model.
+        """
+        for name, parameter in trainable(self.model).items():
+            try:
+                weight = tensors[WEIGHT + name]
+                moments = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
+            except KeyError as error:
+                raise CheckpointError(f"the checkpoint lacks {error}") from None
+            if weight.shape != parameter.shape:
+                raise CheckpointError(
+                    f"the checkpoint's {name} is {list(weight.shape)}, the model's "
+                    f"{list(parameter.shape)}"
+                )
+            with torch.no_grad():
+                parameter.copy_(weight)
+            device = parameter.device
+            self.optimizer.state[parameter] = {k: one.to(device) for k, one in moments.items()}
+        self.average.load(with_prefix(tensors, RAW))
+        self.best.load_state_dict(
+            state["best"], with_prefix(tensors, BEST) or with_prefix(tensors, WEIGHT)
+        )
+        self.progress.load_state_dict(state["progress"])
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters of a model, by name."""
+    return {name: one for name, one in model.named_parameters() if one.requires_grad}
+
+
+def with_prefix(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names start with `prefix`, by the rest of their names."""
+    return {k.removeprefix(prefix): one for k, one in tensors.items() if k.startswith(prefix)}
 
 
 class MovingAverage:
-    """Exponential moving average of what is tuned: steadier than the weights of any one step.
+    """Exponential moving average of the trainable weights: steadier than those of any one step.
 
     Polyak & Juditsky 1992. The decay rises to its value, as in TensorFlow, so that the start is
-    soon forgotten. A decay of 0: there is no average, and the weights themselves stand for it.
+    soon forgotten. With a decay of 0 there is no average; the weights themselves are used.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        tuned = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self.decay, self.tuned = decay, tuned if decay else {}
-        self.weights = {name: one.detach().clone() for name, one in self.tuned.items()}
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+        self.decay, self.parameters = decay, parameters if decay else {}
+        self.weights = {name: one.detach().clone() for name, one in self.parameters.items()}
 
     def update(self, step: int) -> None:
-        """Take in the weights after step number `step`, counted from 1."""
-        if self.tuned:
+        """Add the weights after step number `step`, counted from 1."""
+        if self.parameters:
             decay = min(self.decay, (1 + step) / (10 + step))
-            now = [parameter.detach() for parameter in self.tuned.values()]
+            now = [parameter.detach() for parameter in self.parameters.values()]
             torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)
 
     def swap(self) -> None:
         """Exchange the model's weights and the average; nothing is copied."""
-        for name, parameter in self.tuned.items():
+        for name, parameter in self.parameters.items():
             parameter.data, self.weights[name] = self.weights[name], parameter.data
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Meanwhile the model's weights are the average."""
+        """Within the block the model holds the averaged weights."""
         self.swap()
         try:
             yield
         finally:
             self.swap()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """While it is applied: the weights that training goes on with, as `raw/NAME`."""
-        return {f"raw/{name}": weight for name, weight in self.weights.items()}
-
-    def go_on(self, tensors: dict[str, torch.Tensor]) -> None:
-        """From the tensors of a checkpoint, of which the average is in the model already."""
-        for name, parameter in self.tuned.items():
+    def load(self, raw: Tensors) -> None:
+        """Take the average from the model, and put the weights of the last step into it."""
+        for name, parameter in self.parameters.items():
             self.weights[name].copy_(parameter.detach())
             with torch.no_grad():
-                parameter.copy_(tensors[f"raw/{name}"])
+                parameter.copy_(raw[name])
 
 
 class BestEpoch:
-    """The best epoch so far by one metric of the validation file, and, to `keep`, its weights."""
+    """The best epoch so far by one metric of the validation file and, with `keep`, its weights."""
 
     def __init__(self, metric: str, keep: bool) -> None:
         self.metric, self.keep = metric, keep
         self.epoch, self.value = 0, -math.inf
-        self.weights: dict[str, torch.Tensor] = {}
+        self.weights: Tensors = {}
 
     def update(self, model: nn.Module, epoch: int, metrics: dict[str, float]) -> bool:
-        """Whether `epoch` is better than all before it; a tie is not. Copies its weights."""
+        """Copy the weights if `epoch` is better than all before, and return whether it is."""
         value = -metrics["loss"] if self.metric == "loss" else metrics[self.metric]
         if not value > self.value:
             return False
         self.epoch, self.value = epoch, value
         if self.keep:
-            self.weights = {
-                name: parameter.detach().clone()
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad
-            }
+            self.weights = {n: one.detach().clone() for n, one in trainable(model).items()}
         return True
 
     def patience_is_over(self, epoch: int, patience: int) -> bool:
-        """Whether `patience` evaluations, the last that of `epoch`, brought no better one."""
+        """Whether the last `patience` evaluations, up to that of `epoch`, improved nothing."""
         return 0 < patience <= epoch - self.epoch
 
-    def state(self) -> dict:
-        """What JSON takes of it."""
-        return {"epoch": self.epoch, "value": self.value if self.epoch else None}
-
-    def tensors(self, now: bool) -> dict[str, torch.Tensor]:
-        """The weights as `best/NAME`; none where the model's are the best just now."""
-        return {} if now else {f"best/{name}": weight for name, weight in self.weights.items()}
-
-    def go_on(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
-        """From `state` and the tensors of a checkpoint."""
-        if not state["epoch"]:
-            return
-        self.epoch, self.value = state["epoch"], state["value"]
-        for kind in ("weight/", "best/") if self.keep else ():  # the latter wins, if there
-            found = {k.removeprefix(kind): one for k, one in tensors.items() if k.startswith(kind)}
-            self.weights = found or self.weights
-
     def restore(self, model: nn.Module) -> bool:
-        """Put the best weights back, where they were kept."""
+        """Put the best weights back into the model; returns whether there are any."""
         with torch.no_grad():
             for name, weight in self.weights.items():
                 model.get_parameter(name).copy_(weight)
         return bool(self.weights)
 
+    def state_dict(self) -> dict:
+        """State as JSON-serialisable values, without the weights."""
+        return {"epoch": self.epoch, "value": self.value if self.epoch else None}
+
+    def load_state_dict(self, state: dict, weights: Tensors) -> None:
+        """Restore what `state_dict` returned, and the weights of that epoch."""
+        if state["epoch"]:
+            self.epoch, self.value = state["epoch"], state["value"]
+            self.weights = weights if self.keep else {}
+
 
 @dataclass
 class Progress:
-    """What the user sees of the training: a bar, lines of the log, and the records."""
+    """What the user sees of training: a bar, lines of the log, and the records."""
 
     total: int
     steps_per_epoch: int
@@ -130,31 +212,26 @@ class Progress:
         """Whole epochs that are done."""
         return self.done // self.steps_per_epoch
 
-    def state(self) -> dict:
-        """What JSON takes of it; floats come back to the bit."""
-        return {
-            "done": self.done,
-            "examples": self.examples,
-            "loss_sum": self.loss_sum,
-            "recent": self.recent,
-            "norm": self.norm,
-            "rate": self.rate,
-            "seconds": time.perf_counter() - self.start,
-        }
+    @property
+    def within_epoch(self) -> bool:
+        """Whether the last step did not end an epoch."""
+        return self.done % self.steps_per_epoch > 0
 
-    def go_on(self, state: dict) -> None:
-        """From a `state`; time spent since it was taken does not count."""
-        self.done, self.examples, self.loss_sum = (
-            state["done"],
-            state["examples"],
-            state["loss_sum"],
-        )
+    def state_dict(self) -> dict:
+        """State as JSON-serialisable values; floats survive bit for bit."""
+        names = ("done", "examples", "loss_sum", "recent", "norm", "rate")
+        state = {name: getattr(self, name) for name in names}
+        return state | {"seconds": time.perf_counter() - self.start}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned; the time since then does not count."""
+        for name in ("done", "examples", "loss_sum", "norm", "rate"):
+            setattr(self, name, state[name])
         self.recent = [tuple(pair) for pair in state["recent"]]
-        self.norm, self.rate = state["norm"], state["rate"]
         self.start = time.perf_counter() - state["seconds"]
 
     def __enter__(self) -> "Progress":
-        # `disable=None`: no bar where the output is no terminal
+        # `disable=None`: no bar if the output is not a terminal
         self.bar = tqdm(
             total=self.total,
             initial=self.done,
@@ -170,7 +247,7 @@ class Progress:
         self.bar.close()
 
     def step(self, examples: int, loss: float, norm: float, rate: float) -> None:
-        """Count one step; every `logging_steps`, and at the end, report."""
+        """Count one step; report every `logging_steps` and at the end."""
         self.done += 1
         self.examples += examples
         self.loss_sum += examples * loss
@@ -181,7 +258,7 @@ class Progress:
             self.report()
 
     def report(self) -> None:
-        """Record the mean loss since the last report, and show it."""
+        """Record and show the mean loss since the last report."""
         seen, loss_sum = map(sum, zip(*self.recent, strict=True))
         self.recent.clear()
         elapsed = time.perf_counter() - self.start

@@ -1,32 +1,32 @@
-# Sourced by the run scripts, with their arguments: sees to it that csv/ has split files, unless
-# the arguments name others. Where the raw file is missing too they come from the synthetic
-# sample, loudly; once the raw file is there they are made anew. A user's own files stay.
+# Sourced by the run scripts, with their arguments: makes the split files in csv/ if they are
+# missing, unless the arguments name other files. Without the raw file the synthetic sample is used,
+# with a loud notice; once the raw file exists they are made again. A user's own files stay.
 
-# made_up: were the files in csv/ made from the sample, and are they still those?
-made_up() {
-    "$PYTHON" - 2>/dev/null <<'EOF'
+# synthetic: were the files in csv/ made from the sample, and are they unchanged?
+synthetic() {
+    "$PYTHON" - 2>/dev/null <<'PYTHON'
 import hashlib, json
 
-about = json.load(open("csv/split.json", encoding="utf-8"))
-assert about["synthetic"]
-for name, sha256 in about["files"].items():
-    assert hashlib.sha256(open(f"csv/{name}", "rb").read()).hexdigest() == sha256
-EOF
+record = json.load(open("csv/split.json", encoding="utf-8"))
+assert record["synthetic"]
+for name, checksum in record["files"].items():
+    assert hashlib.sha256(open(f"csv/{name}", "rb").read()).hexdigest() == checksum
+PYTHON
 }
 
 if [[ " $*" != *" --train_file"* && " $*" != *" --data"* ]]; then
-    if made_up && { [ -e csv/USvideos.csv ] || [ -e csv/USvideo.csv ]; } ||
+    if synthetic && { [ -e csv/USvideos.csv ] || [ -e csv/USvideo.csv ]; } ||
         [ ! -e csv/train_simple.csv ]; then
-        echo "preprocessing.ipynb makes the split files in csv/ ..." >&2
+        echo "making the split files in csv/ with preprocessing.ipynb ..." >&2
         bash script/preprocess.sh >&2
     fi
-    if made_up; then
-        cat >&2 <<'EOF'
+    if synthetic; then
+        cat >&2 <<'NOTICE'
 ################################################################################
 # The split files come from csv/USvideos_sample.csv, a SYNTHETIC SAMPLE: its   #
-# texts are made up, its figures say nothing about real videos.                #
-# bash script/get_data.sh fetches the real ones.                               #
+# texts are made up, and results on it say nothing about real videos.          #
+# bash script/get_data.sh downloads the real ones.                             #
 ################################################################################
-EOF
+NOTICE
     fi
 fi

@@ -1,36 +1,73 @@
-"""Cut a CSV with a column `fold` into split files, each fold once as the test file.
+"""Make split files in which each fold is the test file once.
 
     .venv/bin/python -m script.folds FILE OUTPUT_DIR
+    .venv/bin/python -m script.folds RAW_FILE OUTPUT_DIR --variants original:title none:title,tags
 
 FILE has the columns text, label and fold. Writes OUTPUT_DIR/FOLD/{train,val,test}_simple.csv; a
 tenth of the other folds, drawn at random by the fold's number, is the validation file.
+
+With --variants the file is a raw one, and its texts are made in several ways: cleaning and columns.
+The first row of each video counts; its fold is a function of its cleaned title, so equal titles
+stay together, and row by row all variants hold the same videos. Writes OUTPUT_DIR/VARIANT/FOLD/,
+with `-` for `:` and `,`.
 """
 
 import argparse
+import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from runtime.csv_reader import DataError, read_table
+from runtime.csv_reader import read_table
+from runtime.files import UserError
+from script import splits
+
+FOLDS = 5  # of --variants
 
 
-def cut(path: str, output_dir: str) -> None:
-    """Write the files of each fold, with the columns `text` and `label`.
-
-    Raises: DataError for a file that cannot be read, or has one fold only.
-    """
-    table = read_table(path, "utf-8", ["text", "label", "fold"])
-    names = sorted(table["fold"].unique())
+def cut(table: pd.DataFrame, output_dir: Path) -> None:
+    """Write the split files of each fold. Raises: UserError if there is only one fold."""
+    names = sorted(table["fold"].astype(str).unique())
     if len(names) < 2:
-        raise DataError(f"{path} has one fold only: nothing is left to train on")
+        raise UserError("the file has one fold only: nothing is left to train on")
     for number, fold in enumerate(names):
-        test, rest = table[table["fold"] == fold], table[table["fold"] != fold]
+        is_test = table["fold"].astype(str) == fold
+        test, rest = table[is_test], table[~is_test]
         chosen = np.random.default_rng(number).permutation(len(rest)) < len(rest) // 10
-        folder = Path(output_dir) / fold
+        folder = output_dir / fold
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in (("train", rest[~chosen]), ("val", rest[chosen]), ("test", test)):
             part[["text", "label"]].to_csv(folder / f"{name}_simple.csv", index=False)
         print(f"{folder}: train {(~chosen).sum()}, validate {chosen.sum()}, test {len(test)} rows")
+
+
+def make_variants(path: str, encoding: str, variants: list[str]) -> dict[str, pd.DataFrame]:
+    """A table with text, label and fold for each variant of a raw file.
+
+    Raises: UserError for a file that cannot be read, or an unknown variant.
+    """
+    parts = {variant: variant.partition(":")[::2] for variant in variants}
+    for variant, (cleaning, names) in parts.items():
+        if cleaning not in splits.CLEANINGS or not {*names.split(",")} <= {*splits.TEXT_COLUMNS}:
+            raise UserError(f"'{variant}' is not a variant: give one such as none:title,tags")
+    columns = {"title", *(name for _, names in parts.values() for name in names.split(","))}
+    raw = splits.read_raw(path, encoding, sorted(columns))
+    labels, _ = splits.make_labels(raw["category_id"], 0.70, splits.CATEGORY_NAMES)
+    title = splits.make_texts(raw, ["title"], "original")
+    fold = title.map(lambda text: int(hashlib.sha256(text.encode()).hexdigest(), 16) % FOLDS)
+    texts = {
+        variant: splits.make_texts(raw, names.split(","), cleaning)
+        for variant, (cleaning, names) in parts.items()
+    }
+    kept = ~raw["video_id"].duplicated() & (title != "")
+    for text in texts.values():
+        kept &= text != ""
+    return {
+        variant: raw.assign(text=text, label=labels, fold=fold)[kept]
+        for variant, text in texts.items()
+    }
 
 
 def main() -> None:
@@ -38,11 +75,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file")
-    parser.add_argument("output_dir")
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--variants", nargs="+")
+    parser.add_argument("--csv_encoding", default="utf-8")
     args = parser.parse_args()
     try:
-        cut(args.file, args.output_dir)
-    except DataError as error:
+        if args.variants:
+            tables = make_variants(args.file, args.csv_encoding, args.variants)
+            for variant, table in tables.items():
+                cut(table, args.output_dir / re.sub(r"\W+", "-", variant))
+        else:
+            columns = ["text", "label", "fold"]
+            cut(read_table(args.file, args.csv_encoding, columns), args.output_dir)
+    except UserError as error:
         parser.exit(2, f"error: {error}\n")
 
 

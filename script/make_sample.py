@@ -1,24 +1,23 @@
-"""Write the synthetic sample that stands in where the real data is not there.
+"""Write the synthetic sample that replaces the real data if it is missing.
 
     .venv/bin/python -m script.make_sample   # writes csv/USvideos_sample.csv, always the same bytes
 
-Nothing in it is real: titles, channels and figures are drawn from the word lists below by a
-seeded generator. It rehearses the real file: its 16 columns and quirks, all 16 categories in
-about their real shares, videos that trend on several days, words shared between categories,
-and some wrong labels, so that no model gets everything right.
+Everything in it is made up: a seeded generator draws titles, channels and figures from the word
+lists below. It resembles the real file: its 16 columns and quirks, all 16 categories in roughly
+their real shares, videos that trend on several days, words shared between categories, and some
+wrong labels, so that no model gets everything right.
 """
 
 import csv
+import io
 import random
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
-import pandas as pd
-
-FOLDER = Path(__file__).parents[1] / "csv"
+FILE = Path(__file__).parents[1] / "csv" / "USvideos_sample.csv"
 SEED = 42
 VIDEOS = 600
-OWN_WORD = 0.66  # a title's topic word comes from its own category, else from any
+OWN_WORD = 0.66  # share of topic words from the video's own category; the others are from any
 WRONG_LABEL = 0.04
 
 # Category id: (share of the videos in percent, topic words).
@@ -60,12 +59,12 @@ DECORATION = (
     *[""] * 5, " | Official Video", " (2018)", " ft. Mira Vale", "!!", " 😂", " 🔥", ' "uncut"',
     " - Part 2", " [4K]", "… again?", " w/ Ünal & Zoë",
 )  # fmt: skip
-TAG_SEPARATOR = "\x1f"  # until the file is written
+TAG_SEPARATOR = "\x1f"  # replaced when the file is written
 NAMES = "Nova Atlas Juniper Orbit Marlow Pixel Harbor Velvet Quill Ember Sable Tango".split()
 
 
 def make_video(draw: random.Random, number: int) -> dict:
-    """What stays the same over the days on which a video trends."""
+    """Draw a video's row on its first day of trending; the `None` depend on the day."""
     ids, shares = list(CATEGORIES), [share for share, _ in CATEGORIES.values()]
     # each category once, so that none is missing, then by their shares
     category = ids[number] if number < len(ids) else draw.choices(ids, shares)[0]
@@ -80,7 +79,6 @@ def make_video(draw: random.Random, number: int) -> dict:
     title = " ".join(words).title() if draw.random() < 0.85 else " ".join(words).upper()
     channel = f"{NAMES[(category + number % 3) % len(NAMES)]} {draw.choice(NAMES)}"
     tags = [topic_word() for _ in range(draw.randint(0, 8))]
-    tag_cell = TAG_SEPARATOR.join(tags) or "[none]"
     link = f"https://example.com/{channel.split()[0].lower()}"
     text = f'{title}: {" ".join(draw.choices(SHARED, k=6))}.\\n\\nSubscribe, "{channel}" ► {link}'
     published = datetime(2017, 11, 13) + timedelta(minutes=draw.randrange(200 * 24 * 60))
@@ -94,8 +92,11 @@ def make_video(draw: random.Random, number: int) -> dict:
         "channel_title": channel,
         "category_id": category,
         "publish_time": published.strftime("%Y-%m-%dT%H:%M:%S.000Z"),
-        "tags": tag_cell,
+        "tags": TAG_SEPARATOR.join(tags) or "[none]",
         "views": draw.randint(5_000, 2_000_000),
+        "likes": None,
+        "dislikes": None,
+        "comment_count": None,
         "thumbnail_link": f"https://example.com/vi/{video_id}/default.jpg",
         "comments_disabled": draw.random() < 0.02,
         "ratings_disabled": draw.random() < 0.005,
@@ -104,46 +105,38 @@ def make_video(draw: random.Random, number: int) -> dict:
     }
 
 
-def make_days(draw: random.Random, video: dict) -> list[dict]:
-    """One row for each day on which a video trends: views grow, all else stays."""
-    days = min(14, 1 + int(draw.expovariate(1 / 3.5)))
-    rows = []
-    for day in range(days):
-        views = int(video["views"] * (1 + 0.4 * day))
-        trending: date = video["trending_date"] + timedelta(days=day)
-        rating = 0 if video["ratings_disabled"] else views
-        rows.append(
-            video
-            | {
-                "trending_date": trending,
-                "views": views,
-                "likes": rating // 30,
-                "dislikes": rating // 900,
-                "comment_count": 0 if video["comments_disabled"] else views // 200,
-            }
-        )
-    return rows
+def on_day(video: dict, day: int) -> dict:
+    """Return a video's row `day` days later: only its date and the counts of views change."""
+    views = int(video["views"] * (1 + 0.4 * day))
+    ratings = 0 if video["ratings_disabled"] else views
+    return video | {
+        "trending_date": video["trending_date"] + timedelta(days=day),
+        "views": views,
+        "likes": ratings // 30,
+        "dislikes": ratings // 900,
+        "comment_count": 0 if video["comments_disabled"] else views // 200,
+    }
 
 
-def make_sample() -> pd.DataFrame:
-    """The sample as the raw file has it: 16 columns, a row a trending day, in order of days."""
+def make_sample() -> str:
+    """Return the sample as the text of a CSV file, a row per video and day, sorted by day."""
     draw = random.Random(SEED)
     videos = [make_video(draw, number) for number in range(VIDEOS)]
-    table = pd.DataFrame([row for video in videos for row in make_days(draw, video)])
-    table = table.sort_values("trending_date", kind="stable")
-    table["trending_date"] = [day.strftime("%y.%d.%m") for day in table["trending_date"]]
-    columns = (
-        "video_id trending_date title channel_title category_id publish_time tags views likes "
-        "dislikes comment_count thumbnail_link comments_disabled ratings_disabled "
-        "video_error_or_removed description"
-    )
-    return table[columns.split()]
+    rows = [
+        on_day(video, day)
+        for video in videos
+        for day in range(min(14, 1 + int(draw.expovariate(1 / 3.5))))
+    ]
+    rows.sort(key=lambda row: row["trending_date"])
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [*rows[0]], lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(row | {"trending_date": row["trending_date"].strftime("%y.%d.%m")})
+    # as in the real file: tags are "a"|"b", which is not valid CSV
+    return file.getvalue().replace(TAG_SEPARATOR, '"|"')
 
 
 if __name__ == "__main__":
-    sample = make_sample()
-    text = sample.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    # as in the real file: tags are "a"|"b", which is no valid CSV
-    text = text.replace(TAG_SEPARATOR, '"|"')
-    (FOLDER / "USvideos_sample.csv").write_text(text, encoding="utf-8")
-    print(f"{len(sample)} rows of {sample['video_id'].nunique()} synthetic videos in {FOLDER}")
+    FILE.write_text(make_sample(), encoding="utf-8")
+    print(f"{FILE}: {VIDEOS} synthetic videos")

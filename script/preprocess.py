@@ -12,27 +12,24 @@ from papermill.exceptions import PapermillExecutionError
 
 NOTEBOOK = "preprocessing.ipynb"
 EXECUTED = Path("csv/executed")
-# Parameters that are words, even where they look like a number.
+# Parameters that stay text, even if they look like a number.
 TEXTS = ("input_file", "csv_encoding", "output_dir", "text_columns", "cleaning", "group_by")
 
 
-def main() -> int:
-    """Returns the exit status: 0, or 2 after one line about what the user can mend."""
+def main() -> None:
+    """Run from the command line; exits with status 2 after a one-line error the user can fix."""
     known = papermill.inspect_notebook(NOTEBOOK)
+    defaults = [f"{name} [{parameter['default']}]" for name, parameter in known.items()]
     parser = argparse.ArgumentParser(
         prog="script/preprocess.sh",
-        description="Raw USvideos.csv to split files, by preprocessing.ipynb.",
-        epilog="parameters: "
-        + ", ".join(f"{name} [{about['default']}]" for name, about in known.items()),
+        description="Turn the raw USvideos.csv into split files, by preprocessing.ipynb.",
+        epilog="parameters: " + ", ".join(defaults),
     )
-    parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-        help="set a parameter of the notebook; can be repeated",
-    )  # fmt: skip
-    parameters = dict(parser.parse_args().p)
+    metavar, usage = ("NAME", "VALUE"), "set a parameter of the notebook; can be repeated"
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=metavar, help=usage)
+    parameters = {name: parse(name, value) for name, value in parser.parse_args().p}
     if unknown := sorted(set(parameters) - set(known)):
-        print(f"error: -p {unknown[0]}: the parameters are {', '.join(known)}", file=sys.stderr)
-        return 2
+        parser.exit(2, f"error: -p {unknown[0]}: the parameters are {', '.join(known)}\n")
 
     EXECUTED.mkdir(parents=True, exist_ok=True)
     logging.disable()  # papermill's own report of a failure, with its traceback
@@ -40,43 +37,37 @@ def main() -> int:
         notebook = papermill.execute_notebook(
             NOTEBOOK,
             EXECUTED / NOTEBOOK,
-            {name: literal(name, value) for name, value in parameters.items()},
+            parameters,
             kernel_name="python3",
             progress_bar=sys.stderr.isatty(),
-            extra_arguments=["--log-level=CRITICAL"],  # the kernel's own talk
+            extra_arguments=["--log-level=CRITICAL"],  # silence the kernel
         )
     except PapermillExecutionError as error:
-        if error.ename != "DataError":
+        if error.ename != "UserError":
             raise
-        print(f"error: {error.evalue}", file=sys.stderr)
-        return 2
+        parser.exit(2, f"error: {error.evalue}\n")
     show(notebook)
-    return 0
 
 
-def literal(name: str, text: str) -> object:
-    """A parameter's value: `0.7`, `True` and `None` as Python has them, else the text it is."""
-    if name in TEXTS:
-        return text
+def parse(name: str, text: str) -> object:
+    """Return the value of a parameter: a Python literal such as `0.7` or `None`, or else text."""
     try:
-        return ast.literal_eval(text)
+        return text if name in TEXTS else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
 
 
 def show(notebook) -> None:
-    """Print what the notebook printed, and put its pictures beside the executed copy."""
+    """Print what the notebook printed, and save its plots next to the executed notebook."""
     for old in EXECUTED.glob("*.png"):
         old.unlink()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    pictures = [
-        output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})
-    ]
-    for number, picture in enumerate(pictures, start=1):
-        (EXECUTED / f"picture_{number}.png").write_bytes(base64.b64decode(picture))
+    plots = [one.data["image/png"] for one in outputs if "image/png" in one.get("data", {})]
+    for number, plot in enumerate(plots, start=1):
+        (EXECUTED / f"picture_{number}.png").write_bytes(base64.b64decode(plot))
     print("".join(output.text for output in outputs if output.get("name") == "stdout"), end="")
-    print(f"executed notebook and {len(pictures)} pictures: {EXECUTED}")
+    print(f"executed notebook and {len(plots)} pictures: {EXECUTED}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

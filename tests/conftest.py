@@ -18,8 +18,8 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import main
-from model import loading
-from model.source import locate
+from arguments import parse_args
+from model.start import Start
 
 torch.set_num_threads(1)
 
@@ -122,29 +122,39 @@ def bash(folder: Path, script: str, *flags: str, virtual_env: str = sys.prefix):
     """Call a script of a clone, with the tests' own environment active."""
     return subprocess.run(
         ["bash", f"script/{script}", *flags],
-        cwd=folder, env=os.environ | {"VIRTUAL_ENV": virtual_env}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        env=os.environ | {"VIRTUAL_ENV": virtual_env},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture
 def make_model(backbone):
-    """Build a model of 3 classes on the tiny BERT, in eval mode, with a prefix where asked."""
+    """Build the model that the flags of the command line describe, with 3 classes, in eval mode."""
 
-    def make(
-        prefix: bool = False, projection: bool = False, attention: str = "sdpa",
-        depth: str = "all", length: int = 5,
-    ):  # fmt: skip
-        source = locate(backbone)
-        config = loading.load_config(source, tuned=False)
-        config.id2label = {0: "a", 1: "b", 2: "c"}
-        config._attn_implementation = attention
-        if prefix:
-            config.pre_seq_len, config.prefix_projection = length, projection
-            config.prefix_hidden_size, config.prefix_depth = 7, depth
-        torch.manual_seed(1)
-        model = loading.build_model(source, config).eval()
-        if prefix:  # a prefix as large as keys and values, so that it shows
+    def make(*flags: str):
+        argv = ["--do_train", "--output_dir", "out", "--model_name_or_path", backbone]
+        argv += ["--seed", "1", "--max_seq_length", "16", "--hidden_dropout_prob", "0.1"]
+        argv += ["--attention_probs_dropout_prob", "0.1"]
+        if "--prefix" in flags:
+            argv += ["--pre_seq_len", "5"]
+        if "--prefix_projection" in flags:
+            argv += ["--prefix_hidden_size", "7"]
+        args = parse_args([*argv, *flags])
+        start = Start(args)
+        start.set_labels(["a", "b", "c"])
+        model = start.build(args).eval()
+        if args.prefix:  # as large as keys and values, so that it shows
             torch.nn.init.normal_(model.prefix_encoder.embedding.weight)
         return model
 
     return make
+
+
+def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model, with all dropout off, for comparisons in training mode."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model

@@ -1,10 +1,10 @@
-"""Kills a small training again and again and goes on with it, until it ends; compares the end.
+"""Kill a small training again and again, resume it until it has finished, and compare the results.
 
     .venv/bin/python -m tests.killing --kills 300
 
-Each life of the run is a forked child that calls `main.main`, so that it takes a fraction of a
-second. It is killed by SIGKILL at a random time, as soon as a folder of a checkpoint being written
-appears, or before one of its operations on files, drawn at random.
+Each attempt is a forked child that calls `main.main`, so it takes a fraction of a second. It is
+killed by SIGKILL at a random time, as soon as the folder of an unfinished checkpoint exists, or
+before a file operation drawn at random.
 """
 
 # ruff: noqa: E402 - the path is set before the project is imported
@@ -26,34 +26,35 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import torch
 
 import conftest
-import dataset  # noqa: F401 - all are imported here once, not in each child
+import dataset  # noqa: F401 - everything is imported here once, not in each child
 import main
 import trainer  # noqa: F401
 from evaluation import pages, tables  # noqa: F401
 from model import prefix_bank  # noqa: F401
 
-TIMES = {"samples_per_second", "eta_seconds", "train_runtime", "train_samples_per_second",
-         "peak_memory_bytes", "predict_samples_per_second"}  # fmt: skip
-OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree",
-              "shutil.copyfile"}  # fmt: skip
-SMALL_PREFIX = ["--prefix", "--pre_seq_len", "3"]
-WAYS = {
-    "full": ["--save_steps", "1"],
-    "prefix": [*SMALL_PREFIX, "--save_steps", "1"],
-    "full, defaults of saving": [],
-    "prefix, one kept, bfloat16": [*SMALL_PREFIX, "--save_steps", "1", "--save_total_limit", "1",
-                                   "--precision", "bf16"],
-    "full, stopped early": ["--early_stopping_patience", "1", "--learning_rate", "1e-9",
-                            "--save_steps", "2"],
-}  # fmt: skip
+TIMES = set(
+    "samples_per_second eta_seconds train_runtime train_samples_per_second peak_memory_bytes "
+    "predict_samples_per_second".split()
+)
+OPERATIONS = set("open os.mkdir os.rename os.remove os.rmdir shutil.rmtree shutil.copyfile".split())
+SMALL_PREFIX = "--prefix --pre_seq_len 3"
+METHODS = {
+    "full": "--save_steps 1",
+    "prefix": f"{SMALL_PREFIX} --save_steps 1",
+    "probe": "--tuning_method probe --save_steps 1",
+    "bias": "--tuning_method bias --save_steps 1",
+    "full, defaults of saving": "",
+    "prefix, one kept, bfloat16": f"{SMALL_PREFIX} --save_steps 1 --save_total_limit 1 "
+    "--precision bf16",
+    "full, stopped early": "--early_stopping_patience 1 --learning_rate 1e-9 --save_steps 2",
+}
 
-
-# They tell times, folders or commands.
-UNLIKE = ("run.json", "README.md", "report.html", "state.json", "manifest.json")
+# These hold times, folders or commands.
+NOT_COMPARED = ("run.json", "README.md", "report.html", "state.json", "manifest.json")
 
 
 def comparable(folder: Path) -> dict[str, object]:
-    """What has to be the same: all files by their bytes, but for times."""
+    """What must be the same: all files by their bytes, except for times."""
     found: dict[str, object] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
@@ -61,21 +62,21 @@ def comparable(folder: Path) -> dict[str, object]:
             lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
             parsed = [json.loads(line) for line in lines]
             found[name] = [{k: v for k, v in p.items() if k not in TIMES} for p in parsed]
-        elif path.name not in UNLIKE:
+        elif path.name not in NOT_COMPARED:
             found[name] = path.read_bytes()
     return found
 
 
 def holds(folder: Path, start: str) -> bool:
-    """Whether an unfinished run has such a file; it may end, and its folder go, at any time."""
+    """Whether an unfinished run has a file whose name starts so; it may finish at any time."""
     try:
         return any(name.startswith(start) for name in os.listdir(folder / "unfinished"))
     except FileNotFoundError:
         return False
 
 
-def live(argv: list[str], folder: Path, death: tuple[str, float] | None) -> int:
-    """One life of the run in a child, ended by `death`, a kind and a number; its wait status."""
+def attempt(argv: list[str], folder: Path, death: tuple[str, float] | None) -> int:
+    """Run in a child that is killed by `death`, a kind and a number; returns its wait status."""
     child = os.fork()
     if child == 0:
         sink = os.open(os.devnull, os.O_WRONLY)
@@ -110,26 +111,26 @@ def live(argv: list[str], folder: Path, death: tuple[str, float] | None) -> int:
 
 
 def kill_until_done(argv: list[str], folder: Path, chance: random.Random, kills: int) -> Counter:
-    """Kill a run up to `kills` times, then let it end. Counts kills by kind, and resumptions."""
+    """Kill a run up to `kills` times, then let it finish. Counts kills by kind, and resumptions."""
     counts: Counter = Counter()
     again = [*argv, "--output_dir", str(folder), "--resume_from_checkpoint", "auto"]
     for _ in range(kills):
         kind = chance.choice(["time", "staging", "operation", "operation"])
-        size = {"time": chance.uniform(0, 0.6), "staging": chance.uniform(0, 0.01),
-                "operation": chance.randrange(1, 60)}[kind]  # fmt: skip
+        sizes = {"time": chance.uniform(0, 0.6), "staging": chance.uniform(0, 0.01)}
+        size = (sizes | {"operation": chance.randrange(1, 60)})[kind]
         counts["resumptions"] += holds(folder, "checkpoint-")
-        status = live(again, folder, (kind, size))
+        status = attempt(again, folder, (kind, size))
         if os.WIFSIGNALED(status):
             counts[f"killed by {kind}"] += 1
             counts["kills"] += 1
         elif status:
-            raise AssertionError(f"a life after {dict(counts)} ended with status {status}")
+            raise AssertionError(f"an attempt after {dict(counts)} ended with status {status}")
         else:
             counts["ended before the kill"] += 1
             break
     else:
-        assert live(again, folder, None) == 0
-    assert live(again, folder, None) == 0  # a run that has ended stays so
+        assert attempt(again, folder, None) == 0
+    assert attempt(again, folder, None) == 0  # a finished run stays finished
     return counts
 
 
@@ -137,17 +138,17 @@ def check_end(folder: Path, expected: dict[str, object]) -> None:
     """Raises: AssertionError naming the files that are missing, too many or different."""
     found = comparable(folder)
     names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-    assert not names, f"{folder} ended otherwise in {', '.join(names)}"
+    assert not names, f"{folder} differs in {', '.join(names)}"
 
 
-def command(backbone: str, files: list[str], way: str) -> list[str]:
-    """A small run with all that has to be gone on from."""
-    return [
-        "--do_train", "--do_eval", "--do_predict", *files, "--model_name_or_path", backbone,
-        "--num_train_epochs", "3", "--per_device_train_batch_size", "2",
-        "--gradient_accumulation_steps", "2", "--hidden_dropout_prob", "0.1", "--precision", "fp32",
-        "--max_seq_length", "16", "--logging_steps", "2", *WAYS[way],
-    ]  # fmt: skip
+def command(backbone: str, files: list[str], method: str) -> list[str]:
+    """A small run with everything that must be restored."""
+    flags = (
+        "--do_train --do_eval --do_predict --num_train_epochs 3 --per_device_train_batch_size 2 "
+        "--gradient_accumulation_steps 2 --hidden_dropout_prob 0.1 --precision fp32 "
+        f"--max_seq_length 16 --logging_steps 2 {METHODS[method]}"
+    )
+    return [*flags.split(), *files, "--model_name_or_path", backbone]
 
 
 def hundreds() -> None:
@@ -160,17 +161,17 @@ def hundreds() -> None:
     with tempfile.TemporaryDirectory() as parent:
         backbone = conftest.make_backbone(Path(parent) / "backbone")
         files = conftest.make_files(Path(parent))
-        for way in WAYS:
-            argv = command(backbone, files, way)
-            assert live([*argv, "--output_dir", f"{parent}/{way}"], Path(parent), None) == 0
-            expected = comparable(Path(parent) / way)
+        for method in METHODS:
+            argv = command(backbone, files, method)
+            assert attempt([*argv, "--output_dir", f"{parent}/{method}"], Path(parent), None) == 0
+            expected = comparable(Path(parent) / method)
             counts: Counter = Counter()
-            while counts["kills"] < args.kills / len(WAYS):
+            while counts["kills"] < args.kills / len(METHODS):
                 folder = Path(tempfile.mkdtemp(dir=parent))
                 counts += kill_until_done(argv, folder, chance, chance.randrange(1, 30))
                 check_end(folder, expected)
                 counts["byte-equal ends"] += 1
-            print(way, dict(sorted(counts.items())), flush=True)
+            print(method, dict(sorted(counts.items())), flush=True)
 
 
 if __name__ == "__main__":

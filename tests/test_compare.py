@@ -1,14 +1,14 @@
-"""The study: what it runs, what it does not repeat, what it computes of it."""
+"""The study: what it runs, what it does not repeat, what it computes."""
 
 import json
 import subprocess
 import sys
 from argparse import Namespace
 
-import numpy as np
 import pandas as pd
 import pytest
 
+import arguments
 import main
 from conftest import ROOT, ROWS, write_csv
 from runtime import record
@@ -18,8 +18,8 @@ from script import baseline, compare
 @pytest.fixture
 def folders(tmp_path) -> list[str]:
     """An original split, whose test file repeats training texts, and two folds without repeats."""
-    test = {"original": ROWS[:4], "fold 0": [("big team", "2"), ("a dog", "0")],
-            "fold 1": [("small song", "1")]}  # fmt: skip
+    test = {"original": ROWS[:4], "fold 0": [("big team", "2"), ("a dog", "0")]}
+    test["fold 1"] = [("small song", "1")]
     for name, rows in test.items():
         (tmp_path / name).mkdir()
         write_csv(tmp_path / name / "train_simple.csv", ROWS)
@@ -30,8 +30,10 @@ def folders(tmp_path) -> list[str]:
 
 @pytest.fixture
 def study(folders, tmp_path, backbone, monkeypatch, capsys):
-    """Call the study on the tiny backbone; returns what it printed. Its runs are no processes of
-    their own, each of which would load torch again."""
+    """Call the study on the tiny backbone; returns what it printed.
+
+    Its runs are not processes, each of which would load torch again.
+    """
     modules = {"main.py": main, "-m": baseline}
 
     def in_process(command, **streams):
@@ -45,14 +47,8 @@ def study(folders, tmp_path, backbone, monkeypatch, capsys):
     original, *unseen = folders
 
     def call(*flags: str) -> str:
-        argv = [
-            "--original",
-            original,
-            "--unseen",
-            *unseen,
-            "--output_dir",
-            str(tmp_path / "study"),
-        ]
+        argv = ["--original", original, "--unseen", *unseen]
+        argv += ["--output_dir", str(tmp_path / "study")]
         argv += ["--methods", "majority", "prefix", *flags, "--", "--model_name_or_path", backbone]
         argv += ["--max_seq_length", "16", "--pre_seq_len", "3", "--num_train_epochs", "1"]
         monkeypatch.setattr(sys, "argv", ["compare", *argv])
@@ -64,12 +60,11 @@ def study(folders, tmp_path, backbone, monkeypatch, capsys):
 
 def test_a_study_runs_once_and_says_what_it_found(study, tmp_path):
     first = study("--seeds", "1", "2")
-    assert "7 runs, 0 of them finished already" in first  # 1 + 2 baselines, 2 + 2 prefixes
+    assert "7 runs, 0 of them already finished" in first  # 1 + 2 baselines, 2 + 2 prefixes
     found = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert [(row["protocol"], row["method"], row["runs"]) for row in found["summary"]] == [
-        ("original", "majority", 1), ("original", "prefix", 2),
-        ("unseen", "majority", 2), ("unseen", "prefix", 2),
-    ]  # fmt: skip
+    counts = {(row["protocol"], row["method"]): row["runs"] for row in found["summary"]}
+    original = {("original", "majority"): 1, ("original", "prefix"): 2}
+    assert counts == original | {("unseen", "majority"): 2, ("unseen", "prefix"): 2}
     assert {test["protocol"] for test in found["tests"]} == {"unseen"}  # the other has none unseen
     page = (tmp_path / "study" / "report.html").read_text()
     assert page.count("<svg") == 4 and "script/compare.sh" in page
@@ -78,7 +73,7 @@ def test_a_study_runs_once_and_says_what_it_found(study, tmp_path):
     for name in ("accuracy", "curves"):
         assert (tmp_path / "study" / f"{name}.svg").read_text().startswith("<?xml")
     again = study("--seeds", "1", "2")
-    assert "7 runs, 7 of them finished already" in again
+    assert "7 runs, 7 of them already finished" in again
     end = first.index("protocol")
     assert first[end:] == again[again.index("protocol") :]
 
@@ -93,48 +88,51 @@ def test_another_study_is_refused_before_it_starts(study, tmp_path):
     assert log.read_text() == "of the finished run"
 
 
-def test_a_study_says_what_its_figures_are_not_worth(study, tmp_path):
+def test_a_study_shows_caveats(study, tmp_path):
     assert "--quick: --num_train_epochs" in study("--quick", "--seeds", "1")
     page = (tmp_path / "study" / "report.html").read_text()
-    assert "Tuned to see it work only" in page
+    assert "Tuned only to see it work" in page
     folder = tmp_path / "study" / "unseen-prefix-0"
     unread = {"folder": folder, "command": compare.METHODS["prefix"]}
     for answers, collapsed in (("01", False), ("11", True)):
         rows = [("a", "0", answers[0]), ("b", "1", answers[1])]
         write_csv(folder / "predictions.csv", rows, ("text", "label", "predicted"))
         run = compare.read(unread)
-        notes = compare.notes([run], quick=False)
-        assert ("unseen-prefix-0 gives every row the same label" in " ".join(notes)) == collapsed
-    assert not compare.notes([run | {"command": compare.METHODS["majority"]}], quick=False)
+        caveats = compare.caveats([run], quick=False)
+        assert (
+            "unseen-prefix-0 predicts one label for every row" in " ".join(caveats)
+        ) == collapsed
+    assert not compare.caveats([run | {"command": compare.METHODS["majority"]}], quick=False)
 
 
 def test_a_run_that_fails_ends_the_study_with_its_last_line(folders, tmp_path):
-    """And here each run is a process."""
+    """Here each run is a process."""
     write_csv(tmp_path / "fold 0" / "train_simple.csv", [("one", "1"), ("", "0")])
-    failed = subprocess.run(
-        [sys.executable, "-m", "script.compare", "--original", "--unseen", folders[1],
-         "--output_dir", str(tmp_path / "study"), "--methods", "majority"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "script.compare", "--original", "--unseen", folders[1]]
+    command += ["--output_dir", str(tmp_path / "study"), "--methods", "majority"]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 1
-    assert "the text is blank in row 2" in failed.stderr and "goes on from here" in failed.stderr
+    assert (
+        "the text is blank in row 2" in failed.stderr
+        and "the same command resumes the study" in failed.stderr
+    )
 
 
-def test_folds_take_the_seeds_in_turn_and_baselines_run_once_each():
-    args = Namespace(original=["o"], unseen=["a", "b", "c"], seeds=[1, 2], quick=True, flags=[],
-                     output_dir="out", methods=list(compare.METHODS))  # fmt: skip
+def test_folds_use_the_seeds_in_turn_and_baselines_run_once_each():
+    args = Namespace(original=["o"], unseen=["a", "b", "c"], seeds=[1, 2], quick=True, flags=[])
+    args.output_dir, args.methods = "out", list(compare.METHODS)
     runs = compare.plan(args)
-    assert [(r["data"], r["seed"]) for r in runs if r["method"] == "full"] == [
-        ("o", 1), ("o", 2), ("a", 1), ("b", 2), ("c", 1)
-    ]  # fmt: skip
+    full = [(run["data"], run["seed"]) for run in runs if run["method"] == "full"]
+    assert full == [("o", 1), ("o", 2), ("a", 1), ("b", 2), ("c", 1)]
     assert [r["data"] for r in runs if r["method"] == "look-up"] == ["o", "a", "b", "c"]
     assert len({r["folder"] for r in runs}) == len(runs)
     assert {r["protocol"] for r in runs} == {"original", "unseen"}
     args.original, args.unseen, args.seeds = [], ["a", "b"], [1, 2, 3]
     again = compare.plan(args)
     assert [r["data"] for r in again if r["method"] == "full"] == ["a", "b", "a", "b"]
-    assert all(("--num_train_epochs" in r["command"]) == (r["method"] in
-               ("full", "prefix", "input prefix")) for r in runs)  # fmt: skip
+    baselines = {run["method"] for run in runs if "--num_train_epochs" not in run["command"]}
+    assert baselines == {"majority", "look-up", "TF-IDF, linear"}
+    assert {run["method"] for run in runs} - baselines == {*arguments.METHODS, "input prefix"}
 
 
 def test_mean_and_spread():
@@ -142,25 +140,28 @@ def test_mean_and_spread():
         {"protocol": "p", "method": "m", "results": {"test_accuracy": value}}
         for value in (0.5, 0.7)
     ]
-    (row,) = compare.summary(runs)
-    assert row["accuracy"] == pytest.approx(0.6) and row["accuracy sd"] == pytest.approx(
-        0.1414, 1e-3
-    )
-    assert row["on unseen"] is None and compare.shown(row, "on unseen") == "-"
+    (row,) = compare.summarise(runs)
+    assert row["accuracy"] == pytest.approx(0.6)
+    assert row["accuracy sd"] == pytest.approx(0.1414, 1e-3)
+    assert row["on unseen"] is None and compare.format_cell(row, "on unseen") == "-"
 
 
-def test_paired_tests_are_those_of_mcnemar(monkeypatch):
+def test_paired_tests_on_unseen_texts_are_mcnemars(tmp_path):
     """Of 60 texts 12 are right for one method only and 3 for the other: p = 0.035 exactly."""
-    right = {"full": [1] * 40 + [0] * 12 + [1] * 3 + [0] * 5,
-             "prefix": [1] * 40 + [1] * 12 + [0] * 3 + [0] * 5}  # fmt: skip
-
-    def hits(run):
-        return pd.DataFrame({"rows": 1, "right": right[run["method"]]})
-
-    monkeypatch.setattr(compare, "hits", hits)
-    (test,) = compare.paired_tests(
-        [{"protocol": "p", "method": one} for one in right for _ in "ab"]
-    )
+    write_csv(tmp_path / "train_simple.csv", [("Seen  text", "0")])
+    right = {"full": [1] * 40 + [0] * 12 + [1] * 3 + [0] * 5}
+    right["prefix"] = [1] * 40 + [1] * 12 + [0] * 3 + [0] * 5
+    keys = [*(f"text {number}" for number in range(60)), "seen text"]
+    runs = [
+        {
+            "protocol": "p",
+            "method": method,
+            "data": str(tmp_path),
+            "predictions": pd.DataFrame({"text": keys, "right": [*values, method == "full"]}),
+        }
+        for method, values in right.items()
+        for _ in "ab"
+    ]
+    (test,) = compare.test_pairs(runs)
     assert test["difference"] == pytest.approx(9 / 60) and test["texts"] == 60
     assert test["p"] == pytest.approx(0.0352, abs=0.01)
-    assert np.isfinite(test["p"])

@@ -17,7 +17,7 @@ from arguments import parse_args
 from conftest import REAL_DATA, write_csv
 from dataset import read_split
 from runtime import batches, csv_reader
-from runtime.csv_reader import DataError
+from runtime.files import UserError
 
 
 def read(path, **options):
@@ -25,8 +25,8 @@ def read(path, **options):
 
 
 # Texts that pandas would turn into missing values, or that other readers stumble over.
-ODD_TEXTS = ["NA", "null", "None", "nan", 'a "quoted" word', "two\nlines", "tab\there", "a,b",
-             "עברית 🎉 é", "x" * 10_000_000, " blanks "]  # fmt: skip
+ODD_TEXTS = ["NA", "null", "None", "nan", 'a "quoted" word', "two\nlines", "tab\there", "a,b"]
+ODD_TEXTS += ["עברית 🎉 é", "x" * 10_000_000, " blanks "]
 
 
 def test_odd_texts_come_back_unchanged(tmp_path):
@@ -50,7 +50,7 @@ def test_odd_texts_come_back_unchanged(tmp_path):
         (b'text,label\nx,1\n"y,1\nz,1\n', "the row that starts at line 3"),
         (b'text,label\n"x"y,1\n', "the row that starts at line 2"),
         (b"text,label\nx,1\ny,\n", "no 'label' in row 2; fill it in"),
-        (b"text;label\nx;1\n", "are its fields separated by something else than commas?"),
+        (b"text;label\nx;1\n", "are its fields separated by something other than commas?"),
         (
             "text,label\nabcdé,1\n".encode("cp1252"),
             "not utf-8 at byte 15: give its",
@@ -61,7 +61,7 @@ def test_odd_texts_come_back_unchanged(tmp_path):
 def test_bad_files_are_refused_with_the_place(tmp_path, content, message):
     path = tmp_path / "bad.csv"
     path.write_bytes(content)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         read(path, labels_required=content != b"text\na\n\nb\n")
     assert message in str(error.value)
     assert str(path) in str(error.value)
@@ -70,13 +70,13 @@ def test_bad_files_are_refused_with_the_place(tmp_path, content, message):
 def test_the_byte_of_a_wrong_encoding_counts_from_the_start_of_the_file(tmp_path):
     path = tmp_path / "late.csv"
     path.write_bytes(b"text,label\n" + b"word,1\n" * 50_000 + b"caf\xe9,1\n")
-    with pytest.raises(DataError, match=f"at byte {11 + 7 * 50_000 + 3}:"):
+    with pytest.raises(UserError, match=f"at byte {11 + 7 * 50_000 + 3}:"):
         read(path)
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
     for path in (tmp_path / "none.csv", tmp_path):
-        with pytest.raises(DataError, match="cannot be read"):
+        with pytest.raises(UserError, match="cannot be read"):
             read(path)
 
 
@@ -115,18 +115,18 @@ def test_labels_are_one_whatever_the_spelling_and_sort_as_numbers(tmp_path):
     split = read(write_csv(tmp_path / "a.csv", rows))
     names = dataset.label_names(split)
     assert names == ["-1", "9", "10", "other"]
-    assert dataset.label_ids(split, names, False).tolist() == [2, 1, 1, 2, 3, 0]
+    assert split.number_labels(names).label_ids.tolist() == [2, 1, 1, 2, 3, 0]
 
 
 def test_labels_that_training_lacks_are_named_with_their_rows(tmp_path):
     train = read(write_csv(tmp_path / "a.csv", [("a", "x"), ("b", "y")]))
     test = read(write_csv(tmp_path / "b.csv", [("a", "x"), ("b", "z"), ("c", "w"), ("d", "z")]))
-    with pytest.raises(DataError, match=r"label 'w', 'z' in 3 rows \(2, 3, 4\)"):
-        dataset.label_ids(test, dataset.label_names(train), False)
+    with pytest.raises(UserError, match=r"label 'w', 'z' in 3 rows \(2, 3, 4\)"):
+        test.number_labels(dataset.label_names(train))
 
 
 def test_one_class_only_is_refused(tmp_path):
-    with pytest.raises(DataError, match="one label only"):
+    with pytest.raises(UserError, match="has only one label"):
         dataset.label_names(read(write_csv(tmp_path / "a.csv", [("a", 1), ("b", 1)])))
 
 
@@ -135,10 +135,10 @@ def test_several_labels_a_row(tmp_path):
     split = read(path, multi_label=True)
     assert split.labels == [["x", "y"], [], ["y"], ["2", "x"]]
     names = dataset.label_names(split)
-    hot = dataset.label_ids(split, names, True)
+    one_hot = split.number_labels(names).label_ids
     assert names == ["2", "x", "y"]
-    assert hot.tolist() == [[0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 0]]
-    assert hot.dtype == np.float32
+    assert one_hot.tolist() == [[0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 0]]
+    assert one_hot.dtype == np.float32
 
 
 @pytest.mark.parametrize("content", ["text\na\n", "text,label\na,\nb,\n"])
@@ -152,31 +152,30 @@ def test_the_leak_is_found_whatever_case_and_white_space(tmp_path, caplog):
     train = read(write_csv(tmp_path / "a.csv", [("A  cat", 0), ("dog", 1), ("DOG", 0), ("x", 2)]))
     test = read(write_csv(tmp_path / "b.csv", [("a cat", 0), ("bird", 1), ("Dog ", 1)]))
     caplog.set_level("INFO")
-    known = dataset.audit(train)
-    assert dataset.seen_texts(known, dataset.text_keys(test)).tolist() == [True, False, True]
+    training_keys = dataset.audit(train)
+    assert dataset.seen_texts(training_keys, test.keys).tolist() == [True, False, True]
     assert "4 rows, 3 distinct texts" in caplog.text
-    dataset.open_stream(arguments(tmp_path / "b.csv"), ["0", "1", "2"], known)
-    assert "66.7 % have a text that stands in the training file" in caplog.text
-    assert "1 texts stand under more than one label" in caplog.text
+    open_stream(tmp_path / "b.csv", ["0", "1", "2"], training_keys)
+    assert "66.7 % of them with a text from the training file" in caplog.text
+    assert "1 texts occur with more than one label" in caplog.text
     assert "only one row of label 1, 2" in caplog.text
     assert "multi_label" not in caplog.text
     dataset.audit(read(write_csv(tmp_path / "c.csv", [("a", "x|y"), ("b", "x")])))
     assert "'x|y' is one label; if it is several, give --problem_type" in caplog.text
 
 
-def arguments(path):
-    """Those of a run that predicts a file."""
-    return parse_args(["--do_predict", "--test_file", str(path), "--output_dir", "out"])
+def open_stream(path, names, training_keys=None, **changed):
+    """The stream of a run that predicts a file."""
+    args = parse_args(["--do_predict", "--test_file", str(path), "--output_dir", "out"])
+    return dataset.open_stream(args, vars(args) | changed, names, training_keys)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
-def test_a_stream_gives_the_rows_of_the_whole_file(tmp_path, monkeypatch, size):
+def test_a_stream_yields_the_rows_of_the_whole_file(tmp_path, monkeypatch, size):
     rows = [(f"text {i % 5}" if i % 4 else "", str(i % 3), str(i)) for i in range(20)]
     path = write_csv(tmp_path / "a.csv", rows, ("text", "label", "id"))
     monkeypatch.setattr(dataset, "CHUNK_ROWS", size)
-    args = arguments(path)
-    args.drop_empty = True
-    stream = dataset.open_stream(args, ["0", "1", "2"], None)
+    stream = open_stream(path, ["0", "1", "2"], drop_empty=True)
     whole = read(path, drop_empty=True)
     chunks = list(stream)
     assert len(stream) == len(whole) == 15
@@ -198,8 +197,8 @@ def test_a_stream_gives_the_rows_of_the_whole_file(tmp_path, monkeypatch, size):
 def test_a_stream_is_checked_to_its_end_first(tmp_path, monkeypatch, rows, message):
     monkeypatch.setattr(dataset, "CHUNK_ROWS", 2)
     path = write_csv(tmp_path / "a.csv", rows)
-    with pytest.raises(DataError, match=message):
-        dataset.open_stream(arguments(path), ["0", "1"], None)
+    with pytest.raises(UserError, match=message):
+        open_stream(path, ["0", "1"])
 
 
 # ---------------------------------------------------------------------------------- fuzzing
@@ -208,7 +207,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=1
 FIELDS = st.one_of(
     TEXT, st.sampled_from(["NA", "null", "", " ", '"', ",", "\r", "\n", "\r\n", "\ufeff"])
 )
-# A bare carriage return in the header's name cannot be told from the line end of an old Macintosh.
+# A bare carriage return in the header looks like the line end of an old Macintosh.
 NAMES = TEXT.filter(lambda name: name.removeprefix("\ufeff").strip() and "\r" not in name)
 COLUMNS = st.lists(NAMES, min_size=1, max_size=3, unique=True)
 
@@ -217,8 +216,8 @@ COLUMNS = st.lists(NAMES, min_size=1, max_size=3, unique=True)
 def tables(draw):
     """A header and rows of any text."""
     header = draw(COLUMNS)
-    rows = draw(st.lists(st.lists(FIELDS, min_size=len(header), max_size=len(header)), min_size=1,
-                         max_size=5))  # fmt: skip
+    row = st.lists(FIELDS, min_size=len(header), max_size=len(header))
+    rows = draw(st.lists(row, min_size=1, max_size=5))
     return header, rows
 
 
@@ -248,7 +247,7 @@ def comes_back_or_is_refused(path, header, rows):
     """Never fewer rows, never another text; a refusal names a row."""
     try:
         found, *back = csv_reader.read_rows(path)
-    except DataError as error:
+    except UserError as error:
         assert re.search(r"row \d+|line \d+|more than once", str(error))
         return
     assert found == header or found == [header[0].removeprefix("\ufeff"), *header[1:]]
@@ -263,7 +262,7 @@ def test_any_bytes_are_read_or_refused_in_one_line(content):
         path.write_bytes(content)
         try:
             header, *rows = csv_reader.read_rows(path)
-        except DataError as error:
+        except UserError as error:
             assert "\n" not in str(error).replace(repr(content), "")
         else:
             assert all(len(row) == len(header) for row in rows)
@@ -281,9 +280,9 @@ def test_a_sample_is_drawn_by_the_seed_and_keeps_the_order(tmp_path):
 
 def test_each_distinct_text_is_encoded_once_and_cut_texts_are_counted(tmp_path, backbone, caplog):
     path = write_csv(tmp_path / "a.csv", [("cat", 0), ("dog the cat", 1), ("cat", 0)])
-    data = dataset.encode(AutoTokenizer.from_pretrained(backbone), read(path), None, 4)
-    assert data.text_of_row.tolist() == [0, 1, 0]
-    assert data.lengths.tolist() == [3, 4]
+    data = batches.encode(AutoTokenizer.from_pretrained(backbone), read(path), 4)
+    assert data.text_index.tolist() == [0, 1, 0]
+    assert (data.lengths.tolist(), data.row_lengths.tolist()) == ([3, 4], [3, 4, 3])
     assert "1 of 3 texts are longer than 4 tokens" in caplog.text
     batch = data.collate(np.array([0, 1]))
     assert batch["input_ids"][0, 3] == data.pad_token_id
@@ -303,16 +302,16 @@ def test_training_batches_hold_every_row_once_and_follow_seed_and_epoch():
     assert sorted(sizes) == [3] + [8] * 125
 
 
-def test_batches_of_like_length_leave_little_padding():
+def test_batches_of_similar_length_have_little_padding():
     lengths = np.random.default_rng(0).integers(3, 40, 5000)
     assert batches.padding_share(lengths, batches.training_batches(lengths, 32, 1, 0)) < 0.05
     random = np.random.default_rng(2).integers(0, 4, 5000)
     ids = [[0] * length for length in lengths]
-    data = batches.Encoded(ids, np.arange(5000), None, [], pad_token_id=0, served_by=random)
+    data = batches.Encoded(ids, np.arange(5000), None, [], pad_token_id=0, prefix_index=random)
     found = batches.length_batches(data, 64)
     assert sorted(np.concatenate(found)) == list(range(5000))
     assert batches.padding_share(lengths, found) < 0.05
-    assert np.mean([len(set(random[batch])) for batch in found]) < 3  # of four models
+    assert np.mean([len(set(random[batch])) for batch in found]) < 3  # of four prefixes
     shuffled = np.array_split(np.random.default_rng(1).permutation(5000), 157)
     assert batches.padding_share(lengths, shuffled) > 0.3
 
@@ -321,10 +320,5 @@ def test_batches_of_like_length_leave_little_padding():
 def test_the_published_split_leaks_as_measured():
     train, test = (read(REAL_DATA / "seed_splits" / f"{n}_simple.csv") for n in ("train", "test"))
     assert (len(train), len(test)) == (15204, 6543)
-    assert (
-        round(
-            100 * dataset.seen_texts(set(dataset.text_keys(train)), dataset.text_keys(test)).mean(),
-            1,
-        )
-        == 83.5
-    )
+    share = dataset.seen_texts(frozenset(train.keys), test.keys).mean()
+    assert round(100 * share, 1) == 83.5

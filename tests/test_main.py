@@ -19,17 +19,18 @@ import main
 from conftest import ROOT, ROWS, write_csv
 from dataset import read_split
 
-RESULTS = {
-    "README.md", "all_results.json", "evaluation.json", "metrics.jsonl", "predictions.csv",
-    "report.html", "run.json",
-}  # fmt: skip
+RESULTS = set(
+    "README.md all_results.json evaluation.json metrics.jsonl predictions.csv report.html "
+    "run.json".split()
+)
 FULL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-PREFIX = {"adapter_config.json", "adapter_model.safetensors", "config.json"}
-REQUIRED = {
-    "eval_accuracy", "eval_macro_f1", "test_accuracy", "test_macro_f1", "test_accuracy_seen",
-    "test_accuracy_unseen", "test_seen_share", "trainable_parameters", "total_parameters",
-    "train_runtime", "train_samples_per_second",
-}  # fmt: skip
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "config.json"}
+REQUIRED = set(
+    "eval_accuracy eval_macro_f1 test_accuracy test_macro_f1 test_accuracy_seen "
+    "test_accuracy_unseen test_seen_share trainable_parameters total_parameters train_runtime "
+    "train_samples_per_second".split()
+)
+PROBE, BIAS = ("--tuning_method", "probe"), ("--tuning_method", "bias")
 
 
 def load(folder: Path, name: str):
@@ -41,7 +42,9 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize(("flags", "model"), [((), FULL), (("--prefix",), PREFIX)])
+@pytest.mark.parametrize(
+    ("flags", "model"), [((), FULL), (("--prefix",), ADAPTER), (PROBE, ADAPTER), (BIAS, ADAPTER)]
+)
 def test_a_run_leaves_exactly_its_files(run, flags, model):
     folder = run(*flags)
     assert {path.name for path in folder.iterdir()} == RESULTS | model
@@ -57,7 +60,7 @@ def test_a_run_leaves_exactly_its_files(run, flags, model):
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
 
 
-def test_tuned_and_not_scored_it_says_so(backbone, files, tmp_path, capsys):
+def test_a_model_card_without_an_evaluation_says_so(backbone, files, tmp_path, capsys):
     argv = ["--do_train", *files, "--model_name_or_path", backbone, "--num_train_epochs", "1"]
     argv += ["--max_seq_length", "16"]
     assert main.main([*argv, "--output_dir", str(tmp_path / "out")]) == 0
@@ -78,11 +81,11 @@ def test_columns_are_those_that_a_folder_was_tuned_on(run, tmp_path):
     assert mine["test_loss"] == pytest.approx(first["test_loss"], abs=1e-6)
 
 
-def test_made_up_texts_are_told_wherever_figures_are(run, files, tmp_path):
+def test_made_up_texts_are_mentioned_next_to_every_figure(run, files, tmp_path):
     sha256 = hashlib.sha256((tmp_path / "test.csv").read_bytes()).hexdigest()
     for made_up in (True, False):
-        about = {"synthetic": made_up, "files": {"test.csv": sha256}}
-        (tmp_path / "split.json").write_text(json.dumps(about))
+        split = {"synthetic": made_up, "files": {"test.csv": sha256}}
+        (tmp_path / "split.json").write_text(json.dumps(split))
         folder = run("--overwrite_output_dir")
         assert load(folder, "run.json")["synthetic"] == made_up
         for name in ("README.md", "report.html"):
@@ -90,30 +93,27 @@ def test_made_up_texts_are_told_wherever_figures_are(run, files, tmp_path):
             assert ("made-up texts" in text) == made_up
 
 
-def test_without_the_packages_one_line_tells_the_way_out(tmp_path):
+def test_without_the_packages_one_line_says_what_to_run(tmp_path):
     flags = ["--do_train", "--output_dir", str(tmp_path / "out")]
     shown = subprocess.run(
         [sys.executable, "-S", "main.py", *flags], cwd=ROOT, capture_output=True, text=True
     )
     assert shown.returncode == 2
-    assert "error: No module named" in shown.stderr and ".venv/bin/python has it" in shown.stderr
+    assert "error: torch is not installed here; run bash script/run_og.sh once" in shown.stderr
     assert "Traceback" not in shown.stderr
 
 
-@pytest.mark.parametrize("flags", [(), ("--prefix",), ("--prefix", "--prefix_projection")])
+@pytest.mark.parametrize("flags", [(), ("--prefix",), PROBE, BIAS])
 def test_a_tuned_folder_predicts_the_same_alone(run, flags, tmp_path):
     """With labels, without, and whatever the order: same probabilities, row for row."""
     folder = run(*flags)
     first = pd.read_csv(folder / "predictions.csv", dtype=str)
-    new = write_csv(tmp_path / "new.csv", [(i, text) for i, (text, _) in enumerate(ROWS[4:6])],
-                    ("id", "text"))  # fmt: skip
+    rows = [(i, text) for i, (text, _) in enumerate(ROWS[4:6])]
+    new = write_csv(tmp_path / "new.csv", rows, ("id", "text"))
     argv = ["--do_predict", "--model_name_or_path", str(folder), "--precision", "fp32"]
     again, alone = tmp_path / "again", tmp_path / "alone"
-    assert (
-        main.main([*argv, "--test_file", str(tmp_path / "test.csv"), "--output_dir", str(again)])
-        == 0
-    )
-    assert main.main([*argv, "--test_file", new, "--output_dir", str(alone)]) == 0
+    for test, out in ((str(tmp_path / "test.csv"), again), (new, alone)):
+        assert main.main([*argv, "--test_file", test, "--output_dir", str(out)]) == 0
     second = pd.read_csv(again / "predictions.csv", dtype=str)
     assert second["predicted"].equals(first["predicted"])
     for column in ("probability_0", "probability_1", "probability_2"):
@@ -121,13 +121,11 @@ def test_a_tuned_folder_predicts_the_same_alone(run, flags, tmp_path):
     scored, unscored = load(again, "all_results.json"), load(alone, "all_results.json")
     assert scored["test_accuracy"] == load(folder, "all_results.json")["test_accuracy"]
     assert "test_accuracy" not in unscored
-    assert {path.name for path in alone.iterdir()} == {
-        "all_results.json", "predictions.csv", "run.json"
-    }  # fmt: skip
+    written = {path.name for path in alone.iterdir()}
+    assert written == {"all_results.json", "predictions.csv", "run.json"}
     third = pd.read_csv(alone / "predictions.csv", dtype=str)
-    assert list(third.columns) == [
-        "id", "text", "predicted", "confidence", "probability_0", "probability_1", "probability_2"
-    ]  # fmt: skip
+    columns = "id text predicted confidence probability_0 probability_1 probability_2"
+    assert list(third.columns) == columns.split()
     assert third.loc[1, "probability_0"] == second.loc[0, "probability_0"]
 
 
@@ -165,9 +163,8 @@ def test_several_labels_a_row_from_training_to_prediction(run, tmp_path):
     path = write_csv(tmp_path / "multi.csv", rows)
     files = ["--train_file", path, "--validation_file", path, "--test_file", path]
     for flags in ([], ["--prefix"]):
-        folder = run(
-            *files, *flags, "--problem_type", "multi_label_classification", name=f"m{len(flags)}",
-            )  # fmt: skip
+        kind = ["--problem_type", "multi_label_classification"]
+        folder = run(*files, *flags, *kind, name=f"m{len(flags)}")
         results = load(folder, "all_results.json")
         assert {"eval_micro_f1", "test_macro_f1"} <= set(results)
         table = pd.read_csv(folder / "predictions.csv", keep_default_na=False)
@@ -192,13 +189,13 @@ def test_a_dozen_labels_keep_their_order_in_a_folder(run, tmp_path):
     assert load(tmp_path / "eval", "run.json")["labels"] == [str(i) for i in range(12)]
 
 
-def test_each_epoch_is_kept_where_asked(run):
+def test_each_epoch_is_kept_if_asked_for(run):
     folder = run("--save_strategy", "epoch")
     assert {"checkpoint-3", "checkpoint-6"} <= {path.name for path in folder.iterdir()}
     AutoModelForSequenceClassification.from_pretrained(folder / "checkpoint-3")
 
 
-def test_a_finished_run_is_not_written_over(run, capsys):
+def test_a_finished_run_is_not_overwritten(run, capsys):
     folder = run()
     before = hashes(folder)
     run(status=2)
@@ -210,15 +207,15 @@ def test_overwriting_removes_only_what_the_program_wrote(run):
     folder = run("--save_strategy", "epoch")
     (folder / "notes.txt").write_text("mine")
     run("--prefix", "--overwrite_output_dir")
-    assert {path.name for path in folder.iterdir()} == RESULTS | PREFIX | {"notes.txt"}
+    assert {path.name for path in folder.iterdir()} == RESULTS | ADAPTER | {"notes.txt"}
 
 
 @pytest.mark.parametrize("name", ["README.md", "checkpoint-3"])
-def test_files_of_others_are_not_written_over(run, tmp_path, capsys, name):
+def test_foreign_files_are_not_overwritten(run, tmp_path, capsys, name):
     folder = tmp_path / "out"
     (folder / name).mkdir(parents=True)
     run("--overwrite_output_dir", status=2)
-    assert f"holds {name}, which no run listed" in capsys.readouterr().err
+    assert f"contains files this program did not write: {name};" in capsys.readouterr().err
 
 
 def test_a_forged_list_of_files_removes_nothing_else(run, tmp_path):
@@ -242,8 +239,8 @@ def test_any_text_comes_back_from_the_predictions(run, tmp_path):
 
 
 def test_bfloat16_and_settings_reach_the_model(run):
-    folder = run("--prefix", "--precision", "bf16", "--hidden_dropout_prob", "0.25",
-                 "--max_train_samples", "8")  # fmt: skip
+    flags = ["--hidden_dropout_prob", "0.25", "--max_train_samples", "8"]
+    folder = run("--prefix", "--precision", "bf16", *flags)
     assert load(folder, "config.json")["hidden_dropout_prob"] == 0.25
     assert load(folder, "all_results.json")["train_rows"] == 8
     assert load(folder, "run.json")["settings"]["precision"] == "bf16"
@@ -266,7 +263,7 @@ def test_another_kind_of_problem_than_the_tuned_one_is_refused(run, tmp_path, ca
         ("--max_seq_length", "65"),
     ],
 )
-def test_a_run_that_fails_leaves_earlier_results_and_one_line(run, capsys, flags):
+def test_a_run_that_fails_prints_one_line_and_leaves_earlier_results(run, capsys, flags):
     folder = run()
     before = hashes(folder)
     capsys.readouterr()
@@ -276,7 +273,7 @@ def test_a_run_that_fails_leaves_earlier_results_and_one_line(run, capsys, flags
     assert {path: sha for path, sha in hashes(folder).items() if "unfinished" not in path} == before
 
 
-def test_an_output_folder_that_cannot_be_one(run, tmp_path, capsys):
+def test_an_output_folder_that_is_a_file_is_refused(run, tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
     run(status=2)
     assert "error: --output_dir" in capsys.readouterr().err
@@ -286,7 +283,7 @@ def test_a_run_that_is_refused_leaves_no_folder(run, tmp_path):
     assert not run("--train_file", str(tmp_path / "none.csv"), status=2).exists()
 
 
-# -------------------------------------------------------------- prefixes: depths, further, many
+# ------------------------------------------------- adapters: what they store, further, several
 
 
 @pytest.mark.parametrize(
@@ -300,12 +297,30 @@ def test_a_run_that_is_refused_leaves_no_folder(run, tmp_path):
 )
 def test_every_kind_of_prefix_trains_and_predicts_again(run, tmp_path, flags):
     folder = run("--prefix", *flags)
-    assert {path.name for path in folder.iterdir()} == RESULTS | PREFIX
+    assert {path.name for path in folder.iterdir()} == RESULTS | ADAPTER
     argv = ["--do_predict", "--model_name_or_path", str(folder), "--precision", "fp32"]
     argv += ["--test_file", str(tmp_path / "test.csv"), "--output_dir", str(tmp_path / "again")]
     assert main.main(argv) == 0
     first, second = (pd.read_csv(path / "predictions.csv") for path in (folder, tmp_path / "again"))
     pd.testing.assert_frame_equal(first, second, atol=2e-6)
+
+
+@pytest.mark.parametrize("flags", [PROBE, BIAS])
+def test_an_adapter_stores_only_what_was_trained(run, backbone, flags):
+    folder = run(*flags)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    shapes = {name.removeprefix("base_model."): tuple(one.shape) for name, one in tensors.items()}
+    expected = {"classifier.weight": (3, 16), "classifier.bias": (3,)}
+    if flags == BIAS:
+        frozen = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=3)
+        small = {name: one for name, one in frozen.named_parameters() if one.ndim == 1}
+        assert all(name.endswith("bias") or "LayerNorm" in name for name in small)
+        expected |= {name: tuple(one.shape) for name, one in small.items()}
+        assert len(expected) == 25
+    assert shapes == expected
+    assert all(name.startswith("base_model.") for name in tensors)
+    stored = load(folder, "all_results.json")["stored_parameters"]
+    assert stored == sum(one.numel() for one in tensors.values())
 
 
 def test_depth_input_says_that_peft_cannot_load_it(run, caplog):
@@ -314,7 +329,7 @@ def test_depth_input_says_that_peft_cannot_load_it(run, caplog):
 
 
 def test_a_prefix_starts_from_label_names_training_texts_or_a_given_text(run, tmp_path):
-    """With a learning rate so small that it stays there."""
+    """With a learning rate so small that nothing changes."""
     named = write_csv(tmp_path / "n.csv", [(t, ["cat", "band", "goal"][int(n)]) for t, n in ROWS])
     labels = [
         word for name in ("train", "validation", "test") for word in (f"--{name}_file", named)
@@ -337,16 +352,18 @@ def test_a_prefix_starts_from_label_names_training_texts_or_a_given_text(run, tm
 
 
 def further(folder, files, tmp_path, *flags: str, name: str = "further") -> Path:
-    """Tune a tuned folder on, on other files."""
+    """Tune a tuned folder further, on other files."""
     argv = ["--do_train", "--do_eval", "--do_predict", "--model_name_or_path", str(folder), *files]
     argv += ["--num_train_epochs", "1", "--precision", "fp32", "--max_seq_length", "16", *flags]
     assert main.main([*argv, "--output_dir", str(tmp_path / name)]) == 0
     return tmp_path / name
 
 
-@pytest.mark.parametrize("flags", [(), ("--prefix",), ("--prefix", "--prefix_depth", "input")])
-def test_a_tuned_folder_is_tuned_further_from_where_it_stood(run, files, tmp_path, flags):
-    """With a learning rate so small that it stays there: the same model, head and labels too."""
+@pytest.mark.parametrize(
+    "flags", [(), ("--prefix",), ("--prefix", "--prefix_depth", "input"), PROBE, BIAS]
+)
+def test_a_tuned_folder_is_tuned_further_from_its_weights(run, files, tmp_path, flags):
+    """With a learning rate so small that nothing changes: same model, head and labels."""
     folder = run(*flags)
     assert "It started from" not in (folder / "README.md").read_text()
     fewer = write_csv(tmp_path / "fewer.csv", ROWS[:8])  # two of the three labels
@@ -359,24 +376,40 @@ def test_a_tuned_folder_is_tuned_further_from_where_it_stood(run, files, tmp_pat
             for key, tensor in expected.items():
                 torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-9)
     assert load(again, "run.json")["labels"] == ["0", "1", "2"]
-    assert load(again, "run.json")["settings"]["prefix"] == bool(flags)
+    for name in ("prefix", "tuning_method"):
+        settings = (load(path, "run.json")["settings"][name] for path in (folder, again))
+        assert len(set(settings)) == 1
     assert (
         f"It started from `{folder}`, which was tuned before" in (again / "README.md").read_text()
     )
     moved = further(folder, files, tmp_path, name="moved")
     if flags:
         first, second = (load_file(path / "adapter_model.safetensors") for path in (folder, moved))
-        assert (first["prompt_embeddings"] - second["prompt_embeddings"]).abs().max() > 1e-3
+        name = "prompt_embeddings" if "--prefix" in flags else "base_model.classifier.weight"
+        assert (first[name] - second[name]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("flags", [(), ("--prefix",)])
-def test_other_labels_start_the_head_anew_and_that_is_said(run, files, tmp_path, caplog, flags):
+@pytest.mark.parametrize("flags", [PROBE, BIAS])
+def test_a_tuned_folder_keeps_its_method(run, files, tmp_path, capsys, flags):
+    folder = run(*flags)
+    for other in (("--prefix",), ("--tuning_method", "full")):
+        argv = ["--do_train", *files, "--model_name_or_path", str(folder), *other]
+        with pytest.raises(SystemExit) as exit_info:
+            main.main([*argv, "--output_dir", str(tmp_path / "no")])
+        assert exit_info.value.code == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and f"was tuned by {flags[1]}" in error
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--prefix",), PROBE, BIAS])
+def test_other_labels_initialise_a_new_head_with_a_warning(run, files, tmp_path, caplog, flags):
     folder = run(*flags)
     other = write_csv(tmp_path / "other.csv", [(text, f"class {n}") for text, n in ROWS])
     files = [name for flag in files[::2] for name in (flag, other)]
     caplog.clear()
     again = further(folder, files, tmp_path, "--learning_rate", "1e-12")
-    assert "the head starts anew" in caplog.text
+    assert "new head" in caplog.text
     name = "adapter_model.safetensors" if flags else "model.safetensors"
     first, second = (load_file(path / name) for path in (folder, again))
     changed = {key for key, tensor in first.items() if not tensor.allclose(second[key], atol=1e-6)}
@@ -385,15 +418,15 @@ def test_other_labels_start_the_head_anew_and_that_is_said(run, files, tmp_path,
     assert load(again, "run.json")["labels"] == ["class 0", "class 1", "class 2"]
 
 
-def test_a_prefix_that_peft_made_is_tuned_further_and_goes_back(backbone, files, tmp_path, caplog):
+def test_a_prefix_of_peft_is_tuned_further_and_loads_in_peft(backbone, files, tmp_path, caplog):
     frozen = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=3)
     settings = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
     get_peft_model(frozen, settings).save_pretrained(tmp_path / "peft")
     caplog.set_level("INFO")
     folder = further(tmp_path / "peft", files, tmp_path)
-    assert "names no labels: they are ['0', '1', '2'], in this order" in caplog.text
-    before, after = (load_file(path / "adapter_model.safetensors")["prompt_embeddings"]
-                     for path in (tmp_path / "peft", folder))  # fmt: skip
+    assert "names no labels: using ['0', '1', '2'], in this order" in caplog.text
+    paths = (path / "adapter_model.safetensors" for path in (tmp_path / "peft", folder))
+    before, after = (load_file(path)["prompt_embeddings"] for path in paths)
     assert 1e-3 < (before - after).abs().max() < 1
     frozen = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=3)
     peer = PeftModel.from_pretrained(frozen, str(folder)).eval()
@@ -406,24 +439,23 @@ def test_a_prefix_that_peft_made_is_tuned_further_and_goes_back(backbone, files,
     assert probability.tolist() == pytest.approx(expected, abs=2e-6)
 
 
-def test_a_column_names_the_prefix_that_serves_each_row(run, files, tmp_path, capsys):
+def test_a_column_names_the_prefix_of_each_row(run, files, tmp_path, capsys):
     """Predictions equal those of each folder alone; labels that a folder lacks get 0."""
     other = write_csv(tmp_path / "other.csv", [(text, "23x"[int(label)]) for text, label in ROWS])
-    folders = [
-        run("--prefix", name="first"),
-        run("--prefix", "--pre_seq_len", "5", "--train_file", other, "--validation_file", other,
-            "--test_file", other, name="second"),
-    ]  # fmt: skip
-    rows = [(text, str(folders[n]) if n else "first", "0" if n == 0 else "3")
-            for n, (text, _) in zip([0, 1, 1, 0, 1, 0, 0], ROWS, strict=False)]  # fmt: skip
+    files = [word for name in ("train", "validation", "test") for word in (f"--{name}_file", other)]
+    second = run("--prefix", "--pre_seq_len", "5", *files, name="second")
+    folders = [run("--prefix", name="first"), second]
+    rows = [
+        (text, str(folders[n]) if n else "first", "0" if n == 0 else "3")
+        for n, (text, _) in zip([0, 1, 1, 0, 1, 0, 0], ROWS, strict=False)
+    ]
     mixed = write_csv(tmp_path / "mixed.csv", rows, ("text", "model", "label"))
     argv = ["--do_predict", "--prefix_paths", *map(str, folders), "--precision", "fp32"]
     argv += ["--prefix_column", "model", "--test_file", mixed]
     assert main.main([*argv, "--output_dir", str(tmp_path / "mixed")]) == 0
     table = pd.read_csv(tmp_path / "mixed" / "predictions.csv", dtype={"predicted": str})
-    assert [name for name in table if name.startswith("prob")] == [
-        f"probability_{name}" for name in "0123x"
-    ]  # fmt: skip
+    names = [f"probability_{name}" for name in "0123x"]
+    assert [name for name in table if name.startswith("prob")] == names
     assert table["text"].tolist() == [text for text, _, _ in rows]
     for number, folder in enumerate(folders):
         alone = tmp_path / f"alone{number}"
@@ -439,17 +471,19 @@ def test_a_column_names_the_prefix_that_serves_each_row(run, files, tmp_path, ca
                 assert table[mine][column].tolist() == expected[mine][column].tolist()
             else:
                 assert (table[mine][column] - expected[mine][column]).abs().max() < 2e-6
-        lacking = {f"probability_{name}" for name in "0123x"} - set(expected)
+        lacking = set(names) - set(expected)
         assert (table[mine][sorted(lacking)] == 0).all(axis=None)
     hits = (table["predicted"] == [row[2] for row in rows]).mean()
     assert load(tmp_path / "mixed", "all_results.json")["test_accuracy"] == pytest.approx(hits)
 
     capsys.readouterr()
-    wrong = [(text, model, "x" if number == 3 else label)  # "first" tells 0, 1 and 2 apart
-             for number, (text, model, label) in enumerate(rows)]  # fmt: skip
+    wrong = [
+        (text, model, "x" if number == 3 else label)  # "first" knows 0, 1 and 2
+        for number, (text, model, label) in enumerate(rows)
+    ]
     write_csv(Path(mixed), wrong, ("text", "model", "label"))
     assert main.main([*argv, "--output_dir", str(tmp_path / "no")]) == 2
-    assert "label 'x' in row 4 is none of" in capsys.readouterr().err
+    assert "label 'x' in row 4 does not occur in" in capsys.readouterr().err
     argv[argv.index("model")] = "label"
     assert main.main([*argv, "--output_dir", str(tmp_path / "no")]) == 2
     assert "'label' in 7 rows (1, 2, 3, 4, 5, ...) names none" in capsys.readouterr().err
@@ -481,7 +515,7 @@ def test_a_prefix_that_does_not_fit_is_refused(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [["--do_evil"], ["--do_train", "--train_file", "nowhere.csv"]])
-def test_errors_as_a_shell_sees_them(flags, backbone, tmp_path):
+def test_user_errors_are_one_line_in_a_shell(flags, backbone, tmp_path):
     """Exit status 2, one line that is an error, no traceback; also in a folder with blanks."""
     out = tmp_path / "my ü folder"
     command = [sys.executable, str(Path(main.__file__)), "--output_dir", str(out), *flags]

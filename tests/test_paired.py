@@ -3,10 +3,11 @@
 import json
 import sys
 
-import numpy as np
+import pandas as pd
 import pytest
 
 from conftest import write_csv
+from evaluation.paired import paired_test, read_predictions
 from script import paired
 
 
@@ -33,45 +34,56 @@ def finished(tmp_path):
 
 def test_a_run_is_as_good_as_itself(run):
     folder = run()
-    accuracy = json.loads((folder / "all_results.json").read_text())["test_accuracy"]
+    accuracy = read_predictions(folder).groupby("text")["right"].mean().mean()
     line = paired.compare([folder], [folder])
     assert line.startswith(f"{100 * accuracy:.2f} % against {100 * accuracy:.2f} %: +0.00 points")
-    assert "p = 1.0000 (pairs of runs: 1" in line
+    assert "p = 1.0000" in line and "1 pairs of runs" in line
 
 
-def test_difference_and_spread_are_over_rows_and_p_over_distinct_texts(finished):
+def test_accuracies_and_p_are_over_distinct_texts(finished):
     """10 texts, each in two rows: one is right for all, the other for one row; p = 2 / 2 ** 10."""
     texts = [f"text {number}" for number in range(10)]
     ones = [finished(f"one {n}", [(t, "1", "1") for t in texts]) for n in range(2)]
     last = [(text, "1.0", "2") for text in texts[:9]] + [(texts[9], "1", "1")]
     others = [finished("other 0", [(f"{t}!", "1", "0") for t in texts]), finished("other 1", last)]
     line = paired.compare(ones, others)
-    assert line.startswith("100.00 % against 5.00 %: +95.00 ± 7.07 points, ")
-    assert "(pairs of runs: 2, 20 rows, 10 distinct texts)" in line
-    difference, p = paired.exchange_test(np.zeros(10), np.ones(10))
-    assert difference == 1 and p == pytest.approx(2 / 2**10) and f"p = {p:.4f}" in line
+    assert line == (
+        "100.00 % against 5.00 %: +95.00 points, p = 0.0020 (10 distinct texts, 20 rows, "
+        "2 pairs of runs)"
+    )
+    wrong, right = (pd.DataFrame({"text": texts, "right": one}) for one in (False, True))
+    test = paired_test(wrong, right)
+    assert (test.one, test.other, test.difference, test.texts) == (0, 1, 1, 10)
+    assert test.p == pytest.approx(2 / 2**10)
+
+
+def test_other_texts_or_a_single_one_are_not_compared():
+    a, b, ab = (pd.DataFrame({"text": list(texts), "right": True}) for texts in ("a", "b", "ab"))
+    assert paired_test(a, a) is paired_test(a, b) is paired_test(ab, a) is None
+    assert paired_test(ab, ab).p == 1
 
 
 def test_several_labels_a_row_are_a_set(finished):
     rows = [("a", "x|y", "y|x"), ("b", "x", ""), ("c", "", ""), ("d", "x|y", "x")]
     folder = finished("several", rows, problem="multi_label")
-    assert paired.predicted(folder)["right"].tolist() == [True, False, True, False]
+    assert read_predictions(folder)["right"].tolist() == [True, False, True, False]
 
 
 def test_a_label_may_hold_the_sign_that_separates_several(finished):
-    assert paired.predicted(finished("one", [("a", "x|y", "x|y")]))["right"].tolist() == [True]
+    assert read_predictions(finished("one", [("a", "x|y", "x|y")]))["right"].tolist() == [True]
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["one", "--against", "other"], "one and {}other have not predicted the same rows"),
+        (["one", "--against", "other"], "one and {}other did not predict the same rows"),
         (["one", "--against", "none"], "none holds no finished run"),
         (["one", "--against", "unlabelled"], "no column 'label'"),
+        (["one", "--against", "one"], "share fewer than two distinct texts"),
         (["one", "one", "--against", "one"], "2 folders against 1: give as many"),
     ],
 )
-def test_what_cannot_be_compared_is_one_line(finished, tmp_path, monkeypatch, capsys, flags, said):
+def test_user_errors_are_one_line(finished, tmp_path, monkeypatch, capsys, flags, said):
     finished("one", [("a", "1", "1")])
     finished("other", [("a", "2", "1")])
     finished("unlabelled", [])

@@ -1,4 +1,4 @@
-"""Two processes that tune one model: the same result as one, told and written once."""
+"""Two processes that tune one model: the same result as one, printed and written once."""
 
 import json
 import os
@@ -46,8 +46,8 @@ def losses(folder) -> np.ndarray:
 
 
 @pytest.mark.parametrize("flags", [(), ("--prefix", "--pre_seq_len", "3")])
-def test_two_processes_learn_what_one_learns(command, tmp_path, flags):
-    told = call(command("two", *flags))
+def test_two_processes_learn_the_same_as_one(command, tmp_path, flags):
+    printed = call(command("two", *flags))
     call(command("one", *flags, processes=1))
     one, two = tmp_path / "one", tmp_path / "two"
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
@@ -60,10 +60,10 @@ def test_two_processes_learn_what_one_learns(command, tmp_path, flags):
     for name in alone:
         if name.startswith(("eval_", "test_")):
             assert alone[name] == pytest.approx(together[name], rel=1e-3), name
-    assert told.stdout.count("accuracy on unseen texts") == 1
+    assert printed.stdout.count("accuracy on unseen texts") == 1
 
 
-def test_a_stopped_group_goes_on_to_the_same_bytes(command, tmp_path):
+def test_a_stopped_group_resumes_to_the_same_bytes(command, tmp_path):
     """Stopped by a signal to torchrun, after which every process saves the same step."""
     flags = ["--num_train_epochs", "40", "--hidden_dropout_prob", "0.1"]
     call(command("whole", *flags))
@@ -78,16 +78,16 @@ def test_a_stopped_group_goes_on_to_the_same_bytes(command, tmp_path):
     call(command("out", *flags, "--resume_from_checkpoint", "auto"))
     assert comparable(tmp_path / "out") == comparable(tmp_path / "whole")
     again = call(command("out", *flags, "--resume_from_checkpoint", "auto"))
-    assert "this run has finished already" in again.stderr
+    assert "this run has already finished" in again.stderr
     other = call(command("out", *flags, "--resume_from_checkpoint", "auto", processes=1), status=2)
     assert "error:" in other.stderr
 
 
-def test_where_one_process_dies_all_end_soon(command, tmp_path):
+def test_all_processes_end_soon_if_one_dies(command, tmp_path):
+    argv = command("out", "--num_train_epochs", "2000")
     child = subprocess.Popen(
-        command("out", "--num_train_epochs", "2000"), cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out" / "unfinished").glob("checkpoint-*")):
         assert time.monotonic() < deadline

@@ -17,7 +17,7 @@ EVIL = "<script>document.title='hacked'</script><img src=x onerror=\"document.ti
 
 @pytest.fixture
 def evil_files(tmp_path) -> list[str]:
-    """Files whose texts and labels hold HTML, and a $ that no picture may take for a formula."""
+    """Files whose texts and labels hold HTML, and a $ that no plot may read as a formula."""
     names = {"0": "<b>zero</b>", "1": "$1", "2": "two & more"}
     rows = [(f"{text} {EVIL}", names[label]) for text, label in ROWS]
     files = []
@@ -49,8 +49,11 @@ def in_chromium(path: Path) -> str:
     """The page as a browser has it once its scripts, were there any, have run."""
     found = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
     return found.stdout
 
 
@@ -66,7 +69,7 @@ def test_a_run_leaves_a_page_of_its_own(run, flags):
     assert "To repeat it" in text
 
 
-def test_the_same_run_gives_the_same_page_but_for_times(run):
+def test_the_same_run_has_the_same_page_except_for_times(run):
     def page(name):
         text = (run(name=name) / "report.html").read_text(encoding="utf-8")
         return re.sub(rf"[0-9.]+ s\b|{name}", "", text)
@@ -97,7 +100,7 @@ def test_without_labels_there_is_a_page_of_the_validation_file(run, tmp_path):
     assert "Figures of the validation file" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_predictions_alone_are_no_full_fine_tuning(run, files, tmp_path):
+def test_the_page_of_predictions_alone_names_no_tuning_method(run, files, tmp_path):
     model = str(run("--prefix"))
     argv = ["--do_predict", "--model_name_or_path", model, "--test_file", files[5]]
     assert main.main([*argv, "--output_dir", str(tmp_path / "scored")]) == 0

@@ -1,4 +1,4 @@
-"""Nothing lost: runs that are stopped, killed or damaged end as if nothing had happened."""
+"""Runs that are stopped, killed or damaged resume and end as if nothing had happened."""
 
 import json
 import os
@@ -18,9 +18,11 @@ import main
 import trainer
 from conftest import ROWS, write_csv
 from killing import check_end, command, comparable, kill_until_done
-from runtime import checkpoint
+from runtime import checkpoint, output_folder
+from runtime.files import UserError
 from runtime.output_folder import OutputFolder
-from test_main import FULL, RESULTS, hashes, load
+from runtime.training_state import MOMENTS
+from test_main import ADAPTER, FULL, RESULTS, hashes, load
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def stop_at(monkeypatch):
     return arrange
 
 
-GOING_ON = {
+RESUMED = {
     "full, dropout": ("--hidden_dropout_prob", "0.2"),
     "full, bf16": ("--precision", "bf16"),
     "accumulation": ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
@@ -47,6 +49,8 @@ GOING_ON = {
     "prefix, bf16": ("--prefix", "--precision", "bf16"),
     "projected": ("--prefix", "--prefix_projection"),
     "input": ("--prefix", "--prefix_depth", "input"),
+    "probe": ("--tuning_method", "probe", "--hidden_dropout_prob", "0.1"),
+    "bias": ("--tuning_method", "bias", "--hidden_dropout_prob", "0.1"),
     "early stopping": ("--early_stopping_patience", "1", "--learning_rate", "1e-9"),
     "no average": ("--ema_decay", "0"),
     "last epoch": ("--load_best_model_at_end", "False"),
@@ -55,15 +59,15 @@ GOING_ON = {
 }
 
 
-@pytest.mark.parametrize("case", GOING_ON)
+@pytest.mark.parametrize("case", RESUMED)
 def test_a_stopped_run_ends_as_one_never_stopped(run, stop_at, capsys, case):
     """Stopped within an epoch and at the end of one; 3 epochs of 3 steps."""
-    flags = [*GOING_ON[case], "--num_train_epochs", "3", "--logging_steps", "2"]
+    flags = [*RESUMED[case], "--num_train_epochs", "3", "--logging_steps", "2"]
     expected = comparable(run(*flags, name="whole"))
     for step in (1, 4, 5):
         stop_at(step)
         run(*flags, *(["--resume_from_checkpoint", "auto"] if step > 1 else []), status=143)
-        assert f"stopped at step {step + 1}, which is saved" in capsys.readouterr().err
+        assert f"stopped after step {step + 1} (saved)" in capsys.readouterr().err
         if case == "early stopping" and step == 4:
             break
     stop_at(None)
@@ -86,13 +90,13 @@ def test_tensorboard_shows_every_line_also_after_a_stop(run, stop_at):
         assert found == [(step, pytest.approx(value)) for step, value in expected]
 
 
-def test_interrupts_are_told_apart(run, stop_at):
+def test_an_interrupt_has_its_own_exit_status(run, stop_at):
     stop_at(2, signal.SIGINT)
     run(status=130)
 
 
-def test_a_second_signal_leaves_at_once_and_safely(backbone, files, tmp_path):
-    """The first is answered at the end of the step, which here never comes."""
+def test_a_second_signal_ends_at_once_and_safely(backbone, files, tmp_path):
+    """The first one waits for the end of the step, which here never comes."""
     argv = [*command(backbone, files, "prefix"), "--output_dir", str(tmp_path / "out")]
     code = (
         "import sys, time, torch; sys.path.insert(0, sys.argv.pop(1)); import main, trainer\n"
@@ -105,8 +109,11 @@ def test_a_second_signal_leaves_at_once_and_safely(backbone, files, tmp_path):
         "sys.exit(main.main(sys.argv[1:]))"
     )
     root = str(Path(main.__file__).parent)
-    child = subprocess.Popen([sys.executable, "-c", code, root, *argv], stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL)  # fmt: skip
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, root, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     assert child.stdout.readline() == b"here\n"
     child.send_signal(signal.SIGTERM)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -117,10 +124,10 @@ def test_a_second_signal_leaves_at_once_and_safely(backbone, files, tmp_path):
     assert main.main([*argv, "--resume_from_checkpoint", "auto"]) == 0
 
 
-@pytest.mark.parametrize("way", ["full", "prefix"])
-def test_killed_at_any_moment_a_run_ends_byte_for_byte_the_same(backbone, files, tmp_path, way):
+@pytest.mark.parametrize("method", ["full", "prefix", "probe", "bias"])
+def test_killed_at_any_moment_a_run_ends_byte_for_byte_the_same(backbone, files, tmp_path, method):
     """See tests/killing.py, which does this hundreds of times."""
-    argv = command(backbone, files, way)
+    argv = command(backbone, files, method)
     assert main.main([*argv, "--output_dir", str(tmp_path / "whole")]) == 0
     expected = comparable(tmp_path / "whole")
     kills = 0
@@ -138,32 +145,27 @@ def test_killed_at_any_moment_a_run_ends_byte_for_byte_the_same(backbone, files,
 
 def test_checkpoints_are_whole_models_and_small_for_a_prefix(run):
     folder = run("--prefix", "--save_strategy", "epoch")
-    assert {path.name for path in (folder / "checkpoint-3").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "config.json", "metrics.jsonl",
-        "manifest.json", "state.json", "training.safetensors",
-    }  # fmt: skip
-    names = load_file(folder / "checkpoint-3" / "training.safetensors")
-    assert set(names) == {  # and the averaged weights stand in adapter_model.safetensors
-        f"{kind}/{name}" for kind in ("raw", *checkpoint.MOMENTS)
-        for name in ("prefix_encoder.embedding.weight", "classifier.weight", "classifier.bias")
-    }  # fmt: skip
+    rest = {"metrics.jsonl", "manifest.json", "state.json", "training.safetensors"}
+    assert {path.name for path in (folder / "checkpoint-3").iterdir()} == ADAPTER | rest
+    tensors = load_file(folder / "checkpoint-3" / "training.safetensors")
+    names = ("prefix_encoder.embedding.weight", "classifier.weight", "classifier.bias")
+    # the averaged weights are in adapter_model.safetensors
+    assert set(tensors) == {f"{kind}/{name}" for kind in ("raw", *MOMENTS) for name in names}
 
 
-def test_checkpoints_go_where_nobody_asked_for_them(run, stop_at):
+def test_checkpoints_are_removed_if_nobody_asked_for_them(run, stop_at):
     stop_at(4)
     folder = run("--num_train_epochs", "3", status=143)
-    assert {path.name for path in (folder / "unfinished").iterdir() if path.is_dir()} == {
-        "checkpoint-3", "checkpoint-5"
-    }  # fmt: skip
+    assert set(checkpoint.steps(folder / "unfinished")) == {3, 5}
     stop_at(None)
     run("--num_train_epochs", "3", "--resume_from_checkpoint", "auto")
     assert {path.name for path in folder.iterdir()} == RESULTS | FULL
 
 
 def test_a_limit_keeps_the_newest_and_the_best(run):
-    """The best is the first epoch, since nothing is learnt."""
-    folder = run("--learning_rate", "1e-9", "--num_train_epochs", "4", "--save_total_limit", "1",
-                 "--save_strategy", "steps", "--save_steps", "2")  # fmt: skip
+    """The best is the first epoch, since nothing is learned."""
+    saving = ["--save_total_limit", "1", "--save_strategy", "steps", "--save_steps", "2"]
+    folder = run("--learning_rate", "1e-9", "--num_train_epochs", "4", *saving)
     assert load(folder, "all_results.json")["best_epoch"] == 1
     assert set(checkpoint.steps(folder)) == {3, 12}
 
@@ -173,15 +175,18 @@ def test_an_output_folder_keeps_an_unfinished_run(run, stop_at, capsys, caplog):
     folder = run(status=143)
     before = hashes(folder)
     run(status=2)
-    assert "holds an unfinished run: --resume_from_checkpoint auto" in capsys.readouterr().err
+    assert (
+        "holds an unfinished run: resume it with --resume_from_checkpoint"
+        in capsys.readouterr().err
+    )
     assert hashes(folder) == before
     stop_at(None)
     run("--overwrite_output_dir")
     assert {path.name for path in folder.iterdir()} == RESULTS | FULL
-    assert f"an unfinished run was in {folder}, saved up to step 5: it is removed" in caplog.text
+    assert f"discarding an unfinished run in {folder} (saved up to step 5)" in caplog.text
 
 
-def test_a_checkpoint_of_another_folder_is_gone_on_from(run, stop_at):
+def test_a_checkpoint_of_another_folder_is_resumed(run, stop_at):
     expected = comparable(run(name="whole"))
     stop_at(4)
     path = run(name="moved", status=143) / "unfinished" / "checkpoint-5"
@@ -202,8 +207,8 @@ def test_a_finished_run_is_not_run_again(run, capsys):
 
 
 @pytest.mark.parametrize("kept", [(), ("--save_strategy", "epoch")])
-def test_a_run_killed_while_it_publishes_goes_on(run, monkeypatch, kept):
-    """At each renaming and removal; without --overwrite_output_dir, which nothing calls for."""
+def test_a_run_killed_while_it_publishes_resumes(run, monkeypatch, kept):
+    """At each renaming and removal; without --overwrite_output_dir, which nothing asks for."""
     expected = comparable(run(*kept, name="whole"))
     usual = os.replace, shutil.rmtree
     for at in range(100):
@@ -240,10 +245,10 @@ def test_a_run_killed_while_it_publishes_goes_on(run, monkeypatch, kept):
 
 
 def test_what_is_published_is_on_the_disk_before_it_moves(run, monkeypatch):
-    """Else a power cut could leave it empty when the checkpoints are gone."""
+    """Otherwise a power cut could leave it empty after the checkpoints are removed."""
     synced, moved = set(), []
-    sync, replace = checkpoint.sync, os.replace
-    monkeypatch.setattr(checkpoint, "sync", lambda path: (synced.add(str(path)), sync(path)))
+    sync, replace = output_folder.sync, os.replace
+    monkeypatch.setattr(output_folder, "sync", lambda path: (synced.add(str(path)), sync(path)))
 
     def move(one, other):
         if Path(one).name in RESULTS | FULL and Path(one).parent != Path(other).parent:
@@ -269,7 +274,7 @@ def test_a_finished_run_leaves_another_unfinished_one_alone(run, stop_at):
     check_end(folder, expected)
 
 
-def test_an_early_stop_between_two_records_can_be_gone_on_from(run, stop_at):
+def test_an_early_stop_between_two_records_resumes(run, stop_at):
     flags = ["--early_stopping_patience", "1", "--learning_rate", "1e-9", "--num_train_epochs", "4"]
     expected = comparable(run(*flags, "--logging_steps", "4", name="whole"))
     stop_at(5)  # the last step before the early stop
@@ -278,7 +283,7 @@ def test_an_early_stop_between_two_records_can_be_gone_on_from(run, stop_at):
     check_end(run(*flags, "--logging_steps", "4", "--resume_from_checkpoint", "auto"), expected)
 
 
-def test_a_mistake_leaves_the_unfinished_run(run, stopped, capsys):
+def test_a_user_error_leaves_the_unfinished_run(run, stopped, capsys):
     """Also with --overwrite_output_dir, which the scripts always give."""
     before = {k: v for k, v in hashes(stopped).items() if "/checkpoint-" in k}
     for flags in (["--train_file", "nowhere"], ["--resume_from_checkpoint", "nowhere"]):
@@ -286,12 +291,12 @@ def test_a_mistake_leaves_the_unfinished_run(run, stopped, capsys):
         assert before.items() <= hashes(stopped).items()
 
 
-def test_a_folder_of_that_name_with_files_of_others_is_refused(run, tmp_path, capsys):
+def test_a_folder_of_that_name_with_foreign_files_is_refused(run, tmp_path, capsys):
     mine = tmp_path / "out" / "unfinished" / "novel.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     run("--overwrite_output_dir", status=2)
-    assert "unfinished/novel.txt, which no run listed" in capsys.readouterr().err
+    assert "files this program did not write: unfinished/novel.txt;" in capsys.readouterr().err
     assert mine.read_text() == "mine"
 
 
@@ -306,7 +311,7 @@ def flip(path: Path) -> None:
 
 
 def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-2])
 
 
 @pytest.fixture
@@ -324,7 +329,7 @@ FILES = ["training.safetensors", "model.safetensors", "state.json", "config.json
 
 @pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_found_out(run, stopped, caplog, capsys, harm, name):
+def test_a_damaged_checkpoint_is_detected(run, stopped, caplog, capsys, harm, name):
     harm(stopped / "checkpoint-5" / name)
     flags = ("--save_strategy", "epoch", "--resume_from_checkpoint")
     run(*flags, str(stopped / "checkpoint-5"), status=2)
@@ -332,10 +337,10 @@ def test_a_damaged_checkpoint_is_found_out(run, stopped, caplog, capsys, harm, n
     caplog.set_level("INFO")
     run(*flags, "auto")
     assert "trying the one before" in caplog.text
-    assert f"going on from {stopped / 'checkpoint-3'}" in caplog.text
+    assert f"resuming from {stopped / 'checkpoint-3'}" in caplog.text
 
 
-def test_where_every_checkpoint_is_damaged_nothing_starts_anew(run, stopped, capsys):
+def test_a_run_does_not_start_over_if_every_checkpoint_is_damaged(run, stopped, capsys):
     for path in checkpoint.steps(stopped).values():
         flip(path / "training.safetensors")
     before = hashes(stopped)
@@ -346,10 +351,10 @@ def test_where_every_checkpoint_is_damaged_nothing_starts_anew(run, stopped, cap
     )
 
 
-def test_without_a_checkpoint_auto_begins_at_the_beginning(run, caplog):
+def test_without_a_checkpoint_auto_starts_from_the_beginning(run, caplog):
     caplog.set_level("INFO")
     run("--resume_from_checkpoint", "auto")
-    assert "there is no checkpoint yet" in caplog.text
+    assert "no checkpoint yet: starting from the beginning" in caplog.text
     run("--resume_from_checkpoint", "nowhere", name="other", status=2)
 
 
@@ -360,13 +365,14 @@ def test_without_a_checkpoint_auto_begins_at_the_beginning(run, caplog):
         ("settings.per_device_train_batch_size", ["--per_device_train_batch_size", "2"]),
         ("settings.learning_rate", ["--learning_rate", "1e-3"]),
         ("settings.prefix", ["--prefix"]),
+        ("settings.tuning_method", ["--tuning_method", "bias"]),
         ("settings.num_train_epochs", ["--num_train_epochs", "5"]),
         ("data.train", ["--train_file", "OTHER"]),
         ("labels", ["--train_file", "NAMED", "--validation_file", "NAMED", "--test_file", "NAMED"]),
         ("weights_sha256", ["--model_name_or_path", "BACKBONE"]),
     ],
 )
-def test_another_run_does_not_go_on_from_it(run, stopped, tmp_path, backbone, capsys, field, flags):
+def test_another_run_does_not_resume_it(run, stopped, tmp_path, backbone, capsys, field, flags):
     write_csv(tmp_path / "OTHER", ROWS[::-1])
     write_csv(tmp_path / "NAMED", [(text, f"class {label}") for text, label in ROWS])
     shutil.copytree(backbone, tmp_path / "BACKBONE")
@@ -376,7 +382,7 @@ def test_another_run_does_not_go_on_from_it(run, stopped, tmp_path, backbone, ca
     flags = [str(tmp_path / flag) if flag.isupper() else flag for flag in flags]
     run("--save_strategy", "epoch", "--resume_from_checkpoint", "auto", *flags, status=2)
     error = capsys.readouterr().err
-    assert "is of a run with other" in error
+    assert "belongs to a run with different" in error
     assert field in error
     assert set(checkpoint.steps(stopped)) == {3, 5}
 
@@ -402,7 +408,7 @@ def test_a_pickle_is_not_opened(run, stopped, backbone, files, tmp_path, capsys)
 
 
 def test_two_runs_do_not_share_a_folder(run, tmp_path, capsys):
-    """The lock is the kernel's: it holds while its process lives and not longer."""
+    """The lock is the kernel's: it ends with its process."""
     (tmp_path / "out").mkdir()
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
@@ -452,7 +458,7 @@ def test_out_of_memory_names_the_flags(run, stopped, monkeypatch, capsys):
 
 def test_a_diverged_run_leaves_its_checkpoints(run, stopped, capsys, monkeypatch):
     def step(*args):
-        raise trainer.TrainingError("the loss is nan")
+        raise UserError("the loss is nan")
 
     monkeypatch.setattr(trainer, "training_step", step)
     run("--save_strategy", "epoch", "--resume_from_checkpoint", "auto", status=2)

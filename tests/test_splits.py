@@ -16,8 +16,8 @@ from sklearn.pipeline import make_pipeline
 
 from conftest import REAL_DATA, ROOT, bash, write_csv
 from dataset import read_split, text_key
-from runtime.csv_reader import DataError
-from script import splits
+from runtime.files import UserError
+from script import make_sample, splits
 
 SAMPLE = str(ROOT / splits.SAMPLE_FILE)
 COLUMNS = ("video_id", "trending_date", "title", "category_id")
@@ -43,20 +43,19 @@ def raw_table(path: str = SAMPLE, encoding: str = "utf-8") -> pd.DataFrame:
         ("Don't don’t  BEYONCÉ 🎉", "don t beyoncé"),
         ("42 - 2018 ...", ""),
     ],
-)  # fmt: skip
+)
 def test_cleaning_as_the_original(title, text):
     assert splits.clean(title) == text
 
 
-def test_columns_are_joined_and_tidied():
-    raw = pd.DataFrame({
-        "title": ["A  title", "B"], "tags": ['x y"|"z', "[none]"], "description": [r"one\ntwo", ""]
-    })  # fmt: skip
+def test_columns_are_joined_and_white_space_is_collapsed():
+    columns = {"title": ["A  title", "B"], "tags": ['x y"|"z', "[none]"]}
+    raw = pd.DataFrame(columns | {"description": [r"one\ntwo", ""]})
     texts = splits.make_texts(raw, ["title", "tags", "description"], "none")
     assert texts.tolist() == ["A title | x y, z | one two", "B"]
 
 
-def test_labels_are_numbered_by_falling_count_or_named():
+def test_labels_are_numbered_by_descending_count_or_named():
     ids = pd.Series([5] * 9 + [3] * 6 + [8] * 2 + [9])
     titles = {5: "five", 3: "three", 8: "eight", 9: "nine"}
     labels, names = splits.make_labels(ids, 0.4, titles)
@@ -87,13 +86,13 @@ def test_the_originals_protocol_draws_the_sizes_of_the_published_files():
 
 
 @needs_real_data
-def test_the_second_split_gives_the_published_files_labels_in_their_order(monkeypatch):
+def test_the_second_split_repeats_the_published_files_labels_in_order(monkeypatch):
     """The stratified draw orders labels by their counts alone, so it can be repeated exactly."""
     files = [REAL_DATA / "seed_splits" / f"{name}_simple.csv" for name in ("test", "val")]
     test, val = (pd.read_csv(path, dtype=str)["label"] for path in files)
     rest = pd.DataFrame({"label": sorted([*test, *val])})
     draw = splits.train_test_split
-    first = iter([(rest, rest)])  # stands for the draw of the training rows
+    first = iter([(rest, rest)])  # in place of the draw of the training rows
     monkeypatch.setattr(
         splits, "train_test_split", lambda *data, **how: next(first, None) or draw(*data, **how)
     )
@@ -126,55 +125,59 @@ def test_the_unseen_protocol_shares_nothing(group_by):
 
 def test_equal_texts_and_channels_are_joined_through_others():
     a, b = pd.Series(["x", "x", "y", "z", "w"]), pd.Series([1, 2, 2, 3, 4])
-    group = splits.connected([a, b])
+    group = splits.connected(a, b)
     assert len(np.unique(group)) == 3
     assert group[0] == group[1] == group[2]
 
 
-def test_ids_that_a_spreadsheet_destroyed_do_not_join_videos(tmp_path):
+def test_ids_that_a_spreadsheet_damaged_do_not_merge_videos(tmp_path):
     rows = [("#NAME?", "17.14.11", f"title {i}", 1) for i in (1, 2, 1)]
     raw = splits.read_raw(write_csv(tmp_path / "r.csv", rows, COLUMNS), "utf-8", [])
     assert raw["video_id"].nunique() == 2
 
 
-def test_rows_without_a_title_are_dropped_counted_and_named(tmp_path, capsys):
+def test_rows_without_a_title_are_dropped_and_counted(tmp_path, capsys):
     rows = [("a", "17.14.11", title, 1) for title in ("cats", " ", "the 42", "")]
     raw = splits.read_raw(write_csv(tmp_path / "r.csv", rows, COLUMNS), "utf-8", ["title"])
     table = raw.assign(text=splits.make_texts(raw, ["title"], "original"))
     table, counts = splits.drop_empty(table, ["title"])
     assert table["text"].tolist() == ["cats"]
     assert counts == {"rows_without_text": 2, "rows_cleaned_away": 1}
-    assert "dropped for want of a text: 2 rows (2, 4)" in capsys.readouterr().out
+    assert "dropped rows without text: 2 rows (2, 4)" in capsys.readouterr().out
 
 
-def test_too_few_rows_are_refused():
+def test_too_few_rows_are_user_errors():
     few = raw_table().drop_duplicates("text").head(3)
-    with pytest.raises(DataError, match="too few"):
+    with pytest.raises(UserError, match="too few"):
         splits.unseen_splits(few, 1, 0.8, 0.8, "video")
-    with pytest.raises(DataError, match="too few"):
+    with pytest.raises(UserError, match="too few"):
         splits.original_splits(few, 1, 0.8, 0.8, balance=True)
 
 
-def test_files_of_others_are_not_written_over(tmp_path):
-    table = raw_table()
-    parts = splits.unseen_splits(table, 1, 0.8, 0.8, "video")
-    splits.write_splits(tmp_path / "a", parts, {})
-    splits.write_splits(tmp_path / "a", parts, {})
-    (tmp_path / "a" / "val_simple.csv").write_text("text,label\nmine,1\n")
-    with pytest.raises(DataError, match=r"val_simple.csv was not made by this: move it away"):
-        splits.write_splits(tmp_path / "a", parts, {})
+def test_foreign_files_are_not_overwritten(tmp_path):
+    parts = splits.unseen_splits(raw_table(), 1, 0.8, 0.8, "video")
+
+    def write(name: str) -> None:
+        figures = {"unseen": splits.describe(parts)}
+        splits.write_splits(tmp_path / name, {"unseen": parts}, figures, {})
+
+    write("a")
+    write("a")
+    (tmp_path / "a" / "unseen" / "val_simple.csv").write_text("text,label\nmine,1\n")
+    with pytest.raises(UserError, match=r"val_simple\.csv was not written by"):
+        write("a")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be written to"):
-        splits.write_splits(tmp_path / "file", parts, {})
+    with pytest.raises(UserError, match="cannot be written"):
+        write("file")
 
 
-def test_labels_that_training_lacks_are_dropped_and_said(capsys):
-    part = {name: pd.DataFrame({"label": list(labels)}) for name, labels in
-            {"train": "ab", "val": "acc", "test": "b"}.items()}  # fmt: skip
-    assert splits.only_known_labels(part)["val"]["label"].tolist() == ["a"]
-    assert "val: dropped 2 rows of labels that training lacks: c" in capsys.readouterr().out
-    with pytest.raises(DataError, match=r"too few rows .* none is left for test"):
-        splits.only_known_labels(part | {"test": pd.DataFrame({"label": ["c"]})})
+def test_labels_that_training_lacks_are_dropped_with_a_warning(capsys):
+    labels = {"train": "ab", "val": "acc", "test": "b"}
+    part = {name: pd.DataFrame({"label": list(some)}) for name, some in labels.items()}
+    assert splits.keep_training_labels(part)["val"]["label"].tolist() == ["a"]
+    assert "val: dropped 2 rows with labels not in training: c" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"too few rows .* none is left for test"):
+        splits.keep_training_labels(part | {"test": pd.DataFrame({"label": ["c"]})})
 
 
 GOOD = ("2kyS6SvSYSE", "17.14.11", "a title", "22")
@@ -185,27 +188,33 @@ GOOD = ("2kyS6SvSYSE", "17.14.11", "a title", "22")
     [
         (b"video_id,title\nx,y\n", "no column 'category_id', 'trending_date'; it has 'video_id'"),
         (b"video_id,trending_date,title,category_id\n", "a header and no rows"),
-        (b"video_id,trending_date,title,category_id\na,17.14.11,t,22\nb,17.14.11,t,Music\n",
-         "category_id is not a whole number in row 2"),
-        (b"video_id,trending_date,title,category_id\na,2017-11-14,t,22\n",
-         "trending_date is not a date as 17.14.11 (year, day, month) in row 1"),
-        (b'video_id,trending_date,category_id,title\na,17.14.11,22,t\nb,17.14.11,22,"cut of',
-         "the row that starts at line 3: unexpected end of data"),
+        (
+            b"video_id,trending_date,title,category_id\na,17.14.11,t,22\nb,17.14.11,t,Music\n",
+            "category_id is not a whole number in row 2",
+        ),
+        (
+            b"video_id,trending_date,title,category_id\na,2017-11-14,t,22\n",
+            "trending_date is not a date such as 17.14.11 (year, day, month) in row 1",
+        ),
+        (
+            b'video_id,trending_date,category_id,title\na,17.14.11,22,t\nb,17.14.11,22,"cut of',
+            "the row that starts at line 3: unexpected end of data",
+        ),
         ("video_id,trending_date,title,category_id\na,b,c,1\n".encode("utf-16"), "perhaps utf-16"),
     ],
-)  # fmt: skip
-def test_raw_files_that_are_refused(tmp_path, content, message):
+)
+def test_malformed_raw_files_are_user_errors(tmp_path, content, message):
     path = tmp_path / "raw.csv"
     path.write_bytes(content)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         splits.read_raw(str(path), "utf-8", ["title"])
     assert message in str(error.value)
 
 
-def test_tags_of_the_real_file_are_read_though_they_are_no_valid_csv(tmp_path):
+def test_tags_of_the_real_file_are_read_although_they_are_invalid_csv(tmp_path):
     path = tmp_path / "raw.csv"
-    path.write_text('video_id,trending_date,category_id,title,tags\n'
-                    'a,17.14.11,1,"t ""|"" u","x y"|"z"|"v, w"\n')  # fmt: skip
+    header = "video_id,trending_date,category_id,title,tags\n"
+    path.write_text(header + 'a,17.14.11,1,"t ""|"" u","x y"|"z"|"v, w"\n')
     raw = splits.read_raw(str(path), "utf-8", ["title", "tags"])
     assert raw.loc[0, "title"] == 't "|" u'
     assert splits.make_texts(raw, ["tags"], "none").tolist() == ["x y, z, v, w"]
@@ -213,40 +222,41 @@ def test_tags_of_the_real_file_are_read_though_they_are_no_valid_csv(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("text_columns", "title,views"), ("text_columns", "tags,tags"), ("cleaning", "some"),
-     ("group_by", "day"), ("seed", -1), ("top_quantile", 2), ("balance", "yes"),
-     ("train_share", 1.0), ("test_share", "half")],
-)  # fmt: skip
-def test_parameters_that_are_refused(name, value):
-    good = {
-        "text_columns": "title,tags", "cleaning": "none", "group_by": "time", "seed": 1,
-        "top_quantile": None, "balance": False, "train_share": 0.5, "test_share": 0.5,
-    }  # fmt: skip
+    [
+        ("text_columns", "title,views"),
+        ("text_columns", "tags,tags"),
+        ("cleaning", "some"),
+        ("group_by", "day"),
+        ("seed", -1),
+        ("top_quantile", 2),
+        ("balance", "yes"),
+        ("train_share", 1.0),
+        ("test_share", "half"),
+    ],
+)
+def test_invalid_parameters_are_user_errors(name, value):
+    good = {"text_columns": "title,tags", "cleaning": "none", "group_by": "time", "seed": 1}
+    good |= {"top_quantile": None, "balance": False, "train_share": 0.5, "test_share": 0.5}
     assert splits.check_parameters(**good)["text_columns"] == ["title", "tags"]
-    with pytest.raises(DataError, match=f"parameter {name} is"):
+    with pytest.raises(UserError, match=f"parameter {name} is"):
         splits.check_parameters(**good | {name: value})
 
 
-def test_category_names_come_from_the_file_where_it_is(tmp_path):
+def test_category_names_come_from_the_file_if_it_exists(tmp_path):
     ids = pd.Series([10, 10, 99, 23, 34])
-    assert splits.category_names(tmp_path, ids) == {
-        10: "Music", 23: "Comedy (23)", 34: "Comedy (34)", 99: "category 99"
-    }  # fmt: skip
+    names = {10: "Music", 23: "Comedy (23)", 34: "Comedy (34)", 99: "category 99"}
+    assert splits.category_names(tmp_path, ids) == names
     path = tmp_path / "US_category_id.json"
     path.write_text('{"items": [{"id": "10", "snippet": {"title": "Songs"}}]}')
     assert splits.category_names(tmp_path, ids)[10] == "Songs"
     path.write_text("{}")
-    with pytest.raises(DataError, match="is not the data set's category file"):
+    with pytest.raises(UserError, match="is not the data set's category file"):
         splits.category_names(tmp_path, ids)
 
 
-def test_the_sample_is_what_its_generator_writes_and_a_fair_rehearsal(tmp_path):
-    for name in ("script", "csv"):
-        (tmp_path / name).mkdir()
-    shutil.copy(ROOT / "script" / "make_sample.py", tmp_path / "script")
-    subprocess.run([sys.executable, "script/make_sample.py"], cwd=tmp_path, check=True)
+def test_the_sample_is_what_its_generator_writes_and_resembles_the_real_file():
     content = (ROOT / splits.SAMPLE_FILE).read_bytes()
-    assert (tmp_path / splits.SAMPLE_FILE).read_bytes() == content
+    assert make_sample.make_sample().encode() == content
     assert len(content) < 1_000_000
     table = raw_table()
     assert table["category_id"].nunique() == 16
@@ -272,7 +282,7 @@ def preprocess(clone, *flags: str, out: str = "csv"):
 def test_the_notebook_runs_headless_on_the_sample_and_repeats_itself(clone):
     done, folder = preprocess(clone)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("SYNTHETIC SAMPLE: made-up videos")
+    assert "original (csv)" in done.stdout and "unseen (csv/unseen)" in done.stdout
     assert "executed notebook and 4 pictures: csv/executed" in done.stdout
     assert len(list((clone / "csv/executed").glob("*.png"))) == 4
     about = json.loads((folder / "split.json").read_text())
@@ -291,12 +301,12 @@ def test_the_notebook_runs_headless_on_the_sample_and_repeats_itself(clone):
         assert (folder / name).read_bytes() == (second / name).read_bytes(), name
 
 
-def test_neither_protocol_is_written_where_one_would_go_over_files_of_others(clone):
+def test_neither_protocol_is_written_if_one_would_overwrite_foreign_files(clone):
     mine = clone / "out" / "unseen" / "train_simple.csv"
     mine.parent.mkdir(parents=True)
     mine.write_text("text,label\nmine,1\n")
     done, folder = preprocess(clone, out="out")
-    assert done.returncode == 2 and "was not made by this: move it away" in done.stderr
+    assert done.returncode == 2 and "was not written by preprocessing.ipynb: move it" in done.stderr
     assert [path.name for path in folder.iterdir()] == ["unseen"]
 
 
@@ -308,13 +318,13 @@ def test_neither_protocol_is_written_where_one_would_go_over_files_of_others(clo
         (["-p", "input_file", "nowhere.csv"], "nowhere.csv cannot be read"),
         (["-p", "csv_encoding", "1525"], "cannot be read: unknown encoding: 1525"),
         (["-p", "text_columns", "5"], "parameter text_columns is '5'"),
-        (["-p", "output_dir", "main.py"], "output_dir main.py cannot be written to"),
+        (["-p", "output_dir", "main.py"], "main.py cannot be written"),
     ],
 )
-def test_the_runner_answers_a_mistake_with_one_line(clone, flags, message):
+def test_user_errors_of_the_runner_are_one_line(clone, flags, message):
     done, folder = preprocess(clone, *flags)
     assert done.returncode == 2
-    # besides it only what a kernel may say that ends on a busy machine
+    # a kernel that ends on a busy machine may write other lines
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert message in lines[0]
@@ -343,11 +353,11 @@ def test_both_protocols_on_the_real_titles(clone):
     raw = str(REAL_DATA / "raw" / "USvideos_14999_titles_cp1252.csv")
     done, folder = preprocess(clone, "-p", "input_file", raw, "-p", "csv_encoding", "cp1252")
     assert done.returncode == 0, done.stderr
-    assert "SYNTHETIC" not in done.stdout
-    original, unseen = (
-        json.loads((place / "split.json").read_text())["splits"]["test"]
-        for place in (folder, folder / "unseen")
-    )
+    records = [
+        json.loads((place / "split.json").read_text()) for place in (folder, folder / "unseen")
+    ]
+    assert [record["synthetic"] for record in records] == [False, False]
+    original, unseen = (record["splits"]["test"] for record in records)
     assert original["share_in_train"] > 0.7
     assert original["lookup_accuracy"] > 0.85
     assert unseen["share_in_train"] == 0
@@ -371,7 +381,7 @@ def test_the_real_files_sixteen_columns(clone, columns):
     assert strict == len(pd.read_csv(raw)) == 3000
 
 
-def test_the_run_scripts_make_the_split_files_anew_once_the_real_file_is_there(clone):
+def test_the_run_scripts_remake_the_split_files_once_the_real_file_exists(clone):
     """Only the sourced part, without training."""
     show = "source script/environment.sh requirements.txt; source script/data.sh; echo done"
 
@@ -384,13 +394,13 @@ def test_the_run_scripts_make_the_split_files_anew_once_the_real_file_is_there(c
         return done.stderr
 
     first, second = prepare(), prepare()
-    assert "preprocessing.ipynb makes the split files" in first
-    assert "makes the split files" not in second
+    assert "making the split files in csv/" in first
+    assert "making the split files" not in second
     assert "SYNTHETIC SAMPLE" in first
     assert "SYNTHETIC SAMPLE" in second
     shutil.copy(clone / splits.SAMPLE_FILE, clone / "csv" / "USvideo.csv")
     third = prepare()
-    assert "preprocessing.ipynb makes the split files" in third
+    assert "making the split files in csv/" in third
     assert "SYNTHETIC" not in third
 
 

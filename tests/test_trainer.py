@@ -12,19 +12,13 @@ from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_
 
 import trainer
 from arguments import parse_args
-from conftest import ROWS
-from evaluation.metrics import (
-    Bootstrap,
-    Counts,
-    Score,
-    compute_metrics,
-    confidence,
-    predictions,
-    probabilities,
-)
-from model import loading
+from conftest import ROWS, without_dropout
+from evaluation.metrics import Bootstrap, Counts, Score, compute_metrics
+from evaluation.predictions import Predictions
+from model.sequence_classification import train_words_in_use
 from runtime import batches
 from runtime.batches import Encoded
+from runtime.files import UserError
 from runtime.machine import Machine
 
 FP32 = Machine(torch.device("cpu"), "fp32")
@@ -55,13 +49,6 @@ def tune(model, data, *flags, eval_set=None, save=nowhere):
     return results, lines
 
 
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
 def test_schedule_rises_and_falls_linearly():
     factors = [trainer.learning_rate_factor(step, 10, 4) for step in range(10)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
@@ -72,7 +59,9 @@ def test_schedule_rises_and_falls_linearly():
 
 
 def test_no_decay_on_biases_layer_norms_and_prefix(make_model):
-    for model in (make_model(), make_model(prefix=True), make_model(True, True)):
+    bias = ("--tuning_method", "bias")
+    for flags in ((), ("--prefix",), ("--prefix", "--prefix_projection"), bias):
+        model = make_model(*flags)
         optimizer = trainer.build_optimizer(
             model, arguments("--weight_decay", "0.1", "--head_learning_rate", "0.5")
         )
@@ -105,7 +94,7 @@ def test_accumulation_equals_the_big_batch(make_model, data, kind):
             torch.testing.assert_close(big[name], small[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-# Losses of the first six steps. A change of these is a change of what is learnt.
+# Losses of the first six steps. If they change, so does what is learned.
 EXPECTED = {
     "full": [1.051999, 1.534771, 1.064451, 1.041521, 1.148758, 1.125775],
     "prefix": [1.073722, 1.208594, 1.075888, 1.065305, 1.106585, 1.127007],
@@ -113,15 +102,15 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("way", EXPECTED)
-def test_expected_losses(make_model, data, way):
-    model = without_dropout(make_model(way != "full", way == "projected"))
-    flags = {"full": [], "prefix": ["--prefix"], "projected": ["--prefix", "--prefix_projection"]}
-    _, lines = tune(
-        model, data, *flags[way], "--learning_rate", "0.01",
-        "--per_device_train_batch_size", "4", "--num_train_epochs", "2", "--warmup_steps", "0",
-    )  # fmt: skip
-    np.testing.assert_allclose([line["loss"] for line in lines], EXPECTED[way], atol=1e-4)
+METHODS = {"full": (), "prefix": ("--prefix",), "projected": ("--prefix", "--prefix_projection")}
+
+
+@pytest.mark.parametrize("method", EXPECTED)
+def test_expected_losses(make_model, data, method):
+    model = without_dropout(make_model(*METHODS[method]))
+    flags = [*METHODS[method], "--learning_rate", "0.01", "--per_device_train_batch_size", "4"]
+    _, lines = tune(model, data, *flags, "--num_train_epochs", "2", "--warmup_steps", "0")
+    np.testing.assert_allclose([line["loss"] for line in lines], EXPECTED[method], atol=1e-4)
 
 
 def test_the_first_loss_is_that_of_the_model(make_model, data):
@@ -135,14 +124,14 @@ def test_the_first_loss_is_that_of_the_model(make_model, data):
 
 
 def test_a_plain_loop_learns_the_same(backbone, make_model, data):
-    """transformers' own BERT, every word's embedding tuned, step by step as in a textbook."""
+    """transformers' own BERT with all embeddings trained, step by step as in a textbook."""
     model = without_dropout(make_model())
     plain = without_dropout(
         transformers.BertForSequenceClassification.from_pretrained(backbone, num_labels=3)
     )
     plain.load_state_dict(model.state_dict())
     before = model.get_input_embeddings().weight.detach().clone()
-    loading.tune_words_in_use(model, data.token_ids)
+    train_words_in_use(model, data.token_ids)
     args = arguments("--weight_decay", "0", "--learning_rate", "1e-3")
     optimizers = [trainer.build_optimizer(one, args) for one in (model, plain)]
     for step in range(6):
@@ -157,17 +146,17 @@ def test_a_plain_loop_learns_the_same(backbone, make_model, data):
         )
         optimizers[1].step()
         assert loss == pytest.approx(expected.item(), rel=1e-5)
-    learnt = model.state_dict()
-    assert learnt.keys() == plain.state_dict().keys()
+    trained = model.state_dict()
+    assert trained.keys() == plain.state_dict().keys()
     for name, tensor in plain.state_dict().items():
         if not name.endswith("key.bias"):  # its gradient is 0 but for rounding, which Adam scales
-            torch.testing.assert_close(learnt[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
-    words = learnt["bert.embeddings.word_embeddings.weight"]
+            torch.testing.assert_close(trained[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    words = trained["bert.embeddings.word_embeddings.weight"]
     moved = {word for word in range(len(words)) if not torch.equal(words[word], before[word])}
     assert moved == set(np.concatenate(data.token_ids))
 
 
-def test_the_average_of_the_weights_is_what_is_evaluated_and_left(make_model, data, monkeypatch):
+def test_the_averaged_weights_are_evaluated_and_kept(make_model, data, monkeypatch):
     model, evaluated, steps = make_model(), [], []
     usual = trainer.training_step
 
@@ -196,15 +185,20 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_left(make_model, da
     assert torch.equal(model.classifier.bias, evaluated[-1])
 
 
-def test_frozen_weights_stay_as_they_are_and_the_rest_moves(make_model, data):
-    model = make_model(prefix=True)
+@pytest.mark.parametrize("method", ["prefix", "probe", "bias"])
+def test_frozen_weights_stay_as_they_are_and_trainable_ones_change(make_model, data, method):
+    flags = ["--prefix"] if method == "prefix" else ["--tuning_method", method]
+    model = make_model(*flags)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    tune(model, data, "--prefix", "--weight_decay", "0.1")
+    tune(model, data, *flags, "--weight_decay", "0.1")
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) == name.startswith("bert."), name
+        frozen = name.startswith("bert.")
+        if method == "bias":
+            frozen = not (name.endswith("bias") or "LayerNorm" in name or "classifier" in name)
+        assert torch.equal(tensor, before[name]) == frozen, name
 
 
-def test_two_runs_give_the_same_bits_and_another_seed_does_not(make_model, data):
+def test_two_runs_end_with_the_same_bits_and_another_seed_does_not(make_model, data):
     def weights(seed):
         model = make_model()
         torch.manual_seed(np.random.randint(1000))  # the state left behind does not matter
@@ -234,7 +228,7 @@ def test_the_best_epoch_is_kept_by_validation(make_model, data, monkeypatch, fla
     assert torch.equal(model.classifier.weight, states[kept])
 
 
-def test_early_stopping_counts_evaluations_without_a_better_one(make_model, data, monkeypatch):
+def test_early_stopping_counts_evaluations_without_improvement(make_model, data, monkeypatch):
     losses = iter([0.9, 0.5, 0.6, 0.7, 0.1])
     monkeypatch.setattr(trainer, "evaluate", lambda *rest: {"loss": next(losses), "accuracy": 0.0})
     flags = ["--num_train_epochs", "5", "--early_stopping_patience", "2"]
@@ -244,16 +238,16 @@ def test_early_stopping_counts_evaluations_without_a_better_one(make_model, data
     assert sum("eval_loss" in line for line in lines) == 4
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_is_refused_before_the_weights_change(make_model, data, what):
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_changes_no_weight(make_model, data, broken):
     model = make_model()
-    with torch.no_grad():
-        if what == "loss":
+    if broken == "loss":
+        with torch.no_grad():
             model.classifier.weight[0, 0] = math.inf
-    if what == "gradient":
+    if broken == "gradient":
         model.classifier.bias.register_hook(lambda gradient: gradient * math.nan)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(trainer.TrainingError, match=r"at step 1, on the training file's rows 1, 2"):
+    with pytest.raises(UserError, match=r"at step 1, on the training file's rows 1, 2"):
         tune(model, data)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -261,12 +255,12 @@ def test_what_is_not_finite_is_refused_before_the_weights_change(make_model, dat
 
 def test_predictions_are_in_the_order_of_the_rows_and_score_no_text_twice(make_model, data):
     model, args = make_model(), arguments("--per_device_eval_batch_size", "3")
-    twice = dataclasses.replace(data, text_of_row=np.array([4, 0, 4, 10]), labels=None)
+    twice = dataclasses.replace(data, text_index=np.array([4, 0, 4, 10]), labels=None)
     scored = []
     model.register_forward_hook(lambda *hooked: scored.append(len(hooked[2].logits)))
     logits = trainer.predict(model, twice, args, FP32)
     assert sum(scored) == len(data.token_ids)
-    for row, text in enumerate(twice.text_of_row):
+    for row, text in enumerate(twice.text_index):
         alone = model.eval()(**data.collate(np.array([text]))).logits
         torch.testing.assert_close(logits[row : row + 1], alone)
 
@@ -274,7 +268,7 @@ def test_predictions_are_in_the_order_of_the_rows_and_score_no_text_twice(make_m
 def test_a_model_that_diverged_in_its_last_step_predicts_nothing(make_model, data):
     model = make_model()
     torch.nn.init.constant_(model.classifier.weight, math.nan)
-    with pytest.raises(trainer.TrainingError, match="logits are not finite"):
+    with pytest.raises(UserError, match="logits are not finite"):
         trainer.evaluate(model, data, arguments(), FP32)
 
 
@@ -289,12 +283,13 @@ def test_the_last_losses_are_recorded_when_stopping_early(make_model, data, monk
 def test_metrics_are_those_of_the_whole_file():
     logits = torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 3, 0], [1, 0, 0]])
     labels = np.array([0, 1, 2, 1])
-    metrics = compute_metrics(logits, labels)
+    found = Predictions.of(logits, multi_label=False)
+    metrics = compute_metrics(found, labels)
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
     assert metrics == pytest.approx({"loss": loss, "accuracy": 0.5, "macro_f1": (2 / 3 + 0.5) / 3})
 
     def score(seen):
-        return Score().add(logits, labels, list("abcd"), list("abcd"), np.array(seen))
+        return Score(False).add(found, labels, list("abcd"), list("abcd"), np.array(seen))
 
     some = score([True, True, False, False]).results("test")
     assert (some["test_accuracy_seen"], some["test_accuracy_unseen"]) == (1.0, 0.0)
@@ -309,15 +304,16 @@ def test_figures_of_each_class_and_the_confusion_matrix_are_scikit_learns():
     logits[:, 3] = -9  # never predicted
     right = (logits.argmax(dim=1).numpy() == labels).argsort()  # whole chunks that are all wrong
     labels, logits = labels[right], logits[right].float()
-    score, texts = Score(), [str(number) for number in range(200)]
+    score, texts = Score(False), [str(number) for number in range(200)]
     for part in (slice(150, 200), slice(0, 40), slice(40, 150)):
-        score.add(logits[part], labels[part], texts[part], texts[part], None)
+        found = Predictions.of(logits[part], multi_label=False)
+        score.add(found, labels[part], texts[part], texts[part], None)
     counts, _ = score.whole()
     found, predicted = counts.per_class(), logits.argmax(dim=1).numpy()
     expected = precision_recall_fscore_support(labels, predicted, zero_division=0)
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         np.testing.assert_allclose(found[name], values)
-    assert counts.calibration()["weighted_f1"] == pytest.approx(
+    assert counts.more_metrics()["weighted_f1"] == pytest.approx(
         f1_score(labels, predicted, average="weighted")
     )
     assert (score.confusion == confusion_matrix(labels, predicted)).all()
@@ -325,12 +321,12 @@ def test_figures_of_each_class_and_the_confusion_matrix_are_scikit_learns():
 
 
 def test_calibration_error_by_hand():
-    """Sure of 0.9 and right half the time; sure of 0.6 and always right."""
-    sure = np.array([0.9, 0.9, 0.6, 0.6])
-    counts = Counts()
-    counts.add(torch.tensor(np.log(np.stack([sure, 1 - sure], axis=1))).float(),
-               np.array([0, 1, 0, 0]))  # fmt: skip
-    assert counts.calibration()["ece"] == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
+    """A confidence of 0.9 and right half the time; of 0.6 and always right."""
+    confidence = np.array([0.9, 0.9, 0.6, 0.6])
+    logits = torch.tensor(np.log(np.stack([confidence, 1 - confidence], axis=1))).float()
+    counts = Counts(multi_label=False)
+    counts.add(Predictions.of(logits, multi_label=False), np.array([0, 1, 0, 0]))
+    assert counts.more_metrics()["ece"] == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
     assert counts.bins[0].sum() == 4
 
 
@@ -351,18 +347,18 @@ def test_intervals_are_of_distinct_texts_and_do_not_depend_on_chunks():
     np.testing.assert_allclose(once, interval(keys * 9, np.tile(right, 9), 4000))  # knows no more
 
 
-def test_the_surest_mistakes_are_kept_each_text_once():
+def test_the_most_confident_mistakes_are_kept_each_text_once():
     logits = torch.tensor([[4.0, 0.0], [2.0, 0.0], [9.0, 0.0], [4.0, 0.0]])
-    score = Score()
+    score = Score(multi_label=False)
     for _ in range(2):
         labels, texts = np.array([1, 1, 0, 1]), ["b", "c", "a", "b"]
-        score.add(logits, labels, texts, texts, None)
-    assert [(one["text"], one["label"], one["predicted"]) for one in score.mistakes] == [
-        ("b", 1, 0), ("c", 1, 0)
-    ]  # fmt: skip
+        score.add(Predictions.of(logits, multi_label=False), labels, texts, texts, None)
+    kept = [(one["text"], one["label"], one["predicted"]) for one in score.mistakes]
+    assert kept == [("b", 1, 0), ("c", 1, 0)]
     assert score.mistakes[0]["confidence"] == pytest.approx(0.982, abs=1e-3)
     labels, texts = np.ones(400, dtype=int), ["b"] * 380 + [f"other {i}" for i in range(20)]
-    score.add(torch.tensor([[4.0, 0.0]] * 380 + [[3.0, 0.0]] * 20), labels, texts, texts, None)
+    logits = torch.tensor([[4.0, 0.0]] * 380 + [[3.0, 0.0]] * 20)
+    score.add(Predictions.of(logits, multi_label=False), labels, texts, texts, None)
     assert len({one["text"] for one in score.mistakes}) == len(score.mistakes) == 20
     assert json.loads(json.dumps(score.details())) == score.details()
 
@@ -370,13 +366,13 @@ def test_the_surest_mistakes_are_kept_each_text_once():
 def test_several_labels_a_row_are_scored_each():
     logits = torch.tensor([[4.0, 4.0], [-4.0, 4.0], [-1.0, -4.0]])
     labels = np.array([[1, 1], [1, 1], [0, 0]], dtype=np.float32)
-    found = predictions(probabilities(logits, True), True)
-    assert found.tolist() == [[1, 1], [0, 1], [0, 0]]
-    sure = confidence(probabilities(logits, True), True)
-    np.testing.assert_allclose(sure, [0.982**2, 0.982**2, 0.731 * 0.982], atol=1e-3)
-    metrics = compute_metrics(logits, labels)
+    found = Predictions.of(logits, multi_label=True)
+    assert found.label.tolist() == [[1, 1], [0, 1], [0, 0]]
+    expected = [0.982**2, 0.982**2, 0.731 * 0.982]
+    np.testing.assert_allclose(found.confidence, expected, atol=1e-3)
+    metrics = compute_metrics(found, labels)
     assert metrics["accuracy"] == pytest.approx(2 / 3)
-    assert metrics["micro_f1"] == pytest.approx(f1_score(labels, found, average="micro"))
+    assert metrics["micro_f1"] == pytest.approx(f1_score(labels, found.label, average="micro"))
     assert metrics["macro_f1"] == pytest.approx((2 / 3 + 1) / 2)
 
 
@@ -384,15 +380,14 @@ def test_several_labels_drawn_from_their_probabilities_are_calibrated():
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(20_000, 4, generator=generator)
     labels = torch.bernoulli(logits.sigmoid(), generator=generator).numpy()
-    counts = Counts()
-    counts.add(logits, labels)
-    assert counts.calibration()["ece"] < 0.015
+    counts = Counts(multi_label=True)
+    counts.add(Predictions.of(logits, multi_label=True), labels)
+    assert counts.more_metrics()["ece"] < 0.015
 
 
 def test_records_are_plain_json_and_complete(make_model, data):
     _, lines = tune(make_model(), data, "--num_train_epochs", "1", eval_set=data)
     assert json.loads(json.dumps(lines)) == lines
-    assert set(lines[0]) == {
-        "step", "epoch", "loss", "learning_rate", "grad_norm", "samples_per_second", "eta_seconds"
-    }  # fmt: skip
+    names = "step epoch loss learning_rate grad_norm samples_per_second eta_seconds"
+    assert set(lines[0]) == set(names.split())
     assert set(lines[-1]) == {"step", "epoch", "eval_loss", "eval_accuracy", "eval_macro_f1"}

@@ -1,0 +1,73 @@
+"""Is one run better than another on the same texts? A paired test of finished runs.
+
+N rows.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.stats import permutation_test
+
+from dataset import LABEL_SEPARATOR, read_split, reading_options
+from runtime.files import UserError
+from runtime.record import RUN_FILE, read_record
+
+RESAMPLES = 9999
+
+
+class PairedTest(NamedTuple):
+    """The outcome of `paired_test`."""
+
+    one: float  # accuracy
+    other: float
+    difference: float  # of the accuracies, other - one
+    p: float  # two-sided; 0.0002 is the least it can be
+    texts: int  # distinct ones
+
+
+def read_predictions(folder: str | Path) -> pd.DataFrame:
+    """Each row of a run's test file: the key of its text, its labels, the prediction as it is
+    written (`answer`), and whether it is right.
+
+    Raises: UserError for a folder without a finished run or without labelled predictions.
+    """
+    settings = read_record(Path(folder) / RUN_FILE).get("settings")
+    if not settings:
+        raise UserError(f"{folder} holds no finished run")
+    options = reading_options(settings) | {"encoding": "utf-8"}
+    split = read_split(Path(folder) / "predictions.csv", **options)
+    labels = [frozenset(names) for names in split.labels]
+    answers = split.table["predicted"]
+    found = [
+        set(filter(None, answer.split(LABEL_SEPARATOR))) if split.multi_label else {answer}
+        for answer in answers
+    ]
+    right = [names == answer for names, answer in zip(labels, found, strict=True)]
+    return pd.DataFrame({"text": split.keys, "labels": labels, "answer": answers, "right": right})
+
+
+def paired_test(one: pd.DataFrame, other: pd.DataFrame) -> PairedTest | None:
+    """Compare two methods on the same texts, from tables with the columns `text` and `right`.
+
+    A table holds the rows of any number of runs. Each distinct text weighs the same, with its share
+    of right predictions over rows and runs. A permutation test: if both methods were alike, the two
+    shares of a text could as well be exchanged. It does not know what other seeds would give.
+
+    Returns None if the texts differ, or for fewer than two.
+    """
+    shares = [table.groupby("text")["right"].mean().astype(float) for table in (one, other)]
+    if not shares[0].index.equals(shares[1].index) or len(shares[0]) < 2:
+        return None
+    test = permutation_test(
+        [share.to_numpy() for share in shares],
+        lambda a, b, axis: np.mean(b - a, axis=axis),
+        vectorized=True,
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        batch=200,
+        rng=0,
+    )
+    means = [float(share.mean()) for share in shares]
+    return PairedTest(*means, float(test.statistic), float(test.pvalue), len(shares[0]))

@@ -1,0 +1,143 @@
+"""What a run starts from: a backbone, or a model tuned before, full or an adapter."""
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, PreTrainedTokenizerBase
+
+from model import adapter, loading
+from model.loading import list_labels, read_config
+from model.source import Source, locate, sha256_of
+from model.tuning import TUNING, TuningMethod, count_parameters
+from runtime.files import UserError, read_json
+from runtime.training_state import WEIGHT
+
+logger = logging.getLogger(__name__)
+
+
+class Start:
+    """A backbone to tune, or a tuned model to use or to tune further, before its weights load."""
+
+    labels_by_prefix: list[list[str]] | None = None  # with --prefix_paths
+    started_from: str | None = None  # a model that was tuned before and is tuned further
+    fresh_head = False
+
+    def __init__(self, args: Namespace) -> None:
+        """Find the model and complete its config, but for the labels of a training file.
+
+        Raises: UserError if there is no such model, or if it does not fit the arguments.
+        """
+        path = args.model_name_or_path
+        self.source = locate(path)
+        self.sources = [self.source]
+        self.config, self.tuned_by = read_model_config(self.source)
+        if args.do_train:
+            self.method, self.title = TUNING[args.tuning_method], TUNING[args.tuning_method].title
+            self.method.describe(self.config, args)
+            self.config.problem_type = args.problem_type
+        elif self.tuned_by:
+            self.method, self.title = self.tuned_by, f"predictions of {path}"
+            self.config.problem_type = loading.problem_type(self.config, args.problem_type)
+        else:
+            raise UserError(f"{path} is not tuned yet: give --do_train, or a tuned folder")
+        if args.do_train and self.tuned_by:
+            self.started_from = path
+            logger.warning("warning: %s was tuned before: texts it saw then count as unseen", path)
+        virtual = self.method.virtual_tokens(self.config)
+        loading.set_max_seq_length(self.config, virtual, args.max_seq_length)
+
+    @property
+    def labels(self) -> list[str]:
+        """The C labels, in the order of their numbers."""
+        return list_labels(self.config)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a row may have several labels, or none."""
+        return self.config.problem_type == "multi_label_classification"
+
+    def set_labels(self, names: list[str]) -> None:
+        """Prepare to train on these labels; a tuned model keeps its own if they cover them."""
+        known, folder = self.labels, self.source.folder
+        unnamed = known == [f"LABEL_{number}" for number in range(len(known))]
+        if self.tuned_by and unnamed and len(known) == len(names):
+            logger.info("%s names no labels: using %s, in this order", folder, names)
+            known = names
+        self.fresh_head = not (self.tuned_by and set(names) <= set(known))
+        if self.fresh_head and self.tuned_by:
+            message = "warning: %s was trained on labels %s, the training file has %s: new head"
+            logger.warning(message, folder, ", ".join(known), ", ".join(names))
+        loading.set_labels(self.config, names if self.fresh_head else known)
+
+    def settings(self, args: Namespace) -> dict:
+        """All settings of the run, completed by what only the model knows."""
+        names = ("max_seq_length", "problem_type")
+        return vars(args) | {name: getattr(self.config, name) for name in names}
+
+    def describe(self) -> dict:
+        """The model's part of the run's record."""
+        return {
+            "backbone": self.source.name,
+            "weights_sha256": sha256_of(self.sources),
+            "method": self.title,
+            "library": self.method.library,
+            "started_from": self.started_from,
+        }
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer."""
+        return loading.load_tokenizer(self.source, self.config)
+
+    def build(self, args: Namespace) -> nn.Module:
+        """The model: to be trained with `args.seed`, or frozen."""
+        torch.manual_seed(args.seed)
+        model = self.method.build(self.source, self.config, self.fresh_head)
+        if not args.do_train:
+            return model.requires_grad_(False)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    def count(self, model: nn.Module) -> dict[str, int]:
+        """Count the model's parameters and log them."""
+        counts = count_parameters(model)
+        shown = [f"{counts[f'{k}_parameters']:,} {k}" for k in ("trainable", "total", "stored")]
+        logger.info("parameters: %s", ", ".join(shown))
+        return counts
+
+    def save(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """Write the tuned model into an existing folder."""
+        self.method.save(model, tokenizer, self.source, folder)
+
+    def read_tensors(self, folder: Path) -> dict[str, Tensor]:
+        """What `save` wrote, by its names in a checkpoint."""
+        return {WEIGHT + name: one for name, one in self.method.read_tensors(folder).items()}
+
+
+def read_model_config(source: Source) -> tuple[BertConfig, TuningMethod | None]:
+    """The settings of a model, and the method that tuned it; None for a mere backbone.
+
+    Raises: UserError if it is not a BERT, or an adapter of an unknown kind or another backbone.
+    """
+    if source.adapter is None:
+        config = read_config(source.backbone)
+        return config, TUNING["full"] if config.architectures == loading.TUNED else None
+    path = source.adapter / adapter.ADAPTER_CONFIG
+    settings = read_json(path)
+    methods = {peft_type: one for one in TUNING.values() for peft_type in one.peft_types}
+    kind, task = settings.get("peft_type"), settings.get("task_type")
+    if task != "SEQ_CLS" or kind not in methods:
+        raise UserError(
+            f"{path}: peft_type {kind} with task_type {task}; only {', '.join(methods)} with "
+            "SEQ_CLS can be loaded"
+        )
+    written_by_peft = not (source.adapter / "config.json").is_file()
+    config = read_config(source.backbone if written_by_peft else source.adapter)
+    config.tuning_method = methods[kind].name
+    methods[kind].read_settings(config, settings, path)
+    if written_by_peft:  # which stores no labels
+        config.num_labels = adapter.count_labels(source.adapter)
+    return config, methods[kind]

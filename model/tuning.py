@@ -1,0 +1,282 @@
+"""The tuning methods: one object each, and the table of them.
+
+To add a method, write a class that overrides what differs from full fine-tuning, put it into
+`TUNING`, and give its defaults a row in `arguments.TUNING_DEFAULTS`. P prefix tokens.
+"""
+
+import copy
+import logging
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertConfig, PreTrainedTokenizerBase
+
+from model import adapter
+from model.loading import TUNED, load_weights
+from model.prefix_encoder import activations, prefix_width
+from model.sequence_classification import (
+    BertForSequenceClassification,
+    BertPrefixForSequenceClassification,
+)
+from model.source import Source
+from runtime.files import UserError
+
+logger = logging.getLogger(__name__)
+
+HEAD, POOLER = "classifier.", "bert.pooler."
+
+
+class TuningMethod:
+    """Full fine-tuning, and the base of all methods: what is added, trained and stored."""
+
+    name = "full"  # as --tuning_method takes it
+    title = "full fine-tuning"  # in reports
+    library = "transformers"  # that loads what is stored, for the model card
+    model_class = BertForSequenceClassification
+    pooling = "cls"  # a key of model.sequence_classification.POOLINGS
+    peft_types: tuple[str, ...] = ()  # in adapter_config.json; PEFT refuses those it does not have
+
+    def describe(self, config: BertConfig, args: Namespace) -> None:
+        """Write into the config what is about to be tuned."""
+        config.tuning_method, config.pooling = self.name, self.pooling
+        config.hidden_dropout_prob = args.hidden_dropout_prob
+        config.attention_probs_dropout_prob = args.attention_probs_dropout_prob
+        config.classifier_dropout = None  # that of the hidden layers before the head, too
+
+    def virtual_tokens(self, config: BertConfig) -> int:
+        """Positions taken by virtual tokens."""
+        return 0
+
+    def new(self, config: BertConfig) -> tuple[str, ...]:
+        """How the names of parameters start that a backbone may lack, besides the head's."""
+        return () if config.architectures == TUNED else (POOLER,)
+
+    def is_trainable(self, name: str) -> bool:
+        """Whether the parameter of this name is trained."""
+        return True
+
+    def is_head(self, name: str) -> bool:
+        """Whether the parameter of this name is the classification head's."""
+        return name.startswith(HEAD)
+
+    def is_exempt(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether a parameter has no weight decay: biases and LayerNorm have none."""
+        return parameter.ndim < 2
+
+    def build(
+        self, source: Source, config: BertConfig, fresh_head: bool = False
+    ) -> BertForSequenceClassification:
+        """Build the model of `source`, with its trainable parameters marked.
+
+        fresh_head: draw a new head even if there is one. What is new is drawn from torch's
+        generator. Raises: UserError for weights that do not fit.
+        """
+        new = self.new(config) + ((HEAD,) if fresh_head or source.adapter else ())
+        model = load_weights(self.model_class, source.backbone, config, new)
+        if fresh_head and config.architectures == TUNED:  # otherwise there was no head to load
+            nn.init.normal_(model.classifier.weight, std=config.initializer_range)
+            nn.init.zeros_(model.classifier.bias)
+        if source.adapter:
+            shapes = {name: tuple(one.shape) for name, one in self.tensors(model).items()}
+            if fresh_head:
+                shapes |= {name: None for name in shapes if self.is_head(name)}
+            put(model, adapter.read(source.adapter, shapes))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.is_trainable(name))
+        return model
+
+    def initialise(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        args: Namespace,
+        names: list[str],
+        texts: list[str],
+    ) -> None:
+        """Start the new parameters from the label names and training texts, if the method does."""
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a tuned folder stores, by the names of the model's parameters."""
+        return {name: one for name, one in model.named_parameters() if self.is_trainable(name)}
+
+    def save(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path
+    ) -> None:
+        """Write a tuned model into `folder`. Raises: OSError if the disk is full."""
+        model.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers raises no narrower one
+            raise OSError(str(error)) from None
+
+    def read_tensors(self, folder: Path) -> dict[str, Tensor]:
+        """The tensors that `save` wrote, by the names of the model's parameters; unchecked."""
+        return load_file(folder / "model.safetensors")
+
+
+class AdapterMethod(TuningMethod):
+    """A method that freezes most of the backbone and stores only what it trained."""
+
+    def settings(self, config: BertConfig) -> dict:
+        """The method's own part of adapter_config.json."""
+        return {"peft_type": self.peft_types[0]}
+
+    def read_settings(self, config: BertConfig, settings: dict, path: Path) -> None:
+        """Adopt the `settings` of adapter_config.json at `path`.
+
+        Raises: UserError if they are for another backbone.
+        """
+
+    def save(self, model, tokenizer, source, folder):
+        settings = {"base_model_name_or_path": source.name, "inference_mode": True}
+        settings |= {"task_type": "SEQ_CLS", **self.settings(model.config)}
+        adapter.save(folder, model.config, self.tensors(model), settings)
+
+    def read_tensors(self, folder):
+        return adapter.read_unchecked(folder)
+
+
+class Prefix(AdapterMethod):
+    """Prefix tuning: virtual tokens and the head are trained, the backbone is frozen."""
+
+    name = "prefix"
+    title = "prefix tuning"
+    library = "peft"
+    model_class = BertPrefixForSequenceClassification
+    peft_types = ("PREFIX_TUNING", "INPUT_PREFIX")  # of depth all, and input
+    not_for_peft = (
+        "PEFT cannot load a prefix of depth input: its prompt tuning reads the first virtual token "
+        "where this model reads [CLS]"
+    )
+
+    def describe(self, config: BertConfig, args: Namespace) -> None:
+        super().describe(config, args)
+        for name in ("pre_seq_len", "prefix_depth", "prefix_projection", "prefix_hidden_size"):
+            if getattr(args, name) is not None:  # a tuned prefix, tuned further, has its own
+                setattr(config, name, getattr(args, name))
+        if config.prefix_depth == "input":
+            logger.warning("warning: %s", self.not_for_peft)
+
+    def virtual_tokens(self, config: BertConfig) -> int:
+        return config.pre_seq_len
+
+    def new(self, config: BertConfig) -> tuple[str, ...]:
+        return ("prefix_encoder.",)
+
+    def is_trainable(self, name: str) -> bool:
+        return name.startswith(("prefix_encoder.", HEAD))
+
+    def is_exempt(self, name: str, parameter: nn.Parameter) -> bool:
+        """The prefix, too, has no weight decay: it acts as an input, not as a weight."""
+        return super().is_exempt(name, parameter) or name == adapter.PREFIX
+
+    def initialise(self, model, tokenizer, args, names, texts):
+        """Start from what the backbone makes of real words, repeated to the prefix's length P.
+
+        The words are given, or else the label names or, if these are numbers, training texts.
+        Raises: UserError if there are no words.
+        """
+        if args.prefix_init != "text":
+            return
+        words = args.prefix_init_text
+        if words is None and any(letter.isalpha() for name in names for letter in name):
+            words = " ".join(names)
+        if words is None:  # 64 texts drawn at random are more than a prefix holds
+            drawn = np.random.default_rng(args.seed).permutation(len(texts))[:64]
+            words = " ".join(texts[row] for row in drawn)
+        ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise UserError(f"--prefix_init_text '{words}' holds no word")
+        ids = torch.from_numpy(np.resize(ids, model.config.pre_seq_len)).to(model.device)
+        at_input = model.config.prefix_depth == "input"
+        flat = model.get_input_embeddings()(ids) if at_input else activations(model.bert, ids)
+        put(model, {adapter.PREFIX: flat})
+
+    @torch.no_grad()
+    def tensors(self, model):
+        """A reparametrised prefix is stored as the MLP's result."""
+        head = {HEAD + name: one for name, one in model.classifier.named_parameters()}
+        return {adapter.PREFIX: model.prefix_encoder(), **head}
+
+    def shapes(self, config: BertConfig) -> dict[str, tuple[int, ...]]:
+        """The shapes of `tensors`."""
+        head = (config.num_labels, config.hidden_size)
+        prefix = (config.pre_seq_len, prefix_width(config))
+        return {adapter.PREFIX: prefix, f"{HEAD}weight": head, f"{HEAD}bias": head[:1]}
+
+    def save(self, model, tokenizer, source, folder):
+        super().save(model, tokenizer, source, folder)
+        config = copy.deepcopy(model.config)
+        config.prefix_projection = False  # its result is what is stored
+        adapter.save_config(folder, config)
+
+    def settings(self, config: BertConfig) -> dict:
+        note = {"note": self.not_for_peft} if config.prefix_depth == "input" else {}
+        return note | {
+            "modules_to_save": ["classifier", "score"],
+            "num_attention_heads": config.num_attention_heads,
+            "num_layers": config.num_hidden_layers,
+            "num_transformer_submodules": 1,
+            "num_virtual_tokens": config.pre_seq_len,
+            "peft_type": self.peft_types[config.prefix_depth == "input"],
+            "prefix_projection": False,
+            "token_dim": config.hidden_size,
+        }
+
+    def read_settings(self, config: BertConfig, settings: dict, path: Path) -> None:
+        config.pre_seq_len = settings.get("num_virtual_tokens")
+        if not (isinstance(config.pre_seq_len, int) and config.pre_seq_len > 0):
+            raise UserError(f"{path}: num_virtual_tokens is {config.pre_seq_len}")
+        config.prefix_depth = ("all", "input")[self.peft_types.index(settings["peft_type"])]
+        config.prefix_projection = False
+        wanted = self.settings(config)
+        for name in (
+            "num_attention_heads",
+            "num_layers",
+            "num_transformer_submodules",
+            "token_dim",
+        ):
+            if settings.get(name) != wanted[name]:
+                raise UserError(
+                    f"{path}: {name} is {settings.get(name)}, that of its backbone {wanted[name]}"
+                )
+
+
+TUNING = {one.name: one for one in (TuningMethod(), Prefix())}
+
+
+def method_of(config: BertConfig) -> TuningMethod:
+    """The method that a config describes; folders of other programs are fully tuned."""
+    return TUNING[getattr(config, "tuning_method", "full")]
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Count trainable, total and stored parameters; `..._without_head` leaves out the classifier.
+
+    As is customary, all word embeddings count as trainable if any are, although those of words
+    that no training text holds keep their values.
+    """
+    parameters = dict(model.named_parameters())
+    counted = {
+        "trainable": {name: one for name, one in parameters.items() if one.requires_grad},
+        "total": parameters,
+        "stored": method_of(model.config).tensors(model),
+    }
+    counts = {}
+    for kind, tensors in counted.items():
+        sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+        head = sum(size for name, size in sizes.items() if name.startswith(HEAD))
+        counts[f"{kind}_parameters"] = sum(sizes.values())
+        counts[f"{kind}_parameters_without_head"] = sum(sizes.values()) - head
+    return counts
+
+
+def put(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors into the parameters of their names."""
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)
