@@ -25,8 +25,9 @@ TUNING_DEFAULTS = {
     "prefix":           (3e-2, 12, 0.0, 1e-3, 1),
     "projected prefix": (1e-3, 12, 0.0, 5e-5, 1e-2),
     "input prefix":     (3e-2, 12, 0.0, 1e-3, 1),
+    "probe":            (1e-2, 12, 0.0, 1e-3, 1),
 }  # fmt: skip
-METHODS = ("full", "prefix")
+METHODS = ("full", "prefix", "probe")
 COLUMNS = {
     "text_column_names": ["text"],
     "text_column_delimiter": " ",

@@ -20,8 +20,15 @@ def pool_cls(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
     return outputs.pooler_output
 
 
+def pool_mean(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
+    """The mean over the text's tokens, as in Sentence-BERT (https://arxiv.org/abs/1908.10084)."""
+    states = outputs.last_hidden_state[:, : mask.shape[1]].float()  # virtual tokens come last
+    weights = mask[..., None].float()  # [B, T, 1]
+    return (states * weights).sum(dim=1) / weights.sum(dim=1)
+
+
 # From a BertModel's outputs and the mask [B, T] of the text to [B, HD]; `config.pooling` names one.
-POOLINGS = {"cls": pool_cls}
+POOLINGS = {"cls": pool_cls, "mean": pool_mean}
 
 
 class LastLayer(BertLayer):

@@ -246,7 +246,22 @@ class Prefix(AdapterMethod):
                 )
 
 
-TUNING = {one.name: one for one in (TuningMethod(), Prefix())}
+class Probe(AdapterMethod):
+    """A linear probe: only the head is trained, over the mean of the frozen backbone's tokens."""
+
+    name = "probe"
+    title = "linear probing"
+    pooling = "mean"
+    peft_types = ("PROBE",)
+
+    def new(self, config: BertConfig) -> tuple[str, ...]:
+        return (POOLER,)  # it is not used
+
+    def is_trainable(self, name: str) -> bool:
+        return self.is_head(name)
+
+
+TUNING = {one.name: one for one in (TuningMethod(), Prefix(), Probe())}
 
 
 def method_of(config: BertConfig) -> TuningMethod:
