@@ -26,8 +26,9 @@ TUNING_DEFAULTS = {
     "projected prefix": (1e-3, 12, 0.0, 5e-5, 1e-2),
     "input prefix":     (3e-2, 12, 0.0, 1e-3, 1),
     "probe":            (1e-2, 12, 0.0, 1e-3, 1),
+    "bias":             (3e-3, 8, 0.0, 2e-4, 3e-2),
 }  # fmt: skip
-METHODS = ("full", "prefix", "probe")
+METHODS = ("full", "prefix", "probe", "bias")
 COLUMNS = {
     "text_column_names": ["text"],
     "text_column_delimiter": " ",

@@ -261,7 +261,24 @@ class Probe(AdapterMethod):
         return self.is_head(name)
 
 
-TUNING = {one.name: one for one in (TuningMethod(), Prefix(), Probe())}
+class Bias(AdapterMethod):
+    """BitFit: biases, LayerNorm and the head are trained.
+
+    Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199.
+    """
+
+    name = "bias"
+    title = "bias tuning"
+    peft_types = ("BIAS",)
+
+    def new(self, config: BertConfig) -> tuple[str, ...]:
+        return ()  # a new pooler would stay random
+
+    def is_trainable(self, name: str) -> bool:
+        return self.is_head(name) or name.endswith(".bias") or "LayerNorm" in name
+
+
+TUNING = {one.name: one for one in (TuningMethod(), Prefix(), Probe(), Bias())}
 
 
 def method_of(config: BertConfig) -> TuningMethod:
