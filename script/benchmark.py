@@ -19,8 +19,8 @@ from pathlib import Path
 
 from script import contenders
 
-STEPS = 50  # one group that the Trainer sorts by length, so no contender gets easy lengths
 THREADS = 2
+STEPS = 50  # one group that the Trainer sorts by length, so no contender gets easy lengths
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -60,10 +60,9 @@ def alternate(table: dict[str, tuple], arguments: tuple, rounds: int) -> dict[st
         print(f"round {number} of {rounds} done", flush=True)
     for name, pipe in pipes.items():
         pipe.send(False)
-        found[name]["rate"] = statistics.median(found[name]["rates"])
-    for name, figures in found.items():
+        rate = found[name]["rate"] = statistics.median(found[name]["rates"])
         rivals = [rival for rival in table[name][1] if rival in found]
-        figures["ratios"] = {rival: figures["rate"] / found[rival]["rate"] for rival in rivals}
+        found[name]["ratios"] = {rival: rate / found[rival]["rate"] for rival in rivals}
     return found
 
 

@@ -203,7 +203,7 @@ def hf_pipeline(data: str, count: int, parent: str, names: list[str]) -> Measure
 
 BEST = {"bf16": True, "train_sampling_strategy": "group_by_length"}
 MIXED = [str(number) for number in range(16)]
-# name: the contender, and the names of its rivals, which it is compared with
+# name: the contender, and its rivals, further up, with which it is compared
 # fmt: off
 TUNING = {
     "original recipe": (partial(hf_trainer, pad_to=256), []),

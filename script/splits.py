@@ -291,22 +291,20 @@ def describe(splits: dict[str, pd.DataFrame]) -> dict[str, dict]:
     that of a dictionary: the training file's (most frequent) label for a text that occurs there,
     else the most frequent label of training and validation file (training may be balanced).
     """
-    keys = {name: split["text"].map(text_key) for name, split in splits.items()}
-    labels = splits["train"]["label"]
-    seen = labels.groupby(keys["train"]).agg(lambda group: group.mode()[0])
-    common = pd.concat([labels, splits["val"]["label"]]).mode()[0]
-    return {
-        name: {
+    train, figures = splits["train"], {}
+    label_of = train.groupby(train["text"].map(text_key))["label"].agg(lambda some: some.mode()[0])
+    common = pd.concat([train["label"], splits["val"]["label"]]).mode()[0]
+    for name, split in splits.items():
+        keys = split["text"].map(text_key)
+        found = keys.map(label_of)
+        figures[name] = {
             "rows": len(split),
-            "distinct_texts": keys[name].nunique(),
-            "share_in_train": round(float(keys[name].isin(seen.index).mean()), 6),
-            "lookup_accuracy": round(
-                float((keys[name].map(seen).fillna(common) == split["label"]).mean()), 6
-            ),
+            "distinct_texts": keys.nunique(),
+            "share_in_train": round(float(found.notna().mean()), 6),
+            "lookup_accuracy": round(float((found.fillna(common) == split["label"]).mean()), 6),
             "labels": split["label"].value_counts().sort_index().to_dict(),
         }
-        for name, split in splits.items()
-    }
+    return figures
 
 
 def write_splits(
@@ -317,15 +315,21 @@ def write_splits(
     split.json holds `record`, the protocol's `describe` from `figures`, and the checksums of its
     CSV files. The same content gives the same bytes.
 
-    Raises: UserError, before anything is written, if that would overwrite another program's file;
-        also if a folder cannot be written.
+    Raises: UserError, before anything is written, for a CSV file that does not match its folder's
+        split.json; also if a folder cannot be written.
     """
     files = {}
     for protocol, splits in protocols.items():
         place, checksums = folder / FOLDERS[protocol], {}
-        check_own(place)
+        try:
+            written = read_json(place / "split.json")["files"]
+        except (UserError, KeyError):
+            written = {}
         for name, split in splits.items():
             path = place / f"{name}_simple.csv"
+            if path.exists() and sha256(path) != written.get(path.name):
+                problem = f"{path} was not written by preprocessing.ipynb"
+                raise UserError(f"{problem}: move it or choose another output_dir")
             files[path] = split[["text", "label"]].to_csv(index=False, lineterminator="\n").encode()
             checksums[path.name] = hashlib.sha256(files[path]).hexdigest()
         content = {"protocol": protocol, **record, "splits": figures[protocol], "files": checksums}
@@ -336,16 +340,3 @@ def write_splits(
             path.with_suffix(".partial").write_bytes(data)
         for path in files:
             os.replace(path.with_suffix(".partial"), path)
-
-
-def check_own(folder: Path) -> None:
-    """Refuse to overwrite split files that do not match split.json. Raises: UserError."""
-    try:
-        checksums = read_json(folder / "split.json")["files"]
-    except (UserError, KeyError):
-        checksums = {}
-    for name in ("train_simple.csv", "val_simple.csv", "test_simple.csv"):
-        path = folder / name
-        if path.exists() and sha256(path) != checksums.get(name):
-            problem = f"{path} was not written by preprocessing.ipynb"
-            raise UserError(f"{problem}: move it or choose another output_dir")
