@@ -13,10 +13,12 @@ from arguments import learning_rate_warning, parse_args
 if __name__ == "__main__":  # --help and typos are answered before torch loads, which takes seconds
     parse_args()
     if not find_spec("torch"):
-        sys.exit(
+        print(
             "error: torch is not installed here; run bash script/run_og.sh once, then use "
-            ".venv/bin/python"
+            ".venv/bin/python",
+            file=sys.stderr,
         )
+        sys.exit(2)
 # How long OpenMP threads spin at a barrier before they sleep; torch reads it when it loads. By
 # default they spin so long that training beside other processes falls to a tenth of its speed.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
@@ -38,7 +40,7 @@ from evaluation.scoring import publish, score, show
 from evaluation.tables import summary
 from model.prefix_bank import BankStart
 from model.sequence_classification import train_words_in_use
-from model.start import Start
+from model.start import Start, read_tensors
 from runtime import checkpoint as checkpoints
 from runtime import processes
 from runtime.batches import encode, prefix_index
@@ -122,7 +124,7 @@ def run(args: Namespace) -> None:
                 logger.info("this run has already finished")
                 show(summary(record, output.read_results(), output.path))
             return
-        checkpoint = group.from_main(find_checkpoint(output, args, record, start, group))
+        checkpoint = group.from_main(find_checkpoint(output, args, record, group))
         output.start(record, checkpoint)
 
         # model
@@ -155,7 +157,7 @@ def run(args: Namespace) -> None:
 
 
 def find_checkpoint(
-    output: OutputFolder, args: Namespace, record: dict, start: Start, group: Group
+    output: OutputFolder, args: Namespace, record: dict, group: Group
 ) -> Checkpoint | None:
     """The checkpoint that this run resumes, or None to start from the beginning.
 
@@ -163,7 +165,7 @@ def find_checkpoint(
     """
     if not (args.resume_from_checkpoint and group.is_main):
         return None
-    found = checkpoints.find(args.resume_from_checkpoint, output.staging, start.read_tensors)
+    found = checkpoints.find(args.resume_from_checkpoint, output.staging, read_tensors)
     if found is None:
         logger.info("no checkpoint yet: starting from the beginning")
     else:
@@ -198,7 +200,7 @@ def tune(
     def save(state: dict, tensors: Tensors) -> None:
         if is_main:
             state |= {"run": record}
-            checkpoints.write(output.staging, state, tensors, fill, start.read_tensors)
+            checkpoints.write(output.staging, state, tensors, fill, read_tensors)
             checkpoints.prune(output.staging, args.save_total_limit, state["best_step"])
 
     write_metrics = recorder(output, args.report_to if is_main else "none")

@@ -5,6 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
@@ -112,9 +113,14 @@ class Start:
         """Write the tuned model into an existing folder."""
         self.method.save(model, tokenizer, self.source, folder)
 
-    def read_tensors(self, folder: Path) -> dict[str, Tensor]:
-        """What `save` wrote, by its names in a checkpoint."""
-        return {WEIGHT + name: one for name, one in self.method.read_tensors(folder).items()}
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a tuned folder, by their names in a checkpoint; unchecked."""
+    if (folder / adapter.WEIGHTS).exists():
+        tensors = adapter.read_unchecked(folder)
+    else:
+        tensors = load_file(folder / "model.safetensors")
+    return {WEIGHT + name: tensor for name, tensor in tensors.items()}
 
 
 def read_model_config(source: Source) -> tuple[BertConfig, TuningMethod | None]:

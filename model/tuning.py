@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
@@ -113,10 +112,6 @@ class TuningMethod:
         except Exception as error:  # tokenizers raises no narrower one
             raise OSError(str(error)) from None
 
-    def read_tensors(self, folder: Path) -> dict[str, Tensor]:
-        """The tensors that `save` wrote, by the names of the model's parameters; unchecked."""
-        return load_file(folder / "model.safetensors")
-
 
 class AdapterMethod(TuningMethod):
     """A method that freezes most of the backbone and stores only what it trained."""
@@ -135,9 +130,6 @@ class AdapterMethod(TuningMethod):
         settings = {"base_model_name_or_path": source.name, "inference_mode": True}
         settings |= {"task_type": "SEQ_CLS", **self.settings(model.config)}
         adapter.save(folder, model.config, self.tensors(model), settings)
-
-    def read_tensors(self, folder):
-        return adapter.read_unchecked(folder)
 
 
 class Prefix(AdapterMethod):

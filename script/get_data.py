@@ -65,7 +65,8 @@ def download(url: str, archive: Path) -> None:
                     file.write(block)
                     bar.update(len(block))
         except (OSError, HTTPException) as error:  # of the connection or the disk
-            raise UserError(f"{part} is cut off ({error}): run this again to resume") from None
+            advice = "make room if the disk is full, and run this again to resume"
+            raise UserError(f"{part} is cut off ({error}): {advice}") from None
     size = part.stat().st_size
     if total is not None and size < total:
         raise UserError(f"cut off at {size:,} of {total:,} bytes: run this again to resume")

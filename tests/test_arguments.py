@@ -138,10 +138,13 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
             ["--prefix", "--prefix_init", "random", "--prefix_init_text", "cat"],
             "--prefix_init text",
         ),
-        (["--prefix", "--prefix_projection", "--prefix_init", "text"], "can only start at random"),
+        (
+            ["--prefix", "--prefix_projection", "--prefix_init", "text"],
+            "of --prefix_projection starts at random",
+        ),
         (
             ["--prefix", "--prefix_projection", "--prefix_init_text", "a"],
-            "can only start at random",
+            "of --prefix_projection starts at random",
         ),
         (["--prefix", "--tuning_method", "bias"], "--prefix and --tuning_method bias exclude"),
         (["--tuning_method", "probe", "--pre_seq_len", "4"], "--pre_seq_len needs --prefix"),

@@ -103,14 +103,14 @@ def test_text_columns_are_joined(tmp_path):
     assert split.texts == ["a / b", " / c"]
 
 
-def test_blank_texts_are_dropped_where_allowed_and_rows_keep_their_numbers(tmp_path, caplog):
+def test_blank_texts_are_dropped_if_allowed_and_rows_keep_their_numbers(tmp_path, caplog):
     path = write_csv(tmp_path / "blank.csv", [("a", 1), ("", 0), ("b", 0)])
     split = read(path, drop_empty=True)
     assert (split.texts, split.rows) == (["a", "b"], [1, 3])
     assert "dropped 1 rows without a text" in caplog.text
 
 
-def test_labels_are_one_whatever_the_spelling_and_sort_as_numbers(tmp_path):
+def test_labels_are_equal_whatever_the_spelling_and_sort_as_numbers(tmp_path):
     rows = [("a", "10"), ("b", "9"), ("c", "9.0"), ("d", " 10 "), ("e", "other"), ("f", "-1")]
     split = read(write_csv(tmp_path / "a.csv", rows))
     names = dataset.label_names(split)

@@ -77,7 +77,7 @@ def test_the_same_run_has_the_same_page_except_for_times(run):
     assert page("first-run") == page("second-run")
 
 
-def test_what_texts_and_labels_hold_is_shown_and_does_nothing(run, evil_files):
+def test_html_in_texts_and_labels_is_shown_and_never_executed(run, evil_files):
     text = (run(*evil_files) / "report.html").read_text(encoding="utf-8")
     assert EVIL not in text and "&lt;script&gt;" in text
     assert Page(text).count.get("script", 0) == Page(text).count.get("img", 0) == 0
