@@ -193,6 +193,9 @@ def tune(
     eval_set = encode(tokenizer, data.eval, length) if args.eval_strategy == "epoch" else None
     train_words_in_use(model, train_set.token_ids)
 
+    if checkpoint:  # the run may have been killed before it removed the older ones
+        checkpoints.prune(output.staging, args.save_total_limit, checkpoint.state["best_step"])
+
     def fill(folder: Path) -> None:
         start.save(model, tokenizer, folder)
         output.copy_metrics(folder)

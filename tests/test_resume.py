@@ -170,6 +170,24 @@ def test_a_limit_keeps_the_newest_and_the_best(run):
     assert set(checkpoint.steps(folder)) == {3, 12}
 
 
+def test_resuming_removes_the_checkpoints_above_the_limit(run, monkeypatch):
+    """Killed between writing the last checkpoint and removing the ones before it."""
+    flags = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "1"]
+    expected = comparable(run(*flags, name="whole"))
+    prune, calls = checkpoint.prune, []
+
+    def killed_in_the_last_call(*args) -> None:
+        calls.append(args)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        prune(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "prune", killed_in_the_last_call)
+        run(*flags, status=130)
+    check_end(run(*flags, "--resume_from_checkpoint", "auto"), expected)
+
+
 def test_an_output_folder_keeps_an_unfinished_run(run, stop_at, capsys, caplog):
     stop_at(4)
     folder = run(status=143)
