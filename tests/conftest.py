@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,10 @@ import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import main
+import trainer
 from arguments import parse_args
 from model.start import Start
+from runtime import checkpoint
 
 torch.set_num_threads(1)
 
@@ -158,3 +161,29 @@ def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Send this process a signal in the middle of a given training step, counted from 0."""
+    usual = trainer.training_step
+
+    def arrange(at: int | None, number: int = signal.SIGTERM) -> None:
+        def step(*args):
+            if args[4] == at:
+                os.kill(os.getpid(), number)
+            return usual(*args)
+
+        monkeypatch.setattr(trainer, "training_step", step)
+
+    return arrange
+
+
+@pytest.fixture
+def stopped(run, stop_at):
+    """The folder of an unfinished run with checkpoints 3 and 5."""
+    stop_at(4)
+    folder = run("--save_strategy", "epoch", status=143) / "unfinished"
+    stop_at(None)
+    assert set(checkpoint.steps(folder)) == {3, 5}
+    return folder

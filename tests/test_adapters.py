@@ -1,0 +1,220 @@
+"""Adapters in whole runs: what they store, tuned further, several in one file."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import main
+from conftest import ROWS, write_csv
+from test_main import ADAPTER, BIAS, PROBE, RESULTS, load
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--prefix_init", "random"),
+        ("--prefix_depth", "input"),
+        ("--gradient_checkpointing",),
+        ("--prefix_projection",),
+    ],
+)
+def test_every_kind_of_prefix_trains_and_predicts_again(run, tmp_path, flags):
+    folder = run("--prefix", *flags)
+    assert {path.name for path in folder.iterdir()} == RESULTS | ADAPTER
+    argv = ["--do_predict", "--model_name_or_path", str(folder), "--precision", "fp32"]
+    argv += ["--test_file", str(tmp_path / "test.csv"), "--output_dir", str(tmp_path / "again")]
+    assert main.main(argv) == 0
+    first, second = (pd.read_csv(path / "predictions.csv") for path in (folder, tmp_path / "again"))
+    pd.testing.assert_frame_equal(first, second, atol=2e-6)
+
+
+@pytest.mark.parametrize("flags", [PROBE, BIAS])
+def test_an_adapter_stores_only_what_was_trained(run, backbone, flags):
+    folder = run(*flags)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    shapes = {name.removeprefix("base_model."): tuple(one.shape) for name, one in tensors.items()}
+    expected = {"classifier.weight": (3, 16), "classifier.bias": (3,)}
+    if flags == BIAS:
+        frozen = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=3)
+        small = {name: one for name, one in frozen.named_parameters() if one.ndim == 1}
+        assert all(name.endswith("bias") or "LayerNorm" in name for name in small)
+        expected |= {name: tuple(one.shape) for name, one in small.items()}
+        assert len(expected) == 25
+    assert shapes == expected
+    assert all(name.startswith("base_model.") for name in tensors)
+    stored = load(folder, "all_results.json")["stored_parameters"]
+    assert stored == sum(one.numel() for one in tensors.values())
+
+
+def test_depth_input_says_that_peft_cannot_load_it(run, caplog):
+    run("--prefix", "--prefix_depth", "input")
+    assert "PEFT cannot load a prefix of depth input" in caplog.text
+
+
+def test_a_prefix_starts_from_label_names_training_texts_or_a_given_text(run, tmp_path):
+    """With a learning rate so small that nothing changes."""
+    named = write_csv(tmp_path / "n.csv", [(t, ["cat", "band", "goal"][int(n)]) for t, n in ROWS])
+    labels = [
+        word for name in ("train", "validation", "test") for word in (f"--{name}_file", named)
+    ]
+    cases = {
+        "labels": labels,
+        "band cat goal": ["--prefix_init_text", "band cat goal"],
+        "numbers": [],
+        "other seed": ["--seed", "1"],
+        "random": ["--prefix_init", "random"],
+    }
+    prefix = {}
+    for name, flags in cases.items():
+        folder = run("--prefix", "--learning_rate", "1e-12", *flags, name=name)
+        prefix[name] = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    torch.testing.assert_close(prefix["labels"], prefix["band cat goal"])
+    assert (prefix["numbers"] - prefix["labels"]).abs().max() > 0.1
+    assert (prefix["numbers"] - prefix["other seed"]).abs().max() > 0.1
+    assert prefix["random"].std() == pytest.approx(0.2, rel=0.2)  # the backbone's initializer_range
+
+
+def further(folder, files, tmp_path, *flags: str, name: str = "further") -> Path:
+    """Tune a tuned folder further, on other files."""
+    argv = ["--do_train", "--do_eval", "--do_predict", "--model_name_or_path", str(folder), *files]
+    argv += ["--num_train_epochs", "1", "--precision", "fp32", "--max_seq_length", "16", *flags]
+    assert main.main([*argv, "--output_dir", str(tmp_path / name)]) == 0
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--prefix",), ("--prefix", "--prefix_depth", "input"), PROBE, BIAS]
+)
+def test_a_tuned_folder_is_tuned_further_from_its_weights(run, files, tmp_path, flags):
+    """With a learning rate so small that nothing changes: same model, head and labels."""
+    folder = run(*flags)
+    assert "It started from" not in (folder / "README.md").read_text()
+    fewer = write_csv(tmp_path / "fewer.csv", ROWS[:8])  # two of the three labels
+    again = further(folder, [*files, "--train_file", fewer], tmp_path, "--learning_rate", "1e-12")
+    for name in ("model", "adapter_model"):
+        if (folder / f"{name}.safetensors").exists():
+            tensors, expected = (
+                load_file(path / f"{name}.safetensors") for path in (again, folder)
+            )
+            for key, tensor in expected.items():
+                torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-9)
+    assert load(again, "run.json")["labels"] == ["0", "1", "2"]
+    for name in ("prefix", "tuning_method"):
+        settings = (load(path, "run.json")["settings"][name] for path in (folder, again))
+        assert len(set(settings)) == 1
+    assert (
+        f"It started from `{folder}`, which was tuned before" in (again / "README.md").read_text()
+    )
+    moved = further(folder, files, tmp_path, name="moved")
+    if flags:
+        first, second = (load_file(path / "adapter_model.safetensors") for path in (folder, moved))
+        name = "prompt_embeddings" if "--prefix" in flags else "base_model.classifier.weight"
+        assert (first[name] - second[name]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("flags", [PROBE, BIAS])
+def test_a_tuned_folder_keeps_its_method(run, files, tmp_path, capsys, flags):
+    folder = run(*flags)
+    for other in (("--prefix",), ("--tuning_method", "full")):
+        argv = ["--do_train", *files, "--model_name_or_path", str(folder), *other]
+        with pytest.raises(SystemExit) as exit_info:
+            main.main([*argv, "--output_dir", str(tmp_path / "no")])
+        assert exit_info.value.code == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and f"was tuned by {flags[1]}" in error
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--prefix",), PROBE, BIAS])
+def test_other_labels_initialise_a_new_head_with_a_warning(run, files, tmp_path, caplog, flags):
+    folder = run(*flags)
+    other = write_csv(tmp_path / "other.csv", [(text, f"class {n}") for text, n in ROWS])
+    files = [name for flag in files[::2] for name in (flag, other)]
+    caplog.clear()
+    again = further(folder, files, tmp_path, "--learning_rate", "1e-12")
+    assert "new head" in caplog.text
+    name = "adapter_model.safetensors" if flags else "model.safetensors"
+    first, second = (load_file(path / name) for path in (folder, again))
+    changed = {key for key, tensor in first.items() if not tensor.allclose(second[key], atol=1e-6)}
+    head = {"classifier.weight", "classifier.bias"}
+    assert {key.removeprefix("base_model.") for key in changed} == head
+    assert load(again, "run.json")["labels"] == ["class 0", "class 1", "class 2"]
+
+
+def test_a_prefix_of_peft_is_tuned_further_and_loads_in_peft(backbone, files, tmp_path, caplog):
+    frozen = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=3)
+    settings = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    get_peft_model(frozen, settings).save_pretrained(tmp_path / "peft")
+    caplog.set_level("INFO")
+    folder = further(tmp_path / "peft", files, tmp_path)
+    assert "names no labels: using ['0', '1', '2'], in this order" in caplog.text
+    paths = (path / "adapter_model.safetensors" for path in (tmp_path / "peft", folder))
+    before, after = (load_file(path)["prompt_embeddings"] for path in paths)
+    assert 1e-3 < (before - after).abs().max() < 1
+    frozen = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=3)
+    peer = PeftModel.from_pretrained(frozen, str(folder)).eval()
+    tokens = AutoTokenizer.from_pretrained(backbone)(ROWS[5][0], return_tensors="pt")
+    tokens.pop("token_type_ids")
+    with torch.no_grad():
+        probability = peer(**tokens).logits.softmax(-1)[0]
+    row = pd.read_csv(folder / "predictions.csv").loc[0]
+    expected = [row[f"probability_{number}"] for number in range(3)]
+    assert probability.tolist() == pytest.approx(expected, abs=2e-6)
+
+
+def test_a_column_names_the_prefix_of_each_row(run, files, tmp_path, capsys):
+    """Predictions equal those of each folder alone; labels that a folder lacks get 0."""
+    other = write_csv(tmp_path / "other.csv", [(text, "23x"[int(label)]) for text, label in ROWS])
+    files = [word for name in ("train", "validation", "test") for word in (f"--{name}_file", other)]
+    second = run("--prefix", "--pre_seq_len", "5", *files, name="second")
+    folders = [run("--prefix", name="first"), second]
+    rows = [
+        (text, str(folders[n]) if n else "first", "0" if n == 0 else "3")
+        for n, (text, _) in zip([0, 1, 1, 0, 1, 0, 0], ROWS, strict=False)
+    ]
+    mixed = write_csv(tmp_path / "mixed.csv", rows, ("text", "model", "label"))
+    argv = ["--do_predict", "--prefix_paths", *map(str, folders), "--precision", "fp32"]
+    argv += ["--prefix_column", "model", "--test_file", mixed]
+    assert main.main([*argv, "--output_dir", str(tmp_path / "mixed")]) == 0
+    table = pd.read_csv(tmp_path / "mixed" / "predictions.csv", dtype={"predicted": str})
+    names = [f"probability_{name}" for name in "0123x"]
+    assert [name for name in table if name.startswith("prob")] == names
+    assert table["text"].tolist() == [text for text, _, _ in rows]
+    for number, folder in enumerate(folders):
+        alone = tmp_path / f"alone{number}"
+        unlabelled = write_csv(tmp_path / "u.csv", [row[:1] for row in rows], ("text",))
+        task = ["--do_predict", "--test_file", unlabelled, "--output_dir", str(alone)]
+        assert main.main([*task, "--model_name_or_path", str(folder), "--precision", "fp32"]) == 0
+        expected = pd.read_csv(alone / "predictions.csv", dtype={"predicted": str})
+        mine = (
+            [row[1] != "first" for row in rows] if number else [row[1] == "first" for row in rows]
+        )
+        for column in expected:
+            if column in ("text", "predicted"):
+                assert table[mine][column].tolist() == expected[mine][column].tolist()
+            else:
+                assert (table[mine][column] - expected[mine][column]).abs().max() < 2e-6
+        lacking = set(names) - set(expected)
+        assert (table[mine][sorted(lacking)] == 0).all(axis=None)
+    hits = (table["predicted"] == [row[2] for row in rows]).mean()
+    assert load(tmp_path / "mixed", "all_results.json")["test_accuracy"] == pytest.approx(hits)
+
+    capsys.readouterr()
+    wrong = [
+        (text, model, "x" if number == 3 else label)  # "first" knows 0, 1 and 2
+        for number, (text, model, label) in enumerate(rows)
+    ]
+    write_csv(Path(mixed), wrong, ("text", "model", "label"))
+    assert main.main([*argv, "--output_dir", str(tmp_path / "no")]) == 2
+    assert "label 'x' in row 4 does not occur in" in capsys.readouterr().err
+    argv[argv.index("model")] = "label"
+    assert main.main([*argv, "--output_dir", str(tmp_path / "no")]) == 2
+    assert "'label' in 7 rows (1, 2, 3, 4, 5, ...) names none" in capsys.readouterr().err
+    argv[argv.index("label")] = "nowhere"
+    assert main.main([*argv, "--output_dir", str(tmp_path / "no")]) == 2
+    assert "has no column 'nowhere'" in capsys.readouterr().err
