@@ -25,7 +25,7 @@ TUNING_DEFAULTS = {
     "prefix":           (3e-2, 12, 0.0, 1e-3, 1),
     "projected prefix": (1e-3, 12, 0.0, 5e-5, 1e-2),
     "input prefix":     (3e-2, 12, 0.0, 1e-3, 1),
-    "probe":            (1e-2, 12, 0.0, 1e-3, 1),
+    "probe":            (3e-3, 12, 0.0, 1e-4, 1e-1),
     "bias":             (3e-3, 8, 0.0, 2e-4, 3e-2),
 }  # fmt: skip
 METHODS = ("full", "prefix", "probe", "bias")
@@ -308,7 +308,9 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
     if os.path.isfile(os.path.join(folder, "adapter_config.json")):  # PEFT's have no config.json
         tuned_by = read_json(folder, "config.json").get("tuning_method", "prefix")
         if tuned_by not in METHODS or method not in (None, tuned_by):
-            parser.error(f"--tuning_method: {folder} was tuned by {tuned_by}, and stays so")
+            parser.error(
+                f"--tuning_method: {folder} was tuned by {tuned_by}; its method cannot be changed"
+            )
     args.tuning_method = tuned_by or method or "full"
     args.prefix = args.tuning_method == "prefix"
     given = [name for name in PREFIX_FLAGS if getattr(args, name)]
@@ -368,8 +370,7 @@ def check_saving(parser: Parser, args: argparse.Namespace) -> None:
     fill(args, {"save_strategy": "steps" if args.save_steps else "epoch"})
     if args.save_steps and args.save_strategy != "steps":
         parser.error("--save_steps needs --save_strategy steps")
-    if args.save_strategy == "steps":
-        fill(args, {"save_steps": 500})
+    fill(args, {"save_steps": 500} if args.save_strategy == "steps" else {})
     if args.save_total_limit and args.save_strategy == "no":
         parser.error("--save_total_limit needs --save_strategy epoch or steps")
     if not asked:

@@ -12,13 +12,12 @@ from arguments import learning_rate_warning, parse_args
 
 if __name__ == "__main__":  # --help and typos are answered before torch loads, which takes seconds
     parse_args()
-    if not find_spec("torch"):
-        print(
-            "error: torch is not installed here; run bash script/run_og.sh once, then use "
-            ".venv/bin/python",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+    for package in ("torch", "transformers", "pandas", "sklearn", "matplotlib", "jinja2"):
+        if not find_spec(package):
+            advice = "run bash script/run_og.sh once, then use .venv/bin/python"
+            print(f"error: {package} is not installed here; {advice}", file=sys.stderr)
+            sys.exit(2)
+    print("loading libraries ...", file=sys.stderr)
 # How long OpenMP threads spin at a barrier before they sleep; torch reads it when it loads. By
 # default they spin so long that training beside other processes falls to a tenth of its speed.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")

@@ -110,7 +110,8 @@ def train(
     total = steps_per_epoch * args.num_train_epochs
     progress = Progress(total, steps_per_epoch, args.logging_steps, record, machine.group.is_main)
     state = TrainingState(model, build_optimizer(model, args), progress, args, checkpoint)
-    log_plan(train_set, total, step_size, args)
+    if not progress.done:
+        log_plan(train_set, total, step_size, args)
 
     with logging_redirect_tqdm(), progress:
         while not state.is_over(args.early_stopping_patience):

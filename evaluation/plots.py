@@ -182,6 +182,8 @@ def curves_by_method(axis: Axes, runs: list[dict]) -> str:
         for line in (one for run in runs if run["method"] == method for one in run["records"]):
             if "eval_accuracy" in line:
                 found.setdefault(line["epoch"], []).append(line["eval_accuracy"])
+        if not found:  # not evaluated during training
+            continue
         means = [np.mean(values) for values in found.values()]
         axis.plot(list(found), means, marker=mark, markersize=4, color=color, label=method)
         words.append(f"{method} from {means[0]:.3f} to {means[-1]:.3f}")

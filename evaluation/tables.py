@@ -40,7 +40,7 @@ def summary(record: dict, results: dict, folder: Path) -> str:
     if "test" in record["data"] and "test_accuracy" not in results:
         column = record["settings"]["label_column_name"]
         path = record["data"]["test"]["path"]
-        lines.append(f"{path} has nothing in a column '{column}': predicted, not scored")
+        lines.append(f"{path} has no labels in a column '{column}': predicted, not scored")
     files = sorted(entry.name for entry in folder.iterdir())
     lines.append(f"in {folder}: {', '.join(files)}")
     return "\n".join(lines)

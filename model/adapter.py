@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig
 
+from model.loading import TUNED
+from model.source import ADAPTER_CONFIG
 from runtime.files import UserError, to_json
 
-ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "prefix_encoder.embedding.weight"
 
@@ -26,20 +27,18 @@ def stored_name(name: str) -> str:
     return "prompt_embeddings" if name == PREFIX else f"base_model.{name}"
 
 
-def save(folder: Path, config: BertConfig, tensors: dict[str, Tensor], settings: dict) -> None:
+def save(
+    folder: Path, config: BertConfig, tensors: dict[str, Tensor], settings: dict, changes: dict
+) -> None:
     """Write what was trained, by our names, and nothing of the backbone.
 
-    settings: the content of adapter_config.json.
+    settings: the content of adapter_config.json. changes: to the config, in what is stored.
     """
     stored = {stored_name(n): one.detach().cpu().contiguous() for n, one in tensors.items()}
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / ADAPTER_CONFIG).write_text(to_json(dict(sorted(settings.items()))), encoding="utf-8")
-    save_config(folder, copy.deepcopy(config))
-
-
-def save_config(folder: Path, config: BertConfig) -> None:
-    """Write the config.json of a model with a head; changes `config`."""
-    config.architectures = ["BertForSequenceClassification"]
+    config = copy.deepcopy(config)
+    config.update({"architectures": TUNED, **changes})
     config.save_pretrained(folder)
 
 

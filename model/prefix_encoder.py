@@ -1,7 +1,7 @@
 """The prefix: what P virtual tokens hold, how they start, and how layers attend to them.
 
 P prefix tokens, T text tokens, B batch, L layers, H heads, D head size (H*D the hidden size), G
-prefixes in a batch: 1 that all rows share, or B, one for each row.
+distinct prefixes in a batch; 1 if all rows share it.
 """
 
 from collections.abc import Callable

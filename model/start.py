@@ -36,8 +36,9 @@ class Start:
         self.sources = [self.source]
         self.config, self.tuned_by = read_model_config(self.source)
         if args.do_train:
-            self.method, self.title = TUNING[args.tuning_method], TUNING[args.tuning_method].title
+            self.method = TUNING[args.tuning_method]
             self.method.describe(self.config, args)
+            self.title = self.method.title(self.config)
             self.config.problem_type = args.problem_type
         elif self.tuned_by:
             self.method, self.title = self.tuned_by, f"predictions of {path}"
@@ -67,16 +68,20 @@ class Start:
         if self.tuned_by and unnamed and len(known) == len(names):
             logger.info("%s names no labels: using %s, in this order", folder, names)
             known = names
-        self.fresh_head = not (self.tuned_by and set(names) <= set(known))
+        fits = self.tuned_by and self.tuned_by.pooling == self.method.pooling
+        self.fresh_head = not (fits and set(names) <= set(known))
         if self.fresh_head and self.tuned_by:
-            message = "warning: %s was trained on labels %s, the training file has %s: new head"
-            logger.warning(message, folder, ", ".join(known), ", ".join(names))
+            message = (
+                "warning: initialising a new head: that of %s, for the labels %s, does not fit"
+            )
+            logger.warning(message, folder, ", ".join(known))
         loading.set_labels(self.config, names if self.fresh_head else known)
 
     def settings(self, args: Namespace) -> dict:
         """All settings of the run, completed by what only the model knows."""
-        names = ("max_seq_length", "problem_type")
-        return vars(args) | {name: getattr(self.config, name) for name in names}
+        given = vars(args)
+        missing = [k for k, one in given.items() if one is None and hasattr(self.config, k)]
+        return given | {name: getattr(self.config, name) for name in missing}
 
     def describe(self) -> dict:
         """The model's part of the run's record."""
@@ -84,7 +89,7 @@ class Start:
             "backbone": self.source.name,
             "weights_sha256": sha256_of(self.sources),
             "method": self.title,
-            "library": self.method.library,
+            "library": self.method.library(self.config),
             "started_from": self.started_from,
         }
 
@@ -130,17 +135,20 @@ def read_model_config(source: Source) -> tuple[BertConfig, TuningMethod | None]:
     """
     if source.adapter is None:
         config = read_config(source.backbone)
+        config.tuning_method, config.pooling = "full", "cls"
         return config, TUNING["full"] if config.architectures == loading.TUNED else None
     path = source.adapter / adapter.ADAPTER_CONFIG
     settings = read_json(path)
     methods = {peft_type: one for one in TUNING.values() for peft_type in one.peft_types}
-    kind, task = settings.get("peft_type"), settings.get("task_type")
+    kind, task = str(settings.get("peft_type")), settings.get("task_type")
     if task != "SEQ_CLS" or kind not in methods:
         raise UserError(
             f"{path}: peft_type {kind} with task_type {task}; only {', '.join(methods)} with "
             "SEQ_CLS can be loaded"
         )
     written_by_peft = not (source.adapter / "config.json").is_file()
+    if written_by_peft and kind != "PREFIX_TUNING":
+        raise UserError(f"{source.adapter} lacks config.json, which holds its labels")
     config = read_config(source.backbone if written_by_peft else source.adapter)
     config.tuning_method = methods[kind].name
     methods[kind].read_settings(config, settings, path)

@@ -4,10 +4,10 @@ To add a method, write a class that overrides what differs from full fine-tuning
 `TUNING`, and give its defaults a row in `arguments.TUNING_DEFAULTS`. P prefix tokens.
 """
 
-import copy
 import logging
 from argparse import Namespace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,11 +33,17 @@ class TuningMethod:
     """Full fine-tuning, and the base of all methods: what is added, trained and stored."""
 
     name = "full"  # as --tuning_method takes it
-    title = "full fine-tuning"  # in reports
-    library = "transformers"  # that loads what is stored, for the model card
     model_class = BertForSequenceClassification
     pooling = "cls"  # a key of model.sequence_classification.POOLINGS
     peft_types: tuple[str, ...] = ()  # in adapter_config.json; PEFT refuses those it does not have
+
+    def title(self, config: BertConfig) -> str:
+        """The method's name in reports."""
+        return "full fine-tuning"
+
+    def library(self, config: BertConfig) -> str:
+        """The library_name of the model card."""
+        return "transformers"
 
     def describe(self, config: BertConfig, args: Namespace) -> None:
         """Write into the config what is about to be tuned."""
@@ -51,7 +57,7 @@ class TuningMethod:
         return 0
 
     def new(self, config: BertConfig) -> tuple[str, ...]:
-        """How the names of parameters start that a backbone may lack, besides the head's."""
+        """Prefixes of the names of parameters, besides the head's, that a backbone may lack."""
         return () if config.architectures == TUNED else (POOLER,)
 
     def is_trainable(self, name: str) -> bool:
@@ -116,6 +122,8 @@ class TuningMethod:
 class AdapterMethod(TuningMethod):
     """A method that freezes most of the backbone and stores only what it trained."""
 
+    stored: ClassVar[dict] = {}  # settings of the config that differ in what is stored
+
     def settings(self, config: BertConfig) -> dict:
         """The method's own part of adapter_config.json."""
         return {"peft_type": self.peft_types[0]}
@@ -129,21 +137,29 @@ class AdapterMethod(TuningMethod):
     def save(self, model, tokenizer, source, folder):
         settings = {"base_model_name_or_path": source.name, "inference_mode": True}
         settings |= {"task_type": "SEQ_CLS", **self.settings(model.config)}
-        adapter.save(folder, model.config, self.tensors(model), settings)
+        adapter.save(folder, model.config, self.tensors(model), settings, self.stored)
 
 
 class Prefix(AdapterMethod):
     """Prefix tuning: virtual tokens and the head are trained, the backbone is frozen."""
 
     name = "prefix"
-    title = "prefix tuning"
-    library = "peft"
     model_class = BertPrefixForSequenceClassification
     peft_types = ("PREFIX_TUNING", "INPUT_PREFIX")  # of depth all, and input
+    stored: ClassVar[dict] = {
+        "prefix_projection": False
+    }  # a reparametrised prefix is stored as its result
     not_for_peft = (
         "PEFT cannot load a prefix of depth input: its prompt tuning reads the first virtual token "
         "where this model reads [CLS]"
     )
+
+    def title(self, config: BertConfig) -> str:
+        where = "in every layer" if config.prefix_depth == "all" else "at the input only"
+        return f"prefix tuning {where}"
+
+    def library(self, config: BertConfig) -> str:
+        return "peft" if config.prefix_depth == "all" else "transformers"
 
     def describe(self, config: BertConfig, args: Namespace) -> None:
         super().describe(config, args)
@@ -200,12 +216,6 @@ class Prefix(AdapterMethod):
         prefix = (config.pre_seq_len, prefix_width(config))
         return {adapter.PREFIX: prefix, f"{HEAD}weight": head, f"{HEAD}bias": head[:1]}
 
-    def save(self, model, tokenizer, source, folder):
-        super().save(model, tokenizer, source, folder)
-        config = copy.deepcopy(model.config)
-        config.prefix_projection = False  # its result is what is stored
-        adapter.save_config(folder, config)
-
     def settings(self, config: BertConfig) -> dict:
         note = {"note": self.not_for_peft} if config.prefix_depth == "input" else {}
         return note | {
@@ -242,9 +252,11 @@ class Probe(AdapterMethod):
     """A linear probe: only the head is trained, over the mean of the frozen backbone's tokens."""
 
     name = "probe"
-    title = "linear probing"
     pooling = "mean"
     peft_types = ("PROBE",)
+
+    def title(self, config: BertConfig) -> str:
+        return "linear probing"
 
     def new(self, config: BertConfig) -> tuple[str, ...]:
         return (POOLER,)  # it is not used
@@ -260,8 +272,10 @@ class Bias(AdapterMethod):
     """
 
     name = "bias"
-    title = "bias tuning"
     peft_types = ("BIAS",)
+
+    def title(self, config: BertConfig) -> str:
+        return "bias tuning"
 
     def new(self, config: BertConfig) -> tuple[str, ...]:
         return ()  # a new pooler would stay random

@@ -132,7 +132,7 @@ def newest(parent: Path, stored: StoredTensors) -> Checkpoint | None:
         try:
             return read(path, stored)
         except CheckpointError as error:
-            logger.warning("warning: %s; trying the one before", error)
+            logger.warning("warning: %s; trying the previous one", error)
     if found:
         raise CheckpointError(
             f"every checkpoint in {parent} is damaged: start over with --overwrite_output_dir and "

@@ -1,7 +1,7 @@
 """Processes that tune one model together: `torchrun --nproc_per_node=N main.py ...`.
 
 Each process holds the whole model and all the data, computes its share of every batch, and sums
-its gradient with the others'. A single process is a group of one.
+its gradient with the others'. A single process is a group of one. Also the signals that stop one.
 """
 
 import os

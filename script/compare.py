@@ -251,6 +251,7 @@ def parse_args() -> argparse.Namespace:
                 read_table(f"{folder}/{file}_simple.csv", "utf-8", ["text", "label"])
     except UserError as error:
         parser.error(str(error))
+    args.methods = [method for method in METHODS if method in args.methods]
     args.output_dir = args.output_dir or f"checkpoints/study{'-quick' * args.quick}"
     return args
 
@@ -280,6 +281,7 @@ def main() -> None:
         path = Path(args.output_dir) / name
         path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     frame = pd.DataFrame(table, columns=["protocol", "method", *COLUMNS])
+    frame.insert(2, "runs", [row["runs"] for row in rows])
     print(frame.to_string(index=False), format_tests(tests), *notes, sep="\n\n")
     print(f"in {args.output_dir}: {', '.join(files)}, and each run's folder with its own report")
 

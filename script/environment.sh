@@ -46,7 +46,7 @@ install() {
     fi
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
         "${@/#/--requirement=}" >&2 || {
-        echo "error: the installation failed (see above); the next call goes on with it" >&2
+        echo "error: the installation failed (see above); run it again to continue" >&2
         exit 2
     }
 }

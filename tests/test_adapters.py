@@ -218,3 +218,16 @@ def test_a_column_names_the_prefix_of_each_row(run, files, tmp_path, capsys):
     argv[argv.index("label")] = "nowhere"
     assert main.main([*argv, "--output_dir", str(tmp_path / "no")]) == 2
     assert "has no column 'nowhere'" in capsys.readouterr().err
+
+
+def test_a_probe_does_not_keep_the_head_of_another_pooling(run, files, tmp_path, caplog):
+    further(run(), files, tmp_path, *PROBE)
+    assert "initialising a new head" in caplog.text
+
+
+def test_a_probe_without_its_labels_is_refused(run, files, tmp_path, capsys):
+    folder = run(*PROBE)
+    (folder / "config.json").unlink()
+    argv = ["--do_predict", "--model_name_or_path", str(folder), *files[4:]]
+    assert main.main([*argv, "--output_dir", str(tmp_path / "predicted")]) == 2
+    assert "lacks config.json, which holds its labels" in capsys.readouterr().err

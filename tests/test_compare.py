@@ -7,10 +7,12 @@ from argparse import Namespace
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 import arguments
 import main
 from conftest import ROOT, ROWS, write_csv
+from evaluation import plots
 from runtime import record
 from script import baseline, compare
 
@@ -165,3 +167,10 @@ def test_paired_tests_on_unseen_texts_are_mcnemars(tmp_path):
     (test,) = compare.test_pairs(runs)
     assert test["difference"] == pytest.approx(9 / 60) and test["texts"] == 60
     assert test["p"] == pytest.approx(0.0352, abs=0.01)
+
+
+def test_runs_that_were_not_evaluated_have_no_curve():
+    run = {"protocol": "p", "method": "full", "records": [{"step": 1, "epoch": 1, "loss": 1.0}]}
+    axis = Figure().subplots()
+    assert plots.curves_by_method(axis, [run]) == "Validation accuracy by epoch: ."
+    assert not axis.lines

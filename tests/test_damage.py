@@ -42,7 +42,7 @@ def test_a_damaged_checkpoint_is_detected(run, stopped, caplog, capsys, harm, na
     assert "checkpoint-5 is " in capsys.readouterr().err
     caplog.set_level("INFO")
     run(*flags, "auto")
-    assert "trying the one before" in caplog.text
+    assert "trying the previous one" in caplog.text
     assert f"resuming from {stopped / 'checkpoint-3'}" in caplog.text
 
 
