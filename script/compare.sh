@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study: baselines, full fine-tuning and prefix tuning side by side; see script/compare.py.
+# The study: baselines and all tuning methods, side by side; see script/compare.py.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
 [[ " $* " == *" --original "* && " $* " == *" --unseen "* ]] || source script/data.sh
