@@ -28,7 +28,7 @@ TUNING_DEFAULTS = {
     "probe":            (3e-3, 12, 0.0, 1e-4, 1e-1),
     "bias":             (3e-3, 8, 0.0, 2e-4, 3e-2),
 }  # fmt: skip
-METHODS = ("full", "prefix", "probe", "bias")
+METHODS = tuple(name for name in TUNING_DEFAULTS if " " not in name)  # the others: of prefix
 COLUMNS = {
     "text_column_names": ["text"],
     "text_column_delimiter": " ",
@@ -368,9 +368,10 @@ def check_saving(parser: Parser, args: argparse.Namespace) -> None:
     """Checkpoints that nobody asked for are for resuming, and are removed at the end of the run."""
     asked = args.save_strategy is not None or args.save_steps is not None
     fill(args, {"save_strategy": "steps" if args.save_steps else "epoch"})
-    if args.save_steps and args.save_strategy != "steps":
+    if args.save_strategy == "steps":
+        fill(args, {"save_steps": 500})
+    elif args.save_steps:
         parser.error("--save_steps needs --save_strategy steps")
-    fill(args, {"save_steps": 500} if args.save_strategy == "steps" else {})
     if args.save_total_limit and args.save_strategy == "no":
         parser.error("--save_total_limit needs --save_strategy epoch or steps")
     if not asked:
@@ -390,9 +391,8 @@ def learning_rate_warning(args: argparse.Namespace) -> str | None:
     default, *_, low, high = TUNING_DEFAULTS[method]
     if low <= args.learning_rate <= high:
         return None
-    side, effect = (
-        ("low", "slowly") if args.learning_rate < low else ("high", "badly or not at all")
-    )
+    too_low = args.learning_rate < low
+    side, effect = ("low", "slowly") if too_low else ("high", "badly or not at all")
     return (
         f"--learning_rate {args.learning_rate:g} is {side} for {method} tuning: expect it to learn "
         f"{effect} (the default is {default:g})"

@@ -110,13 +110,13 @@ def train(
     total = steps_per_epoch * args.num_train_epochs
     progress = Progress(total, steps_per_epoch, args.logging_steps, record, machine.group.is_main)
     state = TrainingState(model, build_optimizer(model, args), progress, args, checkpoint)
-    if not progress.done:
-        log_plan(train_set, total, step_size, args)
 
     with logging_redirect_tqdm(), progress:
         while not state.is_over(args.early_stopping_patience):
             # the order of the rows: a function of (seed, epoch)
             batches = training_batches(train_set.row_lengths, step_size, args.seed, progress.epoch)
+            if not progress.done:
+                log_plan(batches, train_set, total, step_size, args)
 
             # the remaining batches of this epoch, one optimizer step each
             model.train()
@@ -138,10 +138,11 @@ def train(
     return state.finish()
 
 
-def log_plan(train_set: Encoded, total: int, step_size: int, args: Namespace) -> None:
-    """Log the number of steps, and the share of padding in the first epoch."""
+def log_plan(
+    batches: list[np.ndarray], train_set: Encoded, total: int, step_size: int, args: Namespace
+) -> None:
+    """Log the number of steps, and the share of padding in an epoch of these batches."""
     size = args.per_device_train_batch_size
-    batches = training_batches(train_set.row_lengths, step_size, args.seed, 0)
     micro = [part for batch in batches for part in chunks(batch, size)]
     share = 100 * padding_share(train_set.row_lengths, micro)
     logger.info("%d steps of %d examples, %.1f %% padding", total, step_size, share)

@@ -146,9 +146,8 @@ class Prefix(AdapterMethod):
     name = "prefix"
     model_class = BertPrefixForSequenceClassification
     peft_types = ("PREFIX_TUNING", "INPUT_PREFIX")  # of depth all, and input
-    stored: ClassVar[dict] = {
-        "prefix_projection": False
-    }  # a reparametrised prefix is stored as its result
+    # a reparametrised prefix is stored as its result
+    stored: ClassVar[dict] = {"prefix_projection": False}
     not_for_peft = (
         "PEFT cannot load a prefix of depth input: its prompt tuning reads the first virtual token "
         "where this model reads [CLS]"
@@ -298,16 +297,16 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     As is customary, all word embeddings count as trainable if any are, although those of words
     that no training text holds keep their values.
     """
-    parameters = dict(model.named_parameters())
+    parameters, method = dict(model.named_parameters()), method_of(model.config)
     counted = {
         "trainable": {name: one for name, one in parameters.items() if one.requires_grad},
         "total": parameters,
-        "stored": method_of(model.config).tensors(model),
+        "stored": method.tensors(model),
     }
     counts = {}
     for kind, tensors in counted.items():
         sizes = {name: tensor.numel() for name, tensor in tensors.items()}
-        head = sum(size for name, size in sizes.items() if name.startswith(HEAD))
+        head = sum(size for name, size in sizes.items() if method.is_head(name))
         counts[f"{kind}_parameters"] = sum(sizes.values())
         counts[f"{kind}_parameters_without_head"] = sum(sizes.values()) - head
     return counts

@@ -7,15 +7,17 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from runtime.csv_reader import row_list
 from runtime.files import UserError
+
+if TYPE_CHECKING:  # half a second, which the scripts that only read CSV files need not pay
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ class Encoded:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     split: TextRows,
     max_length: int,
     index: np.ndarray | None = None,

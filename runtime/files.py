@@ -47,6 +47,12 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_json_lines(path: Path) -> list[dict]:
+    """Read a JSON-lines file; empty if there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from runtime import checkpoint
-from runtime.files import UserError, read_json, sync, to_json, write_text, writing
+from runtime.files import UserError, read_json, read_json_lines, sync, to_json, write_text, writing
 from runtime.record import RUN_FILE, read_record, same_run
 
 METRICS = "metrics.jsonl"
@@ -41,12 +41,11 @@ logger = logging.getLogger(__name__)
 def opened(args: Namespace, is_main: bool = True) -> Iterator["OutputFolder"]:
     """Open the output folder of a run, so that a bad path fails at once.
 
-    Processes other than the main one write to a temporary folder, and do not log.
+    Processes other than the main one write to a temporary folder.
     """
     path = args.output_dir
     with ExitStack() as stack:
         if not is_main:
-            logging.disable(logging.WARNING)
             path = stack.enter_context(TemporaryDirectory())
         folder = OutputFolder(path, args.overwrite_output_dir, args.resume_from_checkpoint)
         yield stack.enter_context(folder)
@@ -224,9 +223,7 @@ class OutputFolder:
 
     def read_metrics(self) -> list[dict]:
         """The lines that this run has appended to metrics.jsonl."""
-        path = self.staging / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        return read_json_lines(self.staging / METRICS)
 
     def copy_metrics(self, folder: Path) -> None:
         """Copy metrics.jsonl into a checkpoint."""

@@ -4,6 +4,7 @@ Each process holds the whole model and all the data, computes its share of every
 its gradient with the others'. A single process is a group of one. Also the signals that stop one.
 """
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -77,7 +78,10 @@ def is_lost(error: Exception) -> bool:
 
 @contextmanager
 def joined() -> Iterator[Group]:
-    """Join the group that torchrun describes in the environment, for the duration of a run."""
+    """Join the group that torchrun describes in the environment, for the duration of a run.
+
+    Only the main process logs.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE
@@ -85,8 +89,11 @@ def joined() -> Iterator[Group]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    group = Group(dist.get_rank(), size)
+    if not group.is_main:
+        logging.disable(logging.WARNING)
     try:
-        yield Group(dist.get_rank(), size)
+        yield group
     finally:
         dist.destroy_process_group()
 

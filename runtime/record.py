@@ -1,6 +1,5 @@
 """The record of a run, run.json: everything its results depend on, and what identifies it."""
 
-import json
 import logging
 import platform
 import resource
@@ -45,9 +44,9 @@ def is_synthetic(described: dict) -> bool:
     """Whether a data file was made by script/splits.py from the synthetic sample."""
     path = Path(described["path"])
     try:
-        split = json.loads((path.parent / "split.json").read_text(encoding="utf-8"))
+        split = read_json(path.parent / "split.json")
         return split["synthetic"] and split["files"].get(path.name) == described["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours
+    except (UserError, KeyError, AttributeError):  # none, or not ours
         return False
 
 

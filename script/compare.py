@@ -26,7 +26,7 @@ from dataset import text_key
 from evaluation import pages, plots
 from evaluation.paired import paired_test, read_predictions
 from runtime.csv_reader import read_table
-from runtime.files import UserError, read_json, sha256
+from runtime.files import UserError, read_json, read_json_lines, sha256
 from runtime.record import RUN_FILE, read_record
 
 TUNE = ["main.py", "--do_train", "--do_eval", "--do_predict", "--resume_from_checkpoint", "auto"]
@@ -131,12 +131,10 @@ def read(run: dict) -> dict:
     results = read_json(run["folder"] / "all_results.json")
     weights = [run["folder"] / name for name in ("model.safetensors", "adapter_model.safetensors")]
     results["stored_bytes"] = sum(path.stat().st_size for path in weights if path.exists())
-    metrics = run["folder"] / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     record = read_record(run["folder"] / RUN_FILE)
     return run | {
         "results": results,
-        "records": [json.loads(line) for line in lines],
+        "records": read_json_lines(run["folder"] / "metrics.jsonl"),
         "commit": record["commit"],
         "synthetic": record.get("synthetic"),
         "predictions": read_predictions(run["folder"]),
