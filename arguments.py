@@ -1,7 +1,7 @@
 """Command-line arguments: one row per flag, then every check that needs no data and no model.
 
-Names follow Hugging Face's `TrainingArguments` and `run_classification.py`; those of the prefix
-follow P-tuning v2. Nothing heavy is imported here, so `--help` and a typo are answered at once.
+Names follow Hugging Face's `TrainingArguments` and `run_classification.py`; prefix flags follow
+P-tuning v2. Nothing heavy is imported here, so `--help` and typos are answered at once.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from typing import NoReturn
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
-# The tuning methods (`model.tuning.TUNING`) and their defaults, measured on the bundled backbone
-# (results/README.md); outside the last two numbers a learning rate was probably meant for another
-# method. The projected and the input prefix were not tuned on real data.
+# Defaults of the tuning methods (`model.tuning.TUNING`), measured on the bundled backbone
+# (results/README.md). A learning rate outside [low, high] was probably meant for another method.
+# The defaults of the projected and the input prefix were not chosen on real data.
 DEFAULT_NAMES = ("learning_rate", "num_train_epochs", "attention_probs_dropout_prob")
 TUNING_DEFAULTS = {
     #                   rate  epochs dropout  low  high
@@ -28,7 +28,7 @@ TUNING_DEFAULTS = {
     "probe":            (3e-3, 12, 0.0, 1e-4, 1e-1),
     "bias":             (3e-3, 8, 0.0, 2e-4, 3e-2),
 }  # fmt: skip
-METHODS = tuple(name for name in TUNING_DEFAULTS if " " not in name)  # the others: of prefix
+METHODS = tuple(name for name in TUNING_DEFAULTS if " " not in name)  # others: kinds of prefix
 COLUMNS = {
     "text_column_names": ["text"],
     "text_column_delimiter": " ",
@@ -56,7 +56,7 @@ def number(kind: type, low: float, high: float, *, open_low: bool = False):
         if not low <= found <= high or (open_low and found == low):
             bound = f"above {low:g}" if open_low else f"{low:g} or more"
             limit = "" if high == math.inf else f" and at most {high:.10g}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: give {bound}{limit}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {bound}{limit}")
         return kind(found)
 
     return convert
@@ -71,22 +71,22 @@ def boolean(text: str) -> bool:
 
 
 def column_names(text: str) -> list[str]:
-    """Split `title,tags` at the commas."""
+    """Split column names such as `title,tags` at the commas."""
     found = [name.strip() for name in text.split(",")]
     if not all(found):
-        raise argparse.ArgumentTypeError(f"'{text}' holds an empty column name")
+        raise argparse.ArgumentTypeError(f"'{text}' contains an empty column name")
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"'{text}' names a column twice")
     return found
 
 
 def value(kind=str, metavar: str = "N", **options) -> dict:
-    """argparse's options of a flag with one value."""
+    """Return the argparse options of a flag that takes one value."""
     return {"type": kind, "metavar": metavar, **options}
 
 
 def choice(*words: str) -> dict:
-    """argparse's options of a flag that is one of some words."""
+    """Return the argparse options of a flag that takes one of `words`."""
     return {"choices": words}
 
 
@@ -101,14 +101,14 @@ PROBABILITY = value(number(float, 0, 0.99), "P")
 
 
 def by_method(name: str) -> str:
-    """A default of `TUNING_DEFAULTS` as help shows it."""
+    """List the default of a flag for every tuning method, for the help text."""
     column = DEFAULT_NAMES.index(name)
     return ", ".join(f"{method} {row[column]:g}" for method, row in TUNING_DEFAULTS.items())
 
 
-TUNED_FOLDER = "or that of the tuned folder"
+TUNED_FOLDER = "or as the model was tuned"
 # fmt: off
-GROUPS = {  # of flags: name, kind, default and help
+GROUPS = {  # each flag: name, kind, default and help
 "what to do (at least one)": (
     ("--do_train", SWITCH, False, "tune on the training file"),
     ("--do_eval", SWITCH, False, "evaluate on the validation file"),
@@ -123,30 +123,30 @@ GROUPS = {  # of flags: name, kind, default and help
     ("--label_column_name", NAME, None, f"[label, {TUNED_FOLDER}]"),
     ("--problem_type", choice("single_label_classification", "multi_label_classification"), None,
      f"multi-label: the labels of one row are separated by | [single, {TUNED_FOLDER}]"),
-    ("--csv_encoding", NAME, "utf-8", "of the CSV files, such as cp1252 or utf-16 [%(default)s]"),
+    ("--csv_encoding", NAME, "utf-8", "encoding of the CSV files, e.g. cp1252 or utf-16 [utf-8]"),
     ("--drop_empty", SWITCH, False, "drop rows with a blank text instead of stopping"),
 ),
 "model and machine": (
     ("--model_name_or_path", NAME, DEFAULT_BACKBONE,
-     "a BERT on the hub, a local folder, or a folder that this program wrote [%(default)s]"),
+     "a BERT on the hub or in a local folder, or a model or adapter folder [%(default)s]"),
     ("--prefix_paths", DIR | {"nargs": "+"}, None,
-     "instead: several tuned prefixes on one backbone; each row of the test file names its own"),
-    ("--prefix_column", NAME, None, "the test file's column that names one of --prefix_paths"),
+     "instead of one model: adapter folders of several prefixes on one backbone"),
+    ("--prefix_column", NAME, None, "test file column that names each row's adapter folder"),
     ("--max_seq_length", TOKENS, None, f"longer texts are cut to N tokens [128, {TUNED_FOLDER}]"),
     ("--per_device_eval_batch_size", INT, 64, "[%(default)s]"),
-    ("--precision", choice("auto", "fp32", "bf16"), "auto", "auto: bfloat16 if fast here [auto]"),
-    ("--seed", SEED, 42, "of weights, row order and dropout [%(default)s]"),
+    ("--precision", choice("auto", "fp32", "bf16"), "auto", "auto: bf16 if fast here [auto]"),
+    ("--seed", SEED, 42, "seed of weights, row order and dropout [%(default)s]"),
 ),
 "prefix tuning": (
-    ("--prefix", SWITCH, False, "the same as --tuning_method prefix"),
+    ("--prefix", SWITCH, False, "same as --tuning_method prefix"),
     ("--prefix_depth", choice("all", "input"), None, "in every layer, or only at the input [all]"),
     ("--pre_seq_len", INT, None, "number of virtual tokens [all 128, input 16]"),
     ("--prefix_init", choice("random", "text"), None,
-     "start at random, or from what the backbone makes of words [text; if projected: random]"),
+     "initialise at random, or from the backbone's encoding of words [text; random if projected]"),
     ("--prefix_init_text", STR, None,
-     "those words, repeated to the prefix's length [the labels; if numbers, training texts]"),
-    ("--prefix_projection", SWITCH, None, "reparametrise the prefix by an MLP [False]"),
-    ("--prefix_hidden_size", INT, None, "width of that MLP [512]"),
+     "words to start from, repeated to the prefix's length [labels; if numeric, training texts]"),
+    ("--prefix_projection", SWITCH, None, "reparametrise the prefix with an MLP [False]"),
+    ("--prefix_hidden_size", INT, None, "hidden size of the --prefix_projection MLP [512]"),
 ),
 "training": (
     ("--tuning_method", choice(*METHODS), None, "train all weights, a prefix, the head alone (over "
@@ -155,56 +155,56 @@ GROUPS = {  # of flags: name, kind, default and help
     ("--per_device_train_batch_size", INT, 32, "[%(default)s]"),
     ("--gradient_accumulation_steps", INT, 1, "batches accumulated per optimizer step [1]"),
     ("--learning_rate", RATE, None,
-     f"peak; the default suits the bundled backbone [{by_method('learning_rate')}]"),
-    ("--head_learning_rate", RATE, None, "peak, of the head [that of --learning_rate]"),
+     f"peak rate; the defaults suit the bundled backbone [{by_method('learning_rate')}]"),
+    ("--head_learning_rate", RATE, None, "peak rate of the head [same as --learning_rate]"),
     ("--weight_decay", value(number(float, 0, 1), "W"), 0.01,
-     "of AdamW; biases, LayerNorm and the prefix have none [%(default)s]"),
-    ("--max_grad_norm", POSITIVE, 1.0, "clip the gradient's norm above it [%(default)s]"),
-    ("--warmup_steps", STEPS, 0.06, "of linear warm-up; below 1: a share of all steps [0.06]"),
-    ("--hidden_dropout_prob", PROBABILITY, 0.0, "of hidden layers and before the head [0.0]"),
+     "AdamW's weight decay; none for biases, LayerNorm and the prefix [%(default)s]"),
+    ("--max_grad_norm", POSITIVE, 1.0, "clip the gradient to this norm [%(default)s]"),
+    ("--warmup_steps", STEPS, 0.06, "linear warm-up steps; below 1: a share of all steps [0.06]"),
+    ("--hidden_dropout_prob", PROBABILITY, 0.0, "dropout of hidden layers and head input [0.0]"),
     ("--attention_probs_dropout_prob", PROBABILITY, None,
-     f"of attention [{by_method('attention_probs_dropout_prob')}]"),
+     f"dropout of attention weights [{by_method('attention_probs_dropout_prob')}]"),
     ("--ema_decay", value(number(float, 0, 0.999999), "D"), 0.99,
      "decay of the moving average of the weights, which is evaluated and saved; 0: off [0.99]"),
-    ("--gradient_checkpointing", SWITCH, False, "less memory, more time: recompute activations"),
-    ("--max_train_samples", INT, None, "train on N rows drawn at random by --seed [all]"),
-    ("--logging_steps", INT, 50, "steps between two lines of metrics.jsonl [%(default)s]"),
-    ("--report_to", choice("none", "tensorboard"), "none", "also for TensorBoard [none]"),
+    ("--gradient_checkpointing", SWITCH, False, "recompute activations: less memory, more time"),
+    ("--max_train_samples", INT, None, "train on N rows drawn at random with --seed [all]"),
+    ("--logging_steps", INT, 50, "steps between lines of metrics.jsonl [%(default)s]"),
+    ("--report_to", choice("none", "tensorboard"), "none", "also log to TensorBoard [none]"),
 ),
 "evaluation and choice of the best epoch": (
-    ("--eval_strategy --evaluation_strategy", choice("no", "epoch"), None, "[if --do_eval]"),
-    ("--load_best_model_at_end", SWITCH, None, "keep the best epoch [True if evaluated]"),
+    ("--eval_strategy --evaluation_strategy", choice("no", "epoch"), None, "[epoch if --do_eval]"),
+    ("--load_best_model_at_end", SWITCH, None, "keep the best epoch's weights [True if evaluated]"),
     ("--metric_for_best_model", choice("accuracy", "macro_f1", "micro_f1", "loss"), None,
      "on the validation file [accuracy; multi-label: micro_f1]"),
     ("--early_stopping_patience", COUNT, 0, "stop after N evaluations without improvement; 0: off"),
-    ("--save_strategy", choice("no", "epoch", "steps"), None, "write checkpoints after each epoch; "
-     "steps: also every --save_steps [epoch, removed when the run has finished]"),
-    ("--save_steps", INT, None, "[500]"),
-    ("--save_total_limit", INT, None, "checkpoints to keep, as checkpoint-STEP: the newest N and "
-     "the best [all, if --save_strategy is given]"),
+    ("--save_strategy", choice("no", "epoch", "steps"), None, "save a checkpoint after each epoch; "
+     "steps: also every --save_steps [epoch, removed when the run finishes]"),
+    ("--save_steps", INT, None, "steps between checkpoints [500]"),
+    ("--save_total_limit", INT, None, "keep the newest N checkpoints and the best, as "
+     "checkpoint-STEP [all if --save_strategy is given]"),
     ("--resume_from_checkpoint", value(metavar="auto|DIR"), None,
-     "auto: resume the run in --output_dir, or start it; or resume from a given checkpoint"),
+     "auto: resume the run in --output_dir, or start it; DIR: resume from this checkpoint"),
 ),
 "output": (
-    ("--output_dir", DIR | {"required": True}, None, "folder of the results"),
-    ("--overwrite_output_dir", SWITCH, False, "replace the results of an earlier run there"),
+    ("--output_dir", DIR | {"required": True}, None, "folder for the results"),
+    ("--overwrite_output_dir", SWITCH, False, "replace an earlier run's results in --output_dir"),
 ),
 }
 # fmt: on
-# Groups whose flags would do nothing without --do_train.
+# Groups whose flags would have no effect without --do_train.
 NEEDS_TRAINING = ("prefix tuning", "training", "evaluation and choice of the best epoch")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line that says what to do, with exit status 2."""
+    """An ArgumentParser that reports an error in one line and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message.removeprefix('argument ')} (see python main.py --help)\n")
 
 
 def build_parser() -> Parser:
-    """All flags, in groups."""
-    what = "Tune a BERT classifier on CSV files of texts and labels, and score it."
+    """Build the parser of all flags, in groups."""
+    what = "Tune and evaluate a BERT classifier on CSV files of texts and labels."
     parser = Parser("main.py", description=what, allow_abbrev=False)
     for title, rows in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -216,14 +216,14 @@ def build_parser() -> Parser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the arguments, and fill in the defaults that depend on the tuning method.
 
-    Returns the settings. Those that only the model knows may be None: `max_seq_length` and, without
-    --do_train, `problem_type`. Without --do_train those of training are None.
+    `max_seq_length` and, without --do_train, `problem_type` may be None: only the model knows them.
+    Without --do_train, training flags are None.
     A bad flag, value or combination ends the program with one line and exit status 2.
     """
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
     for word in argv:
-        if word.encode(errors="replace").decode() != word:  # the record of a run is UTF-8
+        if word.encode(errors="replace").decode() != word:  # run.json is UTF-8
             parser.error(f"{word!a} is not UTF-8")
     args = parser.parse_args(argv)
     check_tasks(parser, args)
@@ -241,13 +241,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
-    """Require a task; an evaluation strategy implies evaluation, as in HF's Trainer."""
+    """Check the task flags; --eval_strategy epoch implies --do_eval, as in HF's Trainer."""
     if args.do_train and args.eval_strategy == "epoch":
         args.do_eval = True
     if not (args.do_train or args.do_eval or args.do_predict):
-        parser.error("nothing to do: give --do_train, --do_eval or --do_predict")
+        parser.error("nothing to do: pass --do_train, --do_eval or --do_predict")
     if (args.prefix_paths is None) != (args.prefix_column is None):
-        parser.error("--prefix_paths and --prefix_column need each other")
+        parser.error("--prefix_paths and --prefix_column must be used together")
     if args.prefix_paths and (args.do_train or args.do_eval):
         parser.error("--prefix_paths works only with --do_predict")
     if args.prefix_paths and args.model_name_or_path != DEFAULT_BACKBONE:
@@ -255,7 +255,7 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def read_json(*path: str) -> dict:
-    """A JSON object in a file, or an empty one: model/ reports what is wrong with the file."""
+    """Read a JSON object, or return {} if that fails: model/ reports what is wrong."""
     try:
         content = json.loads(Path(*path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -264,7 +264,7 @@ def read_json(*path: str) -> dict:
 
 
 def fill_columns(args: argparse.Namespace) -> None:
-    """Columns that are not given are those that a tuned folder was tuned on."""
+    """Fill in missing column flags: as the model was tuned, else the defaults."""
     settings = read_json(args.model_name_or_path, "run.json").get("settings")
     if not (isinstance(settings, dict) and COLUMNS.keys() <= settings.keys()):
         settings = COLUMNS
@@ -272,7 +272,7 @@ def fill_columns(args: argparse.Namespace) -> None:
 
 
 def check_columns_and_paths(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuse columns and folders that contradict each other."""
+    """Reject conflicting columns or folders, and an unknown encoding."""
     if args.label_column_name in args.text_column_names:
         parser.error(f"--text_column_names: '{args.label_column_name}' is the label column")
     try:
@@ -287,7 +287,7 @@ def check_columns_and_paths(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def refuse_training_flags(parser: Parser, args: argparse.Namespace, argv: list[str]) -> None:
-    """Without --do_train, flags of training would be ignored, so they are errors."""
+    """Reject training flags without --do_train, which would be ignored; set them to None."""
     given = {word.partition("=")[0] for word in argv}
     for names, *_ in (row for title in NEEDS_TRAINING for row in GROUPS[title]):
         if found := given.intersection(names.split()):
@@ -296,7 +296,7 @@ def refuse_training_flags(parser: Parser, args: argparse.Namespace, argv: list[s
 
 
 def check_method(parser: Parser, args: argparse.Namespace) -> None:
-    """Settle the tuning method; prefix flags without it would be ignored, so they are errors.
+    """Determine the tuning method; reject prefix flags without a prefix, which would be ignored.
 
     An adapter that is tuned further keeps its method and its prefix.
     """
@@ -305,17 +305,17 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--prefix and --tuning_method {args.tuning_method} exclude each other")
     method = "prefix" if args.prefix else args.tuning_method
     tuned_by = None
-    if os.path.isfile(os.path.join(folder, "adapter_config.json")):  # PEFT's have no config.json
+    if os.path.isfile(os.path.join(folder, "adapter_config.json")):  # PEFT adds no config.json
         tuned_by = read_json(folder, "config.json").get("tuning_method", "prefix")
         if tuned_by not in METHODS or method not in (None, tuned_by):
             parser.error(
-                f"--tuning_method: {folder} was tuned by {tuned_by}; its method cannot be changed"
+                f"--tuning_method: {folder} was tuned with {tuned_by}; its method cannot be changed"
             )
     args.tuning_method = tuned_by or method or "full"
     args.prefix = args.tuning_method == "prefix"
     given = [name for name in PREFIX_FLAGS if getattr(args, name)]
     if given and tuned_by == "prefix":
-        parser.error(f"--{given[0]}: {folder} is a tuned prefix; it cannot be changed")
+        parser.error(f"--{given[0]} cannot change the tuned prefix in {folder}: omit the flag")
     if given and not args.prefix:
         parser.error(f"--{given[0]} needs --prefix")
     if args.prefix and not tuned_by:
@@ -330,7 +330,7 @@ def fill_prefix(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--prefix_init_text needs --prefix_init text")
     if args.prefix_projection:
         if args.prefix_init == "text" or args.prefix_init_text:
-            parser.error("--prefix_init text: the MLP of --prefix_projection starts at random")
+            parser.error("--prefix_init text: --prefix_projection requires --prefix_init random")
         args.prefix_init = "random"
         args.prefix_hidden_size = args.prefix_hidden_size or 512
     fill(args, PREFIX_DEFAULTS)
@@ -338,12 +338,12 @@ def fill_prefix(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def fill(args: argparse.Namespace, defaults: dict) -> None:
-    """Fill in the settings that were not given."""
+    """Set each argument that was not given to its default."""
     vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
 
 
 def check_training(parser: Parser, args: argparse.Namespace) -> None:
-    """Choosing an epoch needs an evaluation after each; steps are whole numbers."""
+    """Check the flags of training and evaluation, and fill in their defaults."""
     fill(args, {"problem_type": "single_label_classification"})
     multi_label = args.problem_type == "multi_label_classification"
     fill(args, {"eval_strategy": "epoch" if args.do_eval else "no"})
@@ -355,17 +355,17 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
     fill(args, {"metric_for_best_model": "micro_f1" if multi_label else "accuracy"})
     if args.metric_for_best_model == "micro_f1" and not multi_label:
         parser.error(
-            "--metric_for_best_model: micro_f1 is for multi-label data; with one label a row it "
-            "equals accuracy"
+            "--metric_for_best_model: micro_f1 is for multi-label data; with one label per row "
+            "it equals accuracy"
         )
     if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
-        parser.error("--report_to tensorboard: .venv/bin/pip install tensorboard first")
+        parser.error("--report_to tensorboard: first run .venv/bin/pip install tensorboard")
     if args.warmup_steps > 1 and args.warmup_steps % 1:
-        parser.error("--warmup_steps: give a whole number of steps, or a share below 1")
+        parser.error("--warmup_steps must be a whole number of steps, or a share below 1")
 
 
 def check_saving(parser: Parser, args: argparse.Namespace) -> None:
-    """Checkpoints that nobody asked for are for resuming, and are removed at the end of the run."""
+    """Check the checkpoint flags; checkpoints not asked for are removed when the run finishes."""
     asked = args.save_strategy is not None or args.save_steps is not None
     fill(args, {"save_strategy": "steps" if args.save_steps else "epoch"})
     if args.save_strategy == "steps":
@@ -379,14 +379,14 @@ def check_saving(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def defaults_name(args: argparse.Namespace) -> str:
-    """The key of `TUNING_DEFAULTS` that the arguments fall under."""
+    """Return the key of `TUNING_DEFAULTS` that applies to the arguments."""
     if args.prefix and args.prefix_projection:
         return "projected prefix"
     return "input prefix" if args.prefix_depth == "input" else args.tuning_method
 
 
 def learning_rate_warning(args: argparse.Namespace) -> str | None:
-    """A sentence if the learning rate was probably meant for another tuning method, else None."""
+    """Return a warning if the learning rate was probably meant for another method, else None."""
     method = defaults_name(args)
     default, *_, low, high = TUNING_DEFAULTS[method]
     if low <= args.learning_rate <= high:
@@ -394,6 +394,6 @@ def learning_rate_warning(args: argparse.Namespace) -> str | None:
     too_low = args.learning_rate < low
     side, effect = ("low", "slowly") if too_low else ("high", "badly or not at all")
     return (
-        f"--learning_rate {args.learning_rate:g} is {side} for {method} tuning: expect it to learn "
-        f"{effect} (the default is {default:g})"
+        f"--learning_rate {args.learning_rate:g} is {side} for {method} tuning: expect the model "
+        f"to learn {effect} (the default is {default:g})"
     )

@@ -1,6 +1,6 @@
-"""CSV files in; checked rows, labels and the leak audit out.
+"""Read CSV files into checked rows and labels, and audit them for leaks.
 
-Nothing here knows of models. N rows, C classes.
+Independent of any model. N rows, C classes.
 """
 
 import logging
@@ -22,7 +22,7 @@ from runtime.files import UserError, sha256
 logger = logging.getLogger(__name__)
 
 LABEL_SEPARATOR = "|"
-CHUNK_ROWS = 20_000  # of a test file that are in memory at a time
+CHUNK_ROWS = 20_000  # rows of a test file in memory at a time
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Split:
     sha256: str
     table: pd.DataFrame  # every column as text, N rows
     texts: list[str]
-    labels: list[list[str]] | None  # one or more names a row; None if the file has no labels
+    labels: list[list[str]] | None  # label names of each row; None if the file has no labels
     rows: list[int]  # each row's number in the file, from 1
     multi_label: bool = False  # whether a row may have several labels, or none
     dropped: int = 0  # rows without a text
@@ -48,17 +48,17 @@ class Split:
         return [text_key(text) for text in self.texts]
 
     def describe(self) -> dict:
-        """Entry for run.json."""
+        """Return the entry for run.json."""
         return {"path": self.path, "rows": len(self), "sha256": self.sha256}
 
     def sample(self, count: int | None, seed: int) -> "Split":
-        """`count` rows drawn at random, in the file's order; all if None or not fewer."""
+        """Draw `count` rows at random, in file order; all rows if `count` is None or too large."""
         if count is None or count >= len(self):
             return self
         return self.take(np.random.default_rng(seed).choice(len(self), count, replace=False))
 
     def take(self, chosen: np.ndarray) -> "Split":
-        """The rows of these numbers, from 0, in the file's order, without label ids."""
+        """Return the rows at these positions (from 0), in file order and without label ids."""
         chosen = np.sort(chosen)
         texts, labels, rows = (
             [values[i] for i in chosen] for values in (self.texts, self.labels, self.rows)
@@ -67,7 +67,7 @@ class Split:
         return replace(self, table=table, texts=texts, labels=labels, rows=rows, label_ids=None)
 
     def number_labels(self, names: list[str]) -> "Split":
-        """The same rows with their labels as numbers, in the order of `names`, if they have any.
+        """Return the same rows with `label_ids` set, in the order of `names`, if they have labels.
 
         Raises: UserError naming the labels that are not in `names`, and their rows.
         """
@@ -108,7 +108,7 @@ def read_chunks(
     drop_empty: bool = False,
     labels_required: bool = True,
 ) -> Iterator[Split]:
-    """Read and check a split file, `size` rows at a time or all at once.
+    """Read and check a CSV file, `size` rows at a time or all at once.
 
     Several text columns are joined by `delimiter`. With `labels_required=False` the label column
     may be missing or all blank.
@@ -136,22 +136,22 @@ def read_chunks(
 
 
 def read_split(path: str | Path, **options) -> Split:
-    """Read and check one whole split file, see `read_chunks`."""
+    """Read and check a whole CSV file, see `read_chunks`."""
     split = next(read_chunks(path, size=None, **options))
     report_dropped(split.path, split.dropped, len(split))
     return split
 
 
 def report_dropped(path: str, dropped: int, left: int) -> None:
-    """Warn of rows without a text. Raises: UserError if no row has one."""
+    """Warn about rows without a text. Raises: UserError if no row has a text."""
     if dropped:
         logger.warning("warning: %s: dropped %d rows without a text", path, dropped)
     if not left:
-        raise UserError(f"{path}: every text is blank")
+        raise UserError(f"{path}: every text is blank: see --text_column_names")
 
 
 def reading_options(settings: dict) -> dict:
-    """Options of `read_chunks` from the settings of a run."""
+    """Return the options of `read_chunks` for a run with these settings."""
     return {
         "text_columns": settings["text_column_names"],
         "label_column": settings["label_column_name"],
@@ -164,7 +164,7 @@ def reading_options(settings: dict) -> dict:
 
 @dataclass(frozen=True)
 class Stream:
-    """A test file of any size: checked as a whole first, then read a chunk at a time."""
+    """A test file of any size: first checked as a whole, then read chunk by chunk."""
 
     path: str
     sha256: str
@@ -172,13 +172,13 @@ class Stream:
     columns: list[str]
     labelled: bool
     names: list[str]  # the labels, in the order of their numbers
-    options: dict  # of read_chunks
+    options: dict  # for read_chunks
 
     def __len__(self) -> int:
         return self.rows
 
     def describe(self) -> dict:
-        """Entry for run.json."""
+        """Return the entry for run.json."""
         return {"path": self.path, "rows": self.rows, "sha256": self.sha256}
 
     def __iter__(self) -> Iterator[Split]:
@@ -190,7 +190,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Data:
-    """The files of a run, as far as its tasks need them."""
+    """The files that the tasks of a run need."""
 
     names: list[str]  # the labels, in the order of their numbers
     train: Split | None
@@ -199,28 +199,28 @@ class Data:
     training_keys: frozenset[str] | None  # of the training texts; None without a training file
 
     def describe(self) -> dict[str, dict]:
-        """Path, rows and checksum of each file, for run.json."""
+        """Return path, number of rows and checksum of each file, for run.json."""
         return {name: file.describe() for name, file in self.files()}
 
     def count_rows(self) -> dict[str, int]:
-        """Rows of each file, as `train_rows` and so on."""
+        """Count the rows of each file, as `train_rows` and so on."""
         return {f"{name}_rows": len(file) for name, file in self.files()}
 
     def to_predict(self) -> Iterator[Split]:
-        """The validation file and the chunks of the test file."""
+        """Yield the validation file and the chunks of the test file."""
         if self.eval is not None:
             yield self.eval
         if self.test is not None:
             yield from self.test
 
     def files(self) -> list[tuple[str, Split | Stream]]:
-        """The files there are, by the names of their uses."""
+        """List the files of this run with their names: train, eval, test."""
         files = (("train", self.train), ("eval", self.eval), ("test", self.test))
         return [(name, file) for name, file in files if file is not None]
 
 
 def read_splits(args: Namespace, settings: dict) -> dict[str, Split]:
-    """Read the files that training and evaluation need, as `train` and `eval`."""
+    """Read the training and validation files, if needed, as `train` and `eval`."""
     wanted = [("train", args.do_train, args.train_file)]
     wanted += [("eval", args.do_eval, args.validation_file)]
     options = reading_options(settings)
@@ -234,10 +234,10 @@ def prepare(
     names: list[str],
     labels_by_prefix: list[list[str]] | None = None,
 ) -> Data:
-    """Number the labels of all files, check the test file, and log what leaks.
+    """Number the labels of all files, check the test file, and log leaks.
 
-    names: all labels. labels_by_prefix: those of each of `--prefix_paths`.
-    Raises: UserError for labels that are not among them, and for an unusable test file.
+    names: all labels. labels_by_prefix: the labels of each folder in `--prefix_paths`.
+    Raises: UserError for an unknown label, and for an unusable test file.
     """
     train, validation, test, keys = splits.get("train"), splits.get("eval"), None, None
     if train is not None:
@@ -259,13 +259,13 @@ def open_stream(
     training_keys: frozenset[str] | None,
     labels_by_prefix: list[list[str]] | None = None,
 ) -> Stream:
-    """Check the whole test file, a chunk at a time; it may have no labels.
+    """Check the whole test file, chunk by chunk; it may have no labels.
 
-    Raises: UserError, also if only a part of the rows has labels.
+    Raises: UserError for a bad file, also if only some of its rows have labels.
     """
     path, options = args.test_file, reading_options(settings)
     rows, dropped, seen = 0, 0, 0
-    first: dict[bool, list[int]] = {True: [], False: []}  # rows with labels, and without
+    first: dict[bool, list[int]] = {True: [], False: []}  # first rows of chunks, labelled or not
     for chunk in read_chunks(path, size=CHUNK_ROWS, labels_required=False, **options):
         rows, dropped = rows + len(chunk), dropped + chunk.dropped
         if len(chunk):
@@ -279,10 +279,10 @@ def open_stream(
         if training_keys is not None:
             seen += seen_texts(training_keys, chunk.keys).sum()
     report_dropped(path, dropped, rows)
-    if first[True] and first[False] and not chunk.multi_label:  # there a blank means no label
+    if first[True] and first[False] and not chunk.multi_label:  # multi-label: a blank is valid
         raise UserError(
-            f"{path}: no '{args.label_column_name}' from row {first[False][0]} on, while others "
-            "have one"
+            f"{path}: no '{args.label_column_name}' from row {first[False][0]} on, but other rows "
+            "have one: fill it in, or leave it blank in all rows"
         )
     if training_keys is not None:
         log_seen(path, rows, seen)
@@ -290,7 +290,7 @@ def open_stream(
 
 
 def canonical_label(text: str) -> str:
-    """One spelling of a label: `1`, ` 1` and `1.0` (as pandas may write it) are the same."""
+    """Normalise a label: ` 1` and `1.0` (as pandas may write it) become `1`."""
     text = text.strip()
     return re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
 
@@ -303,10 +303,10 @@ def read_labels(
     multi_label: bool,
     required: bool,
 ) -> list[list[str]] | None:
-    """The labels of each row, or None if they are missing and not required.
+    """Return the labels of each row, or None if they are missing and not required.
 
-    Raises: UserError for a row without a label (with several labels a row, a blank cell means
-        that none applies).
+    Raises: UserError for a row without a label (in multi-label data, a blank cell means that no
+        label applies).
     """
     if column not in table or (not required and not table[column].str.strip().any()):
         return None
@@ -319,7 +319,7 @@ def read_labels(
     if missing:
         raise UserError(
             f"{path}: no '{column}' in {row_list(missing)}; fill it in, remove such rows, or, if a "
-            "row may have several labels or none, give --problem_type multi_label_classification"
+            "row may have several labels or none, pass --problem_type multi_label_classification"
         )
     return labels
 
@@ -330,7 +330,7 @@ def check_labels(
     index: np.ndarray | None,
     labels_by_prefix: list[list[str]] | None,
 ) -> None:
-    """Raises: UserError for labels not in `names`, or not among those of a row's prefix."""
+    """Check labels. Raises: UserError for one not in `names`, or unknown to its row's prefix."""
     if chunk.labels is None or labels_by_prefix is None:
         chunk.number_labels(names)
         return
@@ -339,7 +339,7 @@ def check_labels(
 
 
 def label_names(train: Split) -> list[str]:
-    """The C labels of the training file, sorted: numbers as numbers, before words.
+    """Return the C labels of the training file, sorted: numbers by value, then words.
 
     Raises: UserError if there are fewer than two.
     """
@@ -355,17 +355,17 @@ def label_names(train: Split) -> list[str]:
 
 
 def text_key(text: str) -> str:
-    """Two texts are the same if they agree up to case and whitespace, that is, in this key."""
+    """Return a text's key: two texts are the same if they agree up to case and whitespace."""
     return " ".join(text.split()).casefold()
 
 
 def seen_texts(training_keys: frozenset[str], keys: list[str]) -> np.ndarray:
-    """Whether each key is among those of the training file: bool [N]."""
+    """Whether each key occurs in the training file: bool [N]."""
     return np.array([key in training_keys for key in keys], dtype=bool)
 
 
 def log_seen(path: str, rows: int, seen: int) -> None:
-    """Log how much of a file the model sees in training."""
+    """Log what share of a file's rows the model sees in training."""
     share = 100 * seen / rows
     logger.info(
         "%s: %d rows, %.1f %% of them with a text from the training file", path, rows, share
@@ -375,13 +375,13 @@ def log_seen(path: str, rows: int, seen: int) -> None:
 def audit(train: Split) -> frozenset[str]:
     """Warn about training data that makes the results less reliable; drop nothing.
 
-    Returns the keys of its texts.
+    Returns the keys of the training texts.
     """
     keys = frozenset(train.keys)
     logger.info("%s: %d rows, %d distinct texts", train.path, len(train), len(keys))
     counts = Counter(name for names in train.labels for name in names)
     if joined := [name for name in counts if LABEL_SEPARATOR in name]:
-        advice = "if it is several, give --problem_type multi_label_classification"
+        advice = "if it is several, pass --problem_type multi_label_classification"
         logger.warning("warning: %s: '%s' is one label; %s", train.path, joined[0], advice)
     if single := [name for name, count in counts.items() if count == 1]:
         logger.warning("warning: %s: only one row of label %s", train.path, ", ".join(single))
@@ -392,7 +392,7 @@ def audit(train: Split) -> frozenset[str]:
 
 
 def contradictions(split: Split) -> int:
-    """How many distinct texts carry more than one set of labels."""
+    """Count the distinct texts that occur with more than one set of labels."""
     labels: dict[str, set] = {}
     for key, names in zip(split.keys, split.labels, strict=True):
         labels.setdefault(key, set()).add(tuple(sorted(names)))

@@ -1,7 +1,7 @@
-"""Tune a BERT classifier on CSV files and score it; the story of a run, from top to bottom.
+"""Tune and evaluate a BERT classifier on CSV files; `run` reads from top to bottom.
 
 `python main.py --help` lists the flags; `bash script/run_og.sh` and `bash script/run_prefix.sh` are
-the usual ways to call it.
+the usual ways to start it.
 """
 
 import os
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from arguments import learning_rate_warning, parse_args
 
-if __name__ == "__main__":  # --help and typos are answered before torch loads, which takes seconds
+if __name__ == "__main__":  # answer --help and typos before torch loads, which takes seconds
     parse_args()
     for package in ("torch", "transformers", "pandas", "sklearn", "matplotlib", "jinja2"):
         if not find_spec(package):
@@ -18,8 +18,8 @@ if __name__ == "__main__":  # --help and typos are answered before torch loads, 
             print(f"error: {package} is not installed here; {advice}", file=sys.stderr)
             sys.exit(2)
     print("loading libraries ...", file=sys.stderr)
-# How long OpenMP threads spin at a barrier before they sleep; torch reads it when it loads. By
-# default they spin so long that training beside other processes falls to a tenth of its speed.
+# Limit how long OpenMP threads spin at a barrier before they sleep; torch reads it at import. By
+# default they spin so long that training alongside other processes drops to a tenth of its speed.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import logging
@@ -56,7 +56,7 @@ logger = logging.getLogger("main")
 CONTINUE = "add --resume_from_checkpoint auto to the same command to continue"
 OUT_OF_MEMORY = (
     "error: out of memory: lower --per_device_train_batch_size (and raise "
-    "--gradient_accumulation_steps), --per_device_eval_batch_size or --max_seq_length, or give "
+    "--gradient_accumulation_steps), --per_device_eval_batch_size or --max_seq_length, or pass "
     "--gradient_checkpointing; checkpoints are intact"
 )
 
@@ -98,15 +98,15 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def run(args: Namespace) -> None:
-    """One run, from checked arguments to published results."""
+    """Execute one run, from checked arguments to published results."""
     with processes.joined() as group, opened(args, group.is_main) as output:
-        # start: what to compute with, and what the run starts from
+        # start: the machine to compute on, and the model to start from
         machine = pick_machine(args.precision, group)
         start = BankStart(args) if args.prefix_paths else Start(args)
         logger.info("%s, model %s", machine, start.source.name)
         settings = start.settings(args) | machine.describe()
 
-        # data: read, checked, audited for leaks
+        # data: read, check, audit for leaks
         splits = dataset.read_splits(args, settings)
         if args.do_train:
             start.set_labels(dataset.label_names(splits["train"]))
@@ -114,10 +114,10 @@ def run(args: Namespace) -> None:
         check_columns(data)
         tokenizer = start.tokenizer()
 
-        # record: everything the results depend on
+        # record: describe everything the results depend on
         record = describe_run(settings, start.describe(), data.names, data.describe())
 
-        # resume: is it done already? is there a checkpoint?
+        # resume: has this run already finished? is there a checkpoint?
         if group.from_main(group.is_main and output.is_finished(record)):
             if group.is_main:
                 logger.info("this run has already finished")
@@ -133,13 +133,13 @@ def run(args: Namespace) -> None:
         machine.place(model)
         results = data.count_rows() | start.count(model)
 
-        # train; the model ends as its best epoch by the validation file
+        # train; the model ends with its best epoch on the validation file
         if args.do_train:
             results |= tune(
                 model, tokenizer, data, args, machine, start, output, record, checkpoint
             )
 
-        # score; the test file only now, when every choice is made
+        # score; the test file is used only now that every choice has been made
         def classify(split: Split) -> torch.Tensor:
             index = prefix_index(split, args.prefix_column, args.prefix_paths)
             encoded = encode(tokenizer, split, start.config.max_seq_length, index)
@@ -158,9 +158,9 @@ def run(args: Namespace) -> None:
 def find_checkpoint(
     output: OutputFolder, args: Namespace, record: dict, group: Group
 ) -> Checkpoint | None:
-    """The checkpoint that this run resumes, or None to start from the beginning.
+    """Return the checkpoint to resume from, or None to start from the beginning.
 
-    Raises: UserError if it is damaged, or belongs to another run.
+    Raises: UserError if the checkpoint is damaged or belongs to another run.
     """
     if not (args.resume_from_checkpoint and group.is_main):
         return None
@@ -184,7 +184,7 @@ def tune(
     record: dict,
     checkpoint: Checkpoint | None,
 ) -> dict:
-    """Train, with checkpoints, and write the tuned model; returns the figures of the training."""
+    """Train with checkpoints, write the tuned model, and return the training figures."""
     if warning := learning_rate_warning(args):
         logger.warning("warning: %s", warning)
     is_main, length = machine.group.is_main, start.config.max_seq_length
@@ -192,7 +192,7 @@ def tune(
     eval_set = encode(tokenizer, data.eval, length) if args.eval_strategy == "epoch" else None
     train_words_in_use(model, train_set.token_ids)
 
-    if checkpoint:  # the run may have been killed before it removed the older ones
+    if checkpoint:  # the run may have been killed before it removed older checkpoints
         checkpoints.prune(output.staging, args.save_total_limit, checkpoint.state["best_step"])
 
     def fill(folder: Path) -> None:
@@ -218,7 +218,7 @@ def tune(
             checkpoint,
             received_signal,
         )
-    if number := received_signal():  # after the last step was asked for it
+    if number := received_signal():  # a signal that came after the last step
         signal.raise_signal(number)
     if is_main:
         with writing(output.staging):

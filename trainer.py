@@ -1,4 +1,4 @@
-"""The training loop, written by hand: `train`, `predict`, `evaluate`.
+"""The training loop, without HF's Trainer: `train`, `predict`, `evaluate`.
 
 B batch, C classes, N rows, U distinct texts.
 """
@@ -31,14 +31,14 @@ Save = Callable[[dict, Tensors], None]  # takes the state and the tensors of a c
 
 
 class Stopped(Exception):
-    """Training was asked to stop and is saved. Arguments: the step and the signal."""
+    """Training was stopped by a signal and saved. Arguments: the step and the signal number."""
 
 
 # ------------------------------------------------------------------------- optimizer, schedule
 
 
 def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, grouped by learning rate and weight decay."""
+    """Build AdamW over the trainable parameters, grouped by learning rate and weight decay."""
     method = method_of(model.config)
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
@@ -53,19 +53,19 @@ def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
 
 
 def learning_rate_factor(step: int, total: int, warmup: int) -> float:
-    """Share of the peak at a step counted from 0: a linear rise, then a linear fall to 0."""
+    """Return the share of the peak rate at `step` (from 0): linear warm-up, then decay to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return (total - step) / (total - warmup)
 
 
 def warmup_steps(wanted: float, total: int) -> int:
-    """Steps of warm-up: `wanted` below 1 is a share of all steps, as in transformers 5."""
+    """Return the warm-up steps; `wanted` below 1 is a share of all steps, as in transformers 5."""
     return min(round(wanted if wanted >= 1 else wanted * total), total - 1)
 
 
 def set_learning_rate(optimizer: torch.optim.AdamW, progress: Progress, args: Namespace) -> float:
-    """Set the rates of the next step by the schedule; returns that of the body."""
+    """Set the learning rates of the next step; returns the scheduled `args.learning_rate`."""
     warmup = warmup_steps(args.warmup_steps, progress.total)
     factor = learning_rate_factor(progress.done, progress.total, warmup)
     for group in optimizer.param_groups:
@@ -74,7 +74,7 @@ def set_learning_rate(optimizer: torch.optim.AdamW, progress: Progress, args: Na
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """Seed of dropout: a function of its arguments alone, so a resumed run cannot drift."""
+    """Return a dropout seed that depends on the arguments alone, so a resumed run cannot drift."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
@@ -92,16 +92,16 @@ def train(
     checkpoint: Checkpoint | None = None,
     stop_requested: Callable[[], int] = int,
 ) -> dict[str, float]:
-    """Train the trainable parameters, in place; a moving average of them is what counts.
+    """Train the model in place, and leave it with a moving average of the trainable parameters.
 
-    With an `eval_set` each epoch is evaluated, and with `args.load_best_model_at_end` the model
-    ends as its best one. `save` gets state and tensors after each epoch, and every
-    `args.save_steps`, unless `args.save_strategy` is "no". From a `checkpoint` the run is resumed,
-    and ends as if it had never stopped. `stop_requested` is called after each step; if it returns
-    the number of a signal, the step is saved and training ends.
+    With an `eval_set`, each epoch is evaluated; with `args.load_best_model_at_end`, the model ends
+    with the weights of the best epoch. `save` receives state and tensors after each epoch and every
+    `args.save_steps` steps, unless `args.save_strategy` is "no". With a `checkpoint`, the run is
+    resumed and ends as if it had never stopped. `stop_requested` is called after each step; if it
+    returns a signal number, the step is saved and training stops.
 
     Returns `train_loss` (mean over all examples), `train_runtime` (seconds, with evaluations),
-    `train_samples_per_second`, `train_steps` and, if one was chosen, `best_epoch`.
+    `train_samples_per_second`, `train_steps` and, if an epoch was chosen, `best_epoch`.
     Raises: UserError, before the weights change, if loss or gradient is not finite; Stopped, after
         the step is saved.
     """
@@ -113,7 +113,7 @@ def train(
 
     with logging_redirect_tqdm(), progress:
         while not state.is_over(args.early_stopping_patience):
-            # the order of the rows: a function of (seed, epoch)
+            # order the rows; the order depends on (seed, epoch) alone
             batches = training_batches(train_set.row_lengths, step_size, args.seed, progress.epoch)
             if not progress.done:
                 log_plan(batches, train_set, total, step_size, args)
@@ -131,7 +131,7 @@ def train(
                     due = args.save_steps and progress.done % args.save_steps == 0
                     save_if_due(state, due, machine, save, stop_requested)
 
-            # evaluate on the validation file, remember the best epoch, save this one
+            # evaluate on the validation file, remember the best epoch, save a checkpoint
             if eval_set is not None:
                 evaluate_epoch(state, eval_set, args, machine, record)
             save_if_due(state, args.save_strategy != "no", machine, save, stop_requested)
@@ -141,7 +141,7 @@ def train(
 def log_plan(
     batches: list[np.ndarray], train_set: Encoded, total: int, step_size: int, args: Namespace
 ) -> None:
-    """Log the number of steps, and the share of padding in an epoch of these batches."""
+    """Log the number of steps, and the share of padding in the batches of an epoch."""
     size = args.per_device_train_batch_size
     micro = [part for batch in batches for part in chunks(batch, size)]
     share = 100 * padding_share(train_set.row_lengths, micro)
@@ -155,7 +155,7 @@ def save_if_due(
     save: Save,
     stop_requested: Callable[[], int],
 ) -> None:
-    """Save a checkpoint if one is due. Raises: Stopped after saving, if that was requested."""
+    """Save a checkpoint if one is due or a stop is requested. Raises: Stopped after the latter."""
     stop = machine.group.max_over_processes(stop_requested())
     if due or stop:
         with state.average.applied():
@@ -186,12 +186,12 @@ def training_step(
     args: Namespace,
     machine: Machine,
 ) -> tuple[float, float]:
-    """Do the optimizer's step number `step` on `rows`; returns mean loss and gradient norm.
+    """Do optimizer step number `step` on `rows`; returns mean loss and gradient norm.
 
     Every row weighs 1 / len(rows), so a short last batch is weighted correctly; apart from dropout,
     accumulation and several processes reproduce one large batch.
     """
-    # forward and backward over micro-batches, with the step's own dropout
+    # forward and backward over micro-batches, with a dropout seed for this step
     torch.manual_seed(step_seed(args.seed, step, machine.group.rank))
     loss = torch.zeros((), device=machine.device)
     mine = machine.group.share(rows)
@@ -216,7 +216,7 @@ def training_step(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         numbers = ", ".join(str(train_set.rows[row]) for row in sorted(rows)[:8])
         raise UserError(
-            f"the loss is {loss:g} and the norm of its gradient {norm:g}, at step {step + 1}, on "
+            f"the loss is {loss:g} and the gradient norm {norm:g}, at step {step + 1}, on "
             f"the training file's rows {numbers}{', ...' if len(rows) > 8 else ''}; "
             "the weights were not changed: lower --learning_rate"
         )
@@ -232,9 +232,9 @@ def training_step(
 
 @torch.inference_mode()
 def predict(model: nn.Module, data: Encoded, args: Namespace, machine: Machine) -> torch.Tensor:
-    """Logits of every row, in the order of the rows: float32 [N, C]. No text is scored twice.
+    """Compute the logits of all rows, in order: float32 [N, C]. No text is computed twice.
 
-    Raises: UserError if one is not finite, since it would count as a prediction.
+    Raises: UserError for a logit that is not finite, since it would count as a prediction.
     """
     model.eval()
     group = machine.group
@@ -249,14 +249,14 @@ def predict(model: nn.Module, data: Encoded, args: Namespace, machine: Machine) 
         group.all_reduce_sum([of_text])
         of_text = of_text.cpu()
     if not of_text.isfinite().all():
-        raise UserError("the model's logits are not finite: it diverged, lower --learning_rate")
+        raise UserError("the logits are not finite: the model diverged; lower --learning_rate")
     return of_text[data.text_index]  # [U, C] -> [N, C]
 
 
 def evaluate(
     model: nn.Module, data: Encoded, args: Namespace, machine: Machine
 ) -> dict[str, float]:
-    """Metrics over the whole file at once, see `compute_metrics`."""
+    """Compute the metrics of the whole file at once, see `compute_metrics`."""
     logits = predict(model, data, args, machine)
     found = Predictions.of(logits, data.labels.ndim == 2)
     if data.labels.ndim == 1 and len(np.unique(found.label)) == 1:

@@ -15,29 +15,29 @@ from sklearn.metrics import confusion_matrix, multilabel_confusion_matrix
 from evaluation.predictions import Predictions
 from model.sequence_classification import classification_loss
 
-BINS = 10  # of confidence, in the reliability curve
-RESAMPLES = 1000  # of a bootstrap
-MISTAKES = 20  # the most confident, for a report
+BINS = 10  # bins of confidence in the reliability curve
+RESAMPLES = 1000  # resampled files of a bootstrap
+MISTAKES = 20  # most confident mistakes shown in a report
 
-# Rows of the closing table, by their keys in all_results.json after `eval_` and `test_`.
+# Rows of the summary table, by their keys in all_results.json without `eval_` and `test_`.
 TITLES = {
     "rows": "rows",
     "accuracy": "accuracy",
-    "accuracy_interval": "  95 % interval",
+    "accuracy_interval": "accuracy, 95 % interval",
     "macro_f1": "macro F1",
     "weighted_f1": "weighted F1",
     "micro_f1": "micro F1",
     "loss": "log loss",
     "ece": "calibration error",
-    "seen_share": "text in training file",
+    "seen_share": "share of seen texts",
     "accuracy_seen": "accuracy on seen texts",
     "accuracy_unseen": "accuracy on unseen texts",
-    "accuracy_unseen_interval": "  95 % interval",
+    "accuracy_unseen_interval": "unseen, 95 % interval",
 }
 
 
 class Counts:
-    """What the metrics of any number of rows need; it grows with the classes only."""
+    """Running sums behind the metrics; their size depends on the number of classes only."""
 
     def __init__(self, multi_label: bool) -> None:
         self.multi_label = multi_label
@@ -46,9 +46,9 @@ class Counts:
         self.bins = np.zeros((3, BINS))  # rows, hits and summed confidence, by confidence
 
     def add(self, found: Predictions, label_ids: np.ndarray) -> np.ndarray:
-        """Count rows; label_ids: int64 [N], or float32 [N, C] of 0 and 1.
+        """Add rows; label_ids: int64 [N], or float32 [N, C] of 0 and 1.
 
-        Returns which rows are right: bool [N].
+        Returns whether each row is right: bool [N].
         """
         right = found.is_right(label_ids)
         self.rows += len(label_ids)
@@ -56,21 +56,21 @@ class Counts:
         self.loss += classification_loss(found.logits, torch.from_numpy(label_ids)).item()
         classes = range(found.logits.shape[1])
         tables = multilabel_confusion_matrix(label_ids, found.label, labels=classes)
-        self.tables += tables.astype(np.int64)  # which it is not if there is no hit
+        self.tables += tables.astype(np.int64)  # scikit-learn returns floats if no row is right
         place = np.minimum((found.confidence * BINS).astype(int), BINS - 1)
         weights = (np.ones(len(right)), right, found.confidence)
         self.bins += [np.bincount(place, weight, BINS) for weight in weights]
         return right
 
     def merge(self, other: "Counts") -> None:
-        """Count the other's rows too."""
+        """Add the rows of another `Counts`."""
         for name in ("rows", "hits", "loss", "tables", "bins"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def metrics(self) -> dict[str, float]:
-        """Loss, accuracy and macro F1; with several labels a row also micro F1.
+        """Compute loss, accuracy and macro F1, for multi-label data also micro F1.
 
-        With several labels a row, accuracy is that of the whole row. Macro F1 averages over the
+        A multi-label row counts as right only if all of its labels are. Macro F1 averages over the
         classes that occur in the labels or the predictions; a class without a hit has F1 0.
         """
         hits, wrong = self.tables[:, 1, 1], self.tables[:, 0, 1] + self.tables[:, 1, 0]
@@ -86,7 +86,7 @@ class Counts:
         return found
 
     def per_class(self) -> dict[str, list[float]]:
-        """Precision, recall, F1 and support of each class; 0 for 0 / 0."""
+        """Compute precision, recall, F1 and support of each class; 0 / 0 counts as 0."""
         hits = self.tables[:, 1, 1]
         predicted, support = self.tables[:, :, 1].sum(axis=1), self.tables[:, 1].sum(axis=1)
         return {
@@ -97,9 +97,9 @@ class Counts:
         }
 
     def more_metrics(self) -> dict[str, float]:
-        """F1 weighted by the classes' support, and the expected calibration error.
+        """Compute F1 weighted by class support, and the expected calibration error.
 
-        The latter is the mean distance of confidence and accuracy over bins of equal width (Guo et
+        The latter is the mean gap between confidence and accuracy over bins of equal width (Guo et
         al. 2017, https://arxiv.org/abs/1706.04599).
         """
         each = self.per_class()
@@ -111,26 +111,26 @@ class Counts:
 
 
 def compute_metrics(found: Predictions, label_ids: np.ndarray) -> dict[str, float]:
-    """The `Counts.metrics` of these rows."""
+    """Return the `Counts.metrics` of these rows."""
     counts = Counts(label_ids.ndim == 2)
     counts.add(found, label_ids)
     return counts.metrics()
 
 
 class Bootstrap:
-    """The 95 % interval of an accuracy, had other texts been drawn.
+    """Bootstrap 95 % interval of an accuracy, over the random choice of texts.
 
-    Distinct texts are drawn, not rows, since the rows of one text are right or wrong together. Each
-    text is drawn as often as a Poisson variable says (Chamandy et al. 2012, "Estimating
-    uncertainty for massive data streams"). The variable is a function of the text, so memory is
-    constant and a text that occurs again counts as the same.
+    Distinct texts are drawn, not rows, since the rows of one text are right or wrong together. The
+    number of times a text is drawn follows a Poisson distribution (Chamandy et al. 2012,
+    "Estimating uncertainty for massive data streams"). It is a function of the text, so memory is
+    constant and a repeated text counts as the same one.
     """
 
     def __init__(self) -> None:
         self.sums = np.zeros((2, RESAMPLES))  # rows and hits of each resampled file
 
     def add(self, keys: list[str], right: np.ndarray) -> None:
-        """Count rows: the keys of their texts, and whether each is right, bool [N]."""
+        """Add rows: the keys of their texts, and whether each row is right, bool [N]."""
         text_index, texts = pd.factorize(np.array(keys, dtype=object))
         counts = np.stack([np.bincount(text_index), np.bincount(text_index, right)])  # [2, U]
         for start in range(0, len(texts), 1000):
@@ -140,7 +140,7 @@ class Bootstrap:
             self.sums += counts[:, part] @ np.array(drawn)
 
     def interval(self) -> list[float]:
-        """Its two ends."""
+        """Return the two ends of the interval."""
         rows, hits = self.sums[:, self.sums[0] > 0]
         return np.percentile(hits / rows, [2.5, 97.5]).tolist()
 
@@ -162,12 +162,12 @@ class Score:
         keys: list[str],
         seen: np.ndarray | None,
     ) -> "Score":
-        """Count rows, with their texts and the keys of these.
+        """Add rows, with their texts and the keys of the texts.
 
-        seen, bool [N]: whether each text is in the training file; None if that is not known.
+        seen, bool [N]: whether each text is in the training file; None if unknown.
         """
         self.audited = seen is not None
-        if seen is None:  # the parts then mean nothing, but their sum does
+        if seen is None:  # only the sum of both parts is used then
             seen = np.zeros(len(label_ids), dtype=bool)
         for part, rows in (("seen", seen), ("unseen", ~seen)):
             if rows.any():
@@ -183,7 +183,7 @@ class Score:
     def add_mistakes(self, found: Predictions, label_ids: np.ndarray, texts: list[str]) -> None:
         """Keep the most confident wrong predictions, each text once."""
         wrong = np.flatnonzero(~found.is_right(label_ids))
-        rows: dict[str, int] = {}  # by their texts
+        rows: dict[str, int] = {}  # by text
         for row in wrong[np.argsort(-found.confidence[wrong], kind="stable")]:
             rows.setdefault(texts[row], row)
             if len(rows) == MISTAKES:
@@ -201,7 +201,7 @@ class Score:
         self.mistakes = sorted(unique, key=lambda one: -one["confidence"])[:MISTAKES]
 
     def whole(self) -> tuple[Counts, Bootstrap]:
-        """Counts and bootstrap of all rows."""
+        """Return counts and bootstrap of all rows."""
         counts, bootstrap = Counts(self.multi_label), Bootstrap()
         for part, of_texts in self.parts.values():
             if part.rows:
@@ -210,10 +210,10 @@ class Score:
         return counts, bootstrap
 
     def results(self, name: str) -> dict[str, float | list[float] | None]:
-        """Metrics of the file `name`, as `name_accuracy` and so on.
+        """Return the metrics of the file `name`, as `name_accuracy` and so on.
 
-        If the training file is known, also the share of seen texts, and the accuracy on them and on
-        all others; None if there are no such rows.
+        If the training file is known, they include the share of rows with a seen text and the
+        accuracy on seen and on unseen texts, None if there are no such rows.
         """
         counts, bootstrap = self.whole()
         results = {**counts.metrics(), **counts.more_metrics()}
@@ -228,7 +228,7 @@ class Score:
         return prefixed(name, results)
 
     def details(self) -> dict:
-        """Per-class figures, confusion matrix, reliability curve and worst mistakes, as JSON."""
+        """Return class figures, confusion matrix, reliability curve and worst mistakes, as JSON."""
         counts, _ = self.whole()
         return {
             **counts.per_class(),
@@ -241,5 +241,5 @@ class Score:
 
 
 def prefixed(name: str, metrics: dict[str, float]) -> dict[str, float]:
-    """`{"accuracy": x}` as `{"eval_accuracy": x}`."""
+    """Prefix the keys: `{"accuracy": x}` becomes `{"eval_accuracy": x}`."""
     return {f"{name}_{key}": value for key, value in metrics.items()}

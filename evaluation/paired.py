@@ -1,4 +1,4 @@
-"""Is one run better than another on the same texts? A paired test of finished runs.
+"""Paired test of finished runs: is one better than the other on the same texts?
 
 N rows.
 """
@@ -18,24 +18,23 @@ RESAMPLES = 9999
 
 
 class PairedTest(NamedTuple):
-    """The outcome of `paired_test`."""
+    """Result of `paired_test`."""
 
     one: float  # accuracy
     other: float
     difference: float  # of the accuracies, other - one
-    p: float  # two-sided; 0.0002 is the least it can be
-    texts: int  # distinct ones
+    p: float  # two-sided, at least 0.0002
+    texts: int  # number of distinct texts
 
 
 def read_predictions(folder: str | Path) -> pd.DataFrame:
-    """Each row of a run's test file: the key of its text, its labels, the prediction as it is
-    written (`answer`), and whether it is right.
+    """Read a run's predictions, as columns text (key), labels, answer (as written) and right.
 
-    Raises: UserError for a folder without a finished run or without labelled predictions.
+    Raises: UserError if the folder has no finished run or its predictions have no labels.
     """
     settings = read_record(Path(folder) / RUN_FILE).get("settings")
     if not settings:
-        raise UserError(f"{folder} holds no finished run")
+        raise UserError(f"{folder} contains no finished run: pass the folder of one")
     options = reading_options(settings) | {"encoding": "utf-8"}
     split = read_split(Path(folder) / "predictions.csv", **options)
     labels = [frozenset(names) for names in split.labels]
@@ -51,11 +50,11 @@ def read_predictions(folder: str | Path) -> pd.DataFrame:
 def paired_test(one: pd.DataFrame, other: pd.DataFrame) -> PairedTest | None:
     """Compare two methods on the same texts, from tables with the columns `text` and `right`.
 
-    A table holds the rows of any number of runs. Each distinct text weighs the same, with its share
-    of right predictions over rows and runs. A permutation test: if both methods were alike, the two
-    shares of a text could as well be exchanged. It does not know what other seeds would give.
+    A table contains the rows of any number of runs. Each distinct text has the same weight; its
+    score is its share of right predictions over rows and runs. The permutation test swaps the two
+    scores of texts at random, as if the methods were equal. It ignores variation between seeds.
 
-    Returns None if the texts differ, or for fewer than two.
+    Returns None if the texts differ or are fewer than two.
     """
     shares = [table.groupby("text")["right"].mean().astype(float) for table in (one, other)]
     if not shares[0].index.equals(shares[1].index) or len(shares[0]) < 2:

@@ -21,7 +21,7 @@ from runtime.files import UserError, writing
 
 @dataclass(frozen=True)
 class Predictions:
-    """What logits say about N rows."""
+    """Predictions of N rows, derived from their logits."""
 
     logits: torch.Tensor  # float32 [N, C]
     probability: np.ndarray  # softmax over the classes, or a sigmoid for each: float32 [N, C]
@@ -30,7 +30,7 @@ class Predictions:
 
     @classmethod
     def of(cls, logits: torch.Tensor, multi_label: bool) -> Self:
-        """With several labels a row, one applies from a probability of one half, independently."""
+        """Derive predictions from logits; multi-label: every label of probability 0.5 or more."""
         if multi_label:
             probability = logits.sigmoid().numpy()
             label = (probability >= 0.5).astype(int)
@@ -41,22 +41,22 @@ class Predictions:
         return cls(logits, probability, label, confidence)
 
     def take(self, rows: np.ndarray) -> Self:
-        """Those of some rows, bool [N]."""
+        """Return the predictions of the selected rows, bool [N]."""
         return type(self)(*(part[rows] for part in vars(self).values()))
 
     def is_right(self, label_ids: np.ndarray) -> np.ndarray:
-        """Whether each row, all of its labels, is predicted right: bool [N]."""
+        """Return whether each row is right, bool [N]; multi-label: all of its labels."""
         right = self.label == label_ids
         return right.all(axis=1) if label_ids.ndim == 2 else right
 
 
 def added_columns(names: list[str]) -> list[str]:
-    """The columns that predictions.csv adds to those of the input."""
+    """Return the columns that predictions.csv adds to the input's columns."""
     return ["predicted", "confidence", *(f"probability_{name}" for name in names)]
 
 
 def check_columns(data: Data) -> None:
-    """Raises: UserError if the test file has a column that the predictions add."""
+    """Check the test file. Raises: UserError if it has a column that the predictions add."""
     if data.test is None:
         return
     if clash := set(data.test.columns).intersection(added_columns(data.names)):
@@ -72,7 +72,7 @@ def prediction_writer(
 ) -> Iterator[Callable[[pd.DataFrame, Predictions], None]]:
     """Open predictions.csv: one row per input row, in order. Yields a function that adds a chunk.
 
-    A row holds the input's `columns` and `added_columns`. Words are quoted, so any text survives.
+    A row has the input's `columns` and the `added_columns`. Strings are quoted, to keep any text.
     """
     with writing(path), open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""Score a model on the files of a run, and publish what the run found."""
+"""Score a model on the files of a run, and publish the results of the run."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from runtime.record import peak_memory_bytes
 
 logger = logging.getLogger(__name__)
 
-Classify = Callable[[Split], torch.Tensor]  # to logits, float32 [N, C]
+Classify = Callable[[Split], torch.Tensor]  # split -> logits, float32 [N, C]
 
 
 def score(classify: Classify, data: Data, multi_label: bool, output: OutputFolder) -> dict:
@@ -56,7 +56,7 @@ def score(classify: Classify, data: Data, multi_label: bool, output: OutputFolde
 
 
 def log_speed(done: int, total: int, start: float) -> float:
-    """Rows a second since `start`, logged while rows are left."""
+    """Return the rows per second since `start`; log progress while rows are left."""
     speed = done / (time.perf_counter() - start)
     if done < total:
         left = (total - done) / speed
@@ -67,7 +67,7 @@ def log_speed(done: int, total: int, start: float) -> float:
 def publish(
     output: OutputFolder, record: dict, results: dict, keep_checkpoints: bool = False
 ) -> None:
-    """Write figures, model card and report; then all files of the run appear, and the summary."""
+    """Write figures, model card and report, publish the run's files and print the summary."""
     results["peak_memory_bytes"] = peak_memory_bytes()
     output.write_json("all_results.json", results)
     if "train_runtime" in results:
@@ -87,4 +87,4 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter's exit fails on it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - else the interpreter fails at exit

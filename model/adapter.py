@@ -1,7 +1,7 @@
-"""Adapter folders, in PEFT's layout: what was trained on top of a backbone, and its name.
+"""Adapter folders in PEFT's layout: the weights trained on a backbone, and the backbone's name.
 
 Format: PEFT 0.21 (https://github.com/huggingface/peft), SEQ_CLS. Labels and `max_seq_length`, which
-PEFT does not store, are in a config.json beside, which it does not read.
+PEFT does not store, are in an additional config.json, which PEFT does not read.
 """
 
 import copy
@@ -23,16 +23,16 @@ PREFIX = "prefix_encoder.embedding.weight"
 
 
 def stored_name(name: str) -> str:
-    """PEFT's name of one of our parameters."""
+    """Return PEFT's name for one of our parameters."""
     return "prompt_embeddings" if name == PREFIX else f"base_model.{name}"
 
 
 def save(
     folder: Path, config: BertConfig, tensors: dict[str, Tensor], settings: dict, changes: dict
 ) -> None:
-    """Write what was trained, by our names, and nothing of the backbone.
+    """Write the trained `tensors` (by our names), without the backbone.
 
-    settings: the content of adapter_config.json. changes: to the config, in what is stored.
+    settings: the content of adapter_config.json. changes: entries to change in config.json.
     """
     stored = {stored_name(n): one.detach().cpu().contiguous() for n, one in tensors.items()}
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
@@ -53,34 +53,35 @@ def opened(folder: Path) -> Iterator[safe_open]:
 
 
 def read(folder: Path, shapes: dict[str, tuple[int, ...] | None]) -> dict[str, Tensor]:
-    """Read the tensors of these names (ours) and shapes; those without a shape are not wanted.
+    """Read the tensors with these names (ours) and shapes; a name without a shape is skipped.
 
-    Raises: UserError if the file is unreadable, holds other tensors or values that are not finite.
+    Raises: UserError if the file is unreadable, or has other tensors or values that are not finite.
     """
     path, names = folder / WEIGHTS, {stored_name(name): name for name in shapes}
     with opened(folder) as file:
         if other := set(file.keys()).symmetric_difference(names):
             raise UserError(
-                f"{path} should hold {', '.join(names)} and nothing else: {', '.join(other)}"
+                f"{path} must contain exactly {', '.join(names)}; missing or unexpected: "
+                f"{', '.join(other)}"
             )
         tensors = {ours: file.get_tensor(name) for name, ours in names.items() if shapes[ours]}
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name] or not tensor.isfinite().all():
             raise UserError(
-                f"{path}: {stored_name(name)} does not fit its config: {list(tensor.shape)} should "
-                f"be {list(shapes[name])}, all of it finite"
+                f"{path}: {stored_name(name)} does not fit the config: {list(tensor.shape)} should "
+                f"be {list(shapes[name])}, with finite values only"
             )
     return tensors
 
 
 def read_unchecked(folder: Path) -> dict[str, Tensor]:
-    """All tensors of an adapter folder, by our names."""
+    """Read all tensors of an adapter folder, by our names, without checks."""
     ours = {"prompt_embeddings": PREFIX}
     tensors = load_file(folder / WEIGHTS)
     return {ours.get(k, k.removeprefix("base_model.")): one for k, one in tensors.items()}
 
 
 def count_labels(folder: Path) -> int:
-    """The number of labels of an adapter that PEFT wrote."""
+    """Return the number of labels of an adapter that PEFT wrote."""
     with opened(folder) as file:
         return file.get_slice(stored_name("classifier.bias")).get_shape()[0]

@@ -1,7 +1,7 @@
-"""Many tuned prefixes on one frozen backbone; each row of a batch names its own.
+"""Many tuned prefixes on one frozen backbone; each row of a batch has its own.
 
-K prefixes, P the longest, G of them in a batch, B batch, T text tokens, L layers, H heads, D head
-size (HD the hidden size), C classes: the labels of all prefixes together.
+K prefixes, P length of the longest, G prefixes in a batch, B batch, T text tokens, L layers, H
+heads, D head size (HD the hidden size), C classes (the labels of all prefixes together).
 """
 
 import logging
@@ -30,15 +30,15 @@ UNKNOWN = -1e4  # logit of a label that a prefix does not know
 class PrefixBank(nn.Module):
     """Classifies each row of a batch with the prefix and the head that the row names.
 
-    Logits equal those of each tuned model alone, up to rounding. A label that a row's prefix does
-    not know has a logit so low that its probability is 0, and the loss is still finite.
+    Up to rounding, the logits are the same as from each tuned model alone. A label that a row's
+    prefix does not know has a logit so low that its probability is 0, yet the loss stays finite.
     """
 
     def __init__(self, sources: list[Source], configs: list[BertConfig]) -> None:
         """Load K adapter folders.
 
-        Raises: UserError if they do not share backbone, depth `all`, kind of problem and
-            `max_seq_length`.
+        Raises: UserError if they do not all have depth `all` and the same backbone, problem type
+            and `max_seq_length`.
         """
         super().__init__()
         check_alike(sources, configs)
@@ -75,7 +75,7 @@ class PrefixBank(nn.Module):
         for path, source in zip(paths, sources, strict=True):
             config, method = read_model_config(source)
             if method is not TUNING["prefix"]:
-                raise UserError(f"--prefix_paths: {path} is not the folder of a tuned prefix")
+                raise UserError(f"--prefix_paths: {path} is not the adapter folder of a prefix")
             set_max_seq_length(config, method.virtual_tokens(config), max_seq_length)
             configs.append(config)
         return cls(sources, configs)
@@ -91,9 +91,9 @@ class PrefixBank(nn.Module):
         longest = int(lengths.max())
         position = torch.arange(longest + input_ids.shape[1], device=input_ids.device)
         prefix_mask = position[:longest] < lengths[:, None]  # [B, P]
-        used, group = prefix_index.unique(return_inverse=True)  # G prefixes; of each row, its own
+        used, group = prefix_index.unique(return_inverse=True)  # [G]; each row's index in it
         places = place_rows(group) if len(used) > 1 else None
-        chosen = used if len(used) < len(self.lengths) else slice(None)  # all need no copy
+        chosen = used if len(used) < len(self.lengths) else slice(None)  # a slice needs no copy
         pooled = self.bert(
             input_ids,
             attention_mask=torch.cat([prefix_mask.to(attention_mask.dtype), attention_mask], dim=1),
@@ -106,22 +106,22 @@ class PrefixBank(nn.Module):
 
 
 def place_rows(group: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Place each row in a table of G prefixes times R rows; group: int64 [B], of each row.
+    """Place each row in a table of G prefixes times R rows; group: int64 [B], each row's prefix.
 
-    Returns the places, int64 [B], and R, the rows of the prefix that most rows need.
+    Returns the places, int64 [B], and R, the number of rows of the most common prefix.
     """
     counts = group.bincount()
     size = int(counts.max())
     order = group.argsort(stable=True)
     in_order = torch.arange(len(group), device=group.device)
-    first = (counts.cumsum(0) - counts)[group[order]]  # in order, of each row's prefix
+    first = (counts.cumsum(0) - counts)[group[order]]  # [B], sorted: start of its prefix
     place = torch.empty_like(group)
     place[order] = group[order] * size + in_order - first
     return place, size
 
 
 def check_alike(sources: list[Source], configs: list[BertConfig]) -> None:
-    """Raises: UserError naming the first folder that does not fit the first one, and why."""
+    """Check that all folders fit the first. Raises: UserError naming a folder that does not."""
 
     def traits(source: Source, config: BertConfig) -> dict:
         return {
@@ -138,12 +138,12 @@ def check_alike(sources: list[Source], configs: list[BertConfig]) -> None:
             if value != first[name]:
                 raise UserError(
                     f"--prefix_paths: {name} of {source.adapter} is {value}, "
-                    f"that of {sources[0].adapter} {first[name]}"
+                    f"but in {sources[0].adapter} it is {first[name]}"
                 )
 
 
 def merge(configs: list[BertConfig]) -> BertConfig:
-    """The first config, with the labels of all, in the order in which they occur."""
+    """Return the first config with the labels of all configs, in order of first occurrence."""
     merged = BertConfig.from_dict(configs[0].to_dict())
     names = (name for config in configs for name in list_labels(config))
     set_labels(merged, list(dict.fromkeys(names)))
@@ -152,7 +152,7 @@ def merge(configs: list[BertConfig]) -> BertConfig:
 
 
 class BankStart(Start):
-    """What a run with --prefix_paths starts from: a bank that only predicts."""
+    """The start of a run with --prefix_paths: a bank that only predicts."""
 
     def __init__(self, args: Namespace) -> None:
         self.bank = PrefixBank.open(args.prefix_paths, args.max_seq_length)

@@ -1,7 +1,7 @@
-"""The prefix: what P virtual tokens hold, how they start, and how layers attend to them.
+"""The prefix: its parameters, its initial values, and how layers attend to it.
 
-P prefix tokens, T text tokens, B batch, L layers, H heads, D head size (H*D the hidden size), G
-distinct prefixes in a batch; 1 if all rows share it.
+P virtual tokens, T text tokens, B batch, L layers, H heads, D head size (H*D the hidden size), G
+distinct prefixes in a batch (1 if all rows share one).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ class PrefixEncoder(nn.Module):
     """Learns the prefix, directly or through an MLP (reparametrisation).
 
     Layout and names follow P-tuning v2 (Liu et al. 2022, https://arxiv.org/abs/2110.07602;
-    THUDM/P-tuning-v2, model/prefix_encoder.py) and PEFT's prefix tuning; the MLP is that of
+    THUDM/P-tuning-v2, model/prefix_encoder.py) and PEFT's prefix tuning; the MLP follows
     Li & Liang 2021 (https://arxiv.org/abs/2101.00190). Reads `pre_seq_len`, `prefix_depth`,
     `prefix_projection` and `prefix_hidden_size` from the config.
     """
@@ -36,28 +36,28 @@ class PrefixEncoder(nn.Module):
             self.transform = nn.Identity()
 
     def forward(self) -> torch.Tensor:
-        """The flat prefix [P, W], see `prefix_width`; computed once a step, whatever the batch."""
+        """Return the flat prefix [P, W], see `prefix_width`; one call serves a whole batch."""
         return self.transform(self.embedding.weight)
 
 
 def prefix_width(config: BertConfig) -> int:
-    """Numbers that one virtual token holds: keys and values of all layers, or one embedding."""
+    """Return the size of one virtual token: keys and values of all layers, or one embedding."""
     slots = 1 if config.prefix_depth == "input" else 2 * config.num_hidden_layers
     return slots * config.hidden_size
 
 
 @torch.no_grad()
 def activations(bert: BertModel, words: torch.Tensor) -> torch.Tensor:
-    """The keys and values that the backbone computes for P real words, as a flat prefix [P, 2LHD].
+    """Compute the backbone's keys and values of P real words, as a flat prefix [P, 2LHD].
 
-    A prefix that starts from them learns faster and better than a random one if data are few (Li &
-    Liang 2021, section 7.4). words: int64 [P].
+    With little data, a prefix that starts from them learns faster and better than a random one (Li
+    & Liang 2021, section 7.4). words: int64 [P].
     """
     bert.eval()
     states = bert(words[None], output_hidden_states=True).hidden_states
     flat = [
         projection(state[0])
-        for state, layer in zip(states, bert.encoder.layer, strict=False)  # the last has no layer
+        for state, layer in zip(states, bert.encoder.layer, strict=False)  # no layer after the last
         for projection in (layer.attention.self.key, layer.attention.self.value)
     ]
     return torch.cat(flat, dim=1)  # 2L of [P, HD] -> [P, 2LHD]
@@ -83,16 +83,16 @@ def attend(
     places: tuple[torch.Tensor, int] | None = None,
     **unused,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a BERT layer over [prefix; text]; an attention function of transformers.
+    """Attend over [prefix; text] in a BERT layer, as an attention function of transformers.
 
-    `prefix` returns keys and values by the layer's number, [2, H, G, P, D]; they are not part of
+    `prefix` returns a layer's keys and values, [2, H, G, P, D], by its number; they are not part of
     the text, so [CLS] stays the first output. One matrix product covers all rows that share a
     prefix: a copy of the prefix for each row would dominate the step (with P = 128 and B = 32 a
     training step took 2.7 times as long).
 
     query, key, value: [B, H, T, D]. attention_mask: bool [B, 1, T, P+T], True where to attend.
-    places: int64 [B] and R, each row's place in a table of G prefixes times R rows, some of which
-    stay empty; None if all rows share one prefix. Returns [B, T, H, D].
+    places: int64 [B] and R, each row's place in a table of G prefixes times R rows, where some
+    places stay empty; None if all rows share one prefix. Returns [B, T, H, D].
     """
     # heads first: [B, H, T, D] -> [H, B, T, D]
     query, key, value = (x.transpose(0, 1) for x in (query * scaling, key, value))
@@ -111,7 +111,7 @@ def attend(
     scores = query @ key.mT  # [H, B, T, T]
     virtual, length = 0, key.shape[2]
     if prefix is not None:
-        # under autocast the text is bfloat16 and the prefix is not
+        # under autocast the text is bfloat16, but the prefix is not
         slots = prefix(module.layer_idx).to(key.dtype)
         virtual = slots.shape[3]
         scores = torch.cat([over_prefix(query, slots[0].mT), scores], dim=3)  # [H, B, T, P+T]

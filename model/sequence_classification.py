@@ -1,7 +1,7 @@
-"""The classifiers: BERT as it is, and a frozen BERT with a prefix. One loss for both.
+"""The classifiers: plain BERT, and frozen BERT with a prefix. Both share one loss.
 
-B batch, T text tokens, P prefix tokens, C classes, HD hidden size, V words of the vocabulary, U of
-them in use.
+B batch, T text tokens, P virtual tokens, C classes, HD hidden size, V words in the vocabulary, U
+words in use.
 """
 
 import numpy as np
@@ -16,18 +16,18 @@ from model.prefix_encoder import ATTENTION, PrefixEncoder, by_layer
 
 
 def pool_cls(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
-    """BERT's pooler: a dense layer over [CLS]."""
+    """Return the output of BERT's pooler, a dense layer over [CLS]."""
     return outputs.pooler_output
 
 
 def pool_mean(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
-    """The mean over the text's tokens, as in Sentence-BERT (https://arxiv.org/abs/1908.10084)."""
+    """Average the text's tokens, as in Sentence-BERT (https://arxiv.org/abs/1908.10084)."""
     states = outputs.last_hidden_state[:, : mask.shape[1]].float()  # virtual tokens come last
     weights = mask[..., None].float()  # [B, T, 1]
     return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-# From a BertModel's outputs and the mask [B, T] of the text to [B, HD]; `config.pooling` names one.
+# Choices of `config.pooling`; each maps BertModel's outputs and the text's mask [B, T] to [B, HD].
 POOLINGS = {"cls": pool_cls, "mean": pool_mean}
 
 
@@ -37,12 +37,12 @@ class LastLayer(BertLayer):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *_, **options
     ) -> torch.Tensor:
-        """[B, T, HD] -> [B, 1, HD]; the mask is [B, 1, T, T], or P+T wide."""
+        """Map states [B, T, HD] to [B, 1, HD]; the mask is [B, 1, T, T], or P+T wide."""
         first = hidden_states[:, :1]
         if attention_mask is not None:
             attention_mask = attention_mask[:, :, :1]
         options.pop("encoder_attention_mask", None)
-        # self-attention, too, is attention of some states to others
+        # the [CLS] row of self-attention is cross-attention from [CLS] to all states
         context, _ = BertCrossAttention.forward(
             self.attention.self, first, hidden_states, attention_mask, **options
         )
@@ -50,7 +50,7 @@ class LastLayer(BertLayer):
 
 
 class BertForSequenceClassification(transformers.BertForSequenceClassification):
-    """BERT as it is: the same weights, files and results as transformers', with less work."""
+    """Plain BERT: the same weights, files and results as in transformers, with less computation."""
 
     def __init__(self, config: BertConfig) -> None:
         config.pooling = getattr(config, "pooling", "cls")
@@ -68,7 +68,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         return self.classify(attention_mask, input_ids=input_ids, attention_mask=attention_mask)
 
     def classify(self, mask: torch.Tensor, **inputs) -> SequenceClassifierOutput:
-        """Logits [B, C] from the inputs of BertModel; `mask`, [B, T], is that of the text."""
+        """Compute logits [B, C] from the inputs of BertModel; `mask` [B, T] marks the text."""
         pooled = POOLINGS[self.config.pooling](self.bert(**inputs), mask)
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
 
@@ -76,10 +76,10 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
 class BertPrefixForSequenceClassification(BertForSequenceClassification):
     """A frozen BERT that reads P virtual tokens; prefix and head are trainable.
 
-    `prefix_depth` "all": the virtual tokens are keys and values of every layer; they are attended
-    to and do not attend. "input": they are embeddings that pass through the layers as words do.
-    In both, text positions start at P and [CLS] is the first output, which the pooler, frozen as
-    in P-tuning v2 and PEFT, reads.
+    `prefix_depth` "all": the virtual tokens are keys and values in every layer; they are attended
+    to but do not attend. "input": they are embeddings that pass through the layers as words do.
+    In both cases, text positions start at P, and [CLS] is the first output and the pooler's input.
+    The pooler is frozen, as in P-tuning v2 and PEFT.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -104,8 +104,8 @@ class BertPrefixForSequenceClassification(BertForSequenceClassification):
                 position_ids=text[None],
                 prefix=by_layer(flat, self.config).__getitem__,
             )
-        # Attention knows the order of tokens by their positions alone, so the virtual ones, first
-        # by position, may come last: [CLS] stays the first output.
+        # Attention knows the order of tokens only from their position embeddings. So the virtual
+        # tokens can have the first positions and yet come last: [CLS] stays the first output.
         words = self.get_input_embeddings()(input_ids)  # [B, T, HD]
         return self.classify(
             attention_mask,
@@ -116,16 +116,16 @@ class BertPrefixForSequenceClassification(BertForSequenceClassification):
 
 
 class WordsInUse(nn.Module):
-    """Word embeddings of which only those of the words in use are trainable.
+    """Word embeddings that are trainable only for the words in use.
 
     All other embeddings never receive a gradient; leaving them out saves gradient and optimizer
-    memory. Word embeddings are half of a small BERT's weights, those in use a part of that.
+    memory. Word embeddings are half of a small BERT's weights, and only some of them are in use.
     """
 
     def __init__(self, table: nn.Embedding, words: torch.Tensor) -> None:
-        """Take over a table [V, HD]; `words`, int64 [U], are those to train."""
+        """Take over a table [V, HD] and train its rows `words`, int64 [U]."""
         super().__init__()
-        words = words[words != table.padding_idx]  # nor does an nn.Embedding train its padding
+        words = words[words != table.padding_idx]  # nn.Embedding does not train padding either
         self.weight = nn.Parameter(table.weight[words])
         place = torch.full((len(table.weight),), -1, device=words.device)
         place[words] = torch.arange(len(words), device=words.device)
@@ -134,19 +134,19 @@ class WordsInUse(nn.Module):
         self.register_buffer("place", place, persistent=False)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """int64 [B, T] -> float [B, T, HD]."""
+        """Embed token ids: int64 [B, T] -> float [B, T, HD]."""
         place = self.place[input_ids]
         trained = nn.functional.embedding(place.clamp(min=0), self.weight)
         return torch.where(place[..., None] < 0, self.table[input_ids], trained)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """Save as the single table that it replaced."""
+        """Save a single table, as the nn.Embedding that this module replaced would."""
         table = self.table.index_copy(0, self.words, self.weight.detach())
         destination[f"{prefix}weight"] = table
 
 
 def train_words_in_use(model: BertForSequenceClassification, token_ids: list[list[int]]) -> None:
-    """If word embeddings are trainable, train only those of the words in these texts."""
+    """If word embeddings are trainable, train only the words that occur in these texts."""
     table = model.get_input_embeddings()
     if table.weight.requires_grad:
         words = torch.from_numpy(np.unique(np.concatenate(token_ids))).to(table.weight.device)
@@ -154,7 +154,7 @@ def train_words_in_use(model: BertForSequenceClassification, token_ids: list[lis
 
 
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum over the batch of each row's loss, in float32.
+    """Sum the losses of all rows of a batch, in float32.
 
     int64 labels [B]: cross-entropy. float labels [B, C]: binary cross-entropy, averaged over the
     classes (as in transformers). With a sum, micro-batches of any size add up to the batch.

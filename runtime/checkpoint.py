@@ -1,8 +1,8 @@
 """Checkpoints: folders written atomically and verified before use.
 
-A checkpoint holds the tuned model, loadable like a finished one, and what a run needs to resume
-byte for byte: the optimizer's moments, the weights of the best epoch, the state of the loop, the
-records so far. Tensors are safetensors and everything else is JSON; nothing is unpickled.
+A checkpoint contains the tuned model, loadable like a finished one, and what a run needs to resume
+byte for byte: the optimizer's moments, the weights of the best epoch, the state of the loop and the
+metrics so far. Tensors are safetensors and everything else is JSON; nothing is unpickled.
 """
 
 import json
@@ -26,8 +26,8 @@ NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "training.safetensors"
 
 Tensors = dict[str, torch.Tensor]
-# The tensors that a folder's own model files hold, by their names in a checkpoint; these are not
-# written a second time.
+# Reads the tensors in a folder's model files, by their checkpoint names; a checkpoint does not
+# store them twice.
 StoredTensors = Callable[[Path], Tensors]
 
 
@@ -40,25 +40,25 @@ class Checkpoint:
     """A whole, verified checkpoint."""
 
     path: Path
-    state: dict  # of the loop: "step", "best_step", "run", and what TrainingState put there
+    state: dict  # of the loop: "step", "best_step", "run", and the state of TrainingState
     tensors: Tensors
 
     @property
     def step(self) -> int:
-        """Optimizer steps that were done."""
+        """Number of optimizer steps done."""
         return self.state["step"]
 
 
 def write(
     parent: Path, state: dict, tensors: Tensors, fill: Callable[[Path], None], stored: StoredTensors
 ) -> None:
-    """Write `parent`/checkpoint-STEP; `fill` writes the model and the records into a given folder.
+    """Write `parent`/checkpoint-STEP; `fill` writes the model and the metrics into a given folder.
 
     The files are synced before the manifest of their sizes and checksums is written, and the
     manifest before the folder is renamed. So a process killed at any moment leaves a whole
     checkpoint or none.
 
-    Raises: CheckpointError if the disk refuses; nothing of the new checkpoint is left then.
+    Raises: CheckpointError if writing fails; the new checkpoint is then removed.
     """
     final = parent / f"checkpoint-{state['step']}"
     staging = parent / f"saving-{final.name}"
@@ -76,7 +76,7 @@ def write(
         (staging / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
         sync(staging / MANIFEST)
         sync(staging)
-        if final.exists():  # the same step, saved by a run that was resumed from an earlier one
+        if final.exists():  # the same step, saved before this run resumed from an earlier one
             shutil.rmtree(final)
         os.replace(staging, final)
         sync(parent)
@@ -94,7 +94,7 @@ def equal(one: torch.Tensor, other: torch.Tensor | None) -> bool:
 
 
 def describe(path: Path) -> dict:
-    """Size and SHA-256 of a file."""
+    """Return the size and SHA-256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -116,16 +116,16 @@ def read(folder: Path, stored: StoredTensors) -> Checkpoint:
 
 
 def steps(parent: Path) -> dict[int, Path]:
-    """The checkpoints in a folder by step, the newest first. They may be damaged."""
+    """List the checkpoints in a folder by step, the newest first. They may be damaged."""
     entries = parent.iterdir() if parent.is_dir() else ()
     found = {int(match[1]): path for path in entries if (match := NAME.fullmatch(path.name))}
     return dict(sorted(found.items(), reverse=True))
 
 
 def newest(parent: Path, stored: StoredTensors) -> Checkpoint | None:
-    """The newest whole checkpoint in a folder, or None if there is none at all.
+    """Read the newest intact checkpoint in a folder, or return None if there is no checkpoint.
 
-    Raises: CheckpointError if there are some and all are damaged.
+    Raises: CheckpointError if all checkpoints are damaged.
     """
     found = steps(parent)
     for path in found.values():
@@ -142,14 +142,14 @@ def newest(parent: Path, stored: StoredTensors) -> Checkpoint | None:
 
 
 def find(choice: str, parent: Path, stored: StoredTensors) -> Checkpoint | None:
-    """The checkpoint in the folder `choice`, or the newest in `parent` if `choice` is "auto"."""
+    """Read the checkpoint in folder `choice`, or the newest in `parent` if `choice` is "auto"."""
     return newest(parent, stored) if choice == "auto" else read(Path(choice), stored)
 
 
 def prune(parent: Path, limit: int | None, best_step: int) -> None:
-    """Remove the oldest checkpoints above `limit`; never the newest, nor that of `best_step`.
+    """Remove the oldest checkpoints above `limit`, but never the newest or the best (`best_step`).
 
-    None: no limit. 0: keep the newest two, each of which also holds the best weights.
+    None: no limit. 0: keep the newest two; each also contains the best weights.
     """
     if limit is None:
         return

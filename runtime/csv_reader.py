@@ -1,4 +1,4 @@
-"""CSV files as text, strictly: a malformed file is rejected with its place, never read wrongly."""
+"""Read CSV files as text, strictly: a malformed file is rejected with row and line, not misread."""
 
 import csv
 import itertools
@@ -19,12 +19,12 @@ def read_rows(
     """Yield the header and then each row of a CSV file, as text.
 
     Stricter than pandas, which pads short rows and merges lines after a stray quote: rows never
-    vanish silently. A blank line is skipped, but is a blank text if there is only one column. If
-    the header ends in a line feed, a bare carriage return is an error: some program did not quote
-    it. `fix_line` is applied to each line before it is parsed, for a file with a known flaw.
+    vanish silently. A blank line is skipped, except in a file with one column, where it is a blank
+    text. If the header ends in a line feed, a bare carriage return is an error: some program did
+    not quote it. `fix_line` is applied to each line before parsing, to repair a known flaw.
 
-    Raises: UserError for a file that is missing, empty, not in `encoding`, cut off inside a
-        quoted field, ragged, or holds a NUL byte.
+    Raises: UserError for a file that is missing, empty, ragged, not in `encoding`, cut off inside a
+        quoted field, or contains a NUL byte.
     """
     csv.field_size_limit(2**31 - 1)
     # The "-sig" codec also accepts a file without the byte order mark.
@@ -38,7 +38,7 @@ def read_rows(
 
     try:
         with open(path, encoding=codec, newline="") as file:
-            next(csv.reader(lines(file), strict=True), None)  # `last` is where the header ends
+            next(csv.reader(lines(file), strict=True), None)  # `last` now ends the header
         end = last[len(last.rstrip("\r\n")) :]
         with open(path, encoding=codec, newline="" if end == "\r" else "\n") as file:
             reader = csv.reader(lines(file), strict=True)
@@ -61,38 +61,38 @@ def read_rows(
         ) from None
     except UnicodeError as error:
         raise UserError(encoding_message(path, encoding, codec, error)) from None
-    except (OSError, LookupError) as error:  # the second: an encoding that Python does not have
+    except (OSError, LookupError) as error:  # LookupError: an encoding that Python lacks
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} cannot be read: {reason}") from None
 
 
 def check_header(path: str | Path, header: list[str] | None) -> None:
-    """Refuse an empty file, and a column that occurs twice: one of them would be lost."""
+    """Reject an empty file, and duplicate columns, since one of them would be lost."""
     if not header:
-        raise UserError(f"{path} is empty: a header and rows are needed")
+        raise UserError(f"{path} is empty: it needs a header and rows")
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise UserError(f"{path} has the column {', '.join(map(repr, twice))} more than once")
 
 
 def check_row(place: str, row: list[str], header: list[str], bare_return: bool) -> None:
-    """Refuse a row that is ragged, holds a NUL byte, or ends in a bare carriage return."""
+    """Reject a row that is ragged, contains a NUL byte, or ends in a bare carriage return."""
     if bare_return:
         raise UserError(
-            f"{place} ends in a carriage return, the header does not: quote fields that hold one, "
-            "or give all lines the same end"
+            f"{place} ends in a carriage return, the header does not: quote fields that contain "
+            "one, or end all lines the same way"
         )
     if len(row) != len(header):
         raise UserError(
-            f"{place} has {len(row)} fields, the header {len(header)}: quote fields that hold a "
-            "comma, a quote or a line break"
+            f"{place} has {len(row)} fields, the header {len(header)}: quote fields that "
+            "contain a comma, a quote or a line break"
         )
     if any("\0" in field for field in row):
-        raise UserError(f"{place} holds a NUL byte")
+        raise UserError(f"{place} contains a NUL byte: remove it")
 
 
 def encoding_message(path: str | Path, encoding: str, codec: str, error: UnicodeError) -> str:
-    """Name the byte at which decoding fails, and the encoding the file appears to be in."""
+    """Return a message with the byte at which decoding fails, and the likely encoding."""
     data = Path(path).read_bytes()
     try:
         data.decode(codec)
@@ -101,7 +101,7 @@ def encoding_message(path: str | Path, encoding: str, codec: str, error: Unicode
     utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
     return (
-        f"{path} is not {encoding}{at}: give its encoding (main.py --csv_encoding NAME, "
+        f"{path} is not {encoding}{at}: pass its encoding (main.py --csv_encoding NAME, "
         f"preprocess.sh -p csv_encoding NAME), perhaps {'utf-16' if utf16 else 'cp1252'}"
     )
 
@@ -115,10 +115,10 @@ def read_tables(
     fix_line: Callable[[str], str] = str,
     hint: str = "",
 ) -> Iterator[pd.DataFrame]:
-    """Yield a file as text, `size` rows at a time or all at once; see `read_rows`.
+    """Yield a CSV file as text, `size` rows at a time or all at once; see `read_rows`.
 
-    The file has at least these columns and one row; the index counts its rows from 1.
-    Raises: UserError, which ends with `hint` if a column is missing.
+    The index counts the file's rows from 1.
+    Raises: UserError, also if there are no rows or, ending with `hint`, if a column is missing.
     """
     lines = read_rows(path, encoding, fix_line)
     header = next(lines)
@@ -135,16 +135,16 @@ def read_tables(
         yield pd.DataFrame(rows, index=index, columns=header, dtype=object)
         first += len(rows)
     if first == 1:
-        raise UserError(f"{path} has a header and no rows")
+        raise UserError(f"{path} has a header but no rows")
 
 
 def read_table(path: str | Path, encoding: str, columns: list[str], **options) -> pd.DataFrame:
-    """Read a whole file as text, see `read_tables`; the index counts from 0."""
+    """Read a whole CSV file as text, see `read_tables`; the index counts from 0."""
     return next(read_tables(path, encoding, columns, **options)).reset_index(drop=True)
 
 
 def row_list(rows: np.ndarray | list[int], shown: int = 5) -> str:
-    """`row 3`, or `9 rows (3, 5, 8, 9, 12, ...)`."""
+    """Format row numbers as `row 3`, or `9 rows (3, 5, 8, 9, 12, ...)`."""
     if len(rows) == 1:
         return f"row {rows[0]}"
     dots = ", ..." if len(rows) > shown else ""

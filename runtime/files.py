@@ -1,4 +1,4 @@
-"""Files that are whole or absent, checksums, and the one error that a user can fix."""
+"""Atomic writes, JSON, checksums, and the exception for errors that the user can fix."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ class UserError(Exception):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a refused write into a UserError that names `path`."""
+    """Turn a failed write into a UserError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -24,7 +24,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all. Raises: UserError if the disk refuses."""
+    """Write a UTF-8 text file, whole or not at all. Raises: UserError if writing fails."""
     new = path.with_name(f"{path.name}.new")
     with writing(path):
         new.write_text(text, encoding="utf-8")
@@ -32,29 +32,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 def to_json(content: object) -> str:
-    """Indented JSON with a final line break; NaN is refused."""
+    """Format as indented JSON with a final line break; NaN is an error."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object. Raises: UserError if the file is unreadable or holds something else."""
+    """Read a JSON file. Raises: UserError if it is unreadable or not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} is not a JSON object")
     return content
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """Read a JSON-lines file; empty if there is none."""
+    """Read a JSON-lines file; return an empty list if there is none."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

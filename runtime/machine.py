@@ -1,4 +1,4 @@
-"""Where and in what precision to compute."""
+"""The device and the precision to compute with."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Machine:
         return f"device {self.device}, precision {self.precision}"
 
     def describe(self) -> dict:
-        """The machine's part of a run's settings."""
+        """Return the machine's part of a run's settings."""
         size = self.group.size
         return {"device": str(self.device), "precision": self.precision, "processes": size}
 
@@ -40,7 +40,7 @@ class Machine:
                         if not weight.requires_grad:
                             weight.data = weight.data.to(torch.bfloat16)
             for weight in model.parameters():
-                if not weight.requires_grad:  # else the memory-mapped file stays open for them
+                if not weight.requires_grad:  # a clone does not keep the weight file mapped
                     weight.data = weight.data.clone()
 
     def logits(self, model: nn.Module, data: Encoded, texts: np.ndarray) -> torch.Tensor:
@@ -52,7 +52,7 @@ class Machine:
 
 
 def pick_machine(precision: str, group: Group = ALONE) -> Machine:
-    """CUDA, then MPS, then the CPU; "auto" is bf16 if the processor computes in bfloat16."""
+    """Pick CUDA, else MPS, else the CPU; "auto" is bf16 if the processor computes in bfloat16."""
     name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu" and torch.backends.mps.is_available() and group.size == 1:  # gloo has no MPS
         name = "mps"

@@ -1,7 +1,7 @@
-"""The output folder: results appear in it at the end, and only what the program wrote is removed.
+"""The output folder: results appear at the end, and only files that this program wrote are removed.
 
 A run writes into the subfolder `unfinished` and moves its files up at the very end; `run.json`,
-which lists them, comes last. A run that fails leaves the results of an earlier one unchanged.
+which lists them, is moved last. A failed run leaves the results of an earlier run unchanged.
 """
 
 import fcntl
@@ -21,18 +21,18 @@ from runtime.files import UserError, read_json, read_json_lines, sync, to_json, 
 from runtime.record import RUN_FILE, read_record, same_run
 
 METRICS = "metrics.jsonl"
-PROCESS = "process"  # holds the id of the process at work, for messages
-# Everything a run may leave in its folder,
+PROCESS = "process"  # file with the id of the running process, for messages
+# Everything that a run may leave in its folder.
 OWN_FILE = re.compile(
     r"README\.md|report\.html|(adapter_)?config\.json|(adapter_)?model\.safetensors|"
     r"tokenizer(_config)?\.json|(run|all_results|evaluation)\.json|metrics\.jsonl|"
     r"predictions\.csv|tensorboard|checkpoint-\d+"
 )
-# and what a killed run may leave in its subfolder.
+# What else a killed run may leave in `unfinished`.
 PARTIAL_FILE = re.compile(
     r"saving-checkpoint-\d+|[a-z_]+\.(json|html)\.new|README\.md\.new|process"
 )
-os.umask(UMASK := os.umask(0o022))  # reading it means setting it
+os.umask(UMASK := os.umask(0o022))  # the umask can only be read by setting it
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class OutputFolder:
     def __init__(self, path: str, overwrite: bool, resume: str | None = None) -> None:
         """Lock the folder for this process; nothing in it changes before `start`.
 
-        Raises: UserError if it is in use, cannot be written to, or holds results, an unfinished
+        Raises: UserError if it is in use, cannot be written to, or contains results, an unfinished
             run or foreign files that must not be replaced.
         """
         self.path, self.overwrite = Path(path), overwrite
@@ -111,13 +111,13 @@ class OutputFolder:
             raise UserError(f"{self.path} cannot be locked: {error.strerror}") from None
 
     def check(self) -> None:
-        """Refuse a folder with anything that must not be replaced."""
+        """Reject a folder that contains anything that must not be replaced."""
         self.finished = read_record(self.path / RUN_FILE)
         # a run that was killed while publishing listed its files in the staging folder
         self.unfinished = read_record(self.staging / RUN_FILE)
         listed = {n for run in (self.finished, self.unfinished) for n in run.get("files", ())}
         self.earlier = set(filter(OWN_FILE.fullmatch, listed))
-        if not self.auto:  # with "auto" the finished run may be the one asked for: `is_finished`
+        if not self.auto:  # with "auto" the results may be this run's, see `is_finished`
             self.refuse_earlier()
         here = {entry.name for entry in self.path.iterdir()}
         foreign = sorted(filter(OWN_FILE.fullmatch, here - self.earlier))
@@ -133,15 +133,15 @@ class OutputFolder:
             )
         if checkpoint.steps(self.staging) and not (self.overwrite or self.resumes_here):
             raise UserError(
-                f"{self.path} holds an unfinished run: resume it with --resume_from_checkpoint "
+                f"{self.path} contains an unfinished run: resume it with --resume_from_checkpoint "
                 "auto, or start over with --overwrite_output_dir"
             )
 
     def is_finished(self, record: dict) -> bool:
-        """Whether the run is asked to resume and its folder already holds its whole results.
+        """Whether the run is to be resumed but its folder already contains all its results.
 
-        If so, left-overs of publishing are cleared away; another run's unfinished work stays.
-        Raises: UserError if the results are another run's and must not be replaced.
+        If so, leftovers of publishing are removed; another run's unfinished work is kept.
+        Raises: UserError if the results belong to another run and must not be replaced.
         """
         if not self.auto:
             return False
@@ -158,25 +158,25 @@ class OutputFolder:
         return False
 
     def move_checkpoints(self, names: Iterable[str]) -> None:
-        """Move up those of `names` that are checkpoints and still staged."""
+        """Move the checkpoints among `names` that are still in `unfinished` to the results."""
         with writing(self.path):
             for name in names:
                 if checkpoint.NAME.fullmatch(name) and (self.staging / name).exists():
                     os.replace(self.staging / name, self.path / name)
 
     def refuse_earlier(self) -> None:
-        """Raises: UserError if there are results that must not be replaced."""
+        """Reject a folder with results that must not be replaced. Raises: UserError."""
         if self.earlier and not self.overwrite:
             raise UserError(
-                f"{self.path} holds the results of an earlier run: choose another --output_dir, "
+                f"{self.path} contains the results of an earlier run: choose another --output_dir, "
                 "or replace them with --overwrite_output_dir"
             )
 
     def start(self, record: dict, resumed: checkpoint.Checkpoint | None = None) -> None:
-        """Clear away what killed runs left, and write the record of this run.
+        """Remove the leftovers of killed runs, and write the record of this run.
 
-        resumed: the checkpoint to resume, whose metrics are restored. Later checkpoints are
-        removed: they are damaged, or an earlier one was chosen by hand.
+        resumed: the checkpoint to resume from; its metrics are restored. Later checkpoints are
+        removed: they are damaged, or the user chose an earlier one.
         """
         with writing(self.staging):
             if not resumed and (lost := checkpoint.steps(self.staging)):
@@ -193,7 +193,7 @@ class OutputFolder:
                 kept = match and self.resumes_here and resumed and int(match[1]) <= resumed.step
                 if not kept and entry.name not in (RUN_FILE, PROCESS):
                     if match and resumed:
-                        logger.warning("warning: removing %s, later than the one resumed", entry)
+                        logger.warning("warning: removing %s, later than the resumed one", entry)
                     remove(entry)
             if text is not None:
                 (self.staging / METRICS).write_bytes(text)
@@ -212,7 +212,7 @@ class OutputFolder:
         return read_json(self.staging / name)
 
     def read_results(self) -> dict:
-        """The all_results.json of the finished run."""
+        """Read the all_results.json of the finished run."""
         return read_json(self.path / "all_results.json")
 
     def append_metrics(self, line: dict) -> None:
@@ -222,7 +222,7 @@ class OutputFolder:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def read_metrics(self) -> list[dict]:
-        """The lines that this run has appended to metrics.jsonl."""
+        """Read the lines that this run has appended to metrics.jsonl."""
         return read_json_lines(self.staging / METRICS)
 
     def copy_metrics(self, folder: Path) -> None:
@@ -231,11 +231,11 @@ class OutputFolder:
             shutil.copyfile(self.staging / METRICS, folder / METRICS)
 
     def publish(self, record: dict, keep_checkpoints: bool = False) -> None:
-        """Replace the earlier run's files by this one's; `record` becomes run.json.
+        """Replace an earlier run's files with this run's; `record` becomes run.json.
 
         A run killed while publishing can publish again, or is completed by `is_finished`: the list
-        of files is written before the first of them moves, and the checkpoints move or go after
-        everything else is on the disk.
+        of files is written before the first file is moved, and checkpoints are moved or removed
+        after everything else is on the disk.
 
         Raises: UserError if the folder cannot be written to; the new files stay in `unfinished`.
         """
@@ -262,10 +262,10 @@ class OutputFolder:
             sync(self.path)
 
     def sync_staged(self, names: set[str]) -> None:
-        """Flush the staged files of these names to the disk, with the usual permissions."""
+        """Flush these staged files to the disk, and give them the usual permissions."""
         for staged in map(self.staging.joinpath, names):
             for path in (staged, *staged.rglob("*")):
-                # safetensors makes files that only their owner may read
+                # safetensors creates files that only their owner can read
                 if path.is_file() and not path.stat().st_mode & 0o077:
                     path.chmod(0o666 & ~UMASK)
                 sync(path)

@@ -1,7 +1,7 @@
 """Processes that tune one model together: `torchrun --nproc_per_node=N main.py ...`.
 
-Each process holds the whole model and all the data, computes its share of every batch, and sums
-its gradient with the others'. A single process is a group of one. Also the signals that stop one.
+Each process has the whole model and all the data, and computes its share of every batch; gradients
+are summed over all processes. A single process is a group of one. Also handles stop signals.
 """
 
 import logging
@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 
 Value = TypeVar("Value")
-# How long to wait for a process that works on its own, such as the main one while it saves a large
-# model. A process that has ended is noticed at once.
+# How long to wait for a process that is busy alone, such as the main one while it saves a large
+# model. A process that has died is noticed at once.
 PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process's rank among all."""
+    """The rank of this process in a group of `size` processes."""
 
     rank: int = 0
     size: int = 1
@@ -36,11 +36,11 @@ class Group:
         return self.rank == 0
 
     def share(self, items):
-        """This process's part of a sequence that all processes hold in the same order."""
+        """Return this process's share of a sequence that all processes have in the same order."""
         return items[self.rank :: self.size]
 
     def all_reduce_sum(self, tensors: list[torch.Tensor]) -> None:
-        """Replace each tensor by its sum over all processes, with the same bits in each."""
+        """Replace each tensor by its sum over all processes, bit-identical in all of them."""
         if self.size > 1:
             together = torch.cat([tensor.flatten() for tensor in tensors])
             dist.all_reduce(together)
@@ -49,17 +49,17 @@ class Group:
                 tensor.copy_(part.view_as(tensor))
 
     def max_over_processes(self, number: int) -> int:
-        """The largest of the numbers that the processes pass."""
+        """Return the largest of the numbers that the processes pass."""
         return max(self.gather(number)) if self.size > 1 else number
 
     def gather(self, value: Value) -> list[Value]:
-        """The values that the processes pass, in the order of their ranks."""
+        """Return the values that the processes pass, in the order of their ranks."""
         values: list = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
     def from_main(self, value: Value) -> Value:
-        """The value that the main process passes."""
+        """Return the value that the main process passes."""
         if self.size == 1:
             return value
         values = [value]
@@ -78,10 +78,7 @@ def is_lost(error: Exception) -> bool:
 
 @contextmanager
 def joined() -> Iterator[Group]:
-    """Join the group that torchrun describes in the environment, for the duration of a run.
-
-    Only the main process logs.
-    """
+    """Join torchrun's process group for the duration of a run; only its main process logs."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE
@@ -100,7 +97,7 @@ def joined() -> Iterator[Group]:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Note the first SIGINT or SIGTERM, so that a step can end; a second one ends at once.
+    """Note the first SIGINT or SIGTERM, so that a step can finish; a second one kills at once.
 
     Yields a function that returns the signal's number, or 0.
     """

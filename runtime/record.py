@@ -1,4 +1,4 @@
-"""The record of a run, run.json: everything its results depend on, and what identifies it."""
+"""The record of a run, run.json: everything its results depend on, and its identity."""
 
 import logging
 import platform
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "scikit-learn")
-# Settings that do not change what a run learns and predicts; files count by their content.
+# Settings that do not affect a run's results; files are compared by their content.
 FREE_SETTINGS = set(
     "output_dir overwrite_output_dir resume_from_checkpoint save_strategy save_steps "
     "save_total_limit train_file validation_file test_file model_name_or_path report_to".split()
@@ -23,10 +23,10 @@ FREE_SETTINGS = set(
 
 
 def describe_run(settings: dict, model: dict, labels: list[str], data: dict[str, dict]) -> dict:
-    """The record of a run that is about to start.
+    """Return the record of a run that is about to start.
 
-    model: the "backbone" and "weights_sha256", name and checksum of what the run starts from, and
-    the "method", as a person reads it. data: path, rows and checksum of each file.
+    model: "backbone" and "weights_sha256", the name and checksum of the model to start from, and
+    "method", its readable name. data: path, rows and checksum of each file.
     """
     return {
         "settings": settings,
@@ -46,12 +46,12 @@ def is_synthetic(described: dict) -> bool:
     try:
         split = read_json(path.parent / "split.json")
         return split["synthetic"] and split["files"].get(path.name) == described["sha256"]
-    except (UserError, KeyError, AttributeError):  # none, or not ours
+    except (UserError, KeyError, AttributeError):  # no split.json, or a foreign one
         return False
 
 
 def commit() -> str | None:
-    """The commit of this program, with "+" if files were changed since; None without git."""
+    """Return the commit of this program, with "+" if files were changed since; None without git."""
     here = Path(__file__).parent
     try:
         name, status = (
@@ -64,13 +64,13 @@ def commit() -> str | None:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident set of this process so far."""
+    """Return the peak resident memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def read_record(path: Path) -> dict:
-    """Read a run.json; empty if there is none. Raises: UserError if no run wrote it."""
+    """Read a run.json, or return {} if there is none. Raises: UserError if no run wrote it."""
     if not path.exists():
         return {}
     try:
@@ -84,7 +84,7 @@ def read_record(path: Path) -> dict:
 
 
 def identity(record: dict) -> dict:
-    """The part of a record that decides the results of a run, given the same package versions."""
+    """Return the part that determines a run's results, given the same package versions."""
     try:
         settings = {k: v for k, v in record["settings"].items() if k not in FREE_SETTINGS}
         data = {name: described["sha256"] for name, described in record["data"].items()}
@@ -95,7 +95,7 @@ def identity(record: dict) -> dict:
 
 
 def differences(one: dict, other: dict) -> list[str]:
-    """The fields in which two records differ, nested ones as `settings.seed`."""
+    """List the fields in which two records differ, nested fields as `settings.seed`."""
     found = []
     for key in sorted(one.keys() | other.keys()):
         mine, theirs = one.get(key), other.get(key)
@@ -107,14 +107,14 @@ def differences(one: dict, other: dict) -> list[str]:
 
 
 def same_run(one: dict, other: dict) -> bool:
-    """Whether two records are of one and the same run."""
+    """Whether two records describe the same run."""
     return not differences(identity(one), identity(other))
 
 
 def check_same_run(folder: Path, earlier: dict, record: dict) -> None:
-    """Refuse to resume another run; `earlier` is the record in the checkpoint `folder`.
+    """Check that the checkpoint in `folder`, with the record `earlier`, is of this run.
 
-    Raises: UserError naming what differs. Warns of another commit or other package versions.
+    Raises: UserError naming what differs. Warns about another commit or other package versions.
     """
     if found := differences(identity(earlier), identity(record)):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Where the lines of metrics.jsonl go."""
+"""Write training metrics to metrics.jsonl and TensorBoard."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from runtime.output_folder import OutputFolder
 
 
 def recorder(output: OutputFolder, report_to: str) -> Callable[[dict], None]:
-    """Return a function that appends a line to metrics.jsonl and, if asked for, to TensorBoard."""
+    """Return a function that appends a line to metrics.jsonl and, if requested, to TensorBoard."""
     if report_to == "none":
         return output.append_metrics
     from torch.utils.tensorboard import SummaryWriter  # an optional package
@@ -19,7 +19,7 @@ def recorder(output: OutputFolder, report_to: str) -> Callable[[dict], None]:
                 board.add_scalar(name, value, line["step"])
         board.flush()
 
-    for line in output.read_metrics():  # of a resumed run
+    for line in output.read_metrics():  # earlier lines of a resumed run
         show(line)
 
     def record(line: dict) -> None:

@@ -1,4 +1,4 @@
-"""What training carries from step to step and into checkpoints."""
+"""The state that training carries from step to step and into checkpoints."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ class TrainingState:
     """Optimizer, moving average, best epoch and progress: the whole state of the loop.
 
     Dropout and the order of the rows are functions of seed, step and epoch, so there is no random
-    state.
+    state to store.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class TrainingState:
         args: Namespace,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """The state before the first step, or the one in `checkpoint`."""
+        """Set the state before the first step, or restore it from `checkpoint`."""
         self.model, self.optimizer, self.progress = model, optimizer, progress
         self.average = MovingAverage(trainable(model), args.ema_decay)
         self.best = BestEpoch(args.metric_for_best_model, args.load_best_model_at_end)
@@ -43,25 +43,25 @@ class TrainingState:
             self.load_state_dict(checkpoint.state, checkpoint.tensors)
 
     def is_over(self, patience: int) -> bool:
-        """Whether all steps are done, or `patience` evaluations in a row improved nothing."""
+        """Whether all steps are done, or `patience` evaluations in a row brought no improvement."""
         if self.progress.done == self.progress.total:
             return True
         if self.best.patience_is_over(self.progress.epoch, patience):
-            logger.info("stopped early: no better epoch since %d", self.best.epoch)
+            logger.info("stopped early: no improvement since epoch %d", self.best.epoch)
             return True
         return False
 
     def finish(self) -> dict[str, float]:
-        """Leave the model with the averaged weights, or those of the best epoch; its figures."""
+        """Give the model its averaged or best-epoch weights; returns the training figures."""
         self.average.swap()
         chosen = {"best_epoch": self.best.epoch} if self.best.restore(self.model) else {}
         return {**self.progress.summary(), "train_steps": self.progress.done, **chosen}
 
     def state_dict(self) -> tuple[dict, Tensors]:
-        """State as JSON-serialisable values, and tensors. While the average is applied.
+        """Return JSON-serialisable state, and tensors; call it while the average is applied.
 
-        The averaged weights are `weight/NAME`, the optimizer's moments `MOMENT/NAME`, the weights
-        of the last step `raw/NAME` and those of the best epoch `best/NAME`.
+        Tensors: averaged weights as `weight/NAME`, optimizer moments as `MOMENT/NAME`, weights of
+        the last step as `raw/NAME`, weights of the best epoch as `best/NAME`.
         """
         best_step = self.best.epoch * self.progress.steps_per_epoch
         state = {"step": self.progress.done, "best_step": best_step}
@@ -71,14 +71,14 @@ class TrainingState:
             tensors[WEIGHT + name] = parameter.detach()
             for moment in MOMENTS:
                 tensors[f"{moment}/{name}"] = self.optimizer.state[parameter][moment]
-        if best_step != self.progress.done:  # else they are the averaged weights
+        if best_step != self.progress.done:  # otherwise `weight/NAME` is the best
             tensors |= {BEST + name: weight for name, weight in self.best.weights.items()}
         return state, tensors
 
     def load_state_dict(self, state: dict, tensors: Tensors) -> None:
         """Restore what `state_dict` returned.
 
-        Raises: CheckpointError if the tensors are not those of this model.
+        Raises: CheckpointError if the tensors do not fit this model.
         """
         for name, parameter in trainable(self.model).items():
             try:
@@ -88,8 +88,8 @@ class TrainingState:
                 raise CheckpointError(f"the checkpoint lacks {error}") from None
             if weight.shape != parameter.shape:
                 raise CheckpointError(
-                    f"the checkpoint's {name} is {list(weight.shape)}, the model's "
-                    f"{list(parameter.shape)}"
+                    f"{name} has shape {list(weight.shape)} in the checkpoint, but "
+                    f"{list(parameter.shape)} in the model"
                 )
             with torch.no_grad():
                 parameter.copy_(weight)
@@ -103,17 +103,17 @@ class TrainingState:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters of a model, by name."""
+    """Return the trainable parameters of a model, by name."""
     return {name: one for name, one in model.named_parameters() if one.requires_grad}
 
 
 def with_prefix(tensors: Tensors, prefix: str) -> Tensors:
-    """The tensors whose names start with `prefix`, by the rest of their names."""
+    """Select the tensors whose names start with `prefix`, by the rest of their names."""
     return {k.removeprefix(prefix): one for k, one in tensors.items() if k.startswith(prefix)}
 
 
 class MovingAverage:
-    """Exponential moving average of the trainable weights: steadier than those of any one step.
+    """Exponential moving average of the trainable weights: steadier than the weights of one step.
 
     Polyak & Juditsky 1992. The decay rises to its value, as in TensorFlow, so that the start is
     soon forgotten. With a decay of 0 there is no average; the weights themselves are used.
@@ -124,7 +124,7 @@ class MovingAverage:
         self.weights = {name: one.detach().clone() for name, one in self.parameters.items()}
 
     def update(self, step: int) -> None:
-        """Add the weights after step number `step`, counted from 1."""
+        """Update the average with the weights after step number `step`, counted from 1."""
         if self.parameters:
             decay = min(self.decay, (1 + step) / (10 + step))
             now = [parameter.detach() for parameter in self.parameters.values()]
@@ -137,7 +137,7 @@ class MovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the model holds the averaged weights."""
+        """Give the model the averaged weights within the block."""
         self.swap()
         try:
             yield
@@ -145,7 +145,7 @@ class MovingAverage:
             self.swap()
 
     def load(self, raw: Tensors) -> None:
-        """Take the average from the model, and put the weights of the last step into it."""
+        """Copy the average from the model, then load the last step's weights, `raw`, into it."""
         for name, parameter in self.parameters.items():
             self.weights[name].copy_(parameter.detach())
             with torch.no_grad():
@@ -153,7 +153,7 @@ class MovingAverage:
 
 
 class BestEpoch:
-    """The best epoch so far by one metric of the validation file and, with `keep`, its weights."""
+    """The best epoch so far by one metric on the validation file and, with `keep`, its weights."""
 
     def __init__(self, metric: str, keep: bool) -> None:
         self.metric, self.keep = metric, keep
@@ -171,7 +171,7 @@ class BestEpoch:
         return True
 
     def patience_is_over(self, epoch: int, patience: int) -> bool:
-        """Whether the last `patience` evaluations, up to that of `epoch`, improved nothing."""
+        """Whether the last `patience` evaluations, up to `epoch`, brought no improvement."""
         return 0 < patience <= epoch - self.epoch
 
     def restore(self, model: nn.Module) -> bool:
@@ -182,11 +182,11 @@ class BestEpoch:
         return bool(self.weights)
 
     def state_dict(self) -> dict:
-        """State as JSON-serialisable values, without the weights."""
+        """Return JSON-serialisable state, without the weights."""
         return {"epoch": self.epoch, "value": self.value if self.epoch else None}
 
     def load_state_dict(self, state: dict, weights: Tensors) -> None:
-        """Restore what `state_dict` returned, and the weights of that epoch."""
+        """Restore what `state_dict` returned, and the weights of the best epoch."""
         if state["epoch"]:
             self.epoch, self.value = state["epoch"], state["value"]
             self.weights = weights if self.keep else {}
@@ -194,7 +194,7 @@ class BestEpoch:
 
 @dataclass
 class Progress:
-    """What the user sees of training: a bar, lines of the log, and the records."""
+    """Training progress as the user sees it: a bar, log lines and metrics."""
 
     total: int
     steps_per_epoch: int
@@ -204,12 +204,12 @@ class Progress:
     done: int = 0
     examples: int = 0
     loss_sum: float = 0.0
-    recent: list[tuple[int, float]] = field(default_factory=list)  # examples and loss sum
+    recent: list[tuple[int, float]] = field(default_factory=list)  # examples, loss sum of each step
     start: float = field(default_factory=time.perf_counter)
 
     @property
     def epoch(self) -> int:
-        """Whole epochs that are done."""
+        """Number of completed epochs."""
         return self.done // self.steps_per_epoch
 
     @property
@@ -218,13 +218,13 @@ class Progress:
         return self.done % self.steps_per_epoch > 0
 
     def state_dict(self) -> dict:
-        """State as JSON-serialisable values; floats survive bit for bit."""
+        """Return JSON-serialisable state; floats survive bit for bit."""
         names = ("done", "examples", "loss_sum", "recent", "norm", "rate")
         state = {name: getattr(self, name) for name in names}
         return state | {"seconds": time.perf_counter() - self.start}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned; the time since then does not count."""
+        """Restore what `state_dict` returned; the time in between does not count."""
         for name in ("done", "examples", "loss_sum", "norm", "rate"):
             setattr(self, name, state[name])
         self.recent = [tuple(pair) for pair in state["recent"]]
@@ -279,7 +279,7 @@ class Progress:
             logger.info("step %d of %d: %s, %.0f s left", self.done, self.total, speed, left)
 
     def summary(self) -> dict[str, float]:
-        """The whole training in figures."""
+        """Return the figures of the whole training."""
         elapsed = time.perf_counter() - self.start
         return {
             "train_loss": self.loss_sum / self.examples,

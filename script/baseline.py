@@ -1,11 +1,11 @@
-"""Baselines that take seconds, beside the tuned models: same splits, same metrics, same files.
+"""Baselines that run in seconds, scored like the tuned models: same splits, metrics and files.
 
-    .venv/bin/python -m script.baseline METHOD [flags of main.py about data] --output_dir DIR
+    .venv/bin/python -m script.baseline METHOD [data flags of main.py] --output_dir DIR
 
-majority: how often each label occurs; if the training file is balanced, the validation file says
-which label is the most frequent. lookup: a dictionary of the training texts, otherwise as majority.
-tfidf: words and pairs of words, weighted, and logistic regression; its strength of regularisation
-is chosen by the validation file.
+majority: the label frequencies of the training file; if they are balanced, the validation file
+decides which label is the most frequent. lookup: the labels of the same text in the training file;
+for unseen texts as majority. tfidf: logistic regression on TF-IDF of words and pairs of words; the
+validation file chooses the regularisation strength.
 """
 
 import logging
@@ -30,24 +30,24 @@ from runtime.output_folder import opened
 from runtime.record import describe_run
 
 METHODS = ("majority", "lookup", "tfidf")
-SETTINGS = (  # of main.py that mean something here
+SETTINGS = (  # flags of main.py that apply to baselines
     "train_file validation_file test_file text_column_names text_column_delimiter "
     "label_column_name problem_type csv_encoding drop_empty output_dir"
 ).split()
 STRENGTHS = (0.3, 1, 3, 10, 30, 100)  # C, the inverse of regularisation
-SMOOTHING = 0.01  # rows of the majority's that a look-up adds, so that nothing is impossible
-TIE = 1e-6  # weight of the validation file's shares, for a balanced training file
+SMOOTHING = 0.01  # pseudo-rows of the label frequencies in each look-up: no probability is 0
+TIE = 1e-6  # weight of the validation file's label frequencies: they only break ties
 
-Probabilities = Callable[[list[str]], np.ndarray]  # of N texts: [N, C]
+Probabilities = Callable[[list[str]], np.ndarray]  # N texts -> probabilities [N, C]
 
 
 def majority(share: np.ndarray) -> Probabilities:
-    """The share of each label, [C], whatever the text."""
+    """Predict `share`, the label frequencies [C], for every text."""
     return lambda texts: np.tile(share, (len(texts), 1))
 
 
 def lookup(texts: list[str], one_hot: np.ndarray, share: np.ndarray) -> Probabilities:
-    """The labels, [N, C] of 0 and 1, that the same text has in training, otherwise `share`."""
+    """Predict the labels (`one_hot`, [N, C]) of the same training text; if unseen, `share`."""
     found: dict[str, list[np.ndarray]] = {}
     for text, labels in zip(texts, one_hot, strict=True):
         found.setdefault(dataset.text_key(text), []).append(labels)
@@ -59,24 +59,24 @@ def lookup(texts: list[str], one_hot: np.ndarray, share: np.ndarray) -> Probabil
 
 
 def tfidf(texts: list[str], label_ids: np.ndarray, strength: float) -> Probabilities:
-    """TF-IDF with logistic regression. Raises: UserError if no text holds a word."""
+    """Fit TF-IDF with logistic regression. Raises: UserError if no text contains a word."""
     linear = LogisticRegression(C=strength, max_iter=2000)
     if label_ids.ndim == 2:
         linear = OneVsRestClassifier(linear)
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
     if not any(map(words.build_analyzer(), texts)):
-        raise UserError("no text of the training file holds a word: TF-IDF is impossible")
+        raise UserError("no text in the training file contains a word: use another baseline")
     return make_pipeline(words, linear).fit(texts, label_ids).predict_proba
 
 
 def to_logits(probability: np.ndarray, multi_label: bool) -> torch.Tensor:
-    """The logits whose softmax, or sigmoid, these probabilities are: float32 [N, C]."""
+    """Return the logits, float32 [N, C], whose softmax or sigmoid is `probability`."""
     probability = torch.from_numpy(probability).double().clamp(1e-9, 1 - 1e-9)
     return (probability.logit() if multi_label else probability.log()).float()
 
 
 def fit(method: str, data: dataset.Data, multi_label: bool) -> tuple[Probabilities, dict]:
-    """A fitted baseline, and what was chosen."""
+    """Fit a baseline; return it and the settings that the validation file chose."""
     texts, label_ids = data.train.texts, data.train.label_ids
     one_hot, validation = (
         split.label_ids if multi_label else np.eye(len(data.names))[split.label_ids]
@@ -99,7 +99,7 @@ def fit(method: str, data: dataset.Data, multi_label: bool) -> tuple[Probabiliti
 
 
 def run(method: str, args: Namespace) -> None:
-    """Fit, score and publish, as `main.run` does."""
+    """Fit a baseline, score it and publish the results, as `main.run` does."""
     settings = {name: getattr(args, name) for name in SETTINGS}
     multi_label = args.problem_type == "multi_label_classification"
     with opened(args) as output:
@@ -118,7 +118,7 @@ def run(method: str, args: Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status: 0, or 2 after a one-line error that the user can fix."""
+    """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
     if {"-h", "--help"} & {*argv}:
         print(__doc__)
         return 0
@@ -127,7 +127,7 @@ def main(argv: list[str]) -> int:
         return 2
     given = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
     if unused := sorted(given - {*SETTINGS, "overwrite_output_dir"}):
-        print(f"error: --{unused[0]} does nothing to a baseline", file=sys.stderr)
+        print(f"error: --{unused[0]} has no effect on a baseline: omit it", file=sys.stderr)
         return 2
     args = parse_args(["--do_train", "--do_eval", "--do_predict", *argv[1:]])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -1,9 +1,9 @@
-"""Measure speed and memory of ours and of others on this machine, alternately, in one call.
+"""Compare this project's speed and memory with HF Trainer, PEFT and pipeline on this machine.
 
     bash script/benchmark.sh [--data FILE] [--rounds N] [--only NAME...]
 
-Every contender has a process of its own, and only one works at a time. Prints two tables and
-writes all figures to benchmark.json, the rates also to benchmark.svg.
+Each contender has its own process, and they run in turn, one at a time. Prints two tables, writes
+all figures to benchmark.json and plots the rates in benchmark.svg.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from pathlib import Path
 from script import contenders
 
 THREADS = 2
-STEPS = 50  # one group that the Trainer sorts by length, so no contender gets easy lengths
+STEPS = 50  # one of the groups that the Trainer sorts by length: no contender gets easy lengths
 SPAWN = multiprocessing.get_context("spawn")
 
 
 def worker(pipe: Connection, spawned: float, contender, arguments: tuple) -> None:
     """Set up a contender, send its start-up time, then measure on request until told to end."""
-    import torch  # in the worker: its start-up time is measured
+    import torch  # imported here, so that the start-up time includes it
 
     logging.disable(logging.INFO)
     torch.set_num_threads(THREADS)
@@ -40,8 +40,9 @@ def worker(pipe: Connection, spawned: float, contender, arguments: tuple) -> Non
 def alternate(table: dict[str, tuple], arguments: tuple, rounds: int) -> dict[str, dict]:
     """Measure every contender of a table `rounds` times, one after the other in each round.
 
-    arguments: of each contender. Returns its `start_up` (seconds), `peak_memory_bytes`, `rates`
-    (examples per second), their median `rate`, and its `ratios` to the rates of its rivals.
+    arguments: passed to every contender. Returns for each its `start_up` (seconds),
+    `peak_memory_bytes`, `rates` (examples per second), their median `rate`, and the `ratios` of
+    that rate to its rivals' rates.
     """
     pipes, found = {}, {}
     for name, (contender, _) in table.items():
@@ -100,11 +101,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", default="csv/train_simple.csv", help="with the columns text and label")
-    add("--steps", type=int, default=STEPS, help="of tuning, per measurement [%(default)s]")
-    add("--texts", type=int, default=2048, help="to score, per measurement [%(default)s]")
-    add("--rounds", type=int, default=5, help="of which the median counts [%(default)s]")
-    add("--only", nargs="+", default=[""], help="contenders whose names contain one of these")
+    add("--data", default="csv/train_simple.csv", help="CSV file with the columns text and label")
+    add("--steps", type=int, default=STEPS, help="training steps per measurement [%(default)s]")
+    add("--texts", type=int, default=2048, help="texts scored per measurement [%(default)s]")
+    add("--rounds", type=int, default=5, help="rounds, reported by their median [%(default)s]")
+    add("--only", nargs="+", default=[""], help="contenders to run, by parts of their names")
     add("--output_dir", type=Path, default="checkpoints/benchmark")
     args = parser.parse_args()
     tuning, scoring = (

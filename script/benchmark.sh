@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures speed on this machine, ours and others in turn; see script/benchmark.py.
+# Compare this project's speed with other libraries on this machine; see script/benchmark.py.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt script/requirements.txt
 source script/data.sh "$@"

@@ -1,12 +1,12 @@
-"""The study: every method, over seeds, on a split that leaks and on texts that are all unseen.
+"""Study: compare all methods over several seeds, on a split that leaks and on unseen texts only.
 
     bash script/compare.sh [--quick] [--original [DIR...]] [--unseen [DIR...]] [--seeds N...] \\
         [-- flags of main.py for every tuned run]
 
-A folder holds {train,val,test}_simple.csv, with one label a row. Several folders of a protocol, for
-instance the folds of script/folds.py, use the seeds in turn; no folder omits the protocol. Finished
-runs are not repeated, so a stopped study resumes. Ends with a table, paired tests, study.json, two
-plots and report.html.
+Each DIR contains {train,val,test}_simple.csv, with one label per row. Several folders, such as
+the folds of script/folds.py, use the seeds in turn; a flag without a folder skips its protocol.
+Finished runs are not repeated, so a stopped study resumes. The results are a table, paired tests,
+study.json, two plots and report.html.
 """
 
 import argparse
@@ -38,14 +38,14 @@ METHODS = {
     **{method: [*TUNE, "--tuning_method", method] for method in arguments.METHODS},
     "input prefix": [*TUNE, "--prefix", "--prefix_depth", "input"],
 }
-STUDYS_OWN = set(  # flags that the study sets itself, or that the baselines would have to share
+STUDYS_OWN = set(  # flags that the study sets itself, or that would not reach the baselines
     "--text_column_names --text_column_delimiter --label_column_name --csv_encoding --problem_type "
     "--drop_empty --max_train_samples --output_dir --seed --train_file --validation_file "
     "--test_file --do_train --do_eval --do_predict --overwrite_output_dir --tuning_method --prefix "
     "--prefix_depth --resume_from_checkpoint".split()
 )
 QUICK = ["--num_train_epochs", "6"]
-COLUMNS = {  # of the table, by their names in all_results.json
+COLUMNS = {  # of the table, with their keys in all_results.json
     "accuracy": "test_accuracy",
     "seen": "test_seen_share",
     "on seen": "test_accuracy_seen",
@@ -62,10 +62,10 @@ COLUMNS = {  # of the table, by their names in all_results.json
 
 
 def plan(args: argparse.Namespace) -> list[dict]:
-    """All runs: protocol, method, folder of the data, seed, folder of the results, command."""
+    """List all runs: protocol, method, data folder, seed, output folder and command."""
     runs = []
     for protocol, folders in (("original", args.original), ("unseen", args.unseen)):
-        # whole passes over the folders, so that each weighs the same
+        # whole passes over the folders, so that each has the same weight
         passes = -(-max(len(folders), len(args.seeds)) // len(folders)) if folders else 0
         for number in range(passes * len(folders)):
             data, seed = folders[number % len(folders)], args.seeds[number % len(args.seeds)]
@@ -87,7 +87,7 @@ def plan(args: argparse.Namespace) -> list[dict]:
 
 
 def is_finished(run: dict) -> bool:
-    """Whether its folder holds the results of exactly this command on exactly these files."""
+    """Return whether the folder contains results of this exact command on unchanged files."""
     record = read_record(run["folder"] / RUN_FILE)
     if record.get("command") != run["line"]:
         return False
@@ -96,12 +96,12 @@ def is_finished(run: dict) -> bool:
 
 
 def execute(runs: list[dict]) -> None:
-    """Run what is not finished, one after the other, with a log beside each folder."""
+    """Execute the unfinished runs one after the other, with a log file next to each folder."""
     left = [run for run in runs if not is_finished(run)]
     for run in left:
         if (run["folder"] / RUN_FILE).exists():
             sys.exit(
-                f"error: {run['folder']} holds a run with other flags, data or seed: choose "
+                f"error: {run['folder']} contains a run with different flags, data or seed: choose "
                 "another --output_dir"
             )
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them already finished", flush=True)
@@ -118,16 +118,16 @@ def execute(runs: list[dict]) -> None:
             process = subprocess.Popen([sys.executable, *run["command"]], stdout=file, stderr=file)
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # the run received it too, and saves its step
+        except KeyboardInterrupt:  # the run received it too and saves a checkpoint
             status = process.wait()
         if status:
             last = log.read_text(encoding="utf-8").strip().split("\n")[-1]
-            sys.exit(f"{last}\nthe whole log: {log}; the same command resumes the study")
+            sys.exit(f"{last}\nfull log: {log}; repeat the command to resume the study")
         took.setdefault(run["method"], []).append(time.perf_counter() - start)
 
 
 def read(run: dict) -> dict:
-    """A run with its figures, metrics and predictions."""
+    """Return the run with its results, metrics and predictions added."""
     results = read_json(run["folder"] / "all_results.json")
     weights = [run["folder"] / name for name in ("model.safetensors", "adapter_model.safetensors")]
     results["stored_bytes"] = sum(path.stat().st_size for path in weights if path.exists())
@@ -142,23 +142,23 @@ def read(run: dict) -> dict:
 
 
 def caveats(runs: list[dict], quick: bool) -> list[str]:
-    """Caveats shown with the results."""
+    """Return the caveats to show with the results."""
     found = []
     if any(run["synthetic"] for run in runs):
-        found.append("The texts are the synthetic sample's: its figures say nothing of real ones.")
+        found.append("The texts are the synthetic sample: the figures say nothing about real ones.")
     if quick:
-        found.append(f"Tuned only to see it work (--quick: {' '.join(QUICK)}).")
+        found.append(f"Trained only briefly, to check that it works (--quick: {' '.join(QUICK)}).")
     for run in runs:
         if TUNE[0] in run["command"] and run["predictions"]["answer"].nunique() == 1:
             found.append(
                 f"{run['folder'].name} predicts one label for every row: it learned nothing, so "
-                "the mean of its method is meaningless; try another rate or more epochs."
+                "the mean of its method is meaningless; try another --learning_rate or more epochs."
             )
     return found
 
 
 def summarise(runs: list[dict]) -> list[dict]:
-    """Mean and standard deviation of each column, by protocol and method."""
+    """Compute mean and standard deviation of each column, by protocol and method."""
     rows = []
     for protocol, method in dict.fromkeys((run["protocol"], run["method"]) for run in runs):
         ours = [r["results"] for r in runs if (r["protocol"], r["method"]) == (protocol, method)]
@@ -172,7 +172,7 @@ def summarise(runs: list[dict]) -> list[dict]:
 
 
 def test_pairs(runs: list[dict]) -> list[dict]:
-    """Each two methods of a protocol, compared on the same unseen texts; see `paired_test`."""
+    """Compare each pair of methods of a protocol on the same unseen texts; see `paired_test`."""
     training_keys = {
         data: set(read_table(f"{data}/train_simple.csv", "utf-8", ["text"])["text"].map(text_key))
         for data in {run["data"] for run in runs}
@@ -194,7 +194,7 @@ def test_pairs(runs: list[dict]) -> list[dict]:
 
 
 def format_cell(row: dict, column: str) -> str:
-    """A cell of the table."""
+    """Format a cell of the table."""
     value, spread = row[column], row[f"{column} sd"]
     if value is None or (column in ("trained", "bytes") and not value):
         return "-"
@@ -208,8 +208,8 @@ def format_cell(row: dict, column: str) -> str:
 
 
 def format_tests(tests: list[dict]) -> str:
-    """The paired tests, a line each."""
-    lines = ["paired on unseen texts, p by permutation of texts:"]
+    """Format the paired tests, one per line."""
+    lines = ["paired permutation tests on unseen texts:"]
     for test in tests:
         pair = f"{test['protocol']:9} {test['other']} against {test['one']}"
         points = f"{100 * test['difference']:+.2f} points, p = {test['p']:.4f}"
@@ -218,31 +218,33 @@ def format_tests(tests: list[dict]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    """The study's flags; what cannot be studied ends the program with one line."""
+    """Parse the study's flags; invalid ones end the program with a one-line error."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     folders = {"nargs": "*", "metavar": "DIR"}
     parser.add_argument("--original", **folders, default=["csv"], help="splits that leak [csv]")
-    parser.add_argument("--unseen", **folders, default=["csv/unseen"], help="[csv/unseen]")
+    parser.add_argument(
+        "--unseen", **folders, default=["csv/unseen"], help="splits without leaks [csv/unseen]"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], help="[42 43 44]")
     parser.add_argument(
         "--methods", nargs="+", default=list(METHODS), choices=METHODS, help="[all]"
     )
-    parser.add_argument("--quick", action="store_true", help="few epochs, to see it work")
-    parser.add_argument("--output_dir", help="[checkpoints/study, or with --quick study-quick]")
-    parser.add_argument("flags", nargs="*", help="after --: of main.py, for every tuned run")
+    parser.add_argument("--quick", action="store_true", help="few epochs, to check that it works")
+    parser.add_argument("--output_dir", help="[checkpoints/study or checkpoints/study-quick]")
+    parser.add_argument("flags", nargs="*", help="after --: flags of main.py for every tuned run")
     args = parser.parse_args()
     if own := sorted({word.partition("=")[0] for word in args.flags} & STUDYS_OWN):
         parser.error(
-            f"{own[0]}: the study sets it (--methods, --seeds, --original, --unseen, "
-            "--output_dir), or its baselines would not share it: files are UTF-8, with columns "
-            "text and label"
+            f"{own[0]}: the study sets it (use --methods, --seeds, --original, --unseen, "
+            "--output_dir), or it would not reach the baselines (use UTF-8 files with the columns "
+            "text and label)"
         )
     if not (args.original or args.unseen):
-        parser.error("give at least one folder for --original or --unseen")
+        parser.error("nothing to study: pass a folder to --original or --unseen")
     if tuned := [word for word in args.flags if (Path(word) / "adapter_config.json").exists()]:
-        parser.error(f"{tuned[0]} was tuned before: a study starts from a backbone")
+        parser.error(f"{tuned[0]} is an adapter folder: use the backbone it was tuned on")
     try:
         for folder in (*args.original, *args.unseen):
             for file in ("train", "val", "test"):
@@ -260,7 +262,7 @@ def main() -> None:
     execute(runs)
     runs = [read(run) for run in runs]
     if len({run["commit"] for run in runs}) > 1:
-        print("warning: the runs are of several commits of this program, see their run.json")
+        print("warning: the runs come from different commits of this program, see their run.json")
     rows, tests, notes = summarise(runs), test_pairs(runs), caveats(runs, args.quick)
     table = [
         [row["protocol"], row["method"], *(format_cell(row, c) for c in COLUMNS)] for row in rows

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study: baselines and all tuning methods, side by side; see script/compare.py.
+# Run the study: compare baselines and all tuning methods; see script/compare.py.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
 [[ " $* " == *" --original "* && " $* " == *" --unseen "* ]] || source script/data.sh

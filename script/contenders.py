@@ -2,7 +2,7 @@
 
 A tuning contender takes a data file and a number of steps; a scoring contender takes a data file,
 a number of texts and the folder of the models (see `make_folders`). Each returns a function that
-works once and returns the examples per second.
+runs one measurement and returns the examples per second.
 
 Imports are inside the functions, since a contender's start-up time and memory are measured: it
 must load only what it needs.
@@ -21,7 +21,7 @@ Measure = Callable[[], float]  # examples per second
 
 
 def prepared(data: str, *flags: str):
-    """Do what main.py does before it builds a model.
+    """Read data and tokenizer as main.py does before it builds a model.
 
     Returns arguments, start, data, tokenizer and the encoded training file.
     """
@@ -42,7 +42,7 @@ def prepared(data: str, *flags: str):
 
 
 def ours(data: str, steps: int, flags: Sequence[str] = ()) -> Measure:
-    """`main.py` with these flags: `steps` steps of its loop."""
+    """Time `steps` training steps of `main.py` with these flags."""
     import trainer
     from model.sequence_classification import train_words_in_use
     from runtime.machine import pick_machine
@@ -74,16 +74,16 @@ def ours(data: str, steps: int, flags: Sequence[str] = ()) -> Measure:
 def hf_trainer(
     data: str, steps: int, *, prefix: int = 0, pad_to: int | None = None, **options
 ) -> Measure:
-    """The Trainer of transformers with `options`, over PEFT if there is a `prefix`.
+    """Time the Trainer of transformers with `options`, with a PEFT prefix if `prefix` is above 0.
 
-    pad_to: the number of tokens of every text, padded as in the original recipe. All steps are
-        then equally slow, so only one is measured.
+    pad_to: pad every text to this many tokens, as in the original recipe. All steps are then
+        equally slow, so only one is measured.
     """
     import transformers
 
     _, start, _, tokenizer, rows = prepared(data)
     transformers.utils.logging.set_verbosity_error()
-    # SDPA's backward pass is slow on CPUs in bfloat16: plain attention is the best for these peers
+    # SDPA's backward pass is slow on CPUs in bfloat16: eager attention is fastest for these rivals
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         start.source.backbone, num_labels=len(start.labels), attn_implementation="eager"
     )
@@ -124,7 +124,7 @@ def hf_trainer(
 
 
 def make_folders(data: str, parent: str, names: set[str]) -> None:
-    """Write untrained models: PARENT/full, and prefixes PARENT/0, PARENT/1, ..."""
+    """Write untrained models: PARENT/full, and with a prefix PARENT/0, PARENT/1, ..."""
     for name in sorted(names):
         flags = [] if name == "full" else ["--prefix", "--seed", name]
         args, start, files, tokenizer, _ = prepared(data, *flags)
@@ -144,9 +144,9 @@ def distinct(data: str, count: int):
 
 
 def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure:
-    """`main.py --do_predict` of texts in memory: tokenizing and computing the logits.
+    """Time `main.py --do_predict` on texts in memory: tokenizing and computing the logits.
 
-    names: of the model folders; with several, the rows use them in turn.
+    names: the model or adapter folders; if there are several, the rows use them in turn.
     """
     import numpy as np
 
@@ -180,7 +180,7 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure
 
 
 def hf_pipeline(data: str, count: int, parent: str, names: list[str]) -> Measure:
-    """`pipeline("text-classification")` at its best here: bfloat16, plain attention."""
+    """Time `pipeline("text-classification")` at its fastest: bfloat16, eager attention."""
     import torch
     import transformers
 
@@ -203,7 +203,7 @@ def hf_pipeline(data: str, count: int, parent: str, names: list[str]) -> Measure
 
 BEST = {"bf16": True, "train_sampling_strategy": "group_by_length"}
 MIXED = [str(number) for number in range(16)]
-# name: the contender, and its rivals, further up, with which it is compared
+# name: (contender, rivals listed above it that it is compared with)
 # fmt: off
 TUNING = {
     "original recipe": (partial(hf_trainer, pad_to=256), []),

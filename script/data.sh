@@ -1,8 +1,8 @@
-# Sourced by the run scripts, with their arguments: makes the split files in csv/ if they are
-# missing, unless the arguments name other files. Without the raw file the synthetic sample is used,
-# with a loud notice; once the raw file exists they are made again. A user's own files stay.
+# Sourced by the run scripts with their arguments: makes the split files in csv/ if they are
+# missing, unless the arguments name other files. Without the raw file it uses the synthetic sample,
+# with a loud notice; once the raw file exists, it makes them again. A user's own files are kept.
 
-# synthetic: were the files in csv/ made from the sample, and are they unchanged?
+# synthetic: were the split files in csv/ made from the sample, and are they unchanged?
 synthetic() {
     "$PYTHON" - 2>/dev/null <<'PYTHON'
 import hashlib, json

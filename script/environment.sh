@@ -1,13 +1,13 @@
-# Sourced by the scripts, with the requirement files that they need as arguments:
+# Sourced by the scripts, with the requirements files that they need as arguments:
 #     source script/environment.sh requirements.txt
-# Goes to the project's root and sets PYTHON to an interpreter that has exactly those pins: the
-# active environment where it serves, else .venv, made once and then found again in a second.
+# Changes to the project's root and sets PYTHON to an interpreter with exactly the pinned versions:
+# the active environment if it has them, otherwise .venv, created once and then found in a second.
 
 export PYTHONUTF8=1 # files and paths are UTF-8 whatever the locale
 # How long OpenMP threads spin at a barrier before they sleep: see main.py.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-5000}"
-# glibc keeps freed blocks, since every step asks for the same large ones again. If they are returned
-# in between, each of their pages costs a fault: a tenth of the time of a step of full fine-tuning.
+# Make glibc keep freed memory, since every step allocates the same large blocks again. If it were
+# returned in between, page faults would take a tenth of the step time of full fine-tuning.
 export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483647
 CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -28,7 +28,7 @@ sys.exit(any(version(name).split("+")[0] != pin for name, pin in pins.items()))
 EOF
 }
 
-# install FILE...: put the pins into .venv, made first if it is not there or not usable
+# install FILE...: install the pins into .venv, which is created first if missing or unusable
 install() {
     local name
     if ! { recent .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
@@ -36,17 +36,17 @@ install() {
             recent "${name:-false}" && break
         done
         [ -n "$name" ] || {
-            echo "error: Python 3.11 or later is needed and not on the path" >&2
+            echo "error: no Python 3.11 or later on the PATH: install one" >&2
             exit 2
         }
         "$name" -m venv --clear .venv || {
-            echo "error: $name cannot make .venv (on Debian: apt install python3-venv)" >&2
+            echo "error: $name cannot create .venv (on Debian: apt install python3-venv)" >&2
             exit 2
         }
     fi
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
         "${@/#/--requirement=}" >&2 || {
-        echo "error: the installation failed (see above); run it again to continue" >&2
+        echo "error: the installation failed (see above); run this again to resume" >&2
         exit 2
     }
 }
@@ -60,7 +60,7 @@ for candidate in "${VIRTUAL_ENV:-}/bin/python" "${CONDA_PREFIX:-}/bin/python" \
     fi
 done
 if [ -z "$PYTHON" ]; then
-    echo "installing $* into .venv: once, one to ten minutes ..." >&2
+    echo "installing $* into .venv (only once, takes one to ten minutes) ..." >&2
     install "$@"
     PYTHON="$PWD/.venv/bin/python"
 fi

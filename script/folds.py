@@ -3,13 +3,13 @@
     .venv/bin/python -m script.folds FILE OUTPUT_DIR
     .venv/bin/python -m script.folds RAW_FILE OUTPUT_DIR --variants original:title none:title,tags
 
-FILE has the columns text, label and fold. Writes OUTPUT_DIR/FOLD/{train,val,test}_simple.csv; a
-tenth of the other folds, drawn at random by the fold's number, is the validation file.
+FILE has the columns text, label and fold. Writes OUTPUT_DIR/FOLD/{train,val,test}_simple.csv; the
+validation file is a random tenth of the other folds, seeded by the fold's number.
 
-With --variants the file is a raw one, and its texts are made in several ways: cleaning and columns.
-The first row of each video counts; its fold is a function of its cleaned title, so equal titles
-stay together, and row by row all variants hold the same videos. Writes OUTPUT_DIR/VARIANT/FOLD/,
-with `-` for `:` and `,`.
+With --variants the file is a raw one, and each variant CLEANING:COLUMN,... makes its own texts from
+it. Only the first row of each video is used. Its fold is a function of its cleaned title, so equal
+titles stay together, and all variants contain the same videos, row by row. Writes
+OUTPUT_DIR/VARIANT/FOLD/, with `-` for `:` and `,`.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from runtime.csv_reader import read_table
 from runtime.files import UserError
 from script import splits
 
-FOLDS = 5  # of --variants
+FOLDS = 5  # with --variants
 
 
 def cut(table: pd.DataFrame, output_dir: Path) -> None:
     """Write the split files of each fold. Raises: UserError if there is only one fold."""
     names = sorted(table["fold"].astype(str).unique())
     if len(names) < 2:
-        raise UserError("the file has one fold only: nothing is left to train on")
+        raise UserError("the file has only one fold, which leaves no training rows: use more")
     for number, fold in enumerate(names):
         is_test = table["fold"].astype(str) == fold
         test, rest = table[is_test], table[~is_test]
@@ -40,18 +40,18 @@ def cut(table: pd.DataFrame, output_dir: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in (("train", rest[~chosen]), ("val", rest[chosen]), ("test", test)):
             part[["text", "label"]].to_csv(folder / f"{name}_simple.csv", index=False)
-        print(f"{folder}: train {(~chosen).sum()}, validate {chosen.sum()}, test {len(test)} rows")
+        print(f"{folder}: train {(~chosen).sum()}, val {chosen.sum()}, test {len(test)} rows")
 
 
 def make_variants(path: str, encoding: str, variants: list[str]) -> dict[str, pd.DataFrame]:
-    """A table with text, label and fold for each variant of a raw file.
+    """Make a table with text, label and fold for each variant of a raw file.
 
     Raises: UserError for a file that cannot be read, or an unknown variant.
     """
     parts = {variant: variant.partition(":")[::2] for variant in variants}
     for variant, (cleaning, names) in parts.items():
         if cleaning not in splits.CLEANINGS or not {*names.split(",")} <= {*splits.TEXT_COLUMNS}:
-            raise UserError(f"'{variant}' is not a variant: give one such as none:title,tags")
+            raise UserError(f"'{variant}' is not a variant: use one such as none:title,tags")
     columns = {"title", *(name for _, names in parts.values() for name in names.split(","))}
     raw = splits.read_raw(path, encoding, sorted(columns))
     labels, _ = splits.make_labels(raw["category_id"], 0.70, splits.CATEGORY_NAMES)

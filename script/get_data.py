@@ -36,7 +36,7 @@ TIMEOUT_SECONDS = 20
 def download(url: str, archive: Path) -> None:
     """Download `url` to `archive`, resuming a partial download from `archive`.part.
 
-    Raises: UserError; the partial download stays for the next call, if it is any use.
+    Raises: UserError; a usable partial download is kept for the next call.
     """
     part = archive.with_suffix(".zip.part")
     have = part.stat().st_size if part.exists() else 0
@@ -45,12 +45,12 @@ def download(url: str, archive: Path) -> None:
         answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code != 416:
-            raise UserError(f"{url} answers {error.code} {error.reason}; {BY_HAND}") from None
+            raise UserError(f"{url} answered {error.code} {error.reason}; {BY_HAND}") from None
         if error.headers.get("Content-Range") == f"bytes */{have}":  # nothing is left to download
             os.replace(part, archive)
             return
         part.unlink()
-        raise UserError("the file has changed since the last call: run this again") from None
+        raise UserError("the file on the server has changed: run this again") from None
     except (OSError, HTTPException, ValueError) as error:
         raise UserError(f"{url} cannot be reached ({error}); {BY_HAND}") from None
     with answer:
@@ -64,17 +64,17 @@ def download(url: str, archive: Path) -> None:
                 while block := answer.read1(1 << 20):
                     file.write(block)
                     bar.update(len(block))
-        except (OSError, HTTPException) as error:  # of the connection or the disk
-            advice = "make room if the disk is full, and run this again to resume"
+        except (OSError, HTTPException) as error:  # from the connection or the disk
+            advice = "free some space if the disk is full, and run this again to resume"
             raise UserError(f"{part} is cut off ({error}): {advice}") from None
     size = part.stat().st_size
     if total is not None and size < total:
-        raise UserError(f"cut off at {size:,} of {total:,} bytes: run this again to resume")
+        raise UserError(f"received only {size:,} of {total:,} bytes: run this again to resume")
     os.replace(part, archive)
 
 
 def unpack(archive: Path) -> None:
-    """Check the files and move them into csv/. Removes the archive, unless the disk is full.
+    """Check the archive's files and move them into csv/. Removes it unless the disk is full.
 
     Raises: UserError if the archive is not the data set, or if the disk is full.
     """
@@ -91,7 +91,7 @@ def unpack(archive: Path) -> None:
         archive.unlink()
         raise UserError(f"the download is not the data set ({error}); {BY_HAND}") from None
     except OSError as error:
-        raise UserError(f"{staging} cannot be written: {error.strerror}; make room") from None
+        raise UserError(f"{staging} cannot be written: {error.strerror}; free some space") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     archive.unlink()

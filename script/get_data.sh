@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetch the real data, "Trending YouTube Video Statistics" of Kaggle (CC0), into csv/.
+# Fetch the real data, "Trending YouTube Video Statistics" from Kaggle (CC0), into csv/.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
 

@@ -1,4 +1,4 @@
-"""Write the synthetic sample that replaces the real data if it is missing.
+"""Write the synthetic sample that is used if the real data is missing.
 
     .venv/bin/python -m script.make_sample   # writes csv/USvideos_sample.csv, always the same bytes
 
@@ -17,7 +17,7 @@ from pathlib import Path
 FILE = Path(__file__).parents[1] / "csv" / "USvideos_sample.csv"
 SEED = 42
 VIDEOS = 600
-OWN_WORD = 0.66  # share of topic words from the video's own category; the others are from any
+OWN_WORD = 0.66  # share of topic words from the video's own category; the rest are from any
 WRONG_LABEL = 0.04
 
 # Category id: (share of the videos in percent, topic words).
@@ -64,9 +64,9 @@ NAMES = "Nova Atlas Juniper Orbit Marlow Pixel Harbor Velvet Quill Ember Sable T
 
 
 def make_video(draw: random.Random, number: int) -> dict:
-    """Draw a video's row on its first day of trending; the `None` depend on the day."""
+    """Draw a video's row for its first trending day; the `None` values depend on the day."""
     ids, shares = list(CATEGORIES), [share for share, _ in CATEGORIES.values()]
-    # each category once, so that none is missing, then by their shares
+    # each category once, so that none is missing, then at random by their shares
     category = ids[number] if number < len(ids) else draw.choices(ids, shares)[0]
 
     def topic_word() -> str:
@@ -106,7 +106,7 @@ def make_video(draw: random.Random, number: int) -> dict:
 
 
 def on_day(video: dict, day: int) -> dict:
-    """Return a video's row `day` days later: only its date and the counts of views change."""
+    """Return a video's row `day` days later: only the date and the counts change."""
     views = int(video["views"] * (1 + 0.4 * day))
     ratings = 0 if video["ratings_disabled"] else views
     return video | {
@@ -119,7 +119,7 @@ def on_day(video: dict, day: int) -> dict:
 
 
 def make_sample() -> str:
-    """Return the sample as the text of a CSV file, a row per video and day, sorted by day."""
+    """Return the sample as the text of a CSV file, one row per video and day, sorted by day."""
     draw = random.Random(SEED)
     videos = [make_video(draw, number) for number in range(VIDEOS)]
     rows = [

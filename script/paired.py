@@ -1,10 +1,10 @@
-"""Is one method better than another on the same rows? A paired test of finished runs.
+"""Test whether one method is better than another on the same rows, from finished runs.
 
     .venv/bin/python -m script.paired ONE... --against OTHER...
 
-Folders of finished runs; the n-th one is compared with the n-th other, for instance two methods on
-the same folds. Row by row both have predicted the same labels. The texts may differ, for instance
-if one method was tuned on cleaned titles.
+ONE and OTHER are folders of finished runs. The n-th ONE is compared with the n-th OTHER, for
+instance two methods on the same folds; their test files must have the same labels row by row. The
+texts may differ, for instance if one method was tuned on cleaned titles.
 """
 
 import argparse
@@ -16,20 +16,20 @@ from runtime.files import UserError
 
 
 def compare(ones: list[str], others: list[str]) -> str:
-    """A line with both accuracies over distinct texts, their difference and its p-value.
+    """Return a line with both accuracies over distinct texts, their difference and its p-value.
 
-    Raises: UserError for folders without finished runs, or whose runs predicted different rows.
+    Raises: UserError if a folder has no finished run, or two runs predicted different rows.
     """
     tables = []
     for one, other in zip(ones, others, strict=True):
         left, right = read_predictions(one), read_predictions(other)
         if left["labels"].tolist() != right["labels"].tolist():
-            raise UserError(f"{one} and {other} did not predict the same rows")
+            raise UserError(f"{one} and {other} did not predict the same rows: pair other runs")
         tables.append((left, right.assign(text=left["text"])))
     lefts, rights = (pd.concat(column) for column in zip(*tables, strict=True))
     test = paired_test(rights, lefts)
     if test is None:
-        raise UserError("the runs share fewer than two distinct texts")
+        raise UserError("the runs share fewer than two distinct texts: use larger test files")
     return (
         f"{100 * test.other:.2f} % against {100 * test.one:.2f} %: {100 * test.difference:+.2f} "
         f"points, p = {test.p:.4f} ({test.texts:,} distinct texts, {len(lefts):,} rows, "
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--against", nargs="+", required=True, metavar="OTHER")
     args = parser.parse_args()
     if len(args.one) != len(args.against):
-        parser.error(f"{len(args.one)} folders against {len(args.against)}: give as many")
+        parser.error(f"{len(args.one)} folders against {len(args.against)}: pass equal numbers")
     try:
         print(compare(args.one, args.against))
     except UserError as error:

@@ -22,17 +22,17 @@ def main() -> None:
     defaults = [f"{name} [{parameter['default']}]" for name, parameter in known.items()]
     parser = argparse.ArgumentParser(
         prog="script/preprocess.sh",
-        description="Turn the raw USvideos.csv into split files, by preprocessing.ipynb.",
+        description="Turn the raw USvideos.csv into split files by running preprocessing.ipynb.",
         epilog="parameters: " + ", ".join(defaults),
     )
     metavar, usage = ("NAME", "VALUE"), "set a parameter of the notebook; can be repeated"
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=metavar, help=usage)
     parameters = {name: parse(name, value) for name, value in parser.parse_args().p}
     if unknown := sorted(set(parameters) - set(known)):
-        parser.exit(2, f"error: -p {unknown[0]}: the parameters are {', '.join(known)}\n")
+        parser.exit(2, f"error: -p {unknown[0]}: no such parameter; use {', '.join(known)}\n")
 
     EXECUTED.mkdir(parents=True, exist_ok=True)
-    logging.disable()  # papermill's own report of a failure, with its traceback
+    logging.disable()  # silence papermill's own failure report with its traceback
     try:
         notebook = papermill.execute_notebook(
             NOTEBOOK,

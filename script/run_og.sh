@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Full fine-tuning, the whole job: train, choose the best epoch, evaluate, predict.
-# Any flag of main.py can be appended and wins over those here; paths count from the root:
+# Full fine-tuning, start to finish: train, choose the best epoch, evaluate, predict.
+# Appended flags of main.py override those here; paths are relative to the project's root:
 #     bash script/run_og.sh --num_train_epochs 2 --model_name_or_path bert-base-cased
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prefix tuning in every layer, the whole job: train, choose the best epoch, evaluate, predict.
-# Any flag of main.py can be appended and wins over those here; paths count from the root:
+# Prefix tuning in every layer, start to finish: train, choose the best epoch, evaluate, predict.
+# Appended flags of main.py override those here; paths are relative to the project's root:
 #     bash script/run_prefix.sh --pre_seq_len 16 --prefix_projection
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt

@@ -1,4 +1,4 @@
-"""Raw `USvideos.csv` to split files: reading, cleaning, labels, and two split protocols.
+"""From raw `USvideos.csv` to split files: reading, cleaning, labels, and two split protocols.
 
 `preprocessing.ipynb` explains and calls these functions; `script/preprocess.py` runs it.
 """
@@ -22,7 +22,7 @@ RAW_FILES = ("csv/USvideos.csv", "csv/USvideo.csv")
 SAMPLE_FILE = "csv/USvideos_sample.csv"
 TEXT_COLUMNS = ("title", "channel_title", "tags", "description")
 GROUPINGS = ("video", "channel", "time")
-FOLDERS = {"original": ".", "unseen": "unseen"}  # of each protocol, inside the output folder
+FOLDERS = {"original": ".", "unseen": "unseen"}  # of the protocols, inside output_dir
 
 # Category ids of the YouTube Data API, used if US_category_id.json is not next to the raw file.
 CATEGORY_NAMES = {
@@ -73,12 +73,12 @@ def check_parameters(**parameters) -> dict:
         ("test_share", is_share(parameters["test_share"]), share),
     ):
         if not good:
-            raise UserError(f"parameter {name} is {parameters[name]!r}: give {wanted}")
+            raise UserError(f"parameter {name} is {parameters[name]!r}: set it to {wanted}")
     return parameters | {"text_columns": columns}
 
 
 def is_share(value: object) -> bool:
-    """Whether a value is a number between 0 and 1, both excluded."""
+    """Return whether a value is a number strictly between 0 and 1."""
     return isinstance(value, float) and 0 < value < 1
 
 
@@ -120,7 +120,7 @@ def read_raw(path: str, encoding: str, text_columns: list[str]) -> pd.DataFrame:
         if not good.all():
             raise UserError(
                 f"{path}: {column} is not {wanted} in {row_list(np.flatnonzero(~good) + 1)}: "
-                "correct or remove these rows; is a quote missing in the row before?"
+                "correct or remove these rows; is a quote missing in the row above?"
             )
     valid = table["video_id"].str.fullmatch(r"[\w-]{11}")
     ids = table["video_id"].where(valid, table["video_id"] + " " + table["title"])
@@ -139,7 +139,7 @@ def category_names(folder: Path, ids: pd.Series) -> dict[int, str]:
             items = read_json(path)["items"]
             names = names | {int(item["id"]): item["snippet"]["title"] for item in items}
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not the data set's category file: {error!r}") from None
+            raise UserError(f"{path} is no valid category file ({error!r}): replace it") from None
     found = pd.Series({i: names.get(i, f"category {i}") for i in sorted(set(ids))})
     numbered = found + " (" + found.index.astype(str) + ")"
     return found.mask(found.duplicated(keep=False), numbered).to_dict()
@@ -205,11 +205,11 @@ def make_labels(
 def original_splits(
     table: pd.DataFrame, seed: int, train_share: float, test_share: float, balance: bool
 ) -> dict[str, pd.DataFrame]:
-    """Split rows as the original did. It leaks: a video's rows fall into every split.
+    """Split rows as the original did. This leaks: a video's rows fall into every split.
 
     A random `train_share` of the rows is for training, balanced by down-sampling every label to
-    the rarest; `test_share` of the rest is for test, stratified by label. The same rows are drawn
-    as in the original: its files' labels come out in the same order.
+    the rarest; `test_share` of the rest is for test, stratified by label. The random draws are the
+    original's: the labels of its files come out in the same order.
 
     Raises: UserError if there are too few rows.
     """
@@ -241,7 +241,7 @@ def unseen_splits(
     Raises: UserError if channel_title is needed but missing, or if there are too few videos.
     """
     if group_by == "channel" and "channel_title" not in table:
-        raise UserError("group_by 'channel' needs the column channel_title")
+        raise UserError("group_by 'channel' needs the column channel_title: use another group_by")
     videos = table.sort_values("day", kind="stable").drop_duplicates("video_id")
     keys = videos["text"].map(text_key)
     group = connected(keys, videos["channel_title"] if group_by == "channel" else keys)
@@ -276,7 +276,7 @@ def keep_training_labels(splits: dict[str, pd.DataFrame]) -> dict[str, pd.DataFr
 
 def connected(one: pd.Series, other: pd.Series) -> np.ndarray:
     """Number the groups [N] of rows that share a value of either key, directly or indirectly."""
-    # a graph with the values of both keys as nodes and a row as an edge
+    # a graph: the values of both keys are its nodes, each row is an edge
     nodes, others = pd.factorize(one)[0], pd.factorize(other)[0]
     others += nodes.max() + 1
     size = others.max() + 1
@@ -287,9 +287,9 @@ def connected(one: pd.Series, other: pd.Series) -> np.ndarray:
 def describe(splits: dict[str, pd.DataFrame]) -> dict[str, dict]:
     """Count rows, distinct texts and labels, and measure how much the training file gives away.
 
-    `share_in_train` is the share of rows whose text is in the training file. `lookup_accuracy` is
-    that of a dictionary: the training file's (most frequent) label for a text that occurs there,
-    else the most frequent label of training and validation file (training may be balanced).
+    `share_in_train` is the share of rows with a seen text. `lookup_accuracy` is the accuracy of a
+    dictionary that predicts the training file's (most frequent) label of a seen text, otherwise
+    the most frequent label of training and validation file (training may be balanced).
     """
     train, figures = splits["train"], {}
     label_of = train.groupby(train["text"].map(text_key))["label"].agg(lambda some: some.mode()[0])
@@ -310,10 +310,10 @@ def describe(splits: dict[str, pd.DataFrame]) -> dict[str, dict]:
 def write_splits(
     folder: Path, protocols: dict[str, dict[str, pd.DataFrame]], figures: dict, record: dict
 ) -> None:
-    """Write each protocol's `{train,val,test}_simple.csv` and split.json, each file whole.
+    """Write each protocol's `{train,val,test}_simple.csv` and split.json, each file atomically.
 
-    split.json holds `record`, the protocol's `describe` from `figures`, and the checksums of its
-    CSV files. The same content gives the same bytes.
+    split.json contains `record`, the protocol's entry in `figures` (see `describe`) and the
+    checksums of its CSV files. Equal content gives equal bytes.
 
     Raises: UserError, before anything is written, for a CSV file that does not match its folder's
         split.json; also if a folder cannot be written.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: lint, format, tests. Arguments go to pytest: bash script/test.sh -k prefix
+# All checks: lint, format, tests. Arguments are passed to pytest: bash script/test.sh -k prefix
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt tests/requirements.txt
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Each core has tests of its own. Here and in processes that tests start: so small a model is as
-# fast, and sums have one order everywhere.
+# One thread, here and in processes that tests start: each core runs its own tests, so small a model
+# is no slower, and sums have the same order everywhere.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see main.py
 
@@ -49,7 +49,7 @@ REAL_DATA = ROOT.parent / "shared" / "data"
 
 
 def make_backbone(folder: Path) -> str:
-    """Folder of a BERT: 2 layers, 2 heads of 8, 64 positions."""
+    """Write a BERT with 2 layers, 2 heads of 8 and 64 positions; returns its folder."""
     folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(SPECIAL + WORDS), encoding="utf-8")
     config = BertConfig(
@@ -74,7 +74,7 @@ def write_csv(path: Path, rows: list, header=("text", "label")) -> str:
 
 
 def make_files(folder: Path) -> list[str]:
-    """Flags that name three small split files: some validation and test texts are seen."""
+    """Write three small split files, with some seen texts; returns the flags that name them."""
     train = write_csv(folder / "train.csv", ROWS)
     val = write_csv(folder / "val.csv", [ROWS[0], ("a new dog", "0"), ("song", "1"), ROWS[8]])
     test = write_csv(folder / "test.csv", [ROWS[5], ("big team", "2"), ("a dog", "0"), ROWS[5]])
@@ -93,7 +93,7 @@ def files(tmp_path) -> list[str]:
 
 @pytest.fixture
 def run(backbone, files, tmp_path):
-    """Call main with three tasks on the small files; returns the output folder."""
+    """Train, evaluate and predict on the small files with main; returns the output folder."""
 
     def call(*flags: str, name: str = "out", status: int = 0) -> Path:
         folder = tmp_path / name
@@ -110,7 +110,7 @@ def run(backbone, files, tmp_path):
 
 @pytest.fixture
 def clone(tmp_path) -> Path:
-    """A copy of the project in a folder with a blank, without data and results of the user's."""
+    """Copy the project to a folder with a blank in its name, without user data and results."""
     folder = tmp_path / "a clone"
     names = ["*.py", "*.ipynb", "requirements.txt", "csv/USvideos_sample.csv"]
     names += ["model", "runtime", "evaluation", "script"]
@@ -148,7 +148,7 @@ def make_model(backbone):
         start = Start(args)
         start.set_labels(["a", "b", "c"])
         model = start.build(args).eval()
-        if args.prefix:  # as large as keys and values, so that it shows
+        if args.prefix:  # as large as keys and values, to have an effect
             torch.nn.init.normal_(model.prefix_encoder.embedding.weight)
         return model
 
@@ -156,7 +156,7 @@ def make_model(backbone):
 
 
 def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
-    """The same model, with all dropout off, for comparisons in training mode."""
+    """Turn all dropout off, for comparisons in training mode; returns the model."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -181,7 +181,7 @@ def stop_at(monkeypatch):
 
 @pytest.fixture
 def stopped(run, stop_at):
-    """The folder of an unfinished run with checkpoints 3 and 5."""
+    """Return the folder of an unfinished run with checkpoints 3 and 5."""
     stop_at(4)
     folder = run("--save_strategy", "epoch", status=143) / "unfinished"
     stop_at(None)

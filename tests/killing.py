@@ -49,12 +49,12 @@ METHODS = {
     "full, stopped early": "--early_stopping_patience 1 --learning_rate 1e-9 --save_steps 2",
 }
 
-# These hold times, folders or commands.
+# These contain times, folders or commands.
 NOT_COMPARED = ("run.json", "README.md", "report.html", "state.json", "manifest.json")
 
 
 def comparable(folder: Path) -> dict[str, object]:
-    """What must be the same: all files by their bytes, except for times."""
+    """Return what must not change: the contents of all files, without times."""
     found: dict[str, object] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
@@ -68,7 +68,7 @@ def comparable(folder: Path) -> dict[str, object]:
 
 
 def holds(folder: Path, start: str) -> bool:
-    """Whether an unfinished run has a file whose name starts so; it may finish at any time."""
+    """Return whether an unfinished run has a file named `start`...; it may finish at any time."""
     try:
         return any(name.startswith(start) for name in os.listdir(folder / "unfinished"))
     except FileNotFoundError:
@@ -76,7 +76,7 @@ def holds(folder: Path, start: str) -> bool:
 
 
 def attempt(argv: list[str], folder: Path, death: tuple[str, float] | None) -> int:
-    """Run in a child that is killed by `death`, a kind and a number; returns its wait status."""
+    """Run main in a child that `death` (kind and number) kills; returns its wait status."""
     child = os.fork()
     if child == 0:
         sink = os.open(os.devnull, os.O_WRONLY)
@@ -135,14 +135,14 @@ def kill_until_done(argv: list[str], folder: Path, chance: random.Random, kills:
 
 
 def check_end(folder: Path, expected: dict[str, object]) -> None:
-    """Raises: AssertionError naming the files that are missing, too many or different."""
+    """Check a folder. Raises: AssertionError naming missing, extra and different files."""
     found = comparable(folder)
     names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
     assert not names, f"{folder} differs in {', '.join(names)}"
 
 
 def command(backbone: str, files: list[str], method: str) -> list[str]:
-    """A small run with everything that must be restored."""
+    """Return the arguments of a small run with all the state that resuming must restore."""
     flags = (
         "--do_train --do_eval --do_predict --num_train_epochs 3 --per_device_train_batch_size 2 "
         "--gradient_accumulation_steps 2 --hidden_dropout_prob 0.1 --precision fp32 "
@@ -152,7 +152,7 @@ def command(backbone: str, files: list[str], method: str) -> list[str]:
 
 
 def hundreds() -> None:
-    """The script's own main."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)

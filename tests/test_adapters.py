@@ -1,4 +1,4 @@
-"""Adapters in whole runs: what they store, tuned further, several in one file."""
+"""Adapters in whole runs: what they store, tuning them further, several in one file."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_an_adapter_stores_only_what_was_trained(run, backbone, flags):
     assert stored == sum(one.numel() for one in tensors.values())
 
 
-def test_depth_input_says_that_peft_cannot_load_it(run, caplog):
+def test_a_prefix_of_depth_input_warns_that_peft_cannot_load_it(run, caplog):
     run("--prefix", "--prefix_depth", "input")
     assert "PEFT cannot load a prefix of depth input" in caplog.text
 
@@ -80,7 +80,7 @@ def test_a_prefix_starts_from_label_names_training_texts_or_a_given_text(run, tm
 
 
 def further(folder, files, tmp_path, *flags: str, name: str = "further") -> Path:
-    """Tune a tuned folder further, on other files."""
+    """Tune a model or adapter folder further, on other files."""
     argv = ["--do_train", "--do_eval", "--do_predict", "--model_name_or_path", str(folder), *files]
     argv += ["--num_train_epochs", "1", "--precision", "fp32", "--max_seq_length", "16", *flags]
     assert main.main([*argv, "--output_dir", str(tmp_path / name)]) == 0
@@ -90,10 +90,10 @@ def further(folder, files, tmp_path, *flags: str, name: str = "further") -> Path
 @pytest.mark.parametrize(
     "flags", [(), ("--prefix",), ("--prefix", "--prefix_depth", "input"), PROBE, BIAS]
 )
-def test_a_tuned_folder_is_tuned_further_from_its_weights(run, files, tmp_path, flags):
+def test_a_model_or_adapter_folder_is_tuned_further_from_its_weights(run, files, tmp_path, flags):
     """With a learning rate so small that nothing changes: same model, head and labels."""
     folder = run(*flags)
-    assert "It started from" not in (folder / "README.md").read_text()
+    assert "Training started from" not in (folder / "README.md").read_text()
     fewer = write_csv(tmp_path / "fewer.csv", ROWS[:8])  # two of the three labels
     again = further(folder, [*files, "--train_file", fewer], tmp_path, "--learning_rate", "1e-12")
     for name in ("model", "adapter_model"):
@@ -108,7 +108,8 @@ def test_a_tuned_folder_is_tuned_further_from_its_weights(run, files, tmp_path, 
         settings = (load(path, "run.json")["settings"][name] for path in (folder, again))
         assert len(set(settings)) == 1
     assert (
-        f"It started from `{folder}`, which was tuned before" in (again / "README.md").read_text()
+        f"Training started from `{folder}`, which was trained before"
+        in (again / "README.md").read_text()
     )
     moved = further(folder, files, tmp_path, name="moved")
     if flags:
@@ -118,7 +119,7 @@ def test_a_tuned_folder_is_tuned_further_from_its_weights(run, files, tmp_path, 
 
 
 @pytest.mark.parametrize("flags", [PROBE, BIAS])
-def test_a_tuned_folder_keeps_its_method(run, files, tmp_path, capsys, flags):
+def test_an_adapter_folder_keeps_its_method(run, files, tmp_path, capsys, flags):
     folder = run(*flags)
     for other in (("--prefix",), ("--tuning_method", "full")):
         argv = ["--do_train", *files, "--model_name_or_path", str(folder), *other]
@@ -126,7 +127,7 @@ def test_a_tuned_folder_keeps_its_method(run, files, tmp_path, capsys, flags):
             main.main([*argv, "--output_dir", str(tmp_path / "no")])
         assert exit_info.value.code == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("error: ") and f"was tuned by {flags[1]}" in error
+        assert error.startswith("error: ") and f"was tuned with {flags[1]}" in error
     assert not (tmp_path / "no").exists()
 
 
@@ -168,7 +169,7 @@ def test_a_prefix_of_peft_is_tuned_further_and_loads_in_peft(backbone, files, tm
 
 
 def test_a_column_names_the_prefix_of_each_row(run, files, tmp_path, capsys):
-    """Predictions equal those of each folder alone; labels that a folder lacks get 0."""
+    """Each folder alone predicts the same; labels that a folder lacks have probability 0."""
     other = write_csv(tmp_path / "other.csv", [(text, "23x"[int(label)]) for text, label in ROWS])
     files = [word for name in ("train", "validation", "test") for word in (f"--{name}_file", other)]
     second = run("--prefix", "--pre_seq_len", "5", *files, name="second")
@@ -230,4 +231,4 @@ def test_a_probe_without_its_labels_is_refused(run, files, tmp_path, capsys):
     (folder / "config.json").unlink()
     argv = ["--do_predict", "--model_name_or_path", str(folder), *files[4:]]
     assert main.main([*argv, "--output_dir", str(tmp_path / "predicted")]) == 2
-    assert "lacks config.json, which holds its labels" in capsys.readouterr().err
+    assert "lacks config.json, which stores its labels" in capsys.readouterr().err

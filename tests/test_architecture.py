@@ -15,7 +15,7 @@ CONFIG = ROOT / "pyproject.toml"
 
 
 def copy_source(folder: Path) -> set[str]:
-    """Copy the source as packages, which import-linter needs; returns the names of the modules."""
+    """Copy the source as packages, as import-linter requires; returns the module names."""
     modules = {path.stem: path for path in ROOT.glob("*.py")}
     for name, path in modules.items():
         (folder / name).mkdir()
@@ -32,7 +32,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
-def test_the_layers_hold(tmp_path):
+def test_imports_respect_the_layers(tmp_path):
     modules = copy_source(tmp_path)
     roots = tomllib.loads(CONFIG.read_text())["tool"]["importlinter"]["root_packages"]
     assert modules <= set(roots)  # a new module needs a layer

@@ -1,4 +1,4 @@
-"""The baselines: right by hand, and with the files of a tuned run."""
+"""The baselines: figures checked by hand, and the same files as a tuned run."""
 
 import json
 
@@ -26,7 +26,7 @@ def run_baseline(files, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_baseline_leaves_the_files_and_figures_of_a_tuned_run(run, run_baseline, method):
+def test_a_baseline_writes_the_same_files_and_figures_as_a_tuned_run(run, run_baseline, method):
     tuned, folder = run(), run_baseline(method)
     training = {"metrics.jsonl", "README.md"}
     assert {path.name for path in folder.iterdir()} == RESULTS - training
@@ -39,15 +39,13 @@ def test_a_baseline_leaves_the_files_and_figures_of_a_tuned_run(run, run_baselin
     assert load(folder, "run.json")["backbone"] == method
 
 
-def test_a_look_up_knows_what_it_has_seen_and_guesses_the_most_frequent_label(
-    run_baseline, tmp_path
-):
-    """Of "fish" it knows the label whatever the case; "drum" alone it has never seen."""
+def test_a_look_up_repeats_seen_labels_and_else_predicts_the_most_frequent(run_baseline, tmp_path):
+    """It finds "fish" regardless of case; "drum" on its own is unseen."""
     test = write_csv(
         tmp_path / "t.csv", [("FISH ", "0"), ("goal of  the team", "2"), ("drum", "1")]
     )
     found = pd.read_csv(run_baseline("lookup", "--test_file", test) / "predictions.csv")
-    assert found["predicted"].tolist() == [0, 2, 0]  # four of eleven rows are of label 0 and of 1
+    assert found["predicted"].tolist() == [0, 2, 0]  # labels 0 and 1: four of eleven rows each
     assert found["confidence"][0] > 0.99
     shares = [4 / 11, 4 / 11, 3 / 11]
     np.testing.assert_allclose(found.iloc[2, 4:].astype(float), shares, atol=1e-5)
@@ -55,7 +53,7 @@ def test_a_look_up_knows_what_it_has_seen_and_guesses_the_most_frequent_label(
     np.testing.assert_allclose(most.iloc[:, 4:].astype(float), [shares] * 3, atol=1e-5)
 
 
-def test_the_linear_model_learns_and_takes_its_strength_from_validation(run_baseline, tmp_path):
+def test_the_linear_model_learns_and_chooses_its_strength_by_validation(run_baseline, tmp_path):
     path = write_csv(tmp_path / "same.csv", ROWS)
     folder = run_baseline("tfidf", "--validation_file", path, "--test_file", path)
     assert load(folder, "all_results.json")["test_accuracy"] == 1.0
@@ -63,20 +61,20 @@ def test_the_linear_model_learns_and_takes_its_strength_from_validation(run_base
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_several_labels_a_row(run_baseline, tmp_path, method):
+def test_baselines_predict_several_labels_per_row(run_baseline, tmp_path, method):
     rows = [(text, f"{label}|{(int(label) + 1) % 3}") for text, label in ROWS]
     path = write_csv(tmp_path / "several.csv", rows)
     flags = [word for name in ("train", "validation", "test") for word in (f"--{name}_file", path)]
     flags += ["--problem_type", "multi_label_classification"]
     results = load(run_baseline(method, *flags), "all_results.json")
-    # each label applies to most rows, so that the majority takes all three, which no row has
+    # each label applies to most rows, so majority predicts all three, which no row has
     assert results["test_accuracy"] == {"majority": 0.0, "lookup": 1.0, "tfidf": 1.0}[method]
 
 
-def test_a_bad_call_is_one_line(capsys, files, tmp_path):
+def test_user_errors_are_one_line(capsys, files, tmp_path):
     assert baseline.main(["nothing"]) == 2
     assert baseline.main(["tfidf", "--learning_rate=1"]) == 2
-    assert "--learning_rate does nothing to a baseline" in capsys.readouterr().err
+    assert "--learning_rate has no effect on a baseline" in capsys.readouterr().err
     argv = ["majority", *files, "--output_dir", str(tmp_path / "out"), "--train_file", "absent.csv"]
     assert baseline.main(argv) == 2
     assert capsys.readouterr().err.count("error: absent.csv") == 1
@@ -85,11 +83,11 @@ def test_a_bad_call_is_one_line(capsys, files, tmp_path):
     path = write_csv(tmp_path / "signs.csv", [("!", "0"), ("?", "1"), ("...", "2")])
     argv[0], argv[-1] = "tfidf", path
     assert baseline.main(argv) == 2
-    assert "no text of the training file holds a word" in capsys.readouterr().err
+    assert "no text in the training file contains a word" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data are not here (../shared/data)")
-def test_a_dictionary_scores_what_was_measured_on_the_published_split(tmp_path):
+@pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data is not in ../shared/data")
+def test_a_look_up_scores_as_measured_on_the_published_split(tmp_path):
     splits = REAL_DATA / "seed_splits"
     argv = ["lookup", "--output_dir", str(tmp_path / "out")]
     for name, file in (("train", "train"), ("validation", "val"), ("test", "test")):

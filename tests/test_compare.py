@@ -1,4 +1,4 @@
-"""The study: what it runs, what it does not repeat, what it computes."""
+"""The study: which runs it makes, which it does not repeat, and what it computes."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from script import baseline, compare
 
 @pytest.fixture
 def folders(tmp_path) -> list[str]:
-    """An original split, whose test file repeats training texts, and two folds without repeats."""
+    """Write an original split that repeats training texts in test, and two folds that do not."""
     test = {"original": ROWS[:4], "fold 0": [("big team", "2"), ("a dog", "0")]}
     test["fold 1"] = [("small song", "1")]
     for name, rows in test.items():
@@ -32,9 +32,9 @@ def folders(tmp_path) -> list[str]:
 
 @pytest.fixture
 def study(folders, tmp_path, backbone, monkeypatch, capsys):
-    """Call the study on the tiny backbone; returns what it printed.
+    """Call the study on the tiny backbone; returns its output.
 
-    Its runs are not processes, each of which would load torch again.
+    Its runs are function calls here, because each process would load torch again.
     """
     modules = {"main.py": main, "-m": baseline}
 
@@ -45,7 +45,7 @@ def study(folders, tmp_path, backbone, monkeypatch, capsys):
         return Namespace(wait=lambda: status)
 
     monkeypatch.setattr(compare.subprocess, "Popen", in_process)
-    monkeypatch.setattr(record, "commit", lambda: "0" * 40)  # which asks git
+    monkeypatch.setattr(record, "commit", lambda: "0" * 40)  # it would call git
     original, *unseen = folders
 
     def call(*flags: str) -> str:
@@ -60,14 +60,14 @@ def study(folders, tmp_path, backbone, monkeypatch, capsys):
     return call
 
 
-def test_a_study_runs_once_and_says_what_it_found(study, tmp_path):
+def test_a_study_runs_once_and_reports_its_results(study, tmp_path):
     first = study("--seeds", "1", "2")
     assert "7 runs, 0 of them already finished" in first  # 1 + 2 baselines, 2 + 2 prefixes
     found = json.loads((tmp_path / "study" / "study.json").read_text())
     counts = {(row["protocol"], row["method"]): row["runs"] for row in found["summary"]}
     original = {("original", "majority"): 1, ("original", "prefix"): 2}
     assert counts == original | {("unseen", "majority"): 2, ("unseen", "prefix"): 2}
-    assert {test["protocol"] for test in found["tests"]} == {"unseen"}  # the other has none unseen
+    assert {test["protocol"] for test in found["tests"]} == {"unseen"}  # original: all texts seen
     page = (tmp_path / "study" / "report.html").read_text()
     assert page.count("<svg") == 4 and "script/compare.sh" in page
     single = found["runs"][-1]
@@ -81,11 +81,11 @@ def test_a_study_runs_once_and_says_what_it_found(study, tmp_path):
 
 
 def test_another_study_is_refused_before_it_starts(study, tmp_path):
-    """And leaves the logs of the finished one."""
+    """The logs of the finished study are kept."""
     study()
     log = tmp_path / "study" / "unseen-prefix-0.log"
     log.write_text("of the finished run")
-    with pytest.raises(SystemExit, match="holds a run with other flags, data or seed"):
+    with pytest.raises(SystemExit, match="contains a run with different flags, data or seed"):
         study("--seeds", "7")
     assert log.read_text() == "of the finished run"
 
@@ -93,7 +93,7 @@ def test_another_study_is_refused_before_it_starts(study, tmp_path):
 def test_a_study_shows_caveats(study, tmp_path):
     assert "--quick: --num_train_epochs" in study("--quick", "--seeds", "1")
     page = (tmp_path / "study" / "report.html").read_text()
-    assert "Tuned only to see it work" in page
+    assert "Trained only briefly, to check that it works" in page
     folder = tmp_path / "study" / "unseen-prefix-0"
     unread = {"folder": folder, "command": compare.METHODS["prefix"]}
     for answers, collapsed in (("01", False), ("11", True)):
@@ -107,8 +107,8 @@ def test_a_study_shows_caveats(study, tmp_path):
     assert not compare.caveats([run | {"command": compare.METHODS["majority"]}], quick=False)
 
 
-def test_a_run_that_fails_ends_the_study_with_its_last_line(folders, tmp_path):
-    """Here each run is a process."""
+def test_a_failed_run_ends_the_study_with_the_last_line_of_its_log(folders, tmp_path):
+    """Here each run is a process of its own."""
     write_csv(tmp_path / "fold 0" / "train_simple.csv", [("one", "1"), ("", "0")])
     command = [sys.executable, "-m", "script.compare", "--original", "--unseen", folders[1]]
     command += ["--output_dir", str(tmp_path / "study"), "--methods", "majority"]
@@ -116,7 +116,7 @@ def test_a_run_that_fails_ends_the_study_with_its_last_line(folders, tmp_path):
     assert failed.returncode == 1
     assert (
         "the text is blank in row 2" in failed.stderr
-        and "the same command resumes the study" in failed.stderr
+        and "repeat the command to resume the study" in failed.stderr
     )
 
 
@@ -137,7 +137,7 @@ def test_folds_use_the_seeds_in_turn_and_baselines_run_once_each():
     assert {run["method"] for run in runs} - baselines == {*arguments.METHODS, "input prefix"}
 
 
-def test_mean_and_spread():
+def test_the_table_has_mean_and_standard_deviation():
     runs = [
         {"protocol": "p", "method": "m", "results": {"test_accuracy": value}}
         for value in (0.5, 0.7)
@@ -148,7 +148,7 @@ def test_mean_and_spread():
     assert row["on unseen"] is None and compare.format_cell(row, "on unseen") == "-"
 
 
-def test_paired_tests_on_unseen_texts_are_mcnemars(tmp_path):
+def test_paired_tests_on_unseen_texts_agree_with_mcnemar(tmp_path):
     """Of 60 texts 12 are right for one method only and 3 for the other: p = 0.035 exactly."""
     write_csv(tmp_path / "train_simple.csv", [("Seen  text", "0")])
     right = {"full": [1] * 40 + [0] * 12 + [1] * 3 + [0] * 5}

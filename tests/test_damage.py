@@ -1,4 +1,4 @@
-"""Damage and misuse: each is one line, and leaves what is whole."""
+"""Damage and misuse: each is a one-line error and leaves intact files alone."""
 
 import json
 import resource
@@ -20,7 +20,7 @@ from test_main import hashes
 
 
 def flip(path: Path) -> None:
-    """One bit of a file, in its middle."""
+    """Flip one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -78,7 +78,7 @@ def test_without_a_checkpoint_auto_starts_from_the_beginning(run, caplog):
         ("weights_sha256", ["--model_name_or_path", "BACKBONE"]),
     ],
 )
-def test_another_run_does_not_resume_it(run, stopped, tmp_path, backbone, capsys, field, flags):
+def test_a_different_run_is_not_resumed(run, stopped, tmp_path, backbone, capsys, field, flags):
     write_csv(tmp_path / "OTHER", ROWS[::-1])
     write_csv(tmp_path / "NAMED", [(text, f"class {label}") for text, label in ROWS])
     shutil.copytree(backbone, tmp_path / "BACKBONE")
@@ -94,7 +94,7 @@ def test_another_run_does_not_resume_it(run, stopped, tmp_path, backbone, capsys
 
 
 def test_a_pickle_is_not_opened(run, stopped, backbone, files, tmp_path, capsys):
-    """Neither as a checkpoint nor as a model; opening it would write a file."""
+    """Neither as a checkpoint nor as a model; unpickling it would write a file."""
 
     class Trap:
         def __reduce__(self):
@@ -114,7 +114,7 @@ def test_a_pickle_is_not_opened(run, stopped, backbone, files, tmp_path, capsys)
 
 
 def test_two_runs_do_not_share_a_folder(run, tmp_path, capsys):
-    """The lock is the kernel's: it ends with its process."""
+    """The kernel holds the lock, so it ends with its process."""
     (tmp_path / "out").mkdir()
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
@@ -134,8 +134,8 @@ def test_two_runs_do_not_share_a_folder(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("at", ["checkpoint", "records", "model"])
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoints(run, stopped, monkeypatch, capsys, at):
-    """By a limit on the size of files, as a full disk; the SIGXFSZ that comes is ignored."""
+def test_a_full_disk_is_a_user_error_and_keeps_checkpoints(run, stopped, monkeypatch, capsys, at):
+    """A file-size limit simulates the full disk; the SIGXFSZ that it causes is ignored."""
     small = {"checkpoint": 20_000, "records": 10, "model": 20_000}[at]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     flags = ["--save_strategy", "no" if at == "model" else "epoch"]
@@ -152,7 +152,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints(run, stopped, monkey
     run("--save_strategy", "epoch", "--resume_from_checkpoint", "auto")
 
 
-def test_out_of_memory_names_the_flags(run, stopped, monkeypatch, capsys):
+def test_out_of_memory_names_the_flags_to_lower(run, stopped, monkeypatch, capsys):
     def step(*args):
         torch.empty(1 << 60)
 
@@ -162,7 +162,7 @@ def test_out_of_memory_names_the_flags(run, stopped, monkeypatch, capsys):
     assert set(checkpoint.steps(stopped)) == {3, 5}
 
 
-def test_a_diverged_run_leaves_its_checkpoints(run, stopped, capsys, monkeypatch):
+def test_a_diverged_run_keeps_its_checkpoints(run, stopped, capsys, monkeypatch):
     def step(*args):
         raise UserError("the loss is nan")
 
@@ -185,5 +185,5 @@ def test_weights_that_are_not_finite_are_refused(backbone, run, tmp_path, capsys
         str(tmp_path / "p"),
     ]
     assert main.main([*argv, "--test_file", str(tmp_path / "test.csv")]) == 2
-    assert "bert.pooler.dense.bias is not finite" in capsys.readouterr().err
+    assert "bert.pooler.dense.bias has values that are not finite" in capsys.readouterr().err
     assert json.loads((folder / "run.json").read_text())["files"]

@@ -1,4 +1,4 @@
-"""Reading, refusing, numbering, auditing, batching."""
+"""Data: reading and refusing files, numbering labels, auditing leaks, batching."""
 
 import csv
 import re
@@ -24,12 +24,12 @@ def read(path, **options):
     return read_split(path, **{"text_columns": ["text"], **options})
 
 
-# Texts that pandas would turn into missing values, or that other readers stumble over.
+# Texts that pandas would turn into missing values, or that trip up other readers.
 ODD_TEXTS = ["NA", "null", "None", "nan", 'a "quoted" word', "two\nlines", "tab\there", "a,b"]
 ODD_TEXTS += ["עברית 🎉 é", "x" * 10_000_000, " blanks "]
 
 
-def test_odd_texts_come_back_unchanged(tmp_path):
+def test_odd_texts_are_read_unchanged(tmp_path):
     path = write_csv(tmp_path / "odd ü.csv", [(text, i % 2) for i, text in enumerate(ODD_TEXTS)])
     assert read(path).texts == ODD_TEXTS
 
@@ -38,7 +38,7 @@ def test_odd_texts_come_back_unchanged(tmp_path):
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"text,label\n", "a header and no rows"),
+        (b"text,label\n", "a header but no rows"),
         (b"title,label\nx,1\n", "no column 'text'; it has 'title', 'label'"),
         (b"text,text,label\nx,y,1\n", "the column 'text' more than once"),
         (b"text,label\nx,1\ny\n", "row 2 (line 3) has 1 fields, the header 2"),
@@ -46,19 +46,19 @@ def test_odd_texts_come_back_unchanged(tmp_path):
         (b"text,label\nx,1\n \t,1\n,0\n", "the text is blank in 2 rows (2, 3)"),
         (b"text,label\nx,1\n\n\ny\n", "row 2 (line 5) has 1 fields"),
         (b"text\na\n\nb\n", "the text is blank in row 2"),
-        (b"text,label\nx\0y,1\n", "row 1 (line 2) holds a NUL byte"),
+        (b"text,label\nx\0y,1\n", "row 1 (line 2) contains a NUL byte"),
         (b'text,label\nx,1\n"y,1\nz,1\n', "the row that starts at line 3"),
         (b'text,label\n"x"y,1\n', "the row that starts at line 2"),
         (b"text,label\nx,1\ny,\n", "no 'label' in row 2; fill it in"),
         (b"text;label\nx;1\n", "are its fields separated by something other than commas?"),
         (
             "text,label\nabcdé,1\n".encode("cp1252"),
-            "not utf-8 at byte 15: give its",
+            "not utf-8 at byte 15: pass its",
         ),
         ("text,label\nx,1\n".encode("utf-16"), "perhaps utf-16"),
     ],
 )
-def test_bad_files_are_refused_with_the_place(tmp_path, content, message):
+def test_bad_files_are_refused_with_their_location(tmp_path, content, message):
     path = tmp_path / "bad.csv"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -67,7 +67,7 @@ def test_bad_files_are_refused_with_the_place(tmp_path, content, message):
     assert str(path) in str(error.value)
 
 
-def test_the_byte_of_a_wrong_encoding_counts_from_the_start_of_the_file(tmp_path):
+def test_an_encoding_error_gives_the_byte_from_the_start_of_the_file(tmp_path):
     path = tmp_path / "late.csv"
     path.write_bytes(b"text,label\n" + b"word,1\n" * 50_000 + b"caf\xe9,1\n")
     with pytest.raises(UserError, match=f"at byte {11 + 7 * 50_000 + 3}:"):
@@ -88,7 +88,7 @@ def test_missing_files_and_folders_are_refused(tmp_path):
         (b"extra,label,text\n\ne,1.0,x\n\nf, 0,y", "utf-8"),
     ],
 )
-def test_bom_line_ends_encodings_and_other_columns(tmp_path, content, encoding):
+def test_bom_line_endings_encodings_and_extra_columns_are_read(tmp_path, content, encoding):
     path = tmp_path / "good.csv"
     path.write_bytes(content)
     split = read(path, encoding=encoding)
@@ -110,7 +110,7 @@ def test_blank_texts_are_dropped_if_allowed_and_rows_keep_their_numbers(tmp_path
     assert "dropped 1 rows without a text" in caplog.text
 
 
-def test_labels_are_equal_whatever_the_spelling_and_sort_as_numbers(tmp_path):
+def test_labels_are_equal_regardless_of_spelling_and_sort_as_numbers(tmp_path):
     rows = [("a", "10"), ("b", "9"), ("c", "9.0"), ("d", " 10 "), ("e", "other"), ("f", "-1")]
     split = read(write_csv(tmp_path / "a.csv", rows))
     names = dataset.label_names(split)
@@ -118,19 +118,19 @@ def test_labels_are_equal_whatever_the_spelling_and_sort_as_numbers(tmp_path):
     assert split.number_labels(names).label_ids.tolist() == [2, 1, 1, 2, 3, 0]
 
 
-def test_labels_that_training_lacks_are_named_with_their_rows(tmp_path):
+def test_labels_missing_from_training_are_named_with_their_rows(tmp_path):
     train = read(write_csv(tmp_path / "a.csv", [("a", "x"), ("b", "y")]))
     test = read(write_csv(tmp_path / "b.csv", [("a", "x"), ("b", "z"), ("c", "w"), ("d", "z")]))
     with pytest.raises(UserError, match=r"label 'w', 'z' in 3 rows \(2, 3, 4\)"):
         test.number_labels(dataset.label_names(train))
 
 
-def test_one_class_only_is_refused(tmp_path):
+def test_a_single_class_is_refused(tmp_path):
     with pytest.raises(UserError, match="has only one label"):
         dataset.label_names(read(write_csv(tmp_path / "a.csv", [("a", 1), ("b", 1)])))
 
 
-def test_several_labels_a_row(tmp_path):
+def test_several_labels_per_row_are_split_and_numbered(tmp_path):
     path = write_csv(tmp_path / "m.csv", [("a", "x|y"), ("b", ""), ("c", " y |y"), ("d", "2.0|x")])
     split = read(path, multi_label=True)
     assert split.labels == [["x", "y"], [], ["y"], ["2", "x"]]
@@ -148,7 +148,7 @@ def test_a_file_to_predict_needs_no_labels(tmp_path, content):
     assert read(path, labels_required=False).labels is None
 
 
-def test_the_leak_is_found_whatever_case_and_white_space(tmp_path, caplog):
+def test_the_leak_is_found_regardless_of_case_and_white_space(tmp_path, caplog):
     train = read(write_csv(tmp_path / "a.csv", [("A  cat", 0), ("dog", 1), ("DOG", 0), ("x", 2)]))
     test = read(write_csv(tmp_path / "b.csv", [("a cat", 0), ("bird", 1), ("Dog ", 1)]))
     caplog.set_level("INFO")
@@ -161,11 +161,11 @@ def test_the_leak_is_found_whatever_case_and_white_space(tmp_path, caplog):
     assert "only one row of label 1, 2" in caplog.text
     assert "multi_label" not in caplog.text
     dataset.audit(read(write_csv(tmp_path / "c.csv", [("a", "x|y"), ("b", "x")])))
-    assert "'x|y' is one label; if it is several, give --problem_type" in caplog.text
+    assert "'x|y' is one label; if it is several, pass --problem_type" in caplog.text
 
 
 def open_stream(path, names, training_keys=None, **changed):
-    """The stream of a run that predicts a file."""
+    """Open a file as a run with --do_predict does."""
     args = parse_args(["--do_predict", "--test_file", str(path), "--output_dir", "out"])
     return dataset.open_stream(args, vars(args) | changed, names, training_keys)
 
@@ -194,7 +194,7 @@ def test_a_stream_yields_the_rows_of_the_whole_file(tmp_path, monkeypatch, size)
         ([("a", ""), ("b", ""), ("c", ""), (" ", "")], "the text is blank in row 4"),
     ],
 )
-def test_a_stream_is_checked_to_its_end_first(tmp_path, monkeypatch, rows, message):
+def test_a_stream_is_checked_to_its_end_before_use(tmp_path, monkeypatch, rows, message):
     monkeypatch.setattr(dataset, "CHUNK_ROWS", 2)
     path = write_csv(tmp_path / "a.csv", rows)
     with pytest.raises(UserError, match=message):
@@ -207,14 +207,14 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=1
 FIELDS = st.one_of(
     TEXT, st.sampled_from(["NA", "null", "", " ", '"', ",", "\r", "\n", "\r\n", "\ufeff"])
 )
-# A bare carriage return in the header looks like the line end of an old Macintosh.
+# A bare carriage return in the header looks like a line ending of an old Macintosh.
 NAMES = TEXT.filter(lambda name: name.removeprefix("\ufeff").strip() and "\r" not in name)
 COLUMNS = st.lists(NAMES, min_size=1, max_size=3, unique=True)
 
 
 @st.composite
 def tables(draw):
-    """A header and rows of any text."""
+    """Draw a header and rows of arbitrary text."""
     header = draw(COLUMNS)
     row = st.lists(FIELDS, min_size=len(header), max_size=len(header))
     rows = draw(st.lists(row, min_size=1, max_size=5))
@@ -223,7 +223,7 @@ def tables(draw):
 
 @settings(deadline=None, max_examples=300)
 @given(tables(), st.sampled_from(["\n", "\r\n"]), st.booleans())
-def test_what_the_csv_module_writes_comes_back_row_for_row(table, ending, quote_all):
+def test_files_of_the_csv_module_are_read_back_row_for_row(table, ending, quote_all):
     header, rows = table
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.csv"
@@ -235,7 +235,7 @@ def test_what_the_csv_module_writes_comes_back_row_for_row(table, ending, quote_
 
 @settings(deadline=None, max_examples=300)
 @given(tables(), st.sampled_from(["\n", "\r\n"]))
-def test_what_pandas_writes_comes_back_row_for_row(table, ending):
+def test_files_of_pandas_are_read_back_row_for_row(table, ending):
     header, rows = table
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.csv"
@@ -244,7 +244,7 @@ def test_what_pandas_writes_comes_back_row_for_row(table, ending):
 
 
 def comes_back_or_is_refused(path, header, rows):
-    """Never fewer rows, never another text; a refusal names a row."""
+    """Check that no row is lost or changed, or that the error names a row, line or column."""
     try:
         found, *back = csv_reader.read_rows(path)
     except UserError as error:
@@ -256,7 +256,7 @@ def comes_back_or_is_refused(path, header, rows):
 
 @settings(deadline=None, max_examples=300)
 @given(st.binary(max_size=60))
-def test_any_bytes_are_read_or_refused_in_one_line(content):
+def test_any_bytes_are_read_or_refused_with_one_line(content):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.csv"
         path.write_bytes(content)
@@ -268,7 +268,7 @@ def test_any_bytes_are_read_or_refused_in_one_line(content):
             assert all(len(row) == len(header) for row in rows)
 
 
-def test_a_sample_is_drawn_by_the_seed_and_keeps_the_order(tmp_path):
+def test_a_sample_depends_on_the_seed_and_keeps_the_order(tmp_path):
     split = read(write_csv(tmp_path / "a.csv", [(f"t{i}", i % 2) for i in range(50)]))
     some = split.sample(10, seed=1)
     assert len(some) == 10
@@ -278,7 +278,7 @@ def test_a_sample_is_drawn_by_the_seed_and_keeps_the_order(tmp_path):
     assert split.sample(99, seed=1) is split
 
 
-def test_each_distinct_text_is_encoded_once_and_cut_texts_are_counted(tmp_path, backbone, caplog):
+def test_each_distinct_text_is_encoded_once_and_truncation_is_counted(tmp_path, backbone, caplog):
     path = write_csv(tmp_path / "a.csv", [("cat", 0), ("dog the cat", 1), ("cat", 0)])
     data = batches.encode(AutoTokenizer.from_pretrained(backbone), read(path), 4)
     assert data.text_index.tolist() == [0, 1, 0]
@@ -289,7 +289,7 @@ def test_each_distinct_text_is_encoded_once_and_cut_texts_are_counted(tmp_path, 
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
 
-def test_training_batches_hold_every_row_once_and_follow_seed_and_epoch():
+def test_training_batches_contain_each_row_once_and_depend_on_seed_and_epoch():
     lengths = np.random.default_rng(0).integers(3, 40, 1003)
 
     def flat(seed, epoch):

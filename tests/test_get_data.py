@@ -1,4 +1,4 @@
-"""Fetching the data set, from a web server on this machine, failures included."""
+"""Fetching the data set from a local web server, including failures."""
 
 import io
 import os
@@ -23,7 +23,7 @@ def archive(rows: int = 40_949, header: str = ",".join(COLUMNS), leave_out: str 
     content = {
         "USvideos.csv": header.encode() + b"\n" + rows * ROW,
         "US_category_id.json": b'{"items": []}',
-        "CAvideos.csv": os.urandom(300_000),  # other countries' files are left where they are
+        "CAvideos.csv": os.urandom(300_000),  # other countries' files are not unpacked
     }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as target:
@@ -34,13 +34,13 @@ def archive(rows: int = 40_949, header: str = ",".join(COLUMNS), leave_out: str 
 
 
 def damaged(data: bytes) -> bytes:
-    """With its first file's compressed bytes overwritten."""
+    """Overwrite compressed bytes of the archive's first file."""
     return data[:200] + b"\xff" * 200 + data[400:]
 
 
 @pytest.fixture
 def server():
-    """Serves `server.data`, hangs up after `server.cut` bytes, records the requested ranges."""
+    """Serve `server.data`, hang up after `server.cut` bytes and record the requested ranges."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -56,7 +56,7 @@ def server():
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body[: server.cut])
-            if server.reset:  # without the orderly end of a connection
+            if server.reset:  # reset the connection instead of closing it
                 self.wfile.flush()
                 time.sleep(0.2)
                 linger = struct.pack("ii", 1, 0)
@@ -95,12 +95,12 @@ def test_the_files_are_fetched_checked_and_unpacked_once(clone, server):
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_cut_connection_resumes(clone, server, reset):
+def test_a_download_resumes_after_a_lost_connection(clone, server, reset):
     server.data, server.cut, server.reset = archive(), 200_000, reset
     done = fetch(clone, server.url)
     assert done.returncode == 2
     assert "run this again to resume" in done.stderr
-    reason = "Connection reset" if reset else f"cut off at 200,000 of {len(server.data):,} bytes"
+    reason = "Connection reset" if reset else f"received only 200,000 of {len(server.data):,} bytes"
     assert reason in done.stderr
     assert left(clone) == {"youtube-new.zip.part"}
     server.cut, server.reset = None, False
@@ -110,7 +110,7 @@ def test_a_cut_connection_resumes(clone, server, reset):
 
 
 @pytest.mark.parametrize("name", ["youtube-new.zip.part", "youtube-new.zip"])
-def test_a_call_that_was_killed_late_resumes(clone, server, name):
+def test_a_call_killed_after_the_download_resumes(clone, server, name):
     server.data = archive()
     (clone / "csv" / name).write_bytes(server.data)
     assert fetch(clone, server.url).returncode == 0
@@ -118,7 +118,7 @@ def test_a_call_that_was_killed_late_resumes(clone, server, name):
     assert left(clone) == {"USvideos.csv", "US_category_id.json"}
 
 
-def test_a_part_of_another_file_is_thrown_away(clone, server):
+def test_a_partial_download_of_another_file_is_discarded(clone, server):
     server.data = archive()
     (clone / "csv" / "youtube-new.zip.part").write_bytes(b"x" * (len(server.data) + 1))
     assert "run this again" in fetch(clone, server.url).stderr
@@ -136,7 +136,7 @@ def test_a_part_of_another_file_is_thrown_away(clone, server):
     ],
     ids=["page", "member", "damaged", "rows", "columns"],
 )
-def test_a_wrong_file_is_refused_and_leaves_nothing(clone, server, data, message):
+def test_a_wrong_file_is_refused_and_removed(clone, server, data, message):
     server.data = data
     done = fetch(clone, server.url)
     assert done.returncode == 2
@@ -146,7 +146,7 @@ def test_a_wrong_file_is_refused_and_leaves_nothing(clone, server, data, message
     assert left(clone) == set()
 
 
-def test_without_a_network_or_an_answer_the_manual_way_is_shown(clone, server):
+def test_without_a_network_or_an_answer_the_manual_steps_are_shown(clone, server):
     server.status = 403
     for url in (server.url, "http://127.0.0.1:9/", "foo", "http://no-such-host.invalid/"):
         done = fetch(clone, url)
@@ -155,9 +155,9 @@ def test_without_a_network_or_an_answer_the_manual_way_is_shown(clone, server):
         assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("blocks", [100, 800])  # of 1,024 bytes: the archive is larger, or fits
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(clone, server, blocks):
-    """By a limit on the size of files, which the archive or the unpacked file exceeds."""
+@pytest.mark.parametrize("blocks", [100, 800])  # 1,024 bytes each: the archive is larger, or fits
+def test_a_full_disk_is_a_user_error_and_leaves_nothing_half_written(clone, server, blocks):
+    """A file-size limit simulates it: the archive or the unpacked file is larger."""
     server.data = archive()
     line = f"ulimit -f {blocks}; bash script/get_data.sh --url {server.url}"
     env = os.environ | {"VIRTUAL_ENV": sys.prefix}
@@ -166,6 +166,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(clone, server, 
     assert done.returncode == 2
     assert "File too large" in done.stderr
     assert not left(clone) & {"USvideos.csv", "unpacking"}
-    again = fetch(clone, server.url)  # with room: nothing is fetched twice
+    again = fetch(clone, server.url)  # with enough space: nothing is fetched twice
     assert again.returncode == 0
     assert server.ranges[1:] in ([], [100 * 1024])

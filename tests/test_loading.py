@@ -20,7 +20,7 @@ from test_model import HIDDEN, IDS, KINDS, MASKS, save
 
 @pytest.fixture
 def tuned(make_model, backbone, tmp_path):
-    """Three tuned folders, with prefixes of 5, 2 and 7 tokens and other labels, and the models."""
+    """Save three prefixes of 5, 2 and 7 tokens and other labels; returns folders and models."""
     models = []
     for number, (length, names) in enumerate([(5, "abc"), (2, "cd"), (7, "bxay")]):
         model = make_model("--prefix", "--pre_seq_len", str(length))
@@ -53,34 +53,34 @@ def test_each_row_of_a_batch_has_its_own_prefix(tuned, mask, prefix_index):
             assert probability[[name not in known for name in names]].sum() == 0
 
 
-def test_a_bank_holds_one_backbone(tuned):
+def test_a_bank_loads_its_backbone_once(tuned):
     paths, models = tuned
     count = sum(weight.numel() for weight in PrefixBank.open(paths * 4).parameters())
     assert count == sum(weight.numel() for weight in models[0].bert.parameters())
 
 
-def test_prefixes_that_do_not_go_together_are_refused(tuned, make_model, backbone, tmp_path):
+def test_incompatible_prefixes_are_refused(tuned, make_model, backbone, tmp_path):
     paths, _ = tuned
     save(make_model(*KINDS["input"]), backbone, tmp_path / "input")
     with pytest.raises(UserError, match="input is not a prefix of depth all"):
         PrefixBank.open([*paths, str(tmp_path / "input")])
-    with pytest.raises(UserError, match="is not the folder of a tuned prefix"):
+    with pytest.raises(UserError, match="is not the adapter folder of a prefix"):
         PrefixBank.open([*paths, backbone])
     other = tmp_path / "other"
     shutil.copytree(backbone, other)
     save(make_model("--prefix"), str(other), tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"backbone of .*elsewhere is .*other, that of .*0 "):
+    with pytest.raises(UserError, match=r"backbone of .*elsewhere is .*other, but in .*0 it is "):
         PrefixBank.open([*paths, str(tmp_path / "elsewhere")])
     config = json.loads((tmp_path / "1" / "config.json").read_text())
     (tmp_path / "1" / "config.json").write_text(json.dumps(config | {"max_seq_length": 9}))
-    with pytest.raises(UserError, match=r"max_seq_length of .*1 is 9, that of .*0 16"):
+    with pytest.raises(UserError, match=r"max_seq_length of .*1 is 9, but in .*0 it is 16"):
         PrefixBank.open(paths)
     assert PrefixBank.open(paths, max_seq_length=12).config.max_seq_length == 12
 
 
 def test_a_prefix_beyond_the_positions_is_refused(backbone):
     config, _ = read_model_config(locate(backbone))
-    with pytest.raises(UserError, match="--pre_seq_len 50 \\+ --max_seq_length 15 is above"):
+    with pytest.raises(UserError, match="--pre_seq_len 50 \\+ --max_seq_length 15 exceeds"):
         set_max_seq_length(config, 50, 15)
     set_max_seq_length(config, 50, 14)
     assert config.max_seq_length == 14
@@ -125,17 +125,17 @@ def test_bad_model_folders_are_refused(backbone, tmp_path):
     assert "no usable model.safetensors" in broken("pickled", pickled)
     assert "no usable model.safetensors" in broken("truncated", truncated)
     assert "do not belong together" in broken("vocabulary", edit_config(vocab_size=20))
-    assert "holds no tokenizer" in broken("words", without_words)
-    assert "is not a BERT's" in broken("settings", edit_config(hidden_size="wide"))
+    assert "has no tokenizer" in broken("words", without_words)
+    assert "is not a valid BERT config" in broken("settings", edit_config(hidden_size="wide"))
     assert "not a multiple" in broken("heads", edit_config(num_attention_heads=3))
     assert "cannot be read" in broken("empty", lambda folder: (folder / "config.json").unlink())
 
 
-def test_a_tuned_model_without_its_head_is_refused(make_model, backbone, tmp_path):
-    """If it keeps its labels, whose head would otherwise be drawn at random."""
+def test_a_model_folder_without_its_head_is_refused(make_model, backbone, tmp_path):
+    """If it keeps its labels: their head would otherwise be initialised at random."""
     folder = tmp_path / "tuned"
     save(make_model(), backbone, folder)
-    (folder / "vocab_old").mkdir()  # no file, so nothing to start from
+    (folder / "vocab_old").mkdir()  # a folder, so it is not hashed
     source = locate(str(folder))
     assert len(sha256_of([source])) == 64
     config, full = read_model_config(source)

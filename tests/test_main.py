@@ -1,4 +1,4 @@
-"""Whole runs on the tiny BERT: what lies in the folder afterwards, and what is refused."""
+"""Whole runs on the tiny BERT: the files they leave, and what is refused."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def hashes(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("flags", "model"), [((), FULL), (("--prefix",), ADAPTER), (PROBE, ADAPTER), (BIAS, ADAPTER)]
 )
-def test_a_run_leaves_exactly_its_files(run, flags, model):
+def test_a_run_writes_exactly_its_files(run, flags, model):
     folder = run(*flags)
     assert {path.name for path in folder.iterdir()} == RESULTS | model
     record = load(folder, "run.json")
@@ -66,7 +66,7 @@ def test_a_model_card_without_an_evaluation_says_so(backbone, files, tmp_path, c
     assert "validation" not in capsys.readouterr().out
 
 
-def test_columns_are_those_that_a_folder_was_tuned_on(run, tmp_path):
+def test_prediction_uses_the_columns_of_training(run, tmp_path):
     rows = [(i, text, "a word", label) for i, (text, label) in enumerate(ROWS)]
     path = write_csv(tmp_path / "columns.csv", rows, ("id", "title", "tags", "category"))
     named = ["--text_column_names", "title,tags", "--text_column_delimiter", " : "]
@@ -88,7 +88,7 @@ def test_made_up_texts_are_mentioned_next_to_every_figure(run, files, tmp_path):
         assert load(folder, "run.json")["synthetic"] == made_up
         for name in ("README.md", "report.html"):
             text = (folder / name).read_text(encoding="utf-8").lower()
-            assert ("made-up texts" in text) == made_up
+            assert ("say nothing about real data" in text) == made_up
 
 
 def test_without_the_packages_one_line_says_what_to_run(tmp_path):
@@ -102,8 +102,8 @@ def test_without_the_packages_one_line_says_what_to_run(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [(), ("--prefix",), PROBE, BIAS])
-def test_a_tuned_folder_predicts_the_same_alone(run, flags, tmp_path):
-    """With labels, without, and whatever the order: same probabilities, row for row."""
+def test_a_model_or_adapter_folder_alone_predicts_the_same(run, flags, tmp_path):
+    """With or without labels, in any order: the same probabilities, row for row."""
     folder = run(*flags)
     first = pd.read_csv(folder / "predictions.csv", dtype=str)
     rows = [(i, text) for i, (text, _) in enumerate(ROWS[4:6])]
@@ -127,7 +127,7 @@ def test_a_tuned_folder_predicts_the_same_alone(run, flags, tmp_path):
     assert third.loc[1, "probability_0"] == second.loc[0, "probability_0"]
 
 
-def test_predictions_carry_the_input_in_its_order(run, tmp_path):
+def test_predictions_keep_the_input_rows_in_order(run, tmp_path):
     table = pd.read_csv(run() / "predictions.csv")
     assert table["text"].tolist() == [ROWS[5][0], "big team", "a dog", ROWS[5][0]]
     probability = table[["probability_0", "probability_1", "probability_2"]]
@@ -136,7 +136,7 @@ def test_predictions_carry_the_input_in_its_order(run, tmp_path):
     assert (table["predicted"] == probability.to_numpy().argmax(axis=1)).all()
 
 
-def test_transformers_loads_a_full_folder_with_the_label_names(run, tmp_path):
+def test_transformers_loads_a_model_folder_with_the_label_names(run, tmp_path):
     train = write_csv(tmp_path / "named.csv", [(text, f"class {label}") for text, label in ROWS])
     flags = ["--train_file", train, "--validation_file", train, "--test_file", train]
     folder = run(*flags)
@@ -156,7 +156,7 @@ def test_transformers_loads_a_full_folder_with_the_label_names(run, tmp_path):
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 16
 
 
-def test_several_labels_a_row_from_training_to_prediction(run, tmp_path):
+def test_several_labels_per_row_work_from_training_to_prediction(run, tmp_path):
     rows = [(text, "a|b" if "and" in text else "a" if "the" in text else "") for text, _ in ROWS]
     path = write_csv(tmp_path / "multi.csv", rows)
     files = ["--train_file", path, "--validation_file", path, "--test_file", path]
@@ -175,7 +175,7 @@ def test_several_labels_a_row_from_training_to_prediction(run, tmp_path):
         assert load(again, "all_results.json")["test_micro_f1"] == results["test_micro_f1"]
 
 
-def test_a_dozen_labels_keep_their_order_in_a_folder(run, tmp_path):
+def test_a_dozen_labels_keep_their_order_in_a_model_folder(run, tmp_path):
     """config.json sorts its keys as text, where 10 comes before 2."""
     path = write_csv(tmp_path / "many.csv", [(ROWS[i % 11][0], i % 12) for i in range(24)])
     folder = run("--train_file", path, "--validation_file", path, "--test_file", path)
@@ -187,7 +187,7 @@ def test_a_dozen_labels_keep_their_order_in_a_folder(run, tmp_path):
     assert load(tmp_path / "eval", "run.json")["labels"] == [str(i) for i in range(12)]
 
 
-def test_each_epoch_is_kept_if_asked_for(run):
+def test_each_epoch_is_saved_on_request(run):
     folder = run("--save_strategy", "epoch")
     assert {"checkpoint-3", "checkpoint-6"} <= {path.name for path in folder.iterdir()}
     AutoModelForSequenceClassification.from_pretrained(folder / "checkpoint-3")
@@ -227,7 +227,7 @@ def test_a_forged_list_of_files_removes_nothing_else(run, tmp_path):
     assert {path.name for path in folder.iterdir()} == RESULTS | FULL
 
 
-def test_any_text_comes_back_from_the_predictions(run, tmp_path):
+def test_any_text_is_unchanged_in_the_predictions(run, tmp_path):
     texts = ["a\rb", "c\nd", 'e "f"', " g ", "NA", "h,i", "עברית 🎉"]
     path = write_csv(tmp_path / "t.csv", [(text, "007") for text in texts], ("text", "note"))
     folder = run("--test_file", path)
@@ -244,7 +244,7 @@ def test_bfloat16_and_settings_reach_the_model(run):
     assert load(folder, "run.json")["settings"]["precision"] == "bf16"
 
 
-def test_another_kind_of_problem_than_the_tuned_one_is_refused(run, tmp_path, capsys):
+def test_another_problem_type_than_in_training_is_refused(run, tmp_path, capsys):
     argv = ["--do_predict", "--model_name_or_path", str(run()), "--output_dir", str(tmp_path / "p")]
     argv += ["--problem_type", "multi_label_classification"]
     assert main.main([*argv, "--test_file", str(tmp_path / "test.csv")]) == 2
@@ -261,7 +261,7 @@ def test_another_kind_of_problem_than_the_tuned_one_is_refused(run, tmp_path, ca
         ("--max_seq_length", "65"),
     ],
 )
-def test_a_run_that_fails_prints_one_line_and_leaves_earlier_results(run, capsys, flags):
+def test_a_failed_run_prints_one_line_and_keeps_earlier_results(run, capsys, flags):
     folder = run()
     before = hashes(folder)
     capsys.readouterr()
@@ -277,7 +277,7 @@ def test_an_output_folder_that_is_a_file_is_refused(run, tmp_path, capsys):
     assert "error: --output_dir" in capsys.readouterr().err
 
 
-def test_a_run_that_is_refused_leaves_no_folder(run, tmp_path):
+def test_a_refused_run_leaves_no_folder(run, tmp_path):
     assert not run("--train_file", str(tmp_path / "none.csv"), status=2).exists()
 
 
@@ -293,7 +293,7 @@ def test_an_untuned_model_does_not_predict(run, backbone, files, tmp_path, capsy
     assert "is not tuned yet" in capsys.readouterr().err
 
 
-def test_a_prefix_that_does_not_fit_is_refused(run, tmp_path, capsys):
+def test_a_prefix_of_the_wrong_shape_is_refused(run, tmp_path, capsys):
     folder = run("--prefix")
     config = load(folder, "adapter_config.json")
     (folder / "adapter_config.json").write_text(json.dumps(config | {"num_virtual_tokens": 4}))
@@ -305,7 +305,7 @@ def test_a_prefix_that_does_not_fit_is_refused(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags", [["--do_evil"], ["--do_train", "--train_file", "nowhere.csv"]])
 def test_user_errors_are_one_line_in_a_shell(flags, backbone, tmp_path):
-    """Exit status 2, one line that is an error, no traceback; also in a folder with blanks."""
+    """Exit status 2, one error line and no traceback, also in a folder with blanks."""
     out = tmp_path / "my ü folder"
     command = [sys.executable, str(Path(main.__file__)), "--output_dir", str(out), *flags]
     command += ["--model_name_or_path", backbone]

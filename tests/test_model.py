@@ -45,7 +45,7 @@ def reference_logits(model, ids, mask, prefix=None, embeddings=None, mean=False)
     start = 0 if prefix is None else prefix.shape[2]
     names = ("word", "position", "token_type")
     table = {name: weights[f"bert.embeddings.{name}_embeddings.weight"] for name in names}
-    x = F.embedding(ids, table["word"], padding_idx=0)  # which is not trained
+    x = F.embedding(ids, table["word"], padding_idx=0)  # [PAD] is not trained
     if embeddings is not None:
         x = torch.cat([embeddings.expand(batch, -1, -1), x], dim=1)
         mask = torch.cat([torch.ones(batch, len(embeddings)), mask], dim=1)
@@ -55,7 +55,7 @@ def reference_logits(model, ids, mask, prefix=None, embeddings=None, mean=False)
     for layer in range(LAYERS):
         at = f"bert.encoder.layer.{layer}"
         outputs = []
-        for row in range(batch):  # one row and head at a time, over what is no padding
+        for row in range(batch):  # one row and head at a time, without padding
             real = mask[row].bool()
             q, k, v = (
                 linear(x[row], f"{at}.attention.self.{n}") for n in ("query", "key", "value")
@@ -81,7 +81,7 @@ def reference_logits(model, ids, mask, prefix=None, embeddings=None, mean=False)
 
 
 def written_out(model):
-    """What `reference_logits` needs to know of a model's method."""
+    """Return the arguments that tell `reference_logits` the model's tuning method."""
     if model.config.tuning_method == "probe":
         return {"mean": True}
     if model.config.tuning_method != "prefix":
@@ -109,7 +109,7 @@ KINDS = {
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients_equal_attention_written_out(make_model, kind, mask):
+def test_logits_and_gradients_equal_the_reference_written_out(make_model, kind, mask):
     model, gradients = without_dropout(make_model(*KINDS[kind])), []
     trainable = {name: one for name, one in model.named_parameters() if one.requires_grad}
     logits = model(IDS, attention_mask=MASKS[mask]).logits
@@ -136,7 +136,7 @@ def test_a_model_computes_the_same_in_every_mode(make_model, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_changes_no_gradient(make_model, kind):
-    """With dropout on, whose random numbers must be repeated."""
+    """With dropout on: its random numbers must be repeated."""
     gradients = []
     for checkpointing in (False, True):
         model = make_model(*KINDS[kind]).train()
@@ -152,8 +152,8 @@ def test_gradient_checkpointing_changes_no_gradient(make_model, kind):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-def test_virtual_tokens_at_the_input_are_not_what_is_pooled(make_model):
-    """The pooler reads [CLS]: without layers between, virtual tokens could not change it."""
+def test_virtual_tokens_at_the_input_are_not_pooled(make_model):
+    """The pooler reads [CLS]: without layers in between, virtual tokens cannot change it."""
     model = make_model(*KINDS["input"])
     model.bert.encoder.layer = model.bert.encoder.layer[:0]
     before = model(IDS, attention_mask=MASKS["padded"]).logits
@@ -161,7 +161,7 @@ def test_virtual_tokens_at_the_input_are_not_what_is_pooled(make_model):
     assert torch.equal(model(IDS, attention_mask=MASKS["padded"]).logits, before)
 
 
-def test_a_reparametrised_prefix_is_computed_once_a_step(make_model):
+def test_a_reparametrised_prefix_is_computed_once_per_step(make_model):
     model, rows = make_model(*KINDS["projected"]), []
     model.prefix_encoder.transform[0].register_forward_hook(lambda *a: rows.append(len(a[2])))
     model(IDS, attention_mask=MASKS["padded"])
@@ -174,8 +174,8 @@ def initialise(model, tokenizer, words):
 
 
 @pytest.mark.parametrize("depth", ["all", "input"])
-def test_a_start_from_text_is_what_the_backbone_makes_of_the_words(make_model, backbone, depth):
-    """Virtual tokens in front of a text then are that very text in front of it."""
+def test_a_prefix_from_text_equals_the_backbones_states_of_its_words(make_model, backbone, depth):
+    """The prefix then has the same effect as these words in front of the text."""
     model = make_model("--prefix", "--prefix_depth", depth)
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     initialise(model, tokenizer, "cat dog bird")  # repeated: cat dog bird cat dog
@@ -193,12 +193,12 @@ def test_a_start_from_text_is_what_the_backbone_makes_of_the_words(make_model, b
         torch.testing.assert_close(value, attention.value(states[layer][0]))
 
 
-def test_a_start_from_no_words_is_refused(make_model, backbone):
-    with pytest.raises(UserError, match="--prefix_init_text '  ' holds no word"):
+def test_a_prefix_text_without_words_is_refused(make_model, backbone):
+    with pytest.raises(UserError, match="--prefix_init_text '  ' contains no word"):
         initialise(make_model("--prefix"), AutoTokenizer.from_pretrained(backbone), "  ")
 
 
-def test_the_prefix_and_each_of_its_slots_change_the_logits(make_model):
+def test_every_slot_of_the_prefix_affects_the_logits(make_model):
     model = make_model("--prefix")
     model(IDS, attention_mask=MASKS["padded"]).logits.square().sum().backward()
     gradient = model.prefix_encoder.embedding.weight.grad.view(PREFIX, 2 * LAYERS, HIDDEN)
@@ -222,7 +222,7 @@ def test_the_prefix_and_each_of_its_slots_change_the_logits(make_model):
         ("bias", 451, 6419, 451),
     ],
 )
-def test_parameter_counts(make_model, kind, trainable, total, stored):
+def test_parameter_counts_match_a_hand_calculation(make_model, kind, trainable, total, stored):
     model = make_model(*KINDS[kind])
     counts = count_parameters(model)
     assert counts["trainable_parameters"] == trainable
@@ -235,7 +235,7 @@ def test_parameter_counts(make_model, kind, trainable, total, stored):
 
 
 def peer_of(model, backbone):
-    """transformers' own BERT with the weights of a fully tuned model."""
+    """Build transformers' own BERT with the weights of a fully fine-tuned model."""
     peer = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=CLASSES)
     peer.load_state_dict(model.state_dict())
     return peer.eval()
@@ -252,7 +252,7 @@ def test_loss_is_a_sum_and_matches_transformers(make_model, backbone):
 
 
 def open_folder(folder):
-    """The model in a tuned folder, in eval mode."""
+    """Load the model of a model or adapter folder, in eval mode."""
     source = locate(str(folder))
     config, method = read_model_config(source)
     return method.build(source, config).eval()
@@ -279,11 +279,11 @@ def test_a_saved_model_returns_equal_logits(make_model, backbone, tmp_path, kind
 
 
 def assert_equal(logits, expected):
-    """Equal but for the order of float32 sums."""
+    """Assert equality up to float32 summation order."""
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
 
 
-def test_a_finished_prefix_folder_holds_nothing_of_the_backbone(make_model, backbone, tmp_path):
+def test_an_adapter_folder_contains_nothing_of_the_backbone(make_model, backbone, tmp_path):
     save(make_model(*KINDS["projected"]), backbone, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -307,7 +307,7 @@ def test_peft_loads_our_prefix_and_writes_the_same_file(make_model, backbone, tm
 
 @pytest.fixture(params=[False, True], ids=["flat", "projected"])
 def peft_folder(request, backbone, tmp_path):
-    """A prefix that PEFT made and wrote, and its model."""
+    """Save a prefix made by PEFT; returns its folder and its model."""
     torch.manual_seed(5)
     frozen = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=CLASSES)
     settings = PrefixTuningConfig(
@@ -321,9 +321,9 @@ def peft_folder(request, backbone, tmp_path):
     return tmp_path / "peer", peer
 
 
-def test_our_model_loads_a_prefix_of_peft(peft_folder, backbone):
+def test_our_model_loads_a_prefix_saved_by_peft(peft_folder, backbone):
     folder, peer = peft_folder
-    if peer.peft_config["default"].prefix_projection:  # as PEFT itself predicts with it later
+    if peer.peft_config["default"].prefix_projection:  # reload it, as PEFT does to predict
         frozen = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=CLASSES)
         peer = PeftModel.from_pretrained(frozen, str(folder)).eval()
     model = open_folder(folder)
@@ -342,7 +342,7 @@ def test_peft_refuses_a_prefix_of_depth_input(make_model, backbone, tmp_path):
     assert "reads the first virtual token" in settings["note"]
 
 
-def test_other_adapters_and_other_backbones_are_refused(make_model, backbone, tmp_path):
+def test_unsupported_adapters_and_wrong_backbones_are_refused(make_model, backbone, tmp_path):
     def broken(**changes):
         save(make_model("--prefix"), backbone, tmp_path)
         path = tmp_path / "adapter_config.json"
@@ -358,7 +358,7 @@ def test_other_adapters_and_other_backbones_are_refused(make_model, backbone, tm
     assert "only PREFIX_TUNING, INPUT_PREFIX, PROBE, BIAS with SEQ_CLS" in broken(
         task_type="CAUSAL_LM"
     )
-    assert "num_layers is 12, that of its backbone 2" in broken(num_layers=12)
+    assert "num_layers is 12, but its backbone has 2" in broken(num_layers=12)
     assert "token_dim is 8" in broken(token_dim=8)
     assert "names no backbone" in broken(base_model_name_or_path=None)
     assert "[5, 64] should be [6, 64]" in broken(num_virtual_tokens=6)
@@ -370,7 +370,7 @@ def test_other_adapters_and_other_backbones_are_refused(make_model, backbone, tm
     assert "base_model.bert.pooler.dense.bias" in refusal()
     tensors["prompt_embeddings"][0, 0] = torch.nan
     save_file(tensors, path)
-    assert "all of it finite" in refusal()
+    assert "with finite values only" in refusal()
     path.write_bytes(path.read_bytes()[:100])
     assert "cannot be read" in refusal()
     path.unlink()

@@ -20,7 +20,7 @@ def preprocess(clone, *flags: str, out: str = "csv"):
     return done, clone / out
 
 
-def test_the_notebook_runs_headless_on_the_sample_and_repeats_itself(clone):
+def test_the_notebook_runs_headless_on_the_sample_and_is_reproducible(clone):
     done, folder = preprocess(clone)
     assert done.returncode == 0, done.stderr
     assert "original (csv)" in done.stdout and "unseen (csv/unseen)" in done.stdout
@@ -55,7 +55,7 @@ def test_neither_protocol_is_written_if_one_would_overwrite_foreign_files(clone)
     ("flags", "message"),
     [
         (["-p", "group_by", "day"], "parameter group_by is 'day'"),
-        (["-p", "colour", "red"], "-p colour: the parameters are input_file, "),
+        (["-p", "colour", "red"], "-p colour: no such parameter; use input_file, "),
         (["-p", "input_file", "nowhere.csv"], "nowhere.csv cannot be read"),
         (["-p", "csv_encoding", "1525"], "cannot be read: unknown encoding: 1525"),
         (["-p", "text_columns", "5"], "parameter text_columns is '5'"),
@@ -90,7 +90,7 @@ def test_real_titles_are_cleaned_as_the_original_did():
 
 
 @needs_real_data
-def test_both_protocols_on_the_real_titles(clone):
+def test_both_protocols_work_on_the_real_titles(clone):
     raw = str(REAL_DATA / "raw" / "USvideos_14999_titles_cp1252.csv")
     done, folder = preprocess(clone, "-p", "input_file", raw, "-p", "csv_encoding", "cp1252")
     assert done.returncode == 0, done.stderr
@@ -111,7 +111,7 @@ def test_both_protocols_on_the_real_titles(clone):
 
 @needs_real_data
 @pytest.mark.parametrize("columns", ["title", "title,channel_title,tags,description"])
-def test_the_real_files_sixteen_columns(clone, columns):
+def test_the_sixteen_columns_of_the_real_file_are_read(clone, columns):
     raw = str(REAL_DATA / "raw" / "USvideos_3000_all_columns.csv")
     done, folder = preprocess(clone, "-p", "input_file", raw, "-p", "text_columns", columns)
     assert done.returncode == 0, done.stderr
@@ -123,7 +123,7 @@ def test_the_real_files_sixteen_columns(clone, columns):
 
 
 def test_the_run_scripts_remake_the_split_files_once_the_real_file_exists(clone):
-    """Only the sourced part, without training."""
+    """Only the part that is sourced, without training."""
     show = "source script/environment.sh requirements.txt; source script/data.sh; echo done"
 
     def prepare():
@@ -145,7 +145,7 @@ def test_the_run_scripts_remake_the_split_files_once_the_real_file_exists(clone)
     assert "SYNTHETIC" not in third
 
 
-def test_the_run_scripts_leave_a_users_own_split_files(clone):
+def test_the_run_scripts_keep_a_users_own_split_files(clone):
     assert preprocess(clone)[0].returncode == 0
     own = clone / "csv" / "train_simple.csv"
     own.write_text("text,label\nmine,1\nyours,0\n")

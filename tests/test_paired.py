@@ -1,4 +1,4 @@
-"""Two runs on the same rows: which one is better, and can it be chance?"""
+"""Two runs on the same rows: which one is better, and could it be chance?"""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from script import paired
 
 @pytest.fixture
 def finished(tmp_path):
-    """Write what a run leaves of its predictions; rows: text, label, predicted."""
+    """Write the files of a finished run; rows: text, label, predicted."""
 
     def write(name: str, rows: list[tuple[str, str, str]], problem: str = "single_label") -> str:
         (tmp_path / name).mkdir()
@@ -22,7 +22,7 @@ def finished(tmp_path):
             "text_column_delimiter": " ",
             "label_column_name": "label",
             "problem_type": f"{problem}_classification",
-            "csv_encoding": "cp1252",  # of what was read; predictions are UTF-8
+            "csv_encoding": "cp1252",  # of the input; predictions are UTF-8
             "drop_empty": False,
         }
         (tmp_path / name / "run.json").write_text(json.dumps({"settings": settings, "files": []}))
@@ -41,7 +41,7 @@ def test_a_run_is_as_good_as_itself(run):
 
 
 def test_accuracies_and_p_are_over_distinct_texts(finished):
-    """10 texts, each in two rows: one is right for all, the other for one row; p = 2 / 2 ** 10."""
+    """10 texts with two rows each: ONE is right in all, OTHER in one; p = 2 / 2 ** 10."""
     texts = [f"text {number}" for number in range(10)]
     ones = [finished(f"one {n}", [(t, "1", "1") for t in texts]) for n in range(2)]
     last = [(text, "1.0", "2") for text in texts[:9]] + [(texts[9], "1", "1")]
@@ -57,19 +57,19 @@ def test_accuracies_and_p_are_over_distinct_texts(finished):
     assert test.p == pytest.approx(2 / 2**10)
 
 
-def test_other_texts_or_a_single_one_are_not_compared():
+def test_different_texts_or_a_single_text_are_not_compared():
     a, b, ab = (pd.DataFrame({"text": list(texts), "right": True}) for texts in ("a", "b", "ab"))
     assert paired_test(a, a) is paired_test(a, b) is paired_test(ab, a) is None
     assert paired_test(ab, ab).p == 1
 
 
-def test_several_labels_a_row_are_a_set(finished):
+def test_several_labels_per_row_are_a_set(finished):
     rows = [("a", "x|y", "y|x"), ("b", "x", ""), ("c", "", ""), ("d", "x|y", "x")]
     folder = finished("several", rows, problem="multi_label")
     assert read_predictions(folder)["right"].tolist() == [True, False, True, False]
 
 
-def test_a_label_may_hold_the_sign_that_separates_several(finished):
+def test_a_single_label_may_contain_the_label_separator(finished):
     assert read_predictions(finished("one", [("a", "x|y", "x|y")]))["right"].tolist() == [True]
 
 
@@ -77,10 +77,10 @@ def test_a_label_may_hold_the_sign_that_separates_several(finished):
     ("flags", "said"),
     [
         (["one", "--against", "other"], "one and {}other did not predict the same rows"),
-        (["one", "--against", "none"], "none holds no finished run"),
+        (["one", "--against", "none"], "none contains no finished run"),
         (["one", "--against", "unlabelled"], "no column 'label'"),
         (["one", "--against", "one"], "share fewer than two distinct texts"),
-        (["one", "one", "--against", "one"], "2 folders against 1: give as many"),
+        (["one", "one", "--against", "one"], "2 folders against 1: pass equal numbers"),
     ],
 )
 def test_user_errors_are_one_line(finished, tmp_path, monkeypatch, capsys, flags, said):

@@ -1,4 +1,4 @@
-"""Two processes that tune one model: the same result as one, printed and written once."""
+"""Two processes tune one model: the same result as with one, printed and written once."""
 
 import json
 import os
@@ -21,7 +21,7 @@ RUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 @pytest.fixture
 def command(backbone, files, tmp_path):
-    """Flags for 3 epochs of 3 steps, of which the last has 3 rows for two processes."""
+    """Make a command for 3 epochs of 3 steps; the last step has 3 rows for two processes."""
 
     def make(name: str, *flags: str, processes: int = 2) -> list[str]:
         argv = [*(RUN if processes == 2 else []), "main.py", "--do_train", "--do_eval"]
@@ -64,7 +64,7 @@ def test_two_processes_learn_the_same_as_one(command, tmp_path, flags):
 
 
 def test_a_stopped_group_resumes_to_the_same_bytes(command, tmp_path):
-    """Stopped by a signal to torchrun, after which every process saves the same step."""
+    """A signal to torchrun stops the group, and every process saves the same step."""
     flags = ["--num_train_epochs", "40", "--hidden_dropout_prob", "0.1"]
     call(command("whole", *flags))
     child = subprocess.Popen(command("out", *flags), cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -102,7 +102,7 @@ def test_all_processes_end_soon_if_one_dies(command, tmp_path):
     assert time.monotonic() - start < 60
 
 
-def test_each_row_is_in_one_share():
+def test_each_row_belongs_to_exactly_one_process():
     rows = np.arange(11)
     shares = [Group(rank, 3).share(rows) for rank in range(3)]
     assert sorted(np.concatenate(shares)) == rows.tolist()

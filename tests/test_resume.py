@@ -38,7 +38,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_a_stopped_run_ends_as_one_never_stopped(run, stop_at, capsys, case):
+def test_a_stopped_run_resumes_to_the_same_bytes(run, stop_at, capsys, case):
     """Stopped within an epoch and at the end of one; 3 epochs of 3 steps."""
     flags = [*RESUMED[case], "--num_train_epochs", "3", "--logging_steps", "2"]
     expected = comparable(run(*flags, name="whole"))
@@ -52,7 +52,7 @@ def test_a_stopped_run_ends_as_one_never_stopped(run, stop_at, capsys, case):
     check_end(run(*flags, "--resume_from_checkpoint", "auto"), expected)
 
 
-def test_tensorboard_shows_every_line_also_after_a_stop(run, stop_at):
+def test_tensorboard_shows_every_record_even_after_a_stop(run, stop_at):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = ["--report_to", "tensorboard", "--num_train_epochs", "3", "--logging_steps", "1"]
@@ -73,7 +73,7 @@ def test_an_interrupt_has_its_own_exit_status(run, stop_at):
     run(status=130)
 
 
-def test_a_second_signal_ends_at_once_and_safely(backbone, files, tmp_path):
+def test_a_second_signal_ends_the_run_at_once_and_safely(backbone, files, tmp_path):
     """The first one waits for the end of the step, which here never comes."""
     argv = [*command(backbone, files, "prefix"), "--output_dir", str(tmp_path / "out")]
     code = (
@@ -103,7 +103,7 @@ def test_a_second_signal_ends_at_once_and_safely(backbone, files, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["full", "prefix", "probe", "bias"])
-def test_killed_at_any_moment_a_run_ends_byte_for_byte_the_same(backbone, files, tmp_path, method):
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(backbone, files, tmp_path, method):
     """See tests/killing.py, which does this hundreds of times."""
     argv = command(backbone, files, method)
     assert main.main([*argv, "--output_dir", str(tmp_path / "whole")]) == 0
@@ -118,10 +118,10 @@ def test_killed_at_any_moment_a_run_ends_byte_for_byte_the_same(backbone, files,
     pytest.fail(f"{kills} kills only")
 
 
-# -------------------------------------------------------------------- what a checkpoint holds
+# -------------------------------------------------------------------- what a checkpoint contains
 
 
-def test_checkpoints_are_whole_models_and_small_for_a_prefix(run):
+def test_checkpoints_are_complete_models_and_small_for_a_prefix(run):
     folder = run("--prefix", "--save_strategy", "epoch")
     rest = {"metrics.jsonl", "manifest.json", "state.json", "training.safetensors"}
     assert {path.name for path in (folder / "checkpoint-3").iterdir()} == ADAPTER | rest
@@ -131,7 +131,7 @@ def test_checkpoints_are_whole_models_and_small_for_a_prefix(run):
     assert set(tensors) == {f"{kind}/{name}" for kind in ("raw", *MOMENTS) for name in names}
 
 
-def test_checkpoints_are_removed_if_nobody_asked_for_them(run, stop_at):
+def test_checkpoints_are_removed_unless_requested(run, stop_at):
     stop_at(4)
     folder = run("--num_train_epochs", "3", status=143)
     assert set(checkpoint.steps(folder / "unfinished")) == {3, 5}
@@ -140,7 +140,7 @@ def test_checkpoints_are_removed_if_nobody_asked_for_them(run, stop_at):
     assert {path.name for path in folder.iterdir()} == RESULTS | FULL
 
 
-def test_a_limit_keeps_the_newest_and_the_best(run):
+def test_a_save_limit_keeps_the_newest_and_the_best(run):
     """The best is the first epoch, since nothing is learned."""
     saving = ["--save_total_limit", "1", "--save_strategy", "steps", "--save_steps", "2"]
     folder = run("--learning_rate", "1e-9", "--num_train_epochs", "4", *saving)
@@ -148,8 +148,8 @@ def test_a_limit_keeps_the_newest_and_the_best(run):
     assert set(checkpoint.steps(folder)) == {3, 12}
 
 
-def test_resuming_removes_the_checkpoints_above_the_limit(run, monkeypatch):
-    """Killed between writing the last checkpoint and removing the ones before it."""
+def test_resuming_removes_the_checkpoints_beyond_the_limit(run, monkeypatch):
+    """Killed between writing the last checkpoint and removing the earlier ones."""
     flags = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "1"]
     expected = comparable(run(*flags, name="whole"))
     prune, calls = checkpoint.prune, []
@@ -172,7 +172,7 @@ def test_an_output_folder_keeps_an_unfinished_run(run, stop_at, capsys, caplog):
     before = hashes(folder)
     run(status=2)
     assert (
-        "holds an unfinished run: resume it with --resume_from_checkpoint"
+        "contains an unfinished run: resume it with --resume_from_checkpoint"
         in capsys.readouterr().err
     )
     assert hashes(folder) == before
@@ -182,7 +182,7 @@ def test_an_output_folder_keeps_an_unfinished_run(run, stop_at, capsys, caplog):
     assert f"discarding an unfinished run in {folder} (saved up to step 5)" in caplog.text
 
 
-def test_a_checkpoint_of_another_folder_is_resumed(run, stop_at):
+def test_a_run_resumes_from_a_checkpoint_in_another_folder(run, stop_at):
     expected = comparable(run(name="whole"))
     stop_at(4)
     path = run(name="moved", status=143) / "unfinished" / "checkpoint-5"
@@ -190,21 +190,21 @@ def test_a_checkpoint_of_another_folder_is_resumed(run, stop_at):
     check_end(run("--resume_from_checkpoint", str(path)), expected)
 
 
-def test_a_finished_run_is_not_run_again(run, capsys):
+def test_a_finished_run_is_not_repeated(run, capsys):
     folder = run()
     before = hashes(folder)
     run("--resume_from_checkpoint", "auto", "--overwrite_output_dir")
     assert "accuracy" in capsys.readouterr().out
     assert hashes(folder) == before
     run("--resume_from_checkpoint", "auto", "--seed", "1", status=2)
-    assert "holds the results of an earlier run" in capsys.readouterr().err
+    assert "contains the results of an earlier run" in capsys.readouterr().err
     run("--resume_from_checkpoint", "auto", "--seed", "1", "--overwrite_output_dir")
     assert hashes(folder) != before
 
 
 @pytest.mark.parametrize("kept", [(), ("--save_strategy", "epoch")])
-def test_a_run_killed_while_it_publishes_resumes(run, monkeypatch, kept):
-    """At each renaming and removal; without --overwrite_output_dir, which nothing asks for."""
+def test_a_run_killed_while_publishing_resumes(run, monkeypatch, kept):
+    """Killed at each rename and removal; resuming needs no --overwrite_output_dir."""
     expected = comparable(run(*kept, name="whole"))
     usual = os.replace, shutil.rmtree
     for at in range(100):
@@ -240,8 +240,8 @@ def test_a_run_killed_while_it_publishes_resumes(run, monkeypatch, kept):
         check_end(run(*argv, name=f"out{at}"), expected)
 
 
-def test_what_is_published_is_on_the_disk_before_it_moves(run, monkeypatch):
-    """Otherwise a power cut could leave it empty after the checkpoints are removed."""
+def test_results_are_synced_to_disk_before_they_are_published(run, monkeypatch):
+    """Otherwise a power cut could leave them empty after the checkpoints are removed."""
     synced, moved = set(), []
     sync, replace = output_folder.sync, os.replace
     monkeypatch.setattr(output_folder, "sync", lambda path: (synced.add(str(path)), sync(path)))
@@ -263,7 +263,7 @@ def test_a_finished_run_leaves_another_unfinished_one_alone(run, stop_at):
     folder = run("--seed", "1", "--overwrite_output_dir", status=143)
     before = hashes(folder)
     stop_at(None)
-    run("--resume_from_checkpoint", "auto")  # the finished one, the seed forgotten
+    run("--resume_from_checkpoint", "auto")  # without --seed it is the finished run
     assert hashes(folder) == before
     expected = comparable(run("--seed", "1", name="whole"))
     run("--seed", "1", "--resume_from_checkpoint", "auto", "--overwrite_output_dir")
@@ -279,15 +279,15 @@ def test_an_early_stop_between_two_records_resumes(run, stop_at):
     check_end(run(*flags, "--logging_steps", "4", "--resume_from_checkpoint", "auto"), expected)
 
 
-def test_a_user_error_leaves_the_unfinished_run(run, stopped, capsys):
-    """Also with --overwrite_output_dir, which the scripts always give."""
+def test_a_user_error_keeps_the_unfinished_run(run, stopped, capsys):
+    """Even with --overwrite_output_dir, which the scripts always pass."""
     before = {k: v for k, v in hashes(stopped).items() if "/checkpoint-" in k}
     for flags in (["--train_file", "nowhere"], ["--resume_from_checkpoint", "nowhere"]):
         run("--overwrite_output_dir", *flags, status=2)
         assert before.items() <= hashes(stopped).items()
 
 
-def test_a_folder_of_that_name_with_foreign_files_is_refused(run, tmp_path, capsys):
+def test_an_unfinished_folder_with_foreign_files_is_refused(run, tmp_path, capsys):
     mine = tmp_path / "out" / "unfinished" / "novel.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")

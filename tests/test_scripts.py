@@ -1,4 +1,4 @@
-"""The scripts, end to end, with the bundled backbone on the sample: what a new user types."""
+"""The scripts, end to end, with the bundled backbone on the sample, as a new user runs them."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ SAMPLE = "csv/USvideos_sample.csv"
     ("script", "name", "parameters", "epochs"),
     [("run_og.sh", "og", 22_715_526, 2), ("run_prefix.sh", "prefix", 592_134, 8)],
 )
-def test_a_script_does_the_whole_job(clone, script, name, parameters, epochs):
+def test_a_run_script_does_the_whole_job(clone, script, name, parameters, epochs):
     done = bash(clone, script, "--max_train_samples", "320", "--num_train_epochs", str(epochs))
     assert done.returncode == 0, done.stderr
     assert "SYNTHETIC SAMPLE" in done.stderr
@@ -94,7 +94,7 @@ def test_user_errors_of_scripts_are_one_line(module, argv, message, monkeypatch,
 
 
 def test_variants_of_a_text_are_in_the_same_folds(tmp_path, monkeypatch):
-    """Row by row the same videos, each once; titles that are cleaned alike in one fold."""
+    """The same videos row by row, each once; equal cleaned titles are in one fold."""
     sample = str(ROOT / SAMPLE)
     names = ["original:title", "none:title,channel_title"]
     cleaned, whole = folds.make_variants(sample, "utf-8", names).values()
@@ -113,7 +113,7 @@ def test_variants_of_a_text_are_in_the_same_folds(tmp_path, monkeypatch):
     assert sorted(pd.concat(tests)["text"]) == sorted(cleaned["text"])
 
 
-def test_the_benchmark_measures_ours_and_others_alternately(tmp_path, capsys, monkeypatch):
+def test_the_benchmark_measures_all_contenders(tmp_path, capsys, monkeypatch):
     rows = [(f"some text of number {i}", i % 2) for i in range(160)]
     path = write_csv(tmp_path / "a.csv", rows)
     flags = ["--data", path, "--steps", "2", "--texts", "16", "--rounds", "1", "--output_dir"]
@@ -132,11 +132,11 @@ def test_the_benchmark_measures_ours_and_others_alternately(tmp_path, capsys, mo
 def test_flags_can_be_appended_and_errors_are_passed_on(clone):
     done = bash(clone, "run_prefix.sh", "--pre_seq_len", "500")
     assert done.returncode == 2
-    assert "--pre_seq_len 500 + --max_seq_length 128 is above the 512 positions" in done.stderr
+    assert "--pre_seq_len 500 + --max_seq_length 128 exceeds the 512 positions" in done.stderr
 
 
 def test_an_active_environment_without_the_pins_is_not_used(clone, tmp_path):
-    """Then .venv is used; here it is one that has the pins, so nothing is installed."""
+    """Then .venv is used; here it has the pinned versions, so nothing is installed."""
     other = tmp_path / "other"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(other)], check=True)
     (clone / ".venv").symlink_to(sys.prefix)

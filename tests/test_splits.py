@@ -1,4 +1,4 @@
-"""From the raw file to split files: the functions, the notebook and its runner."""
+"""From the raw file to split files: the functions that the notebook calls, and the sample."""
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,7 @@ def raw_table(path: str = SAMPLE, encoding: str = "utf-8") -> pd.DataFrame:
         ("42 - 2018 ...", ""),
     ],
 )
-def test_cleaning_as_the_original(title, text):
+def test_texts_are_cleaned_as_in_the_original(title, text):
     assert splits.clean(title) == text
 
 
@@ -59,7 +59,7 @@ def test_labels_are_numbered_by_descending_count_or_named():
     assert set(labels) == set(names) == set(titles.values())
 
 
-def test_the_originals_protocol():
+def test_the_original_protocol_balances_stratifies_and_leaks():
     table = raw_table()
     parts = splits.original_splits(table, 42, 0.8, 0.8, balance=True)
     counts = parts["train"]["label"].value_counts()
@@ -72,7 +72,7 @@ def test_the_originals_protocol():
     assert parts["test"]["text"].isin(known).mean() > 0.5  # it leaks
 
 
-def test_the_originals_protocol_draws_the_sizes_of_the_published_files():
+def test_the_original_protocol_reproduces_the_published_file_sizes():
     counts = (9964, 6472, 4143, 3444, 3210, 13662)  # rows of each label in the full file
     table = pd.DataFrame({"label": np.repeat(list("012345"), counts)})
     parts = splits.original_splits(table, 42, 0.8, 0.8, balance=True)
@@ -80,13 +80,13 @@ def test_the_originals_protocol_draws_the_sizes_of_the_published_files():
 
 
 @needs_real_data
-def test_the_second_split_repeats_the_published_files_labels_in_order(monkeypatch):
+def test_the_second_split_reproduces_the_published_labels_in_order(monkeypatch):
     """The stratified draw orders labels by their counts alone, so it can be repeated exactly."""
     files = [REAL_DATA / "seed_splits" / f"{name}_simple.csv" for name in ("test", "val")]
     test, val = (pd.read_csv(path, dtype=str)["label"] for path in files)
     rest = pd.DataFrame({"label": sorted([*test, *val])})
     draw = splits.train_test_split
-    first = iter([(rest, rest)])  # in place of the draw of the training rows
+    first = iter([(rest, rest)])  # replaces the draw of the training rows
     monkeypatch.setattr(
         splits, "train_test_split", lambda *data, **how: next(first, None) or draw(*data, **how)
     )
@@ -96,7 +96,7 @@ def test_the_second_split_repeats_the_published_files_labels_in_order(monkeypatc
 
 
 @pytest.mark.parametrize("group_by", splits.GROUPINGS)
-def test_the_unseen_protocol_shares_nothing(group_by):
+def test_the_splits_of_the_unseen_protocol_share_nothing(group_by):
     table = raw_table()
     again = table.drop_duplicates("video_id").head(60)  # the same titles, uploaded once more
     again = again.assign(video_id="again " + again["video_id"], channel_title="another")
@@ -110,21 +110,21 @@ def test_the_unseen_protocol_shares_nothing(group_by):
     assert everything["video_id"].is_unique
     assert len(everything) == table["video_id"].nunique()
     if group_by == "time":
-        day = everything.groupby("text")["day"].transform("min")  # a text stays with its first
+        day = everything.groupby("text")["day"].transform("min")  # a text belongs to its first day
         part = {name: day[rows.index] for name, rows in parts.items()}
         assert part["train"].max() <= part["val"].min() <= part["val"].max() <= part["test"].min()
     if group_by == "video":
         assert len(parts["train"]) / len(everything) == pytest.approx(0.8, abs=0.02)
 
 
-def test_equal_texts_and_channels_are_joined_through_others():
+def test_rows_are_grouped_through_shared_texts_and_channels():
     a, b = pd.Series(["x", "x", "y", "z", "w"]), pd.Series([1, 2, 2, 3, 4])
     group = splits.connected(a, b)
     assert len(np.unique(group)) == 3
     assert group[0] == group[1] == group[2]
 
 
-def test_ids_that_a_spreadsheet_damaged_do_not_merge_videos(tmp_path):
+def test_ids_damaged_by_a_spreadsheet_do_not_merge_videos(tmp_path):
     rows = [("#NAME?", "17.14.11", f"title {i}", 1) for i in (1, 2, 1)]
     raw = splits.read_raw(write_csv(tmp_path / "r.csv", rows, COLUMNS), "utf-8", [])
     assert raw["video_id"].nunique() == 2
@@ -165,7 +165,7 @@ def test_foreign_files_are_not_overwritten(tmp_path):
         write("file")
 
 
-def test_labels_that_training_lacks_are_dropped_with_a_warning(capsys):
+def test_labels_missing_from_training_are_dropped_with_a_warning(capsys):
     labels = {"train": "ab", "val": "acc", "test": "b"}
     part = {name: pd.DataFrame({"label": list(some)}) for name, some in labels.items()}
     assert splits.keep_training_labels(part)["val"]["label"].tolist() == ["a"]
@@ -181,7 +181,7 @@ GOOD = ("2kyS6SvSYSE", "17.14.11", "a title", "22")
     ("content", "message"),
     [
         (b"video_id,title\nx,y\n", "no column 'category_id', 'trending_date'; it has 'video_id'"),
-        (b"video_id,trending_date,title,category_id\n", "a header and no rows"),
+        (b"video_id,trending_date,title,category_id\n", "a header but no rows"),
         (
             b"video_id,trending_date,title,category_id\na,17.14.11,t,22\nb,17.14.11,t,Music\n",
             "category_id is not a whole number in row 2",
@@ -205,7 +205,7 @@ def test_malformed_raw_files_are_user_errors(tmp_path, content, message):
     assert message in str(error.value)
 
 
-def test_tags_of_the_real_file_are_read_although_they_are_invalid_csv(tmp_path):
+def test_tags_of_the_real_file_are_read_despite_invalid_csv(tmp_path):
     path = tmp_path / "raw.csv"
     header = "video_id,trending_date,category_id,title,tags\n"
     path.write_text(header + 'a,17.14.11,1,"t ""|"" u","x y"|"z"|"v, w"\n')
@@ -244,11 +244,11 @@ def test_category_names_come_from_the_file_if_it_exists(tmp_path):
     path.write_text('{"items": [{"id": "10", "snippet": {"title": "Songs"}}]}')
     assert splits.category_names(tmp_path, ids)[10] == "Songs"
     path.write_text("{}")
-    with pytest.raises(UserError, match="is not the data set's category file"):
+    with pytest.raises(UserError, match="is no valid category file"):
         splits.category_names(tmp_path, ids)
 
 
-def test_the_sample_is_what_its_generator_writes_and_resembles_the_real_file():
+def test_the_sample_matches_its_generator_and_resembles_the_real_file():
     content = (ROOT / splits.SAMPLE_FILE).read_bytes()
     assert make_sample.make_sample().encode() == content
     assert len(content) < 1_000_000

@@ -1,4 +1,4 @@
-"""The loop: its losses, its steps, its choice of epoch, its refusals."""
+"""The training loop: losses, steps, choice of epoch and errors; and the metrics."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ FP32 = Machine(torch.device("cpu"), "fp32")
 
 @pytest.fixture
 def data(tmp_path) -> Encoded:
-    """The rows of conftest, words numbered from 5."""
+    """The rows of conftest, with words numbered from 5."""
     words = sorted({word for text, _ in ROWS for word in text.split()})
     ids = [[2, *(5 + words.index(word) % 30 for word in text.split()), 3] for text, _ in ROWS]
     labels = np.array([int(label) for _, label in ROWS])
@@ -39,7 +39,7 @@ def arguments(*flags):
 
 
 def nowhere(state, tensors):
-    """Saves nothing."""
+    """Save nothing."""
 
 
 def tune(model, data, *flags, eval_set=None, save=nowhere):
@@ -49,7 +49,7 @@ def tune(model, data, *flags, eval_set=None, save=nowhere):
     return results, lines
 
 
-def test_schedule_rises_and_falls_linearly():
+def test_the_learning_rate_rises_and_falls_linearly():
     factors = [trainer.learning_rate_factor(step, 10, 4) for step in range(10)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     np.testing.assert_allclose(factors[4:], [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
@@ -58,7 +58,7 @@ def test_schedule_rises_and_falls_linearly():
     assert trainer.warmup_steps(1000, 100) == 99
 
 
-def test_no_decay_on_biases_layer_norms_and_prefix(make_model):
+def test_biases_layer_norms_and_the_prefix_are_not_decayed(make_model):
     bias = ("--tuning_method", "bias")
     for flags in ((), ("--prefix",), ("--prefix", "--prefix_projection"), bias):
         model = make_model(*flags)
@@ -74,7 +74,7 @@ def test_no_decay_on_biases_layer_norms_and_prefix(make_model):
 
 
 @pytest.mark.parametrize("kind", ["single", "multi"])
-def test_accumulation_equals_the_big_batch(make_model, data, kind):
+def test_accumulation_equals_one_large_batch(make_model, data, kind):
     """11 rows in batches of 6 and 5, at once or in parts of 2 (the last part has one row)."""
     if kind == "multi":
         data = dataclasses.replace(data, labels=np.eye(3, dtype=np.float32)[data.labels])
@@ -90,11 +90,11 @@ def test_accumulation_equals_the_big_batch(make_model, data, kind):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     big, small = (dict(model.named_parameters()) for model in models)
     for name in big:
-        if not name.endswith("key.bias"):  # its gradient is 0 but for rounding, which Adam scales
+        if not name.endswith("key.bias"):  # its gradient is only rounding, which Adam scales up
             torch.testing.assert_close(big[name], small[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-# Losses of the first six steps. If they change, so does what is learned.
+# Losses of the first six steps. If they change, training has changed.
 EXPECTED = {
     "full": [1.051999, 1.534771, 1.064451, 1.041521, 1.148758, 1.125775],
     "prefix": [1.073722, 1.208594, 1.075888, 1.065305, 1.106585, 1.127007],
@@ -106,14 +106,14 @@ METHODS = {"full": (), "prefix": ("--prefix",), "projected": ("--prefix", "--pre
 
 
 @pytest.mark.parametrize("method", EXPECTED)
-def test_expected_losses(make_model, data, method):
+def test_the_first_losses_are_as_expected(make_model, data, method):
     model = without_dropout(make_model(*METHODS[method]))
     flags = [*METHODS[method], "--learning_rate", "0.01", "--per_device_train_batch_size", "4"]
     _, lines = tune(model, data, *flags, "--num_train_epochs", "2", "--warmup_steps", "0")
     np.testing.assert_allclose([line["loss"] for line in lines], EXPECTED[method], atol=1e-4)
 
 
-def test_the_first_loss_is_that_of_the_model(make_model, data):
+def test_the_first_loss_is_the_initial_models_loss(make_model, data):
     model = without_dropout(make_model())
     rows = batches.training_batches(data.lengths, 32, 42, 0)[0]
     batch = data.collate(rows)
@@ -123,7 +123,7 @@ def test_the_first_loss_is_that_of_the_model(make_model, data):
     assert lines[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_plain_loop_learns_the_same(backbone, make_model, data):
+def test_a_plain_loop_learns_the_same_weights(backbone, make_model, data):
     """transformers' own BERT with all embeddings trained, step by step as in a textbook."""
     model = without_dropout(make_model())
     plain = without_dropout(
@@ -149,7 +149,7 @@ def test_a_plain_loop_learns_the_same(backbone, make_model, data):
     trained = model.state_dict()
     assert trained.keys() == plain.state_dict().keys()
     for name, tensor in plain.state_dict().items():
-        if not name.endswith("key.bias"):  # its gradient is 0 but for rounding, which Adam scales
+        if not name.endswith("key.bias"):  # its gradient is only rounding, which Adam scales up
             torch.testing.assert_close(trained[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
     words = trained["bert.embeddings.word_embeddings.weight"]
     moved = {word for word in range(len(words)) if not torch.equal(words[word], before[word])}
@@ -186,7 +186,7 @@ def test_the_averaged_weights_are_evaluated_and_kept(make_model, data, monkeypat
 
 
 @pytest.mark.parametrize("method", ["prefix", "probe", "bias"])
-def test_frozen_weights_stay_as_they_are_and_trainable_ones_change(make_model, data, method):
+def test_frozen_weights_stay_the_same_and_trainable_weights_change(make_model, data, method):
     flags = ["--prefix"] if method == "prefix" else ["--tuning_method", method]
     model = make_model(*flags)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -198,7 +198,7 @@ def test_frozen_weights_stay_as_they_are_and_trainable_ones_change(make_model, d
         assert torch.equal(tensor, before[name]) == frozen, name
 
 
-def test_two_runs_end_with_the_same_bits_and_another_seed_does_not(make_model, data):
+def test_equal_seeds_give_equal_bits_and_another_seed_does_not(make_model, data):
     def weights(seed):
         model = make_model()
         torch.manual_seed(np.random.randint(1000))  # the state left behind does not matter
@@ -210,7 +210,7 @@ def test_two_runs_end_with_the_same_bits_and_another_seed_does_not(make_model, d
 
 
 @pytest.mark.parametrize("flag", ["True", "False"])
-def test_the_best_epoch_is_kept_by_validation(make_model, data, monkeypatch, flag):
+def test_the_best_epoch_is_chosen_by_validation(make_model, data, monkeypatch, flag):
     values = iter([0.5, 0.9, 0.9, 0.1])
     states = []
 
@@ -253,7 +253,7 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_no_weight(make_model, dat
         assert torch.equal(tensor, before[name]), name
 
 
-def test_predictions_are_in_the_order_of_the_rows_and_score_no_text_twice(make_model, data):
+def test_predictions_follow_the_row_order_and_score_no_text_twice(make_model, data):
     model, args = make_model(), arguments("--per_device_eval_batch_size", "3")
     twice = dataclasses.replace(data, text_index=np.array([4, 0, 4, 10]), labels=None)
     scored = []
@@ -280,7 +280,7 @@ def test_the_last_losses_are_recorded_when_stopping_early(make_model, data, monk
     assert [line["step"] for line in lines if "loss" in line] == [2]
 
 
-def test_metrics_are_those_of_the_whole_file():
+def test_metrics_cover_the_whole_file():
     logits = torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 3, 0], [1, 0, 0]])
     labels = np.array([0, 1, 2, 1])
     found = Predictions.of(logits, multi_label=False)
@@ -298,7 +298,7 @@ def test_metrics_are_those_of_the_whole_file():
     assert none["test_accuracy_unseen"] is None
 
 
-def test_figures_of_each_class_and_the_confusion_matrix_are_scikit_learns():
+def test_class_figures_and_confusion_matrix_equal_scikit_learns():
     random = np.random.default_rng(0)
     labels, logits = random.integers(0, 4, 200), torch.tensor(random.normal(size=(200, 4)))
     logits[:, 3] = -9  # never predicted
@@ -320,8 +320,8 @@ def test_figures_of_each_class_and_the_confusion_matrix_are_scikit_learns():
     assert counts.rows == 200 and score.details()["support"] == expected[3].tolist()
 
 
-def test_calibration_error_by_hand():
-    """A confidence of 0.9 and right half the time; of 0.6 and always right."""
+def test_calibration_error_matches_a_hand_calculation():
+    """Confidence 0.9 is right half of the time, confidence 0.6 always."""
     confidence = np.array([0.9, 0.9, 0.6, 0.6])
     logits = torch.tensor(np.log(np.stack([confidence, 1 - confidence], axis=1))).float()
     counts = Counts(multi_label=False)
@@ -330,7 +330,7 @@ def test_calibration_error_by_hand():
     assert counts.bins[0].sum() == 4
 
 
-def test_intervals_are_of_distinct_texts_and_do_not_depend_on_chunks():
+def test_intervals_use_distinct_texts_and_do_not_depend_on_chunks():
     right = np.random.default_rng(0).random(400) < 0.7
     keys = [f"text {number}" for number in range(400)]
 
@@ -344,7 +344,7 @@ def test_intervals_are_of_distinct_texts_and_do_not_depend_on_chunks():
     np.testing.assert_allclose(once, interval(keys, right, 7))
     spread = 1.96 * (right.mean() * (1 - right.mean()) / 400) ** 0.5
     np.testing.assert_allclose(once, [right.mean() - spread, right.mean() + spread], atol=0.006)
-    np.testing.assert_allclose(once, interval(keys * 9, np.tile(right, 9), 4000))  # knows no more
+    np.testing.assert_allclose(once, interval(keys * 9, np.tile(right, 9), 4000))  # no new evidence
 
 
 def test_the_most_confident_mistakes_are_kept_each_text_once():
@@ -363,7 +363,7 @@ def test_the_most_confident_mistakes_are_kept_each_text_once():
     assert json.loads(json.dumps(score.details())) == score.details()
 
 
-def test_several_labels_a_row_are_scored_each():
+def test_multi_label_metrics_match_a_hand_calculation():
     logits = torch.tensor([[4.0, 4.0], [-4.0, 4.0], [-1.0, -4.0]])
     labels = np.array([[1, 1], [1, 1], [0, 0]], dtype=np.float32)
     found = Predictions.of(logits, multi_label=True)
@@ -376,7 +376,7 @@ def test_several_labels_a_row_are_scored_each():
     assert metrics["macro_f1"] == pytest.approx((2 / 3 + 1) / 2)
 
 
-def test_several_labels_drawn_from_their_probabilities_are_calibrated():
+def test_labels_drawn_from_their_probabilities_are_calibrated():
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(20_000, 4, generator=generator)
     labels = torch.bernoulli(logits.sigmoid(), generator=generator).numpy()
