@@ -1,6 +1,4 @@
-"""What a person looks at after a run or a study: report.html, one file that needs no network, and
-the model card.
-"""
+"""The pages of a run and of a study (report.html, one file that needs no network), and the card."""
 
 import json
 from pathlib import Path
@@ -8,21 +6,21 @@ from pathlib import Path
 import matplotlib.style
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from evaluation.plots import STYLE, Run, run_plots, study_figures, svg
+from evaluation.plots import DRAWN, STYLE, Run, run_plots, study_figures, svg
 from evaluation.tables import result_rows, shown
 
 CARDS = {
-    "accuracy": "accuracy",
-    "accuracy_unseen": "on unseen texts",
-    "accuracy_seen": "on seen texts",
-    "seen_share": "texts seen in training",
+    "accuracy_unseen": "accuracy, unseen texts",
+    "accuracy_seen": "accuracy, seen texts",
+    "accuracy": "accuracy, all texts",
+    "seen_share": "share of seen texts",
     "micro_f1": "micro F1",
     "macro_f1": "macro F1",
 }
 
 
 def fill(template: str, **values) -> str:
-    """Fill a template of this folder. HTML is escaped; a missing value is an error."""
+    """Fill a template from this folder; HTML is escaped, and a missing value is an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=template.endswith(".html"),
@@ -34,13 +32,14 @@ def fill(template: str, **values) -> str:
 
 
 def render_card(record: dict, results: dict) -> str:
-    """The model card, README.md, of a tuned model."""
-    settings, rows = json.dumps(record["settings"], indent=2), result_rows(results)
+    """Render the model card, README.md, of a trained model; unset settings are left out."""
+    settings = {k: v for k, v in record["settings"].items() if v is not None and v is not False}
+    rows, settings = result_rows(results), json.dumps(settings, indent=2)
     return fill("card.md", record=record, results=results, rows=rows, settings=settings) + "\n"
 
 
 def render_run(record: dict, results: dict, evaluation: dict, records: list[dict]) -> str:
-    """The page of a run, from its run.json, all_results.json, evaluation.json and metrics.jsonl."""
+    """Render a run's page from run.json, all_results.json, evaluation.json and metrics.jsonl."""
     labels = evaluation["labels"]
     name = "test" if "test" in evaluation else "eval"
     details = evaluation[name]
@@ -55,16 +54,19 @@ def render_run(record: dict, results: dict, evaluation: dict, records: list[dict
         for one in details["mistakes"]
     ]
     columns = (details[key] for key in ("precision", "recall", "f1", "support"))
-    cards = [
-        (title, results.get(f"{name}_{key}"), results.get(f"{name}_{key}_interval"))
-        for key, title in CARDS.items()
-    ]
+    cards: dict[tuple, str] = {}  # titles by figure: if no text is seen, two figures are the same
+    for key, title in CARDS.items():
+        if (value := results.get(f"{name}_{key}")) is not None:
+            interval = results.get(f"{name}_{key}_interval") or ()
+            cards.setdefault((value, *interval), title)
     return fill(
         "report.html",
         record=record,
         results=results,
         file={"test": "test", "eval": "validation"}[name],
-        cards=[card for card in cards if card[1] is not None],
+        cards=[(title, value, interval) for (value, *interval), title in cards.items()],
+        accuracy=results[f"{name}_accuracy"],
+        drawn=DRAWN,
         rows=result_rows(results),
         plots=run_plots(Run(labels, details, records)),
         classes=list(zip(labels, *columns, strict=True)),
@@ -83,7 +85,7 @@ def render_study(
     command: str,
     notes: list[str],
 ) -> str:
-    """The page of a study, see script/compare.py."""
+    """Render the page of a study, see script/compare.py."""
 
     def of(things: list[dict], protocol: str) -> list[dict]:
         return [one for one in things if one["protocol"] == protocol]

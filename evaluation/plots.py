@@ -16,10 +16,11 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe & Ito's colours, which colour-blind people can tell apart.
+# The palette of Okabe & Ito, which colour-blind people can distinguish.
 COLORS = BLUE, ORANGE, *_ = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-DRAWN = 50  # labels at most in a picture; there are tables too
-INK = "#123456"  # becomes the page's colour of text, dark or light
+DRAWN = 50  # labels at most in a picture; the tables have all of them
+FEW = 20  # rows; with fewer behind it, a point of the reliability curve says little
+INK = "#123456"  # becomes the page's text colour, dark or light
 STYLE = Path(__file__).with_name("report.mplstyle")
 
 
@@ -32,7 +33,7 @@ class Run(NamedTuple):
 
 
 def svg(figure: Figure, words: str) -> Markup:
-    """A figure as an element of the page, with `words` that describe it to screen readers."""
+    """Render a figure as an SVG element, with `words` that describe it to screen readers."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     picture = file.getvalue()
@@ -42,11 +43,11 @@ def svg(figure: Figure, words: str) -> Markup:
 
 
 def learning_curves(run: Run) -> list[Markup]:
-    """Loss of training and validation by epoch, and the accuracy on validation."""
+    """Draw training and validation loss by epoch, and validation accuracy."""
     steps = [line for line in run.records if "loss" in line]
     epochs = [line for line in run.records if "eval_loss" in line]
     pictures = []
-    for key, title in (("loss", "loss"), ("accuracy", "accuracy, validation")):
+    for key, title in (("loss", "loss"), ("accuracy", "validation accuracy")):
         figure = Figure(figsize=(4, 3))
         axis = figure.subplots()
         words = f"Learning curve of {title}."
@@ -62,13 +63,14 @@ def learning_curves(run: Run) -> list[Markup]:
         axis.set(xlabel="epoch", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
         if axis.lines:
-            axis.legend()
+            if key == "loss":
+                axis.legend()
             pictures.append(svg(figure, words))
     return pictures
 
 
 def confusion(run: Run) -> list[Markup]:
-    """Confusion matrix: rows are the true labels, a cell's colour is its share of its row."""
+    """Draw the confusion matrix: a row per true label, each cell coloured by its share of it."""
     labels = run.labels
     if run.details["confusion"] is None or len(labels) > DRAWN:
         return []
@@ -80,7 +82,7 @@ def confusion(run: Run) -> list[Markup]:
     axis.pcolormesh(share, cmap="Blues", vmin=0, vmax=1)  # vectors, where imshow puts a bitmap
     axis.invert_yaxis()
     places = np.arange(len(labels)) + 0.5
-    axis.set(xlabel="predicted", ylabel="true", xticks=places, yticks=places)
+    axis.set(xlabel="predicted label", ylabel="true label", xticks=places, yticks=places)
     slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axis.set_xticklabels(labels, **slanted if max(map(len, labels)) > 3 else {})
     axis.set_yticklabels(labels)
@@ -96,7 +98,7 @@ def confusion(run: Run) -> list[Markup]:
 
 
 def class_bars(run: Run) -> list[Markup]:
-    """F1 of each label, with its number of rows."""
+    """Draw the F1 of each label, with its number of rows."""
     labels, f1, support = run.labels, run.details["f1"], run.details["support"]
     if len(labels) > DRAWN:
         return []
@@ -112,51 +114,72 @@ def class_bars(run: Run) -> list[Markup]:
 
 
 def reliability(run: Run) -> list[Markup]:
-    """Share of right predictions by their confidence; calibrated ones are on the diagonal."""
-    bins = run.details["reliability"]
-    rows, hits, confidence = (np.array(bins[name]) for name in ("rows", "hits", "confidence"))
-    error = np.abs(hits - confidence).sum() / rows.sum()
-    used = rows > 0
-    x, y = confidence[used] / rows[used], hits[used] / rows[used]
-    area = 300 * rows[used] / rows.sum() + 10
+    """Draw accuracy by confidence; a calibrated model is on the diagonal.
+
+    Each point says how many rows it stands for; neighbouring bins with few rows share a point.
+    """
+    bins = np.array([run.details["reliability"][name] for name in ("rows", "hits", "confidence")])
+    error = np.abs(bins[1] - bins[2]).sum() / bins[0].sum()
+    rows, hits, confidence = merge_sparse(bins)
+    x, y = confidence / rows, hits / rows
     figure = Figure(figsize=(4, 4))
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], "--", color=INK, linewidth=1, label="calibrated")
-    axis.plot(x, y, color=BLUE)
-    axis.scatter(x, y, area, color=BLUE, clip_on=False, label="this model; area: rows")
-    axis.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.03))
+    axis.plot(x, y, "o-", color=BLUE, clip_on=False, label="this model, with rows per point")
+    for place, count in zip(zip(x, y, strict=True), rows, strict=True):
+        axis.annotate(f"{count:,.0f}", place, (5, -11), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.03))
     axis.legend(loc="upper left")
     return [svg(figure, f"Reliability curve; confidence is off by {error:.1%} on average.")]
 
 
+def merge_sparse(bins: np.ndarray) -> np.ndarray:
+    """Merge neighbouring bins, [3, BINS], until each has `FEW` rows, or until one is left."""
+    merged: list[np.ndarray] = []
+    for one in bins.T:
+        if merged and merged[-1][0] < FEW:
+            merged[-1] = merged[-1] + one
+        else:
+            merged.append(one)
+    if len(merged) > 1 and merged[-1][0] < FEW:
+        merged[-2:] = [merged[-2] + merged[-1]]
+    return np.array(merged).T
+
+
 RUN_PLOTS = {
-    "Learning": learning_curves,
-    "Which labels are confused": confusion,
-    "Is its confidence justified?": reliability,
+    "How it learned": learning_curves,
+    "Which labels it confuses": confusion,
+    "Can its confidence be trusted?": reliability,
     "F1 of each label": class_bars,
 }
 
 
 def run_plots(run: Run) -> dict[str, list[Markup]]:
-    """The pictures of a run by their headings; a plot that does not apply is left out."""
+    """Draw the pictures of a run, by heading; a plot that does not apply is left out."""
     with matplotlib.style.context(STYLE):
         plots = {heading: draw(run) for heading, draw in RUN_PLOTS.items()}
     return {heading: pictures for heading, pictures in plots.items() if pictures}
 
 
-def by_method(axis: Axes, rows: list[dict]) -> str:
-    """Draw the test accuracy of each method on seen and unseen texts, with its spread over runs.
+PANELS = {
+    "original": "original protocol: texts recur in the test file",
+    "unseen": "unseen protocol: every test text is new",
+}
 
-    Returns the same in words, as `curves_by_method` does.
+
+def by_method(axis: Axes, rows: list[dict]) -> str:
+    """Draw each method's test accuracy on seen and unseen texts, with its spread over runs.
+
+    Returns a description in words, as `curves_by_method` does.
     """
     names = [row["method"] for row in rows]
     words = []
     for column, color, mark in (("on seen", BLUE, "s"), ("on unseen", ORANGE, "o")):
         some = [row for row in rows if row[column] is not None]
         if some:
-            values = [row[column] for row in some]
+            values = [100 * row[column] for row in some]
             places = [names.index(row["method"]) for row in some]
-            spread = [row[f"{column} sd"] or 0 for row in some]
+            spread = [100 * (row[f"{column} sd"] or 0) for row in some]
             axis.errorbar(
                 values,
                 places,
@@ -164,17 +187,17 @@ def by_method(axis: Axes, rows: list[dict]) -> str:
                 fmt=mark,
                 color=color,
                 capsize=3,
-                label=f"{column} texts",
+                label=f"{column.removeprefix('on ')} texts",
             )
             words += [f"{row['method']} {column} {row[column]:.3f}" for row in some]
-    axis.set(xlim=(0, 1.02), xlabel="test accuracy", ylim=(len(names) - 0.5, -0.5))
+    axis.set(xlim=(0, 102), xlabel="test accuracy, %", ylim=(len(names) - 0.5, -0.5))
     axis.set_yticks(range(len(names)), names)
     axis.grid(axis="x", alpha=0.3)
     return f"Test accuracy: {'; '.join(words)}."
 
 
 def curves_by_method(axis: Axes, runs: list[dict]) -> str:
-    """Draw the validation accuracy after each epoch, as its mean over the runs of each method."""
+    """Draw each method's validation accuracy by epoch, averaged over its runs."""
     words = []
     tuned = dict.fromkeys(run["method"] for run in runs if run["records"])
     for method, color, mark in zip(tuned, cycle(COLORS), cycle("os^vD")):
@@ -193,7 +216,7 @@ def curves_by_method(axis: Axes, runs: list[dict]) -> str:
 
 
 def study_figures(runs: list[dict], rows: list[dict]) -> Iterator[tuple[str, Figure, str]]:
-    """The plots of a study, with a panel for each protocol: name, figure, and its words."""
+    """Draw the plots of a study, a panel per protocol: name, figure and description of each."""
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     for name, draw, things in (("accuracy", by_method, rows), ("curves", curves_by_method, runs)):
         figure = Figure(figsize=(4.3 * len(protocols), 3.4))
@@ -201,7 +224,7 @@ def study_figures(runs: list[dict], rows: list[dict]) -> Iterator[tuple[str, Fig
         words, marks = [], {}
         for axis, protocol in zip(axes, protocols, strict=True):
             words.append(draw(axis, [one for one in things if one["protocol"] == protocol]))
-            axis.set_title(f"protocol {protocol}", fontsize=10)
+            axis.set_title(PANELS[protocol], fontsize=10)
             marks |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         if marks:  # otherwise nothing was tuned, and there are no curves
             figure.legend(marks.values(), marks, loc="outside upper center", ncols=3)
@@ -209,7 +232,7 @@ def study_figures(runs: list[dict], rows: list[dict]) -> Iterator[tuple[str, Fig
 
 
 def study_pictures(runs: list[dict], rows: list[dict]) -> dict[str, str]:
-    """The plots of a study as SVG files of their own."""
+    """Render the plots of a study as SVG files, by name."""
     with matplotlib.style.context([STYLE, {"svg.fonttype": "path"}]):
         pictures = {}
         for name, figure, _ in study_figures(runs, rows):

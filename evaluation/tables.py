@@ -6,7 +6,7 @@ from evaluation.metrics import TITLES
 
 
 def shown(value: float | int | list[float] | None) -> str:
-    """A figure in a table: a share, the two ends of an interval, or a count with commas."""
+    """Format a table cell: a share, the two ends of an interval, or a count with commas."""
     if value is None:
         return "-"
     if isinstance(value, list):
@@ -15,7 +15,7 @@ def shown(value: float | int | list[float] | None) -> str:
 
 
 def result_rows(results: dict) -> list[tuple[str, list[str]]]:
-    """Title, validation and test figure of each of `TITLES` that the results have."""
+    """Return title, validation and test figure for each of `TITLES` in the results."""
     rows = []
     for key, title in TITLES.items():
         cells = [results.get(f"{split}_{key}") for split in ("eval", "test")]
@@ -25,7 +25,7 @@ def result_rows(results: dict) -> list[tuple[str, list[str]]]:
 
 
 def summary(record: dict, results: dict, folder: Path) -> str:
-    """The closing table of a run: what it reached, what it took, where the files are."""
+    """Format the closing table of a run: its figures, its cost and its files."""
     rows = result_rows(results)
     lines = [f"{'':24}{'validation':>13}{'test':>13}"] if rows else []
     lines += [f"{title:24}{one:>13}{other:>13}" for title, (one, other) in rows]
@@ -40,7 +40,7 @@ def summary(record: dict, results: dict, folder: Path) -> str:
     if "test" in record["data"] and "test_accuracy" not in results:
         column = record["settings"]["label_column_name"]
         path = record["data"]["test"]["path"]
-        lines.append(f"{path} has no labels in a column '{column}': predicted, not scored")
+        lines.append(f"{path} has no labels in column '{column}': predicted, not scored")
     files = sorted(entry.name for entry in folder.iterdir())
-    lines.append(f"in {folder}: {', '.join(files)}")
+    lines.append(f"files in {folder}: {', '.join(files)}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""report.html: whole, self-contained, readable, and safe whatever the texts hold."""
+"""report.html: complete, self-contained, readable, and safe whatever the texts contain."""
 
 import re
 import shutil
@@ -6,10 +6,12 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import main
 from conftest import ROWS, write_csv
+from evaluation.plots import FEW, merge_sparse
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = "<script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">"
@@ -17,7 +19,7 @@ EVIL = "<script>document.title='hacked'</script><img src=x onerror=\"document.ti
 
 @pytest.fixture
 def evil_files(tmp_path) -> list[str]:
-    """Files whose texts and labels hold HTML, and a $ that no plot may read as a formula."""
+    """Write files with HTML in texts and labels, and a $ that no plot may read as a formula."""
     names = {"0": "<b>zero</b>", "1": "$1", "2": "two & more"}
     rows = [(f"{text} {EVIL}", names[label]) for text, label in ROWS]
     files = []
@@ -27,7 +29,7 @@ def evil_files(tmp_path) -> list[str]:
 
 
 class Page(HTMLParser):
-    """Counts elements and collects attributes that could ask for something from outside."""
+    """Counts elements and collects attributes that could load something from elsewhere."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class Page(HTMLParser):
 
 
 def in_chromium(path: Path) -> str:
-    """The page as a browser has it once its scripts, were there any, have run."""
+    """Return the DOM of a page in a browser, after its scripts (if any) have run."""
     found = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()],
         capture_output=True,
@@ -58,15 +60,15 @@ def in_chromium(path: Path) -> str:
 
 
 @pytest.mark.parametrize("flags", [(), ("--prefix",), ("--eval_strategy", "no")])
-def test_a_run_leaves_a_page_of_its_own(run, flags):
+def test_a_run_writes_a_self_contained_page(run, flags):
     text = (run(*flags) / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     curves = 1 if "no" in flags else 2
-    assert page.count["svg"] == curves + 3 == len(page.labels)  # each with words for it
+    assert page.count["svg"] == curves + 3 == len(page.labels)  # each has a text alternative
     assert page.count["table"] == 5 and "script" not in page.count
     assert all(link.startswith("#") for link in page.links)  # within the page
     assert not re.search(r"url\((?!#)|@import", text)
-    assert "To repeat it" in text
+    assert "How to reproduce it" in text
 
 
 def test_the_same_run_has_the_same_page_except_for_times(run):
@@ -85,7 +87,7 @@ def test_html_in_texts_and_labels_is_shown_and_never_executed(run, evil_files):
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (apt install chromium)")
-def test_a_browser_shows_it_and_runs_nothing(run, evil_files):
+def test_a_browser_shows_the_page_and_runs_no_script(run, evil_files):
     folder = run(*evil_files)
     dom = in_chromium(folder / "report.html")
     assert "hacked" not in re.search("<title>(.*?)</title>", dom)[1]
@@ -94,10 +96,10 @@ def test_a_browser_shows_it_and_runs_nothing(run, evil_files):
     assert page.count.get("img", 0) == page.count.get("script", 0) == 0
 
 
-def test_without_labels_there_is_a_page_of_the_validation_file(run, tmp_path):
+def test_without_test_labels_the_page_shows_the_validation_file(run, tmp_path):
     test = write_csv(tmp_path / "no labels.csv", [["a dog"], ["a tune"]], header=["text"])
     folder = run("--test_file", test)
-    assert "Figures of the validation file" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "Results on the validation file" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_page_of_predictions_alone_names_no_tuning_method(run, files, tmp_path):
@@ -105,12 +107,12 @@ def test_the_page_of_predictions_alone_names_no_tuning_method(run, files, tmp_pa
     argv = ["--do_predict", "--model_name_or_path", model, "--test_file", files[5]]
     assert main.main([*argv, "--output_dir", str(tmp_path / "scored")]) == 0
     text = (tmp_path / "scored" / "report.html").read_text(encoding="utf-8")
-    assert "Full fine-tuning" not in text and "unseen texts" not in text
-    assert f"<h1>Predictions of {model}</h1>" in text and "nothing tuned in this run" in text
-    assert "Figures of the test file" in text
+    assert "Full fine-tuning" not in text and "accuracy, unseen texts" not in text
+    assert f"<h1>Predictions of {model}</h1>" in text and "This run trained nothing" in text
+    assert "Results on the test file" in text
 
 
-def test_several_labels_a_row_have_no_confusion_matrix(run, tmp_path):
+def test_several_labels_per_row_have_no_confusion_matrix(run, tmp_path):
     rows = [(text, f"{label}|{(int(label) + 1) % 3}") for text, label in ROWS]
     path = write_csv(tmp_path / "several.csv", rows)
     flags = [word for name in ("train", "validation", "test") for word in (f"--{name}_file", path)]
@@ -118,3 +120,12 @@ def test_several_labels_a_row_have_no_confusion_matrix(run, tmp_path):
         encoding="utf-8"
     )
     assert "Confusion matrix" not in text and "Reliability curve" in text
+
+
+def test_every_point_of_the_reliability_curve_stands_for_enough_rows():
+    random = np.random.default_rng(0)
+    for rows in random.integers(0, 40, size=(200, 10)):
+        bins = np.stack([rows, rows * 0.5, rows * 0.7])
+        merged = merge_sparse(bins)
+        assert (merged[0] >= FEW).all() or len(merged[0]) == 1
+        assert np.allclose(merged.sum(axis=1), bins.sum(axis=1))
