@@ -106,7 +106,7 @@ def by_method(name: str) -> str:
     return ", ".join(f"{method} {row[column]:g}" for method, row in TUNING_DEFAULTS.items())
 
 
-TUNED_FOLDER = "or as the model was tuned"
+TUNED_FOLDER = "or the tuned model's"
 # fmt: off
 GROUPS = {  # each flag: name, kind, default and help
 "what to do (at least one)": (
@@ -152,7 +152,7 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--tuning_method", choice(*METHODS), None, "train all weights, a prefix, the head alone (over "
      f"mean-pooled tokens), or biases and LayerNorm [full, {TUNED_FOLDER}]"),
     ("--num_train_epochs", INT, None, f"[{by_method('num_train_epochs')}]"),
-    ("--per_device_train_batch_size", INT, 32, "[%(default)s]"),
+    ("--per_device_train_batch_size", INT, 32, "rows, shared among processes [%(default)s]"),
     ("--gradient_accumulation_steps", INT, 1, "batches accumulated per optimizer step [1]"),
     ("--learning_rate", RATE, None,
      f"peak rate; the defaults suit the bundled backbone [{by_method('learning_rate')}]"),
@@ -264,7 +264,7 @@ def read_json(*path: str) -> dict:
 
 
 def fill_columns(args: argparse.Namespace) -> None:
-    """Fill in missing column flags: as the model was tuned, else the defaults."""
+    """Fill in missing column flags: those of the tuned model, else the defaults."""
     settings = read_json(args.model_name_or_path, "run.json").get("settings")
     if not (isinstance(settings, dict) and COLUMNS.keys() <= settings.keys()):
         settings = COLUMNS

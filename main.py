@@ -1,4 +1,4 @@
-"""Tune and evaluate a BERT classifier on CSV files; `run` reads from top to bottom.
+"""Tune and evaluate a BERT classifier on CSV files; read `run` from top to bottom.
 
 `python main.py --help` lists the flags; `bash script/run_og.sh` and `bash script/run_prefix.sh` are
 the usual ways to start it.
@@ -18,8 +18,8 @@ if __name__ == "__main__":  # answer --help and typos before torch loads, which 
             print(f"error: {package} is not installed here; {advice}", file=sys.stderr)
             sys.exit(2)
     print("loading libraries ...", file=sys.stderr)
-# Limit how long OpenMP threads spin at a barrier before they sleep; torch reads it at import. By
-# default they spin so long that training alongside other processes drops to a tenth of its speed.
+# Limit how long OpenMP threads spin at a barrier before they sleep; libgomp reads it when torch
+# loads it. By default they spin so long that training beside other processes is ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import logging
@@ -55,8 +55,8 @@ logger = logging.getLogger("main")
 
 CONTINUE = "add --resume_from_checkpoint auto to the same command to continue"
 OUT_OF_MEMORY = (
-    "error: out of memory: lower --per_device_train_batch_size (and raise "
-    "--gradient_accumulation_steps), --per_device_eval_batch_size or --max_seq_length, or pass "
+    "error: out of memory: lower --per_device_eval_batch_size or --max_seq_length; in training, "
+    "also lower --per_device_train_batch_size (and raise --gradient_accumulation_steps), or pass "
     "--gradient_checkpointing; checkpoints are intact"
 )
 
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the error means out of memory; PyTorch has no exception class for it on the CPU."""
+    """Whether the error says that memory ran out; on the CPU PyTorch has no class for it."""
     said = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate" in said
 
@@ -117,7 +117,7 @@ def run(args: Namespace) -> None:
         # record: describe everything the results depend on
         record = describe_run(settings, start.describe(), data.names, data.describe())
 
-        # resume: has this run already finished? is there a checkpoint?
+        # resume: has this run already finished? is there a checkpoint? the main process decides
         if group.from_main(group.is_main and output.is_finished(record)):
             if group.is_main:
                 logger.info("this run has already finished")
@@ -133,13 +133,13 @@ def run(args: Namespace) -> None:
         machine.place(model)
         results = data.count_rows() | start.count(model)
 
-        # train; the model ends with its best epoch on the validation file
+        # train; the model ends with its best epoch on the validation file, else with the last
         if args.do_train:
             results |= tune(
                 model, tokenizer, data, args, machine, start, output, record, checkpoint
             )
 
-        # score; the test file is used only now that every choice has been made
+        # score; the model sees the test file only now that every choice has been made
         def classify(split: Split) -> torch.Tensor:
             index = prefix_index(split, args.prefix_column, args.prefix_paths)
             encoded = encode(tokenizer, split, start.config.max_seq_length, index)
@@ -151,7 +151,7 @@ def run(args: Namespace) -> None:
             return
         results |= score(classify, data, start.multi_label, output)
 
-        # publish
+        # publish; without --save_strategy, checkpoints were only for resuming
         publish(output, record, results, keep_checkpoints=args.save_total_limit != 0)
 
 
@@ -195,14 +195,14 @@ def tune(
     if checkpoint:  # the run may have been killed before it removed older checkpoints
         checkpoints.prune(output.staging, args.save_total_limit, checkpoint.state["best_step"])
 
-    def fill(folder: Path) -> None:
+    def write_model(folder: Path) -> None:
         start.save(model, tokenizer, folder)
         output.copy_metrics(folder)
 
     def save(state: dict, tensors: Tensors) -> None:
         if is_main:
             state |= {"run": record}
-            checkpoints.write(output.staging, state, tensors, fill, read_tensors)
+            checkpoints.write(output.staging, state, tensors, write_model, read_tensors)
             checkpoints.prune(output.staging, args.save_total_limit, state["best_step"])
 
     write_metrics = recorder(output, args.report_to if is_main else "none")

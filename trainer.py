@@ -26,7 +26,7 @@ from runtime.training_state import Progress, TrainingState
 
 logger = logging.getLogger(__name__)
 
-Record = Callable[[dict], None]  # takes a line of metrics.jsonl
+WriteMetrics = Callable[[dict], None]  # takes a line of metrics.jsonl
 Save = Callable[[dict, Tensors], None]  # takes the state and the tensors of a checkpoint
 
 
@@ -53,19 +53,19 @@ def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
 
 
 def learning_rate_factor(step: int, total: int, warmup: int) -> float:
-    """Return the share of the peak rate at `step` (from 0): linear warm-up, then decay to 0."""
+    """Return the share of the peak rate at `step` (from 0): linear warm-up, then linear decay."""
     if step < warmup:
         return (step + 1) / warmup
     return (total - step) / (total - warmup)
 
 
 def warmup_steps(wanted: float, total: int) -> int:
-    """Return the warm-up steps; `wanted` below 1 is a share of all steps, as in transformers 5."""
+    """Count the warm-up steps; `wanted` below 1 is a share of all steps, as in transformers 5."""
     return min(round(wanted if wanted >= 1 else wanted * total), total - 1)
 
 
 def set_learning_rate(optimizer: torch.optim.AdamW, progress: Progress, args: Namespace) -> float:
-    """Set the learning rates of the next step; returns the scheduled `args.learning_rate`."""
+    """Set the learning rates of the next step, and return the one outside the head."""
     warmup = warmup_steps(args.warmup_steps, progress.total)
     factor = learning_rate_factor(progress.done, progress.total, warmup)
     for group in optimizer.param_groups:
@@ -74,7 +74,7 @@ def set_learning_rate(optimizer: torch.optim.AdamW, progress: Progress, args: Na
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """Return a dropout seed that depends on the arguments alone, so a resumed run cannot drift."""
+    """Return the dropout seed of a step; a resumed run draws the same, without random state."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
@@ -87,28 +87,29 @@ def train(
     eval_set: Encoded | None,
     args: Namespace,
     machine: Machine,
-    record: Record,
+    write_metrics: WriteMetrics,
     save: Save,
     checkpoint: Checkpoint | None = None,
-    stop_requested: Callable[[], int] = int,
+    stop_requested: Callable[[], int] = lambda: 0,
 ) -> dict[str, float]:
-    """Train the model in place, and leave it with a moving average of the trainable parameters.
+    """Train the model in place, and leave it with a moving average of its trainable weights.
 
     With an `eval_set`, each epoch is evaluated; with `args.load_best_model_at_end`, the model ends
-    with the weights of the best epoch. `save` receives state and tensors after each epoch and every
-    `args.save_steps` steps, unless `args.save_strategy` is "no". With a `checkpoint`, the run is
-    resumed and ends as if it had never stopped. `stop_requested` is called after each step; if it
-    returns a signal number, the step is saved and training stops.
+    with the average of the best epoch instead of the last. `save` receives state and tensors after
+    each epoch and every `args.save_steps` steps, unless `args.save_strategy` is "no". With a
+    `checkpoint`, the run is resumed and ends as if it had never stopped. `stop_requested` is called
+    after each step; if it returns a signal number, the step is saved and training stops.
 
     Returns `train_loss` (mean over all examples), `train_runtime` (seconds, with evaluations),
     `train_samples_per_second`, `train_steps` and, if an epoch was chosen, `best_epoch`.
-    Raises: UserError, before the weights change, if loss or gradient is not finite; Stopped, after
-        the step is saved.
+    Raises: UserError, before the weights change, if the loss or its gradient is not finite;
+        Stopped, after the step is saved.
     """
     step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(train_set) / step_size)
     total = steps_per_epoch * args.num_train_epochs
-    progress = Progress(total, steps_per_epoch, args.logging_steps, record, machine.group.is_main)
+    is_main = machine.group.is_main
+    progress = Progress(total, steps_per_epoch, args.logging_steps, write_metrics, is_main)
     state = TrainingState(model, build_optimizer(model, args), progress, args, checkpoint)
 
     with logging_redirect_tqdm(), progress:
@@ -128,12 +129,12 @@ def train(
                 progress.step(len(rows), loss, norm, rate)
                 state.average.update(progress.done)
                 if progress.within_epoch:  # the last step of an epoch is saved after its evaluation
-                    due = args.save_steps and progress.done % args.save_steps == 0
+                    due = bool(args.save_steps) and progress.done % args.save_steps == 0
                     save_if_due(state, due, machine, save, stop_requested)
 
             # evaluate on the validation file, remember the best epoch, save a checkpoint
             if eval_set is not None:
-                evaluate_epoch(state, eval_set, args, machine, record)
+                evaluate_epoch(state, eval_set, args, machine, write_metrics)
             save_if_due(state, args.save_strategy != "no", machine, save, stop_requested)
     return state.finish()
 
@@ -165,14 +166,18 @@ def save_if_due(
 
 
 def evaluate_epoch(
-    state: TrainingState, eval_set: Encoded, args: Namespace, machine: Machine, record: Record
+    state: TrainingState,
+    eval_set: Encoded,
+    args: Namespace,
+    machine: Machine,
+    write_metrics: WriteMetrics,
 ) -> None:
     """Evaluate the averaged weights at the end of an epoch, and keep them if they are the best."""
     step, epoch = state.progress.done, state.progress.epoch
     with state.average.applied():
         metrics = evaluate(state.model, eval_set, args, machine)
         better = state.best.update(state.model, epoch, metrics)
-    record({"step": step, "epoch": epoch, **prefixed("eval", metrics)})
+    write_metrics({"step": step, "epoch": epoch, **prefixed("eval", metrics)})
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     logger.info("epoch %d: validation %s%s", epoch, shown, " (best)" * better)
 
@@ -186,15 +191,15 @@ def training_step(
     args: Namespace,
     machine: Machine,
 ) -> tuple[float, float]:
-    """Do optimizer step number `step` on `rows`; returns mean loss and gradient norm.
+    """Do optimizer step number `step` (from 0) on `rows`; return mean loss and gradient norm.
 
-    Every row weighs 1 / len(rows), so a short last batch is weighted correctly; apart from dropout,
-    accumulation and several processes reproduce one large batch.
+    Every row of a step weighs the same, however unequal the micro-batches or the processes' shares.
+    So apart from dropout, accumulation and several processes reproduce one large batch.
     """
     # forward and backward over micro-batches, with a dropout seed for this step
     torch.manual_seed(step_seed(args.seed, step, machine.group.rank))
     loss = torch.zeros((), device=machine.device)
-    mine = machine.group.share(rows)
+    mine = machine.group.share(rows)  # possibly none, and then there is nothing to cut
     for part in chunks(mine, args.per_device_train_batch_size) if len(mine) else ():
         logits = machine.logits(model, train_set, train_set.text_index[part])
         labels = torch.from_numpy(train_set.labels[part]).to(machine.device)
@@ -232,25 +237,27 @@ def training_step(
 
 @torch.inference_mode()
 def predict(model: nn.Module, data: Encoded, args: Namespace, machine: Machine) -> torch.Tensor:
-    """Compute the logits of all rows, in order: float32 [N, C]. No text is computed twice.
+    """Compute the logits of all rows, in order: float32 [N, C]. Each distinct text is scored once.
 
     Raises: UserError for a logit that is not finite, since it would count as a prediction.
     """
     model.eval()
     group = machine.group
     mine = group.share(length_batches(data, args.per_device_eval_batch_size))
-    of_text = torch.zeros(len(data.token_ids), model.config.num_labels)  # [U, C]
+    text_logits = torch.zeros(len(data.token_ids), model.config.num_labels)  # [U, C]
     hidden = None if group.is_main else True  # None: hidden if the output is not a terminal
     bar = {"desc": "predict", "unit": "batch", "leave": False, "dynamic_ncols": True}
     for texts in tqdm(mine, disable=hidden, **bar):
-        of_text[texts] = machine.logits(model, data, texts).cpu()
+        text_logits[texts] = machine.logits(model, data, texts).cpu()
     if group.size > 1:
-        of_text = of_text.to(machine.device)
-        group.all_reduce_sum([of_text])
-        of_text = of_text.cpu()
-    if not of_text.isfinite().all():
-        raise UserError("the logits are not finite: the model diverged; lower --learning_rate")
-    return of_text[data.text_index]  # [U, C] -> [N, C]
+        text_logits = text_logits.to(machine.device)
+        group.all_reduce_sum([text_logits])
+        text_logits = text_logits.cpu()
+    if not text_logits.isfinite().all():
+        raise UserError(
+            "the logits are not finite: the model diverged; train it with a lower --learning_rate"
+        )
+    return text_logits[data.text_index]  # [U, C] -> [N, C]
 
 
 def evaluate(
@@ -259,7 +266,7 @@ def evaluate(
     """Compute the metrics of the whole file at once, see `compute_metrics`."""
     logits = predict(model, data, args, machine)
     found = Predictions.of(logits, data.labels.ndim == 2)
-    if data.labels.ndim == 1 and len(np.unique(found.label)) == 1:
+    if data.labels.ndim == 1 and len(set(found.label)) == 1 < len(set(data.labels)):
         logger.warning(
             "warning: every prediction is the same class: the model has collapsed or has not "
             "learned yet; try another --learning_rate, --warmup_steps or more epochs"

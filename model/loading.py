@@ -53,7 +53,7 @@ def problem_type(config: BertConfig, wanted: str | None) -> str:
 
 
 def set_max_seq_length(config: BertConfig, virtual: int, wanted: int | None) -> None:
-    """Set the maximum text length in tokens: `wanted`, or as the model was tuned, or 128.
+    """Set the maximum text length in tokens: `wanted`, or the tuned model's, or 128.
 
     Raises: UserError if `virtual` tokens and text together exceed the position embeddings.
     """

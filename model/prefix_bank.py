@@ -1,7 +1,7 @@
 """Many tuned prefixes on one frozen backbone; each row of a batch has its own.
 
-K prefixes, P length of the longest, G prefixes in a batch, B batch, T text tokens, L layers, H
-heads, D head size (HD the hidden size), C classes (the labels of all prefixes together).
+K prefixes, P length of the longest (of all, or in a batch), G prefixes in a batch, B batch, T text
+tokens, L layers, H heads, D head size (HD the hidden size), C classes (the labels of all prefixes).
 """
 
 import logging
@@ -91,7 +91,7 @@ class PrefixBank(nn.Module):
         longest = int(lengths.max())
         position = torch.arange(longest + input_ids.shape[1], device=input_ids.device)
         prefix_mask = position[:longest] < lengths[:, None]  # [B, P]
-        used, group = prefix_index.unique(return_inverse=True)  # [G]; each row's index in it
+        used, group = prefix_index.unique(return_inverse=True)  # [G]; each row's index into it, [B]
         places = place_rows(group) if len(used) > 1 else None
         chosen = used if len(used) < len(self.lengths) else slice(None)  # a slice needs no copy
         pooled = self.bert(

@@ -47,17 +47,17 @@ def prefix_width(config: BertConfig) -> int:
 
 
 @torch.no_grad()
-def activations(bert: BertModel, words: torch.Tensor) -> torch.Tensor:
+def keys_and_values(bert: BertModel, words: torch.Tensor) -> torch.Tensor:
     """Compute the backbone's keys and values of P real words, as a flat prefix [P, 2LHD].
 
-    With little data, a prefix that starts from them learns faster and better than a random one (Li
-    & Liang 2021, section 7.4). words: int64 [P].
+    With little data, a prefix that starts from them trains faster and ends up better than a random
+    one (Li & Liang 2021, section 7.4). words: int64 [P].
     """
     bert.eval()
     states = bert(words[None], output_hidden_states=True).hidden_states
     flat = [
         projection(state[0])
-        for state, layer in zip(states, bert.encoder.layer, strict=False)  # no layer after the last
+        for state, layer in zip(states[:-1], bert.encoder.layer, strict=True)
         for projection in (layer.attention.self.key, layer.attention.self.value)
     ]
     return torch.cat(flat, dim=1)  # 2L of [P, HD] -> [P, 2LHD]
@@ -83,16 +83,17 @@ def attend(
     places: tuple[torch.Tensor, int] | None = None,
     **unused,
 ) -> tuple[torch.Tensor, None]:
-    """Attend over [prefix; text] in a BERT layer, as an attention function of transformers.
+    """Attend over [prefix; text], or text alone, as an attention function of transformers.
 
-    `prefix` returns a layer's keys and values, [2, H, G, P, D], by its number; they are not part of
-    the text, so [CLS] stays the first output. One matrix product covers all rows that share a
-    prefix: a copy of the prefix for each row would dominate the step (with P = 128 and B = 32 a
-    training step took 2.7 times as long).
+    Given a layer's number, `prefix` returns its keys and values, [2, H, G, P, D]. There are no
+    queries among them, so [CLS] stays the first output. One matrix product covers all rows that
+    share a prefix: a copy of the prefix for each row would dominate the step (with P = 128 and
+    B = 32 a training step took 2.7 times as long).
 
-    query, key, value: [B, H, T, D]. attention_mask: bool [B, 1, T, P+T], True where to attend.
-    places: int64 [B] and R, each row's place in a table of G prefixes times R rows, where some
-    places stay empty; None if all rows share one prefix. Returns [B, T, H, D].
+    query, key, value: [B, H, T, D]; in the last layer there is one query. attention_mask: bool
+    [B, 1, T, P+T], True where to attend. places: (place, R). Each prefix has R places, used or not;
+    `place`, int64 [B], is that of each row among all G * R. None if all rows share one prefix.
+    Returns [B, T, H, D].
     """
     # heads first: [B, H, T, D] -> [H, B, T, D]
     query, key, value = (x.transpose(0, 1) for x in (query * scaling, key, value))
@@ -111,14 +112,15 @@ def attend(
     scores = query @ key.mT  # [H, B, T, T]
     virtual, length = 0, key.shape[2]
     if prefix is not None:
-        # under autocast the text is bfloat16, but the prefix is not
+        # under autocast the text is bfloat16, but the prefix may not be
         slots = prefix(module.layer_idx).to(key.dtype)
         virtual = slots.shape[3]
         scores = torch.cat([over_prefix(query, slots[0].mT), scores], dim=3)  # [H, B, T, P+T]
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask.transpose(0, 1), -torch.inf)
     # torch's softmax over fewer than 16 numbers takes several times as long as over 16
-    scores = nn.functional.pad(scores, (0, max(0, 16 - scores.shape[3])), value=-torch.inf)
+    if (missing := 16 - scores.shape[3]) > 0:
+        scores = nn.functional.pad(scores, (0, missing), value=-torch.inf)
     weights = scores.softmax(dim=3, dtype=torch.float32)
     weights = nn.functional.dropout(weights, dropout).to(value.dtype)
     out = weights[..., virtual : virtual + length] @ value
@@ -129,4 +131,5 @@ def attend(
 
 ATTENTION = "prefix"
 AttentionInterface.register(ATTENTION, attend)
+# masks as for sdpa: bool, or None if nothing is masked
 AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

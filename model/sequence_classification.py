@@ -37,7 +37,7 @@ class LastLayer(BertLayer):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *_, **options
     ) -> torch.Tensor:
-        """Map states [B, T, HD] to [B, 1, HD]; the mask is [B, 1, T, T], or P+T wide."""
+        """Map states [B, T, HD] to [B, 1, HD]; the mask is [B, 1, T, T or P+T], or None."""
         first = hidden_states[:, :1]
         if attention_mask is not None:
             attention_mask = attention_mask[:, :, :1]
@@ -50,7 +50,10 @@ class LastLayer(BertLayer):
 
 
 class BertForSequenceClassification(transformers.BertForSequenceClassification):
-    """Plain BERT: the same weights, files and results as in transformers, with less computation."""
+    """Plain BERT: the same weights and files as in transformers, with less computation.
+
+    With the pooling "cls" it also has the same results.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         config.pooling = getattr(config, "pooling", "cls")
@@ -74,7 +77,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
 
 
 class BertPrefixForSequenceClassification(BertForSequenceClassification):
-    """A frozen BERT that reads P virtual tokens; prefix and head are trainable.
+    """A BERT that reads P virtual tokens; the tuning method freezes all but prefix and head.
 
     `prefix_depth` "all": the virtual tokens are keys and values in every layer; they are attended
     to but do not attend. "input": they are embeddings that pass through the layers as words do.
@@ -102,7 +105,7 @@ class BertPrefixForSequenceClassification(BertForSequenceClassification):
                 input_ids=input_ids,
                 attention_mask=torch.cat([ones, attention_mask], dim=1),
                 position_ids=text[None],
-                prefix=by_layer(flat, self.config).__getitem__,
+                prefix=by_layer(flat, self.config).__getitem__,  # by the layer's number
             )
         # Attention knows the order of tokens only from their position embeddings. So the virtual
         # tokens can have the first positions and yet come last: [CLS] stays the first output.
@@ -118,8 +121,9 @@ class BertPrefixForSequenceClassification(BertForSequenceClassification):
 class WordsInUse(nn.Module):
     """Word embeddings that are trainable only for the words in use.
 
-    All other embeddings never receive a gradient; leaving them out saves gradient and optimizer
-    memory. Word embeddings are half of a small BERT's weights, and only some of them are in use.
+    The others never receive a gradient; leaving them out saves gradient and optimizer memory, and
+    weight decay does not shrink them. Word embeddings are half of a small BERT's weights, and only
+    some of them are in use.
     """
 
     def __init__(self, table: nn.Embedding, words: torch.Tensor) -> None:

@@ -37,7 +37,7 @@ class Start:
         self.config, self.tuned_by = read_model_config(self.source)
         if args.do_train:
             self.method = TUNING[args.tuning_method]
-            self.method.describe(self.config, args)
+            self.method.configure(self.config, args)
             self.title = self.method.title(self.config)
             self.config.problem_type = args.problem_type
         elif self.tuned_by:

@@ -1,7 +1,9 @@
-"""The tuning methods: one object each, and the table `TUNING` of all.
+"""The tuning methods: one object each, and `TUNING`, the table of them all.
 
-To add a method, write a class that overrides what differs from full fine-tuning, add it to
-`TUNING`, and add its defaults to `arguments.TUNING_DEFAULTS`. P virtual tokens.
+To add a method, write a subclass of `AdapterMethod` that says what it trains, add it to `TUNING`,
+and add its defaults to `arguments.TUNING_DEFAULTS`.
+
+P virtual tokens.
 """
 
 import logging
@@ -16,7 +18,7 @@ from transformers import BertConfig, PreTrainedTokenizerBase
 
 from model import adapter
 from model.loading import TUNED, load_weights
-from model.prefix_encoder import activations, prefix_width
+from model.prefix_encoder import keys_and_values, prefix_width
 from model.sequence_classification import (
     BertForSequenceClassification,
     BertPrefixForSequenceClassification,
@@ -35,7 +37,7 @@ class TuningMethod:
     name = "full"  # as in --tuning_method
     model_class = BertForSequenceClassification
     pooling = "cls"  # a key of model.sequence_classification.POOLINGS
-    peft_types: tuple[str, ...] = ()  # in adapter_config.json; PEFT rejects types it does not know
+    peft_types: tuple[str, ...] = ()  # `peft_type` in adapter_config.json; PEFT rejects ours
 
     def title(self, config: BertConfig) -> str:
         """Return the method's name in reports."""
@@ -45,7 +47,7 @@ class TuningMethod:
         """Return the library_name of the model card."""
         return "transformers"
 
-    def describe(self, config: BertConfig, args: Namespace) -> None:
+    def configure(self, config: BertConfig, args: Namespace) -> None:
         """Write the method and its settings into the config."""
         config.tuning_method, config.pooling = self.name, self.pooling
         config.hidden_dropout_prob = args.hidden_dropout_prob
@@ -56,8 +58,8 @@ class TuningMethod:
         """Count the positions that virtual tokens occupy."""
         return 0
 
-    def new(self, config: BertConfig) -> tuple[str, ...]:
-        """Return name prefixes of parameters, besides the head, that a backbone may lack."""
+    def may_lack(self, config: BertConfig) -> tuple[str, ...]:
+        """Return how the names of parameters start that a backbone may lack, the head aside."""
         return () if config.architectures == TUNED else (POOLER,)
 
     def is_trainable(self, name: str) -> bool:
@@ -80,7 +82,7 @@ class TuningMethod:
         fresh_head: draw a new head even if there is one. New parameters are drawn from torch's
         generator. Raises: UserError for weights that do not fit.
         """
-        new = self.new(config) + ((HEAD,) if fresh_head or source.adapter else ())
+        new = self.may_lack(config) + ((HEAD,) if fresh_head or source.adapter else ())
         model = load_weights(self.model_class, source.backbone, config, new)
         if fresh_head and config.architectures == TUNED:  # otherwise there was no head to load
             nn.init.normal_(model.classifier.weight, std=config.initializer_range)
@@ -160,8 +162,8 @@ class Prefix(AdapterMethod):
     def library(self, config: BertConfig) -> str:
         return "peft" if config.prefix_depth == "all" else "transformers"
 
-    def describe(self, config: BertConfig, args: Namespace) -> None:
-        super().describe(config, args)
+    def configure(self, config: BertConfig, args: Namespace) -> None:
+        super().configure(config, args)
         for name in ("pre_seq_len", "prefix_depth", "prefix_projection", "prefix_hidden_size"):
             if getattr(args, name) is not None:  # a prefix tuned further keeps its own
                 setattr(config, name, getattr(args, name))
@@ -171,18 +173,18 @@ class Prefix(AdapterMethod):
     def virtual_tokens(self, config: BertConfig) -> int:
         return config.pre_seq_len
 
-    def new(self, config: BertConfig) -> tuple[str, ...]:
+    def may_lack(self, config: BertConfig) -> tuple[str, ...]:
         return ("prefix_encoder.",)
 
     def is_trainable(self, name: str) -> bool:
         return name.startswith(("prefix_encoder.", HEAD))
 
     def is_exempt(self, name: str, parameter: nn.Parameter) -> bool:
-        """Exempt the prefix, too: it acts as an input, not as a weight."""
+        """Also exempt the prefix: it acts as an input, not as a weight."""
         return super().is_exempt(name, parameter) or name == adapter.PREFIX
 
     def initialise(self, model, tokenizer, args, names, texts):
-        """Start the prefix from the backbone's encoding of real words, repeated to P tokens.
+        """Start the prefix from the backbone's encoding of real words, repeated or cut to P tokens.
 
         Words: --prefix_init_text, else the label names or, if they are numbers, training texts.
         Raises: UserError if there are no words.
@@ -192,15 +194,15 @@ class Prefix(AdapterMethod):
         words = args.prefix_init_text
         if words is None and any(letter.isalpha() for name in names for letter in name):
             words = " ".join(names)
-        if words is None:  # 64 texts drawn at random are enough to fill a prefix
+        if words is None:  # 64 random texts fill a prefix of the default length
             drawn = np.random.default_rng(args.seed).permutation(len(texts))[:64]
             words = " ".join(texts[row] for row in drawn)
         ids = tokenizer(words, add_special_tokens=False)["input_ids"]
         if not ids:
-            raise UserError(f"--prefix_init_text '{words}' contains no word")
+            raise UserError(f"no word to start from in '{words}': see --prefix_init_text")
         ids = torch.from_numpy(np.resize(ids, model.config.pre_seq_len)).to(model.device)
         at_input = model.config.prefix_depth == "input"
-        flat = model.get_input_embeddings()(ids) if at_input else activations(model.bert, ids)
+        flat = model.get_input_embeddings()(ids) if at_input else keys_and_values(model.bert, ids)
         put(model, {adapter.PREFIX: flat})
 
     @torch.no_grad()
@@ -257,7 +259,7 @@ class Probe(AdapterMethod):
     def title(self, config: BertConfig) -> str:
         return "linear probing"
 
-    def new(self, config: BertConfig) -> tuple[str, ...]:
+    def may_lack(self, config: BertConfig) -> tuple[str, ...]:
         return (POOLER,)  # mean pooling does not use it
 
     def is_trainable(self, name: str) -> bool:
@@ -276,7 +278,7 @@ class Bias(AdapterMethod):
     def title(self, config: BertConfig) -> str:
         return "bias tuning"
 
-    def new(self, config: BertConfig) -> tuple[str, ...]:
+    def may_lack(self, config: BertConfig) -> tuple[str, ...]:
         return ()  # the weights of a new pooler would stay random
 
     def is_trainable(self, name: str) -> bool:
@@ -287,7 +289,7 @@ TUNING = {one.name: one for one in (TuningMethod(), Prefix(), Probe(), Bias())}
 
 
 def method_of(config: BertConfig) -> TuningMethod:
-    """Return the tuning method of a config; folders of other programs count as fully tuned."""
+    """Return the tuning method of a config; one that names none counts as full."""
     return TUNING[getattr(config, "tuning_method", "full")]
 
 

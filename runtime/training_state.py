@@ -115,8 +115,8 @@ def with_prefix(tensors: Tensors, prefix: str) -> Tensors:
 class MovingAverage:
     """Exponential moving average of the trainable weights: steadier than the weights of one step.
 
-    Polyak & Juditsky 1992. The decay rises to its value, as in TensorFlow, so that the start is
-    soon forgotten. With a decay of 0 there is no average; the weights themselves are used.
+    Polyak & Juditsky 1992. The decay rises gradually to `decay`, as in TensorFlow, so that the
+    start is soon forgotten. With a decay of 0 there is no average; the weights themselves are used.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:

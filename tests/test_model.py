@@ -194,7 +194,7 @@ def test_a_prefix_from_text_equals_the_backbones_states_of_its_words(make_model,
 
 
 def test_a_prefix_text_without_words_is_refused(make_model, backbone):
-    with pytest.raises(UserError, match="--prefix_init_text '  ' contains no word"):
+    with pytest.raises(UserError, match="no word to start from in '  '"):
         initialise(make_model("--prefix"), AutoTokenizer.from_pretrained(backbone), "  ")
 
 

@@ -45,7 +45,9 @@ def nowhere(state, tensors):
 def tune(model, data, *flags, eval_set=None, save=nowhere):
     lines = []
     args = arguments("--logging_steps", "1", *flags)
-    results = trainer.train(model, data, eval_set, args, FP32, record=lines.append, save=save)
+    results = trainer.train(
+        model, data, eval_set, args, FP32, write_metrics=lines.append, save=save
+    )
     return results, lines
 
 
@@ -276,7 +278,7 @@ def test_the_last_losses_are_recorded_when_stopping_early(make_model, data, monk
     monkeypatch.setattr(trainer, "evaluate", lambda *rest: {"loss": 1.0, "accuracy": 0.0})
     lines = []
     args = arguments("--early_stopping_patience", "1", "--num_train_epochs", "9")
-    trainer.train(make_model(), data, data, args, FP32, record=lines.append, save=nowhere)
+    trainer.train(make_model(), data, data, args, FP32, write_metrics=lines.append, save=nowhere)
     assert [line["step"] for line in lines if "loss" in line] == [2]
 
 
