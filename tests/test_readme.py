@@ -10,7 +10,7 @@ import pytest
 from arguments import parse_args
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("*/README.md"), ROOT / "results" / "LOG.md"])
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("[!.]*/README.md"), ROOT / "results" / "LOG.md"])
 METHODS = {  # of the headline table, by their names in the studies
     "look-up": "a dictionary of titles",
     "TF-IDF, linear": "TF-IDF, logistic regression",
