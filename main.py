@@ -151,7 +151,7 @@ def run(args: Namespace) -> None:
             return
         results |= score(classify, data, start.multi_label, output)
 
-        # publish; without --save_strategy, checkpoints were only for resuming
+        # publish; a limit of 0 means that checkpoints were only for resuming
         publish(output, record, results, keep_checkpoints=args.save_total_limit != 0)
 
 

@@ -96,14 +96,14 @@ def train(
 
     With an `eval_set`, each epoch is evaluated; with `args.load_best_model_at_end`, the model ends
     with the average of the best epoch instead of the last. `save` receives state and tensors after
-    each epoch and every `args.save_steps` steps, unless `args.save_strategy` is "no". With a
-    `checkpoint`, the run is resumed and ends as if it had never stopped. `stop_requested` is called
-    after each step; if it returns a signal number, the step is saved and training stops.
+    each epoch unless `args.save_strategy` is "no", and every `args.save_steps` steps if that is
+    set. With a `checkpoint`, the run is resumed and ends as if it had never stopped. After each
+    step, `stop_requested` may return a signal number; then the step is saved and training stops.
 
     Returns `train_loss` (mean over all examples), `train_runtime` (seconds, with evaluations),
     `train_samples_per_second`, `train_steps` and, if an epoch was chosen, `best_epoch`.
-    Raises: UserError, before the weights change, if the loss or its gradient is not finite;
-        Stopped, after the step is saved.
+    Raises: UserError if the loss or its gradient is not finite, before that step changes the
+        weights; Stopped, after the step is saved.
     """
     step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(train_set) / step_size)
@@ -245,9 +245,9 @@ def predict(model: nn.Module, data: Encoded, args: Namespace, machine: Machine) 
     group = machine.group
     mine = group.share(length_batches(data, args.per_device_eval_batch_size))
     text_logits = torch.zeros(len(data.token_ids), model.config.num_labels)  # [U, C]
-    hidden = None if group.is_main else True  # None: hidden if the output is not a terminal
+    no_bar = None if group.is_main else True  # None: no bar if the output is not a terminal
     bar = {"desc": "predict", "unit": "batch", "leave": False, "dynamic_ncols": True}
-    for texts in tqdm(mine, disable=hidden, **bar):
+    for texts in tqdm(mine, disable=no_bar, **bar):
         text_logits[texts] = machine.logits(model, data, texts).cpu()
     if group.size > 1:
         text_logits = text_logits.to(machine.device)

@@ -90,9 +90,10 @@ def attend(
     share a prefix: a copy of the prefix for each row would dominate the step (with P = 128 and
     B = 32 a training step took 2.7 times as long).
 
-    query, key, value: [B, H, T, D]; in the last layer there is one query. attention_mask: bool
-    [B, 1, T, P+T], True where to attend. places: (place, R). Each prefix has R places, used or not;
-    `place`, int64 [B], is that of each row among all G * R. None if all rows share one prefix.
+    query, key, value: [B, H, T, D]; with depth "input" T counts the virtual tokens too, and in the
+    last layer there is one query. attention_mask: bool [B, 1, T, P+T], True where to attend.
+    places: None if all rows share one prefix, else (place, R): one product serves a table of R rows
+    for each prefix, some of them empty, and `place`, int64 [B], is each row's place among the G*R.
     Returns [B, T, H, D].
     """
     # heads first: [B, H, T, D] -> [H, B, T, D]
@@ -129,7 +130,8 @@ def attend(
     return out.permute(1, 2, 0, 3), None  # [H, B, T, D] -> [B, T, H, D]
 
 
-ATTENTION = "prefix"
+# Used by every classifier here; without `prefix` it is ordinary attention.
+ATTENTION = "optional_prefix"
 AttentionInterface.register(ATTENTION, attend)
 # masks as for sdpa: bool, or None if nothing is masked
 AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

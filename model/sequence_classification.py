@@ -22,7 +22,9 @@ def pool_cls(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
 
 def pool_mean(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
     """Average the text's tokens, as in Sentence-BERT (https://arxiv.org/abs/1908.10084)."""
-    states = outputs.last_hidden_state[:, : mask.shape[1]].float()  # virtual tokens come last
+    states = outputs.last_hidden_state[
+        :, : mask.shape[1]
+    ].float()  # at depth "input" these come first
     weights = mask[..., None].float()  # [B, T, 1]
     return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
@@ -96,8 +98,8 @@ class BertPrefixForSequenceClassification(BertForSequenceClassification):
         """Classify int64 [B, T] tokens; logits [B, C]."""
         flat = self.prefix_encoder()
         batch, length = input_ids.shape
-        place = torch.arange(len(flat) + length, device=input_ids.device)
-        virtual, text = place.split([len(flat), length])
+        positions = torch.arange(len(flat) + length, device=input_ids.device)
+        virtual, text = positions.split([len(flat), length])
         ones = attention_mask.new_ones(batch, len(flat))  # [B, P]
         if self.config.prefix_depth == "all":
             return self.classify(
@@ -105,7 +107,9 @@ class BertPrefixForSequenceClassification(BertForSequenceClassification):
                 input_ids=input_ids,
                 attention_mask=torch.cat([ones, attention_mask], dim=1),
                 position_ids=text[None],
-                prefix=by_layer(flat, self.config).__getitem__,  # by the layer's number
+                prefix=by_layer(
+                    flat, self.config
+                ).__getitem__,  # `attend` calls it with its layer's number
             )
         # Attention knows the order of tokens only from their position embeddings. So the virtual
         # tokens can have the first positions and yet come last: [CLS] stays the first output.

@@ -37,7 +37,7 @@ class TuningMethod:
     name = "full"  # as in --tuning_method
     model_class = BertForSequenceClassification
     pooling = "cls"  # a key of model.sequence_classification.POOLINGS
-    peft_types: tuple[str, ...] = ()  # `peft_type` in adapter_config.json; PEFT rejects ours
+    peft_types: tuple[str, ...] = ()  # of adapter_config.json; all but PREFIX_TUNING are ours
 
     def title(self, config: BertConfig) -> str:
         """Return the method's name in reports."""
@@ -59,7 +59,7 @@ class TuningMethod:
         return 0
 
     def may_lack(self, config: BertConfig) -> tuple[str, ...]:
-        """Return how the names of parameters start that a backbone may lack, the head aside."""
+        """Return name prefixes of parameters, other than the head's, that a backbone may lack."""
         return () if config.architectures == TUNED else (POOLER,)
 
     def is_trainable(self, name: str) -> bool:
@@ -184,7 +184,7 @@ class Prefix(AdapterMethod):
         return super().is_exempt(name, parameter) or name == adapter.PREFIX
 
     def initialise(self, model, tokenizer, args, names, texts):
-        """Start the prefix from the backbone's encoding of real words, repeated or cut to P tokens.
+        """Start from real words, repeated or cut to P: their keys and values, or their embeddings.
 
         Words: --prefix_init_text, else the label names or, if they are numbers, training texts.
         Raises: UserError if there are no words.
