@@ -29,11 +29,12 @@ TUNING_DEFAULTS = {
     "bias":             (3e-3, 8, 0.0, 2e-4, 3e-2),
 }  # fmt: skip
 METHODS = tuple(name for name in TUNING_DEFAULTS if " " not in name)  # others: kinds of prefix
-COLUMNS = {
-    "text_column_names": ["text"],
-    "text_column_delimiter": " ",
-    "label_column_name": "label",
+FILES = {
+    "train_file": "csv/train_simple.csv",
+    "validation_file": "csv/val_simple.csv",
+    "test_file": "csv/test_simple.csv",
 }
+LABEL_SEPARATOR = "|"
 PREFIX_DEFAULTS = {"prefix_depth": "all", "prefix_init": "text", "prefix_projection": False}
 PRE_SEQ_LEN = {"all": 128, "input": 16}
 PREFIX_FLAGS = (*PREFIX_DEFAULTS, "pre_seq_len", "prefix_init_text", "prefix_hidden_size")
@@ -113,11 +114,11 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--do_train", SWITCH, False, "tune on the training file"),
     ("--do_eval", SWITCH, False, "evaluate on the validation file"),
     ("--do_predict", SWITCH, False, "predict the test file; score it if it has labels"),
+    ("--text", STR | {"nargs": "+"}, None,
+     "with --do_predict: label these texts and write no files; -: lines of standard input"),
 ),
 "data": (
-    ("--train_file", FILE, "csv/train_simple.csv", "[%(default)s]"),
-    ("--validation_file", FILE, "csv/val_simple.csv", "[%(default)s]"),
-    ("--test_file", FILE, "csv/test_simple.csv", "[%(default)s]"),
+    *((f"--{name}", FILE, None, f"[{path}]") for name, path in FILES.items()),
     ("--text_column_names", value(column_names, "A,B"), None, f"columns [text, {TUNED_FOLDER}]"),
     ("--text_column_delimiter", STR, None, f"joins several text columns [a space, {TUNED_FOLDER}]"),
     ("--label_column_name", NAME, None, f"[label, {TUNED_FOLDER}]"),
@@ -144,7 +145,7 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--prefix_init", choice("random", "text"), None,
      "initialise at random, or from the backbone's encoding of words [text; random if projected]"),
     ("--prefix_init_text", STR, None,
-     "words to start from, repeated to the prefix's length [labels; if numeric, training texts]"),
+     "words to start from, repeated to the prefix's length [those of training texts]"),
     ("--prefix_projection", SWITCH, None, "reparametrise the prefix with an MLP [False]"),
     ("--prefix_hidden_size", INT, None, "hidden size of the --prefix_projection MLP [512]"),
 ),
@@ -186,7 +187,7 @@ GROUPS = {  # each flag: name, kind, default and help
      "auto: resume the run in --output_dir, or start it; DIR: resume from this checkpoint"),
 ),
 "output": (
-    ("--output_dir", DIR | {"required": True}, None, "folder for the results"),
+    ("--output_dir", DIR, None, "folder of the results; required without --text"),
     ("--overwrite_output_dir", SWITCH, False, "replace an earlier run's results in --output_dir"),
 ),
 }
@@ -227,8 +228,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"{word!a} is not UTF-8")
     args = parser.parse_args(argv)
     check_tasks(parser, args)
-    fill_columns(args)
-    check_columns_and_paths(parser, args)
+    fill_files(parser, args)
+    check_paths(parser, args)
     if args.do_train:
         check_method(parser, args)
         check_training(parser, args)
@@ -263,24 +264,30 @@ def read_json(*path: str) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def fill_columns(args: argparse.Namespace) -> None:
-    """Fill in missing column flags: those of the tuned model, else the defaults."""
-    settings = read_json(args.model_name_or_path, "run.json").get("settings")
-    if not (isinstance(settings, dict) and COLUMNS.keys() <= settings.keys()):
-        settings = COLUMNS
-    fill(args, {name: settings[name] for name in COLUMNS})
+def fill_files(parser: Parser, args: argparse.Namespace) -> None:
+    """Fill in the default files; a training file of one's own needs the other files too."""
+    needed = {"validation_file": args.do_eval, "test_file": args.do_predict}
+    if args.do_train and args.train_file:
+        for name in (name for name, used in needed.items() if used and not getattr(args, name)):
+            parser.error(
+                f"--train_file {args.train_file} needs --{name}: pass one, or make all three files "
+                f"with bash script/split.sh {args.train_file}"
+            )
+    fill(args, FILES)
 
 
-def check_columns_and_paths(parser: Parser, args: argparse.Namespace) -> None:
-    """Reject conflicting columns or folders, and an unknown encoding."""
-    if args.label_column_name in args.text_column_names:
-        parser.error(f"--text_column_names: '{args.label_column_name}' is the label column")
+def check_paths(parser: Parser, args: argparse.Namespace) -> None:
+    """Reject conflicting folders, and an unknown encoding."""
     try:
         "".encode(args.csv_encoding)
     except (LookupError, UnicodeError):
         parser.error(f"--csv_encoding: Python has no encoding '{args.csv_encoding}'")
+    if args.text:
+        if args.do_train or args.do_eval or args.prefix_paths:
+            parser.error("--text works only with --do_predict and one model")
+        return
     if not args.output_dir:
-        parser.error("--output_dir is empty: name a folder")
+        parser.error("--output_dir is missing: name a folder for the results")
     for model in (args.model_name_or_path, *(args.prefix_paths or ())):
         if os.path.realpath(args.output_dir) == os.path.realpath(model):
             parser.error(f"--output_dir is the folder of the model {model}: choose another one")

@@ -4,7 +4,6 @@ Independent of any model. N rows, C classes.
 """
 
 import logging
-import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -15,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from arguments import LABEL_SEPARATOR
 from runtime.batches import prefix_index
+from runtime.columns import canonical_label, sort_labels
 from runtime.csv_reader import read_tables, row_list
 from runtime.files import UserError, sha256
 
 logger = logging.getLogger(__name__)
 
-LABEL_SEPARATOR = "|"
 CHUNK_ROWS = 20_000  # rows of a test file in memory at a time
 
 
@@ -106,6 +106,7 @@ def read_chunks(
     encoding: str = "utf-8",
     multi_label: bool = False,
     drop_empty: bool = False,
+    label_names: dict[str, str] | None = None,
     labels_required: bool = True,
 ) -> Iterator[Split]:
     """Read and check a CSV file, `size` rows at a time or all at once.
@@ -132,6 +133,8 @@ def read_chunks(
         dropped = len(table) - len(rows)
         table = table[kept].reset_index(drop=True)
         labels = read_labels(path, table, rows, label_column, multi_label, labels_required)
+        if labels and label_names:
+            labels = [[label_names.get(one, one) for one in row] for row in labels]
         yield Split(str(path), checksum, table, texts, labels, rows, multi_label, dropped)
 
 
@@ -159,6 +162,7 @@ def reading_options(settings: dict) -> dict:
         "encoding": settings["csv_encoding"],
         "multi_label": settings["problem_type"] == "multi_label_classification",
         "drop_empty": settings["drop_empty"],
+        "label_names": settings.get("label_names"),
     }
 
 
@@ -289,12 +293,6 @@ def open_stream(
     return Stream(path, chunk.sha256, rows, list(chunk.table), bool(first[True]), names, options)
 
 
-def canonical_label(text: str) -> str:
-    """Normalise a label: ` 1` and `1.0` (as pandas may write it) become `1`."""
-    text = text.strip()
-    return re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
-
-
 def read_labels(
     path: str | Path,
     table: pd.DataFrame,
@@ -338,17 +336,12 @@ def check_labels(
         chunk.take(np.flatnonzero(index == number)).number_labels(known)
 
 
-def label_names(train: Split) -> list[str]:
-    """Return the C labels of the training file, sorted: numbers by value, then words.
+def label_names(train: Split, order: dict[str, str] | None = None) -> list[str]:
+    """Return the C labels of the training file, see `sort_labels`.
 
     Raises: UserError if there are fewer than two.
     """
-
-    def key(name: str) -> tuple:
-        number = re.fullmatch(r"[+-]?\d+(\.\d+)?", name)
-        return (0, float(name), name) if number else (1, 0.0, name)
-
-    names = sorted({name for row in train.labels for name in row}, key=key)
+    names = sort_labels({name for row in train.labels for name in row}, order)
     if len(names) < 2:
         raise UserError(f"{train.path} has only one label ({names}): there is nothing to learn")
     return names

@@ -37,6 +37,8 @@ from dataset import Data, Split
 from evaluation.predictions import check_columns
 from evaluation.scoring import publish, score, show
 from evaluation.tables import summary
+from model import load
+from model.classifier import Classifier
 from model.prefix_bank import BankStart
 from model.sequence_classification import train_words_in_use
 from model.start import Start, read_tensors
@@ -44,6 +46,7 @@ from runtime import checkpoint as checkpoints
 from runtime import processes
 from runtime.batches import encode, prefix_index
 from runtime.checkpoint import Checkpoint, Tensors
+from runtime.columns import fill_columns
 from runtime.files import UserError, writing
 from runtime.machine import Machine, pick_machine
 from runtime.output_folder import OutputFolder, opened
@@ -70,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        run(args)
+        if args.text:
+            label_texts(args)
+        else:
+            run(args)
         return 0
     except UserError as error:
         status, message = 2, f"error: {error}"
@@ -99,6 +105,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def run(args: Namespace) -> None:
     """Execute one run, from checked arguments to published results."""
+    fill_columns(args)
     with processes.joined() as group, opened(args, group.is_main) as output:
         # start: the machine to compute on, and the model to start from
         machine = pick_machine(args.precision, group)
@@ -109,7 +116,7 @@ def run(args: Namespace) -> None:
         # data: read, check, audit for leaks
         splits = dataset.read_splits(args, settings)
         if args.do_train:
-            start.set_labels(dataset.label_names(splits["train"]))
+            start.set_labels(dataset.label_names(splits["train"], args.label_names))
         data = dataset.prepare(args, settings, splits, start.labels, start.labels_by_prefix)
         check_columns(data)
         tokenizer = start.tokenizer()
@@ -129,7 +136,7 @@ def run(args: Namespace) -> None:
         # model
         model = start.build(args)
         if args.do_train:
-            start.method.initialise(model, tokenizer, args, data.names, data.train.texts)
+            start.method.initialise(model, tokenizer, args, data.train.texts)
         machine.place(model)
         results = data.count_rows() | start.count(model)
 
@@ -140,10 +147,12 @@ def run(args: Namespace) -> None:
             )
 
         # score; the model sees the test file only now that every choice has been made
+        batch_size = args.per_device_eval_batch_size
+        classifier = Classifier(start, model, tokenizer, machine, batch_size)
+
         def classify(split: Split) -> torch.Tensor:
             index = prefix_index(split, args.prefix_column, args.prefix_paths)
-            encoded = encode(tokenizer, split, start.config.max_seq_length, index)
-            return trainer.predict(model, encoded, args, machine)
+            return classifier.logits(split, index)
 
         if not group.is_main:  # the other processes only help to predict
             for split in data.to_predict():
@@ -153,6 +162,15 @@ def run(args: Namespace) -> None:
 
         # publish; a limit of 0 means that checkpoints were only for resuming
         publish(output, record, results, keep_checkpoints=args.save_total_limit != 0)
+
+
+def label_texts(args: Namespace) -> None:
+    """Print each text's labels, the most probable first, and write no files."""
+    classify = load(args.model_name_or_path, args.precision, args.per_device_eval_batch_size)
+    lines = (line.strip() for line in sys.stdin) if args.text == ["-"] else args.text
+    for text, found in zip(texts := list(filter(None, lines)), classify(texts), strict=True):
+        order = sorted(found["probabilities"].items(), key=lambda one: -one[1])
+        show(f"{text}\n" + "\n".join(f"{share:8.4f}  {label}" for label, share in order))
 
 
 def find_checkpoint(

@@ -1,7 +1,4 @@
-"""The training loop, without HF's Trainer: `train`, `predict`, `evaluate`.
-
-B batch, C classes, N rows, U distinct texts.
-"""
+"""The training loop, without HF's Trainer: `train` and `evaluate`."""
 
 import logging
 import math
@@ -11,14 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from evaluation.metrics import compute_metrics, prefixed
-from evaluation.predictions import Predictions
+from model.classifier import predict
+from model.predictions import Predictions
 from model.sequence_classification import classification_loss
 from model.tuning import method_of
-from runtime.batches import Encoded, chunks, length_batches, padding_share, training_batches
+from runtime.batches import Encoded, chunks, padding_share, training_batches
 from runtime.checkpoint import Checkpoint, Tensors
 from runtime.files import UserError
 from runtime.machine import Machine
@@ -235,36 +232,11 @@ def training_step(
 # ---------------------------------------------------------------------------------- evaluation
 
 
-@torch.inference_mode()
-def predict(model: nn.Module, data: Encoded, args: Namespace, machine: Machine) -> torch.Tensor:
-    """Compute the logits of all rows, in order: float32 [N, C]. Each distinct text is scored once.
-
-    Raises: UserError for a logit that is not finite, since it would count as a prediction.
-    """
-    model.eval()
-    group = machine.group
-    mine = group.share(length_batches(data, args.per_device_eval_batch_size))
-    text_logits = torch.zeros(len(data.token_ids), model.config.num_labels)  # [U, C]
-    no_bar = None if group.is_main else True  # None: no bar if the output is not a terminal
-    bar = {"desc": "predict", "unit": "batch", "leave": False, "dynamic_ncols": True}
-    for texts in tqdm(mine, disable=no_bar, **bar):
-        text_logits[texts] = machine.logits(model, data, texts).cpu()
-    if group.size > 1:
-        text_logits = text_logits.to(machine.device)
-        group.all_reduce_sum([text_logits])
-        text_logits = text_logits.cpu()
-    if not text_logits.isfinite().all():
-        raise UserError(
-            "the logits are not finite: the model diverged; train it with a lower --learning_rate"
-        )
-    return text_logits[data.text_index]  # [U, C] -> [N, C]
-
-
 def evaluate(
     model: nn.Module, data: Encoded, args: Namespace, machine: Machine
 ) -> dict[str, float]:
     """Compute the metrics of the whole file at once, see `compute_metrics`."""
-    logits = predict(model, data, args, machine)
+    logits = predict(model, data, args.per_device_eval_batch_size, machine)
     found = Predictions.of(logits, data.labels.ndim == 2)
     if data.labels.ndim == 1 and len(set(found.label)) == 1 < len(set(data.labels)):
         logger.warning(

@@ -10,9 +10,8 @@ from itertools import compress
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import confusion_matrix, multilabel_confusion_matrix
 
-from evaluation.predictions import Predictions
+from model.predictions import Predictions
 from model.sequence_classification import classification_loss
 
 BINS = 10  # bins of confidence in the reliability curve
@@ -42,7 +41,7 @@ class Counts:
     def __init__(self, multi_label: bool) -> None:
         self.multi_label = multi_label
         self.rows, self.hits, self.loss = 0, 0, 0.0
-        self.tables: np.ndarray | int = 0  # [C, 2, 2], see `multilabel_confusion_matrix`
+        self.classes: np.ndarray | int = 0  # [3, C]: hits, predicted and true rows of each class
         self.bins = np.zeros((3, BINS))  # rows, hits and summed confidence, by confidence
 
     def add(self, found: Predictions, label_ids: np.ndarray) -> np.ndarray:
@@ -54,9 +53,8 @@ class Counts:
         self.rows += len(label_ids)
         self.hits += int(right.sum())
         self.loss += classification_loss(found.logits, torch.from_numpy(label_ids)).item()
-        classes = range(found.logits.shape[1])
-        tables = multilabel_confusion_matrix(label_ids, found.label, labels=classes)
-        self.tables += tables.astype(np.int64)  # scikit-learn returns floats if no row is right
+        true, predicted = (one_hot(ids, found.logits.shape[1]) for ids in (label_ids, found.label))
+        self.classes += np.stack([part.sum(axis=0) for part in (true & predicted, predicted, true)])
         place = np.minimum((found.confidence * BINS).astype(int), BINS - 1)
         weights = (np.ones(len(right)), right, found.confidence)
         self.bins += [np.bincount(place, weight, BINS) for weight in weights]
@@ -64,7 +62,7 @@ class Counts:
 
     def merge(self, other: "Counts") -> None:
         """Add the rows of another `Counts`."""
-        for name in ("rows", "hits", "loss", "tables", "bins"):
+        for name in ("rows", "hits", "loss", "classes", "bins"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def metrics(self) -> dict[str, float]:
@@ -73,22 +71,22 @@ class Counts:
         A multi-label row counts as right only if all of its labels are. Macro F1 averages over the
         classes that occur in the labels or the predictions; a class without a hit has F1 0.
         """
-        hits, wrong = self.tables[:, 1, 1], self.tables[:, 0, 1] + self.tables[:, 1, 0]
-        occurs = hits + wrong > 0
-        each = 2 * hits[occurs] / (2 * hits + wrong)[occurs]
+        hits, predicted, support = self.classes
+        total = predicted + support
+        occurs = total > 0
+        each = 2 * hits[occurs] / total[occurs]
         found = {
             "loss": self.loss / self.rows,
             "accuracy": self.hits / self.rows,
             "macro_f1": float(each.mean()) if occurs.any() else 0.0,
         }
         if self.multi_label:
-            found["micro_f1"] = float(2 * hits.sum() / max(1, (2 * hits + wrong).sum()))
+            found["micro_f1"] = float(2 * hits.sum() / max(1, total.sum()))
         return found
 
     def per_class(self) -> dict[str, list[float]]:
         """Compute precision, recall, F1 and support of each class; 0 / 0 counts as 0."""
-        hits = self.tables[:, 1, 1]
-        predicted, support = self.tables[:, :, 1].sum(axis=1), self.tables[:, 1].sum(axis=1)
+        hits, predicted, support = self.classes
         return {
             "precision": (hits / np.maximum(predicted, 1)).tolist(),
             "recall": (hits / np.maximum(support, 1)).tolist(),
@@ -108,6 +106,11 @@ class Counts:
             "weighted_f1": float(np.average(each["f1"], weights=np.maximum(each["support"], 1e-9))),
             "ece": float(np.abs(hits - confidence).sum() / rows.sum()),
         }
+
+
+def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Return labels as bool [N, C], from class numbers [N] or from 0 and 1 [N, C]."""
+    return labels.astype(bool) if labels.ndim == 2 else np.eye(classes, dtype=bool)[labels]
 
 
 def compute_metrics(found: Predictions, label_ids: np.ndarray) -> dict[str, float]:
@@ -175,8 +178,9 @@ class Score:
                 right = counts.add(found.take(rows), label_ids[rows])
                 bootstrap.add(list(compress(keys, rows)), right)
         if not self.multi_label:
-            classes = range(found.logits.shape[1])
-            self.confusion += confusion_matrix(label_ids, found.label, labels=classes)
+            classes = found.logits.shape[1]
+            pairs = np.bincount(label_ids * classes + found.label, minlength=classes**2)
+            self.confusion += pairs.reshape(classes, classes)
         self.add_mistakes(found, label_ids, texts)
         return self
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 
 from dataset import Data, Split, seen_texts
-from evaluation import pages, tables
+from evaluation import tables
 from evaluation.metrics import Score
-from evaluation.predictions import Predictions, prediction_writer
+from evaluation.predictions import prediction_writer
+from model.predictions import Predictions
 from runtime.output_folder import OutputFolder
 from runtime.record import peak_memory_bytes
 
@@ -68,6 +69,8 @@ def publish(
     output: OutputFolder, record: dict, results: dict, keep_checkpoints: bool = False
 ) -> None:
     """Write figures, model card and report, publish the run's files and print the summary."""
+    from evaluation import pages  # matplotlib takes time, which predicting need not
+
     results["peak_memory_bytes"] = peak_memory_bytes()
     output.write_json("all_results.json", results)
     if "train_runtime" in results:

@@ -101,10 +101,9 @@ class TuningMethod:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         args: Namespace,
-        names: list[str],
         texts: list[str],
     ) -> None:
-        """Initialise parameters from label names and training texts, if the method does that."""
+        """Initialise new parameters from training texts, if the method does that."""
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the tensors to store in a model or adapter folder, by parameter name."""
@@ -183,17 +182,14 @@ class Prefix(AdapterMethod):
         """Also exempt the prefix: it acts as an input, not as a weight."""
         return super().is_exempt(name, parameter) or name == adapter.PREFIX
 
-    def initialise(self, model, tokenizer, args, names, texts):
+    def initialise(self, model, tokenizer, args, texts):
         """Start from real words, repeated or cut to P: their keys and values, or their embeddings.
 
-        Words: --prefix_init_text, else the label names or, if they are numbers, training texts.
-        Raises: UserError if there are no words.
+        Words: --prefix_init_text, else training texts. Raises: UserError if there are no words.
         """
         if args.prefix_init != "text":
             return
         words = args.prefix_init_text
-        if words is None and any(letter.isalpha() for name in names for letter in name):
-            words = " ".join(names)
         if words is None:  # 64 random texts fill a prefix of the default length
             drawn = np.random.default_rng(args.seed).permutation(len(texts))[:64]
             words = " ".join(texts[row] for row in drawn)

@@ -25,6 +25,7 @@ from arguments import parse_args
 from evaluation.metrics import compute_metrics
 from evaluation.predictions import Predictions, check_columns
 from evaluation.scoring import publish, score
+from runtime.columns import fill_columns
 from runtime.files import UserError
 from runtime.output_folder import opened
 from runtime.record import describe_run
@@ -32,7 +33,8 @@ from runtime.record import describe_run
 METHODS = ("majority", "lookup", "tfidf")
 SETTINGS = (  # flags of main.py that apply to baselines
     "train_file validation_file test_file text_column_names text_column_delimiter "
-    "label_column_name problem_type csv_encoding drop_empty output_dir"
+    "label_column_name label_names problem_type csv_encoding drop_empty output_dir "
+    "max_train_samples seed"
 ).split()
 STRENGTHS = (0.3, 1, 3, 10, 30, 100)  # C, the inverse of regularisation
 SMOOTHING = 0.01  # pseudo-rows of the label frequencies in each look-up: no probability is 0
@@ -58,15 +60,25 @@ def lookup(texts: list[str], one_hot: np.ndarray, share: np.ndarray) -> Probabil
     return lambda texts: np.stack([table.get(dataset.text_key(text), share) for text in texts])
 
 
-def tfidf(texts: list[str], label_ids: np.ndarray, strength: float) -> Probabilities:
-    """Fit TF-IDF with logistic regression. Raises: UserError if no text contains a word."""
+def tfidf(texts: list[str], label_ids: np.ndarray, classes: int, strength: float) -> Probabilities:
+    """Fit TF-IDF with logistic regression; a label without a training row has probability 0.
+
+    Raises: UserError if no text contains a word.
+    """
     linear = LogisticRegression(C=strength, max_iter=2000)
     if label_ids.ndim == 2:
         linear = OneVsRestClassifier(linear)
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
     if not any(map(words.build_analyzer(), texts)):
         raise UserError("no text in the training file contains a word: use another baseline")
-    return make_pipeline(words, linear).fit(texts, label_ids).predict_proba
+    model = make_pipeline(words, linear).fit(texts, label_ids)
+
+    def classify(texts: list[str]) -> np.ndarray:
+        probability = np.zeros((len(texts), classes))
+        probability[:, model.classes_] = model.predict_proba(texts)
+        return probability
+
+    return classify
 
 
 def to_logits(probability: np.ndarray, multi_label: bool) -> torch.Tensor:
@@ -93,18 +105,27 @@ def fit(method: str, data: dataset.Data, multi_label: bool) -> tuple[Probabiliti
         found = Predictions.of(logits, multi_label)
         return compute_metrics(found, data.eval.label_ids)["accuracy"]
 
-    fitted = {strength: tfidf(texts, label_ids, strength) for strength in STRENGTHS}
+    classes = len(data.names)
+    if not multi_label and len(set(label_ids)) < 2:
+        raise UserError(
+            f"{data.train.path}: the {len(texts)} rows drawn have one label: raise "
+            "--max_train_samples"
+        )
+    fitted = {strength: tfidf(texts, label_ids, classes, strength) for strength in STRENGTHS}
     best = max(fitted, key=lambda strength: accuracy(fitted[strength]))
     return fitted[best], {"C": best}
 
 
 def run(method: str, args: Namespace) -> None:
     """Fit a baseline, score it and publish the results, as `main.run` does."""
+    fill_columns(args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     multi_label = args.problem_type == "multi_label_classification"
     with opened(args) as output:
         splits = dataset.read_splits(args, settings)
-        data = dataset.prepare(args, settings, splits, dataset.label_names(splits["train"]))
+        data = dataset.prepare(
+            args, settings, splits, dataset.label_names(splits["train"], args.label_names)
+        )
         check_columns(data)
         model = {"backbone": method, "weights_sha256": None, "method": f"baseline {method}"}
         record = describe_run(settings, model, data.names, data.describe())
@@ -126,7 +147,10 @@ def main(argv: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     given = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
-    if unused := sorted(given - {*SETTINGS, "overwrite_output_dir"}):
+    useful = {*SETTINGS, "overwrite_output_dir"}
+    if "max_train_samples" not in given:  # the seed only draws these rows
+        useful.remove("seed")
+    if unused := sorted(given - useful):
         print(f"error: --{unused[0]} has no effect on a baseline: omit it", file=sys.stderr)
         return 2
     args = parse_args(["--do_train", "--do_eval", "--do_predict", *argv[1:]])

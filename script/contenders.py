@@ -29,12 +29,14 @@ def prepared(data: str, *flags: str):
     from arguments import parse_args
     from model.start import Start
     from runtime.batches import encode
+    from runtime.columns import fill_columns
 
     args = parse_args(["--do_train", "--train_file", data, "--output_dir", "unused", *flags])
+    fill_columns(args)
     start = Start(args)
     settings = start.settings(args)
     splits = dataset.read_splits(args, settings)
-    start.set_labels(dataset.label_names(splits["train"]))
+    start.set_labels(dataset.label_names(splits["train"], args.label_names))
     files = dataset.prepare(args, settings, splits, start.labels)
     tokenizer = start.tokenizer()
     rows = encode(tokenizer, files.train, start.config.max_seq_length)
@@ -49,7 +51,7 @@ def ours(data: str, steps: int, flags: Sequence[str] = ()) -> Measure:
 
     args, start, files, tokenizer, rows = prepared(data, *flags)
     model = start.build(args)
-    start.method.initialise(model, tokenizer, args, files.names, files.train.texts)
+    start.method.initialise(model, tokenizer, args, files.train.texts)
     machine = pick_machine(args.precision)
     machine.place(model)
     train_words_in_use(model, rows.token_ids)
@@ -129,7 +131,7 @@ def make_folders(data: str, parent: str, names: set[str]) -> None:
         flags = [] if name == "full" else ["--prefix", "--seed", name]
         args, start, files, tokenizer, _ = prepared(data, *flags)
         model = start.build(args)
-        start.method.initialise(model, tokenizer, args, files.names, files.train.texts)
+        start.method.initialise(model, tokenizer, args, files.train.texts)
         folder = Path(parent) / name
         folder.mkdir()
         start.save(model, tokenizer, folder)
@@ -150,8 +152,8 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure
     """
     import numpy as np
 
-    import trainer
     from arguments import parse_args
+    from model.classifier import predict
     from model.prefix_bank import BankStart
     from model.start import Start
     from runtime.batches import encode
@@ -173,7 +175,7 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure
     def measure() -> float:
         began = time.perf_counter()
         encoded = encode(tokenizer, split, start.config.max_seq_length, index)
-        trainer.predict(model, encoded, args, machine)
+        predict(model, encoded, args.per_device_eval_batch_size, machine)
         return len(split) / (time.perf_counter() - began)
 
     return measure

@@ -71,6 +71,7 @@ FLAGS = """
     --save_total_limit
     --seed
     --test_file
+    --text
     --text_column_delimiter
     --text_column_names
     --train_file
@@ -156,7 +157,6 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
         (["--eval_strategy", "no", "--load_best_model_at_end"], "--load_best_model_at_end needs"),
         (["--eval_strategy", "no", "--early_stopping_patience", "1"], "--early_stopping_patience"),
         (["--metric_for_best_model", "micro_f1"], "micro_f1 is for multi-label data"),
-        (["--label_column_name", "text"], "'text' is the label column"),
         (["--text_column_names", "a,,b"], "'a,,b' contains an empty column name"),
         (["--csv_encoding", "utf-9"], "Python has no encoding 'utf-9'"),
         (["--model_name_or_path", "./out"], "--output_dir is the folder of the model"),
@@ -165,8 +165,13 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
         (["--warmup_steps", "2.5"], "--warmup_steps must be a whole number"),
         (["--weight_decay", "2"], "--weight_decay: 2 is out of range"),
         (["--csv_encoding", "undefined"], "Python has no encoding 'undefined'"),
-        (["--output_dir", ""], "--output_dir is empty"),
+        (["--output_dir", ""], "--output_dir is missing"),
         (["--output_dir", "caf\udce9"], "'caf\\udce9' is not UTF-8"),
+        (
+            ["--train_file", "a.csv"],
+            "--validation_file: pass one, or make all three",
+        ),
+        (["--text", "a title"], "--text works only with --do_predict and one model"),
         (["--load_best_model_at_end", "maybe"], "'maybe' is neither True nor False"),
     ],
 )

@@ -17,6 +17,7 @@ from arguments import parse_args
 from conftest import REAL_DATA, write_csv
 from dataset import read_split
 from runtime import batches, csv_reader
+from runtime.columns import fill_columns
 from runtime.files import UserError
 
 
@@ -167,6 +168,7 @@ def test_the_leak_is_found_regardless_of_case_and_white_space(tmp_path, caplog):
 def open_stream(path, names, training_keys=None, **changed):
     """Open a file as a run with --do_predict does."""
     args = parse_args(["--do_predict", "--test_file", str(path), "--output_dir", "out"])
+    fill_columns(args)
     return dataset.open_stream(args, vars(args) | changed, names, training_keys)
 
 

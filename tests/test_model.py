@@ -170,7 +170,7 @@ def test_a_reparametrised_prefix_is_computed_once_per_step(make_model):
 
 def initialise(model, tokenizer, words):
     flags = ["--do_train", "--output_dir", "out", "--prefix", "--prefix_init_text", words]
-    TUNING["prefix"].initialise(model, tokenizer, parse_args(flags), [], [])
+    TUNING["prefix"].initialise(model, tokenizer, parse_args(flags), [])
 
 
 @pytest.mark.parametrize("depth", ["all", "input"])

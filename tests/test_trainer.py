@@ -14,7 +14,8 @@ import trainer
 from arguments import parse_args
 from conftest import ROWS, without_dropout
 from evaluation.metrics import Bootstrap, Counts, Score, compute_metrics
-from evaluation.predictions import Predictions
+from model.classifier import predict
+from model.predictions import Predictions
 from model.sequence_classification import train_words_in_use
 from runtime import batches
 from runtime.batches import Encoded
@@ -260,7 +261,7 @@ def test_predictions_follow_the_row_order_and_score_no_text_twice(make_model, da
     twice = dataclasses.replace(data, text_index=np.array([4, 0, 4, 10]), labels=None)
     scored = []
     model.register_forward_hook(lambda *hooked: scored.append(len(hooked[2].logits)))
-    logits = trainer.predict(model, twice, args, FP32)
+    logits = predict(model, twice, args.per_device_eval_batch_size, FP32)
     assert sum(scored) == len(data.token_ids)
     for row, text in enumerate(twice.text_index):
         alone = model.eval()(**data.collate(np.array([text]))).logits

@@ -1,0 +1,50 @@
+"""What a model predicts for rows: probabilities, labels and confidence, computed once from logits.
+
+N rows, C classes.
+"""
+
+from dataclasses import dataclass
+from itertools import compress
+from typing import Self
+
+import numpy as np
+import torch
+
+from arguments import LABEL_SEPARATOR
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of N rows, derived from their logits."""
+
+    logits: torch.Tensor  # float32 [N, C]
+    probability: np.ndarray  # softmax over the classes, or a sigmoid for each: float32 [N, C]
+    label: np.ndarray  # class numbers [N]; several labels a row: [N, C] of 0 and 1
+    confidence: np.ndarray  # probability of the prediction [N]
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, multi_label: bool) -> Self:
+        """Derive predictions from logits; multi-label: every label of probability 0.5 or more."""
+        if multi_label:
+            probability = logits.sigmoid().numpy()
+            label = (probability >= 0.5).astype(int)
+            confidence = np.maximum(probability, 1 - probability).prod(axis=1)
+        else:
+            probability = logits.softmax(dim=1).numpy()
+            label, confidence = probability.argmax(axis=1), probability.max(axis=1)
+        return cls(logits, probability, label, confidence)
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Return the predictions of the selected rows, bool [N]."""
+        return type(self)(*(part[rows] for part in vars(self).values()))
+
+    def is_right(self, label_ids: np.ndarray) -> np.ndarray:
+        """Return whether each row is right, bool [N]; multi-label: all of its labels."""
+        right = self.label == label_ids
+        return right.all(axis=1) if label_ids.ndim == 2 else right
+
+    def named(self, names: list[str]) -> list[str]:
+        """Return the predicted label of each row by name; several are joined as in the input."""
+        if self.label.ndim == 2:
+            return [LABEL_SEPARATOR.join(compress(names, row)) for row in self.label]
+        return [names[number] for number in self.label]
