@@ -16,8 +16,8 @@ import pandas as pd
 
 from arguments import LABEL_SEPARATOR
 from runtime.batches import prefix_index
-from runtime.columns import canonical_label, sort_labels
-from runtime.csv_reader import read_tables, row_list
+from runtime.columns import sort_labels
+from runtime.csv_reader import canonical_label, read_tables, row_list, text_key
 from runtime.files import UserError, sha256
 
 logger = logging.getLogger(__name__)
@@ -345,11 +345,6 @@ def label_names(train: Split, order: dict[str, str] | None = None) -> list[str]:
     if len(names) < 2:
         raise UserError(f"{train.path} has only one label ({names}): there is nothing to learn")
     return names
-
-
-def text_key(text: str) -> str:
-    """Return a text's key: two texts are the same if they agree up to case and whitespace."""
-    return " ".join(text.split()).casefold()
 
 
 def seen_texts(training_keys: frozenset[str], keys: list[str]) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.style
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from evaluation.plots import DRAWN, STYLE, Run, run_plots, study_figures, svg
+from evaluation.plots import DRAWN, STYLE, Run, run_plots, size_figures, study_figures, svg
 from evaluation.tables import result_rows, shown
 
 CARDS = {
@@ -77,15 +77,16 @@ def render_run(record: dict, results: dict, evaluation: dict, records: list[dict
 
 
 def render_study(
-    runs: list[dict],
+    main_runs: list[dict],
     rows: list[dict],
-    table: list[list[str]],
-    columns: list[str],
-    tests: list[dict],
-    command: str,
-    notes: list[str],
+    points: list[dict],
+    **shown: str | list,
 ) -> str:
-    """Render the page of a study, see script/compare.py."""
+    """Render the page of a study, see script/compare.py.
+
+    main_runs, rows: the runs behind the main tables, and their summary. points: the learning curve,
+    may be empty. shown: everything else that study.html shows, by its names there.
+    """
 
     def of(things: list[dict], protocol: str) -> list[dict]:
         return [one for one in things if one["protocol"] == protocol]
@@ -93,17 +94,14 @@ def render_study(
     protocols = []
     with matplotlib.style.context(STYLE):
         for protocol in dict.fromkeys(row["protocol"] for row in rows):
-            figures = study_figures(of(runs, protocol), of(rows, protocol))
+            figures = study_figures(of(main_runs, protocol), of(rows, protocol))
             protocols.append([svg(figure, words) for _, figure, words in figures])
+        curves = [svg(figure, words) for _, figure, words in size_figures(main_runs, points)]
     return fill(
         "study.html",
-        runs=runs,
-        table=table,
-        columns=columns,
-        tests=tests,
-        command=command,
         protocols=protocols,
-        folds=len({run["data"] for run in of(runs, "unseen")}),
+        curves=curves,
+        folds=len({run["data"] for run in of(main_runs, "unseen")}),
         cards=[row for row in of(rows, "unseen") if row["on unseen"] is not None],
-        notes=notes,
+        **shown,
     )

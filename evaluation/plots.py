@@ -5,8 +5,8 @@ To add a plot of a run, write a function that returns its pictures and give it a
 """
 
 import io
-from collections.abc import Iterator
-from itertools import cycle
+from collections.abc import Iterator, Sequence
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -231,11 +231,49 @@ def study_figures(runs: list[dict], rows: list[dict]) -> Iterator[tuple[str, Fig
             yield name, figure, " ".join(words)
 
 
-def study_pictures(runs: list[dict], rows: list[dict]) -> dict[str, str]:
+def size_figures(runs: list[dict], points: Sequence[dict]) -> Iterator[tuple[str, Figure, str]]:
+    """Draw accuracy on unseen texts by number of training texts, as `study_figures` yields plots.
+
+    Tuned methods have the colours of `curves_by_method`; baselines are dashed. points: method,
+    size, mean and sd of each; without points there is no plot.
+    """
+    if not points:
+        return
+    figure, words = Figure(figsize=(6.2, 4.8)), []
+    axis = figure.subplots()
+    axis.set_xscale("log", base=2)
+    has_curve = {run["method"] for run in runs if run["records"]}
+    looks = {True: zip(cycle(COLORS), cycle("os^vD")), False: zip(repeat(INK), cycle("PX*"))}
+    for method in dict.fromkeys(point["method"] for point in points):
+        color, mark = next(looks[method in has_curve])
+        ours = [point for point in points if point["method"] == method]
+        x, means = [point["size"] for point in ours], [100 * point["mean"] for point in ours]
+        spread = [100 * (point["sd"] or 0) for point in ours]
+        line = "-" if method in has_curve else "--"
+        look = {"color": color, "marker": mark, "linestyle": line, "markersize": 5, "capsize": 3}
+        axis.errorbar(x, means, spread, **look, label=method)
+        by_size = (f"{y:.1f} % with {size:,.0f}" for size, y in zip(x, means, strict=True))
+        words.append(f"{method} {', '.join(by_size)}")
+    ticks = sorted({point["size"] for point in points})
+    axis.set_xticks(ticks, [f"{size:,.0f}" for size in ticks])
+    axis.minorticks_off()
+    axis.set(xlabel="training texts (log scale)", ylabel="accuracy on unseen texts, %")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=3)
+    yield (
+        "learning_curve",
+        figure,
+        f"Accuracy on unseen texts by number of training texts: {'; '.join(words)}.",
+    )
+
+
+def study_pictures(
+    runs: list[dict], rows: list[dict], points: Sequence[dict] = ()
+) -> dict[str, str]:
     """Render the plots of a study as SVG files, by name."""
     with matplotlib.style.context([STYLE, {"svg.fonttype": "path"}]):
         pictures = {}
-        for name, figure, _ in study_figures(runs, rows):
+        for name, figure, _ in (*study_figures(runs, rows), *size_figures(runs, points)):
             file = io.StringIO()
             figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
             pictures[name] = file.getvalue().replace(INK, "#222222")

@@ -54,12 +54,6 @@ def read_or_empty(path: Path) -> dict:
         return {}
 
 
-def canonical_label(text: str) -> str:
-    """Normalise a label: ` 1` and `1.0` (as pandas may write it) become `1`."""
-    text = text.strip()
-    return re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
-
-
 def sort_labels(names: set[str], order: dict[str, str] | None) -> list[str]:
     """Sort labels: those with a place in `order` by it, then numbers by value, then words."""
     places = {name: place for place, name in enumerate((order or {}).values())}

@@ -12,9 +12,25 @@ import pandas as pd
 
 from runtime.files import UserError
 
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
+
+
+def text_key(text: str) -> str:
+    """Return a text's key: two texts are the same if they agree up to case and whitespace."""
+    return " ".join(text.split()).casefold()
+
+
+def canonical_label(text: str) -> str:
+    """Normalise a label: ` 1` and `1.0` (as pandas may write it) become `1`."""
+    text = text.strip()
+    return re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
+
 
 def read_rows(
-    path: str | Path, encoding: str = "utf-8", fix_line: Callable[[str], str] = str
+    path: str | Path,
+    encoding: str = "utf-8",
+    fix_line: Callable[[str], str] = str,
+    delimiter: str = ",",
 ) -> Iterator[list[str]]:
     """Yield the header and then each row of a CSV file, as text.
 
@@ -38,10 +54,11 @@ def read_rows(
 
     try:
         with open(path, encoding=codec, newline="") as file:
-            next(csv.reader(lines(file), strict=True), None)  # `last` now ends the header
+            # afterwards `last` ends the header
+            next(csv.reader(lines(file), strict=True, delimiter=delimiter), None)
         end = last[len(last.rstrip("\r\n")) :]
         with open(path, encoding=codec, newline="" if end == "\r" else "\n") as file:
-            reader = csv.reader(lines(file), strict=True)
+            reader = csv.reader(lines(file), strict=True, delimiter=delimiter)
             header = next(reader, None)
             check_header(path, header)
             yield header
@@ -52,7 +69,8 @@ def read_rows(
                 if row:
                     number += 1
                     place = f"{path}, row {number} (line {line})"
-                    check_row(place, row, header, end == "\n" and last.endswith(("\r\n", "\r")))
+                    bare_return = end == "\n" and last.endswith(("\r\n", "\r"))
+                    check_row(place, row, header, bare_return, delimiter)
                     yield row
                 line = reader.line_num + 1
     except csv.Error as error:
@@ -75,7 +93,9 @@ def check_header(path: str | Path, header: list[str] | None) -> None:
         raise UserError(f"{path} has the column {', '.join(map(repr, twice))} more than once")
 
 
-def check_row(place: str, row: list[str], header: list[str], bare_return: bool) -> None:
+def check_row(
+    place: str, row: list[str], header: list[str], bare_return: bool, delimiter: str
+) -> None:
     """Reject a row that is ragged, contains a NUL byte, or ends in a bare carriage return."""
     if bare_return:
         raise UserError(
@@ -85,7 +105,7 @@ def check_row(place: str, row: list[str], header: list[str], bare_return: bool) 
     if len(row) != len(header):
         raise UserError(
             f"{place} has {len(row)} fields, the header {len(header)}: quote fields that "
-            "contain a comma, a quote or a line break"
+            f"contain a {DELIMITERS.get(delimiter, delimiter)}, a quote or a line break"
         )
     if any("\0" in field for field in row):
         raise UserError(f"{place} contains a NUL byte: remove it")
@@ -113,6 +133,7 @@ def read_tables(
     *,
     size: int | None = None,
     fix_line: Callable[[str], str] = str,
+    delimiter: str = ",",
     hint: str = "",
 ) -> Iterator[pd.DataFrame]:
     """Yield a CSV file as text, `size` rows at a time or all at once; see `read_rows`.
@@ -120,11 +141,14 @@ def read_tables(
     The index counts the file's rows from 1.
     Raises: UserError, also if there are no rows or, ending with `hint`, if a column is missing.
     """
-    lines = read_rows(path, encoding, fix_line)
+    lines = read_rows(path, encoding, fix_line, delimiter)
     header = next(lines)
     if missing := [name for name in columns if name not in header]:
         if len(header) == 1 and re.search(r"[;\t]", header[0]):
-            hint = ": are its fields separated by something other than commas?"
+            hint = (
+                ": are its fields separated by something other than commas? bash script/split.sh "
+                "reads semicolons and tabs, and writes commas"
+            )
         raise UserError(
             f"{path} has no column {', '.join(map(repr, missing))}; it has "
             f"{', '.join(map(repr, header))}{hint}"
@@ -141,6 +165,22 @@ def read_tables(
 def read_table(path: str | Path, encoding: str, columns: list[str], **options) -> pd.DataFrame:
     """Read a whole CSV file as text, see `read_tables`; the index counts from 0."""
     return next(read_tables(path, encoding, columns, **options)).reset_index(drop=True)
+
+
+def find_delimiter(path: str | Path, encoding: str, columns: list[str]) -> str:
+    """Return the delimiter (comma, semicolon or tab) with which a header has most of `columns`.
+
+    Of several, the one with which it has the most columns; a comma if it cannot be read.
+    """
+
+    def columns_found(delimiter: str) -> tuple[int, int]:
+        try:
+            header = next(read_rows(path, encoding, delimiter=delimiter))
+        except UserError:
+            return -1, 0
+        return len({*header} & {*columns}), len(header)
+
+    return max(DELIMITERS, key=columns_found)
 
 
 def row_list(rows: np.ndarray | list[int], shown: int = 5) -> str:

@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from runtime.columns import read_split_record
 from runtime.files import UserError, read_json
 
 logger = logging.getLogger(__name__)
@@ -33,11 +34,19 @@ def describe_run(settings: dict, model: dict, labels: list[str], data: dict[str,
         **model,
         "labels": labels,
         "data": data,
+        "split": describe_split(data),
         "synthetic": any(map(is_synthetic, data.values())),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "commit": commit(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
+
+
+def describe_split(data: dict[str, dict]) -> dict | None:
+    """Return how the training file was split, with the seed, if its split.json says so."""
+    split = read_split_record(data["train"]["path"]) if "train" in data else {}
+    known = ("protocol", "input", "input_sha256", "parameters")
+    return {name: split[name] for name in known if name in split} or None
 
 
 def is_synthetic(described: dict) -> bool:

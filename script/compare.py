@@ -1,12 +1,17 @@
 """Study: compare all methods over several seeds, on a split that leaks and on unseen texts only.
 
     bash script/compare.sh [--quick] [--original [DIR...]] [--unseen [DIR...]] [--seeds N...] \\
-        [-- flags of main.py for every tuned run]
+        [--train_sizes N... all] [-- flags of main.py for every tuned run]
 
 Each DIR contains {train,val,test}_simple.csv, with one label per row. Several folders, such as
 the folds of script/folds.py, use the seeds in turn; a flag without a folder skips its protocol.
 Finished runs are not repeated, so a stopped study resumes. The results are a table, paired tests,
 study.json, two plots and report.html.
+
+--train_sizes 250 500 1000 all answers how much data is needed: each method is also trained on that
+many rows of the unseen protocol, drawn at random with the run's seed, the same for all methods.
+This adds a learning curve. Everything else uses the runs with the most rows. A size must be smaller
+than every training file.
 """
 
 import argparse
@@ -15,19 +20,20 @@ import shlex
 import subprocess
 import sys
 import time
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 import arguments
-from dataset import text_key
+from dataset import Split, read_split, reading_options
 from evaluation import pages, plots
 from evaluation.paired import paired_test, read_predictions
-from runtime.csv_reader import read_table
+from runtime.columns import DEFAULTS, read_split_record
 from runtime.files import UserError, read_json, read_json_lines, sha256
 from runtime.record import RUN_FILE, read_record
+from script import learning_curve
 
 TUNE = ["main.py", "--do_train", "--do_eval", "--do_predict", "--resume_from_checkpoint", "auto"]
 BASELINE = ["-m", "script.baseline"]
@@ -62,28 +68,40 @@ COLUMNS = {  # of the table, with their keys in all_results.json
 
 
 def plan(args: argparse.Namespace) -> list[dict]:
-    """List all runs: protocol, method, data folder, seed, output folder and command."""
+    """List all runs: protocol, method, data folder, seed, size, output folder and command."""
     runs = []
     for protocol, folders in (("original", args.original), ("unseen", args.unseen)):
         # whole passes over the folders, so that each has the same weight
         passes = -(-max(len(folders), len(args.seeds)) // len(folders)) if folders else 0
         for number in range(passes * len(folders)):
             data, seed = folders[number % len(folders)], args.seeds[number % len(args.seeds)]
-            for method in args.methods:
+            sizes = args.train_sizes if protocol == "unseen" else [None]
+            for method, size in product(args.methods, sizes):
                 is_tuned = TUNE[0] in METHODS[method]
-                if not is_tuned and number >= len(folders):  # a baseline does not depend on a seed
+                if not is_tuned and not size and number >= len(folders):  # uses no seed
                     continue
                 name = f"{protocol}-{method.replace(', ', '-').replace(' ', '-')}-{number}"
-                folder = Path(args.output_dir) / name
+                folder = Path(args.output_dir) / (name + (f"-n{size}" if size else ""))
                 command = [*METHODS[method], "--output_dir", str(folder)]
                 for flag, file in (("train", "train"), ("validation", "val"), ("test", "test")):
                     command += [f"--{flag}_file", f"{data}/{file}_simple.csv"]
+                if is_tuned or size:
+                    command += ["--seed", str(seed)]
+                if size:
+                    command += ["--max_train_samples", str(size)]
                 if is_tuned:
-                    command += ["--seed", str(seed), *(QUICK if args.quick else []), *args.flags]
+                    command += [*(QUICK if args.quick else []), *args.flags]
                 run = {"protocol": protocol, "method": method, "data": data, "seed": seed}
-                run |= {"folder": folder, "command": command}
+                run |= {"size": size, "folder": folder, "command": command}
                 runs.append(run | {"line": shlex.join(["python", *command])})
     return runs
+
+
+def read_file(folder: str, name: str) -> Split:
+    """Read a split file, with the columns that its split.json names. Raises: UserError."""
+    columns = DEFAULTS | read_split_record(f"{folder}/train_simple.csv").get("columns", {})
+    files = {"csv_encoding": "utf-8", "problem_type": None, "drop_empty": False}
+    return read_split(f"{folder}/{name}_simple.csv", **reading_options(columns | files))
 
 
 def is_finished(run: dict) -> bool:
@@ -105,11 +123,13 @@ def execute(runs: list[dict]) -> None:
                 "another --output_dir"
             )
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them already finished", flush=True)
-    took: dict[str, list[float]] = {}
+    took: dict[tuple, list[float]] = {}  # seconds, by method and size
     for number, run in enumerate(left):
-        known = [np.mean(took[one["method"]]) for one in left[number:] if one["method"] in took]
+        kinds = [(one["method"], one["size"]) for one in left[number:]]
+        known = [np.mean(took[kind]) for kind in kinds if kind in took]
         rest = f"  {np.mean(known) * (len(left) - number) / 60:.0f} min left" if known else ""
         what = f"{run['method']}, {run['data']}, seed {run['seed']}"
+        what += f", {run['size']} rows" if run["size"] else ""
         print(f"run {number + 1} of {len(left)}: {what}{rest}", flush=True)
         start = time.perf_counter()
         log = run["folder"].with_suffix(".log")
@@ -123,7 +143,7 @@ def execute(runs: list[dict]) -> None:
         if status:
             last = log.read_text(encoding="utf-8").strip().split("\n")[-1]
             sys.exit(f"{last}\nfull log: {log}; repeat the command to resume the study")
-        took.setdefault(run["method"], []).append(time.perf_counter() - start)
+        took.setdefault(kinds[0], []).append(time.perf_counter() - start)
 
 
 def read(run: dict) -> dict:
@@ -141,18 +161,21 @@ def read(run: dict) -> dict:
     }
 
 
-def caveats(runs: list[dict], quick: bool) -> list[str]:
-    """Return the caveats to show with the results."""
+def caveats(runs: list[dict], quick: bool, size: int | None = None) -> list[str]:
+    """Return the caveats to show with the results; size: training rows of the main tables."""
     found = []
     if any(run["synthetic"] for run in runs):
         found.append("The texts are the synthetic sample: the figures say nothing about real ones.")
     if quick:
         found.append(f"Trained only briefly, to check that it works (--quick: {' '.join(QUICK)}).")
+    if size:
+        found.append(f"Unseen protocol: trained on {size} random rows, not all (--train_sizes).")
     for run in runs:
         if TUNE[0] in run["command"] and run["predictions"]["answer"].nunique() == 1:
+            kind = "method and size" if run["size"] else "method"
             found.append(
                 f"{run['folder'].name} predicts one label for every row: it learned nothing, so "
-                "the mean of its method is meaningless; try another --learning_rate or more epochs."
+                f"the mean of its {kind} is meaningless; try another --learning_rate or epochs."
             )
     return found
 
@@ -174,8 +197,7 @@ def summarise(runs: list[dict]) -> list[dict]:
 def test_pairs(runs: list[dict]) -> list[dict]:
     """Compare each pair of methods of a protocol on the same unseen texts; see `paired_test`."""
     training_keys = {
-        data: set(read_table(f"{data}/train_simple.csv", "utf-8", ["text"])["text"].map(text_key))
-        for data in {run["data"] for run in runs}
+        data: set(read_file(data, "train").keys) for data in {run["data"] for run in runs}
     }
     unseen: dict[tuple, list[pd.DataFrame]] = {}
     for run in runs:
@@ -231,29 +253,46 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", default=list(METHODS), choices=METHODS, help="[all]"
     )
+    parser.add_argument(
+        "--train_sizes",
+        nargs="+",
+        type=learning_curve.parse_size,
+        default=[None],
+        metavar="N",
+        help="training rows of the unseen protocol, for a learning curve [all]",
+    )
     parser.add_argument("--quick", action="store_true", help="few epochs, to check that it works")
     parser.add_argument("--output_dir", help="[checkpoints/study or checkpoints/study-quick]")
     parser.add_argument("flags", nargs="*", help="after --: flags of main.py for every tuned run")
     args = parser.parse_args()
+    check(parser, args)
+    args.methods = [method for method in METHODS if method in args.methods]
+    args.train_sizes = learning_curve.in_order(args.train_sizes)
+    args.output_dir = args.output_dir or f"checkpoints/study{'-quick' * args.quick}"
+    return args
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check the flags and that the split files can be read; end with a one-line error if not."""
     if own := sorted({word.partition("=")[0] for word in args.flags} & STUDYS_OWN):
         parser.error(
             f"{own[0]}: the study sets it (use --methods, --seeds, --original, --unseen, "
-            "--output_dir), or it would not reach the baselines (use UTF-8 files with the columns "
-            "text and label)"
+            "--train_sizes, --output_dir), or it would not reach the baselines (use UTF-8 files "
+            "with the columns text and label, or those of script/split.sh)"
         )
     if not (args.original or args.unseen):
         parser.error("nothing to study: pass a folder to --original or --unseen")
+    if args.train_sizes != [None] and not args.unseen:
+        parser.error("--train_sizes applies to the unseen protocol: pass a folder to --unseen")
     if tuned := [word for word in args.flags if (Path(word) / "adapter_config.json").exists()]:
         parser.error(f"{tuned[0]} is an adapter folder: use the backbone it was tuned on")
     try:
         for folder in (*args.original, *args.unseen):
-            for file in ("train", "val", "test"):
-                read_table(f"{folder}/{file}_simple.csv", "utf-8", ["text", "label"])
+            train, *_ = [read_file(folder, name) for name in ("train", "val", "test")]
+            if folder in args.unseen:
+                learning_curve.check_sizes(args.train_sizes, train.path, len(train))
     except UserError as error:
         parser.error(str(error))
-    args.methods = [method for method in METHODS if method in args.methods]
-    args.output_dir = args.output_dir or f"checkpoints/study{'-quick' * args.quick}"
-    return args
 
 
 def main() -> None:
@@ -263,7 +302,11 @@ def main() -> None:
     runs = [read(run) for run in runs]
     if len({run["commit"] for run in runs}) > 1:
         print("warning: the runs come from different commits of this program, see their run.json")
-    rows, tests, notes = summarise(runs), test_pairs(runs), caveats(runs, args.quick)
+    main_runs = learning_curve.largest(runs)
+    rows, tests = summarise(main_runs), test_pairs(main_runs)
+    notes = caveats(runs, args.quick, args.train_sizes[-1])
+    points = learning_curve.summarise(runs) if args.train_sizes != [None] else []
+    sizes, sentences = learning_curve.table(points), learning_curve.sentences(points)
     table = [
         [row["protocol"], row["method"], *(format_cell(row, c) for c in COLUMNS)] for row in rows
     ]
@@ -273,16 +316,30 @@ def main() -> None:
         for run in runs
     ]
     study = {"summary": rows, "tests": tests, "runs": singles}
-    command = shlex.join(["bash", "script/compare.sh", *sys.argv[1:]])
-    page = pages.render_study(runs, rows, table, list(COLUMNS), tests, command, notes)
+    study |= {"sizes": points} if points else {}
+    page = pages.render_study(
+        main_runs,
+        rows,
+        points,
+        runs=runs,
+        table=table,
+        columns=list(COLUMNS),
+        tests=tests,
+        sizes=sizes,
+        sentences=sentences,
+        command=shlex.join(["bash", "script/compare.sh", *sys.argv[1:]]),
+        notes=notes,
+    )
+    pictures = plots.study_pictures(main_runs, rows, points)
     files = {"study.json": json.dumps(study, indent=1), "report.html": page}
-    files |= {f"{name}.svg": text for name, text in plots.study_pictures(runs, rows).items()}
+    files |= {f"{name}.svg": text for name, text in pictures.items()}
     for name, text in files.items():
         path = Path(args.output_dir) / name
         path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     frame = pd.DataFrame(table, columns=["protocol", "method", *COLUMNS])
     frame.insert(2, "runs", [row["runs"] for row in rows])
-    print(frame.to_string(index=False), format_tests(tests), *notes, sep="\n\n")
+    learned = [learning_curve.format_curve(sizes, sentences)] if points else []
+    print(frame.to_string(index=False), format_tests(tests), *learned, *notes, sep="\n\n")
     print(f"in {args.output_dir}: {', '.join(files)}, and each run's folder with its own report")
 
 

@@ -14,7 +14,13 @@ for name, checksum in record["files"].items():
 PYTHON
 }
 
-if [[ " $*" != *" --train_file"* && " $*" != *" --data"* ]]; then
+# A training file alone is split first; the run then gets the flags in DATA.
+DATA=()
+if [[ " $*" == *" --train_file"* && " $*" != *" --validation_file"* && " $*" != *" --test_file"* ]]; then
+    folder=$("$PYTHON" -m script.split --within_run "$@") || exit
+    DATA=(--train_file "$folder/train_simple.csv" --validation_file "$folder/val_simple.csv"
+        --test_file "$folder/test_simple.csv" --csv_encoding utf-8)
+elif [[ " $*" != *" --train_file"* && " $*" != *" --data"* ]]; then
     if synthetic && { [ -e csv/USvideos.csv ] || [ -e csv/USvideo.csv ]; } ||
         [ ! -e csv/train_simple.csv ]; then
         echo "making the split files in csv/ with preprocessing.ipynb ..." >&2

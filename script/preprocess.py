@@ -11,9 +11,11 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 
 NOTEBOOK = "preprocessing.ipynb"
-EXECUTED = Path("csv/executed")
 # Parameters that stay text, even if they look like a number.
-TEXTS = ("input_file", "csv_encoding", "output_dir", "text_columns", "cleaning", "group_by")
+TEXTS = (
+    "input_file csv_encoding output_dir text_columns cleaning group_by label_column date_column "
+    "date_format id_column"
+).split()
 
 
 def main() -> None:
@@ -31,12 +33,16 @@ def main() -> None:
     if unknown := sorted(set(parameters) - set(known)):
         parser.exit(2, f"error: -p {unknown[0]}: no such parameter; use {', '.join(known)}\n")
 
-    EXECUTED.mkdir(parents=True, exist_ok=True)
+    executed = Path(parameters.get("output_dir", "csv")) / "executed"
+    try:
+        executed.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.exit(2, f"error: {executed} cannot be written: {error.strerror}\n")
     logging.disable()  # silence papermill's own failure report with its traceback
     try:
         notebook = papermill.execute_notebook(
             NOTEBOOK,
-            EXECUTED / NOTEBOOK,
+            executed / NOTEBOOK,
             parameters,
             kernel_name="python3",
             progress_bar=sys.stderr.isatty(),
@@ -46,7 +52,7 @@ def main() -> None:
         if error.ename != "UserError":
             raise
         parser.exit(2, f"error: {error.evalue}\n")
-    show(notebook)
+    show(notebook, executed)
 
 
 def parse(name: str, text: str) -> object:
@@ -57,16 +63,16 @@ def parse(name: str, text: str) -> object:
         return text
 
 
-def show(notebook) -> None:
+def show(notebook, executed: Path) -> None:
     """Print what the notebook printed, and save its plots next to the executed notebook."""
-    for old in EXECUTED.glob("*.png"):
+    for old in executed.glob("*.png"):
         old.unlink()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     plots = [one.data["image/png"] for one in outputs if "image/png" in one.get("data", {})]
     for number, plot in enumerate(plots, start=1):
-        (EXECUTED / f"picture_{number}.png").write_bytes(base64.b64decode(plot))
+        (executed / f"picture_{number}.png").write_bytes(base64.b64decode(plot))
     print("".join(output.text for output in outputs if output.get("name") == "stdout"), end="")
-    print(f"executed notebook and {len(plots)} pictures: {EXECUTED}")
+    print(f"executed notebook and {len(plots)} pictures: {executed}")
 
 
 if __name__ == "__main__":

@@ -3,25 +3,23 @@
 `preprocessing.ipynb` explains and calls these functions; `script/preprocess.py` runs it.
 """
 
-import hashlib
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import train_test_split
 
-from dataset import canonical_label, text_key
-from runtime.csv_reader import read_table, row_list
-from runtime.files import UserError, read_json, sha256, to_json, writing
+from runtime.csv_reader import canonical_label, read_table, row_list, text_key
+from runtime.files import UserError, read_json
+from script.groups import connected, cut_groups, keep_training_labels, write_splits
 
 RAW_FILES = ("csv/USvideos.csv", "csv/USvideo.csv")
 SAMPLE_FILE = "csv/USvideos_sample.csv"
 TEXT_COLUMNS = ("title", "channel_title", "tags", "description")
 GROUPINGS = ("video", "channel", "time")
+NAMES = ("train", "val", "test")
+FEW_ROWS = 10  # of a label in a balanced training file; with fewer a warning is printed
 FOLDERS = {"original": ".", "unseen": "unseen"}  # of the protocols, inside output_dir
 
 # Category ids of the YouTube Data API, used if US_category_id.json is not next to the raw file.
@@ -100,31 +98,50 @@ def fix_tags(line: str) -> str:
     return re.sub(r'(?<=[^",])"\|"(?=[^",])', '""|""', line)
 
 
-def read_raw(path: str, encoding: str, text_columns: list[str]) -> pd.DataFrame:
-    """Read the raw rows, as text except `category_id` (int) and the added `day` (date).
+def read_raw(
+    path: str,
+    encoding: str,
+    text_columns: list[str],
+    *,
+    label_column: str = "category_id",
+    date_column: str = "trending_date",
+    date_format: str = "%y.%d.%m",
+    id_column: str = "video_id",
+    group_by: str = "video",
+) -> pd.DataFrame:
+    """Read the raw rows, as text except the added `category_id`, `day` and `video_id`.
 
-    An invalid `video_id` gets the title appended: spreadsheets turn ids that start with a minus
-    into "#NAME?", which many videos then share.
+    `category_id` is an int, or a name if the label column has names. Without a date column `day` is
+    the row's number, and without an id column `video_id` is the text. An invalid id gets the text
+    appended: spreadsheets turn ids that start with a minus into "#NAME?", which many videos share.
 
     Raises: UserError for a malformed file, a missing column, and rows with an invalid category
-        id or trending date.
+        id or date.
     """
-    needed = {"video_id", "trending_date", "title", "category_id", *text_columns}
-    table = read_table(path, encoding, sorted(needed), fix_line=fix_tags)
-    table["category_id"] = table["category_id"].map(canonical_label)
-    day = pd.to_datetime(table["trending_date"], format="%y.%d.%m", errors="coerce")
+    needed = [*text_columns, label_column, *([date_column] if group_by == "time" else [])]
+    needed += ["channel_title"] if group_by == "channel" and "channel_title" not in needed else []
+    hint = ": name its own with -p text_columns, label_column or date_column"
+    table = read_table(path, encoding, needed, fix_line=fix_tags, hint=hint)
+    label = table[label_column].map(canonical_label)
+    is_number = label.str.fullmatch(r"\d+")
+    day = pd.Series(range(len(table)))
+    if date_column in table:
+        day = pd.to_datetime(table[date_column], format=date_format, errors="coerce")
     for column, good, wanted in (
-        ("category_id", table["category_id"].str.fullmatch(r"\d+"), "a whole number"),
-        ("trending_date", day.notna(), "a date such as 17.14.11 (year, day, month)"),
+        (label_column, is_number | (label_column != "category_id"), "a whole number"),
+        (date_column, day.notna(), f"a date in the format {date_format} (-p date_format)"),
     ):
         if not good.all():
             raise UserError(
                 f"{path}: {column} is not {wanted} in {row_list(np.flatnonzero(~good) + 1)}: "
                 "correct or remove these rows; is a quote missing in the row above?"
             )
-    valid = table["video_id"].str.fullmatch(r"[\w-]{11}")
-    ids = table["video_id"].where(valid, table["video_id"] + " " + table["title"])
-    return table.assign(category_id=table["category_id"].astype(int), video_id=ids, day=day)
+    ids = text = table[text_columns].agg(" ".join, axis=1)
+    if id_column in table:
+        valid = table[id_column].str.fullmatch(r"[\w-]{11}")
+        ids = table[id_column].where(valid, table[id_column] + " " + text)
+    label = label.astype(int) if is_number.all() else label
+    return table.assign(category_id=label, video_id=ids, day=day)
 
 
 def category_names(folder: Path, ids: pd.Series) -> dict[int, str]:
@@ -140,6 +157,8 @@ def category_names(folder: Path, ids: pd.Series) -> dict[int, str]:
             names = names | {int(item["id"]): item["snippet"]["title"] for item in items}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no valid category file ({error!r}): replace it") from None
+    if not pd.api.types.is_integer_dtype(ids):  # they are names already
+        return {name: name for name in sorted(set(ids))}
     found = pd.Series({i: names.get(i, f"category {i}") for i in sorted(set(ids))})
     numbered = found + " (" + found.index.astype(str) + ")"
     return found.mask(found.duplicated(keep=False), numbered).to_dict()
@@ -226,7 +245,13 @@ def original_splits(
         raise UserError(f"too few rows for these shares and labels: {error}") from None
     if balance:
         groups = train.groupby("label")
-        train = groups.sample(n=groups.size().min(), random_state=seed)
+        each = groups.size().min()
+        if each < FEW_ROWS:
+            print(
+                f"warning: original: balanced to {each} training rows per label, the number of the "
+                "rarest: useless for training; use -p balance False or a higher -p top_quantile"
+            )
+        train = groups.sample(n=each, random_state=seed)
     return keep_training_labels({"train": train, "val": val, "test": test})
 
 
@@ -235,108 +260,31 @@ def unseen_splits(
 ) -> dict[str, pd.DataFrame]:
     """Split without leaks: each video is one row, and no text is in two splits.
 
-    Videos with equal texts stay together and, with `group_by="channel"`, all videos of a channel.
-    With "time" the videos that trended first are for training, the last ones for test.
+    Videos with equal texts stay together and, with `group_by="channel"`, so do all videos of a
+    channel. With "time" the earliest videos are for training and the latest for test.
 
     Raises: UserError if channel_title is needed but missing, or if there are too few videos.
     """
     if group_by == "channel" and "channel_title" not in table:
-        raise UserError("group_by 'channel' needs the column channel_title: use another group_by")
+        raise UserError("group_by 'channel' needs the column channel_title")
     videos = table.sort_values("day", kind="stable").drop_duplicates("video_id")
-    keys = videos["text"].map(text_key)
-    group = connected(keys, videos["channel_title"] if group_by == "channel" else keys)
-    # groups in order of their first day, or in random order
-    order = videos.groupby(group)["day"].min().sort_values(kind="stable").index.to_numpy()
-    if group_by != "time":
-        order = np.random.default_rng(seed).permutation(order)
-    first = round(len(order) * train_share)
-    second = first + round((len(order) - first) * (1 - test_share))
-    parts = dict(zip(("train", "val", "test"), np.split(order, [first, second]), strict=True))
-    if not all(map(len, parts.values())):
-        raise UserError(f"too few videos for these shares: {len(order)} groups of distinct text")
-    splits = {name: videos[np.isin(group, part)] for name, part in parts.items()}
-    return keep_training_labels(splits)
+    others = [videos["channel_title"]] if group_by == "channel" else []
+    groups = connected(videos["text"].map(text_key), *others)
+    if (found := len(set(groups))) < 3:
+        raise UserError(f"too few videos to split: they form {found} groups of texts")
+    shares = [train_share, (1 - train_share) * (1 - test_share), (1 - train_share) * test_share]
+    order = videos["day"] if group_by == "time" else None
+    part = cut_groups(groups, videos["label"], shares, seed, order)
+    return keep_training_labels({name: videos[part == n] for n, name in enumerate(NAMES)})
 
 
-def keep_training_labels(splits: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Drop rows with a label that does not occur in training, with a warning.
-
-    Raises: UserError if a split has no row left.
-    """
-    known, kept = set(splits["train"]["label"]), {}
-    for name, split in splits.items():
-        kept[name] = split[split["label"].isin(known)]
-        if count := len(split) - len(kept[name]):
-            labels = ", ".join(sorted(set(split["label"]) - known))
-            print(f"warning: {name}: dropped {count} rows with labels not in training: {labels}")
-        if kept[name].empty:
-            raise UserError(f"too few rows for these shares and labels: none is left for {name}")
-    return kept
-
-
-def connected(one: pd.Series, other: pd.Series) -> np.ndarray:
-    """Number the groups [N] of rows that share a value of either key, directly or indirectly."""
-    # a graph: the values of both keys are its nodes, each row is an edge
-    nodes, others = pd.factorize(one)[0], pd.factorize(other)[0]
-    others += nodes.max() + 1
-    size = others.max() + 1
-    graph = coo_array((np.ones(len(nodes)), (nodes, others)), shape=(size, size))
-    return connected_components(graph, directed=False)[1][nodes]
-
-
-def describe(splits: dict[str, pd.DataFrame]) -> dict[str, dict]:
-    """Count rows, distinct texts and labels, and measure how much the training file gives away.
-
-    `share_in_train` is the share of rows with a seen text. `lookup_accuracy` is the accuracy of a
-    dictionary that predicts the training file's (most frequent) label of a seen text, otherwise
-    the most frequent label of training and validation file (training may be balanced).
-    """
-    train, figures = splits["train"], {}
-    label_of = train.groupby(train["text"].map(text_key))["label"].agg(lambda some: some.mode()[0])
-    common = pd.concat([train["label"], splits["val"]["label"]]).mode()[0]
-    for name, split in splits.items():
-        keys = split["text"].map(text_key)
-        found = keys.map(label_of)
-        figures[name] = {
-            "rows": len(split),
-            "distinct_texts": keys.nunique(),
-            "share_in_train": round(float(found.notna().mean()), 6),
-            "lookup_accuracy": round(float((found.fillna(common) == split["label"]).mean()), 6),
-            "labels": split["label"].value_counts().sort_index().to_dict(),
-        }
-    return figures
-
-
-def write_splits(
+def write_protocols(
     folder: Path, protocols: dict[str, dict[str, pd.DataFrame]], figures: dict, record: dict
 ) -> None:
-    """Write each protocol's `{train,val,test}_simple.csv` and split.json, each file atomically.
-
-    split.json contains `record`, the protocol's entry in `figures` (see `describe`) and the
-    checksums of its CSV files. Equal content gives equal bytes.
-
-    Raises: UserError, before anything is written, for a CSV file that does not match its folder's
-        split.json; also if a folder cannot be written.
-    """
-    files = {}
+    """Write each protocol's split files and split.json, see `write_splits`."""
+    folders = {}
     for protocol, splits in protocols.items():
-        place, checksums = folder / FOLDERS[protocol], {}
-        try:
-            written = read_json(place / "split.json")["files"]
-        except (UserError, KeyError):
-            written = {}
-        for name, split in splits.items():
-            path = place / f"{name}_simple.csv"
-            if path.exists() and sha256(path) != written.get(path.name):
-                problem = f"{path} was not written by preprocessing.ipynb"
-                raise UserError(f"{problem}: move it or choose another output_dir")
-            files[path] = split[["text", "label"]].to_csv(index=False, lineterminator="\n").encode()
-            checksums[path.name] = hashlib.sha256(files[path]).hexdigest()
-        content = {"protocol": protocol, **record, "splits": figures[protocol], "files": checksums}
-        files[place / "split.json"] = to_json(content).encode()
-    with writing(folder):
-        for path, data in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".partial").write_bytes(data)
-        for path in files:
-            os.replace(path.with_suffix(".partial"), path)
+        tables = {name: split[["text", "label"]] for name, split in splits.items()}
+        content = {"protocol": protocol, **record, "splits": figures[protocol]}
+        folders[folder / FOLDERS[protocol]] = tables, content
+    write_splits(folders)

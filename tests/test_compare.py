@@ -14,7 +14,7 @@ import main
 from conftest import ROOT, ROWS, write_csv
 from evaluation import plots
 from runtime import record
-from script import baseline, compare
+from script import baseline, compare, learning_curve
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_study_shows_caveats(study, tmp_path):
     page = (tmp_path / "study" / "report.html").read_text()
     assert "Trained only briefly, to check that it works" in page
     folder = tmp_path / "study" / "unseen-prefix-0"
-    unread = {"folder": folder, "command": compare.METHODS["prefix"]}
+    unread = {"folder": folder, "command": compare.METHODS["prefix"], "size": None}
     for answers, collapsed in (("01", False), ("11", True)):
         rows = [("a", "0", answers[0]), ("b", "1", answers[1])]
         write_csv(folder / "predictions.csv", rows, ("text", "label", "predicted"))
@@ -109,19 +109,20 @@ def test_a_study_shows_caveats(study, tmp_path):
 
 def test_a_failed_run_ends_the_study_with_the_last_line_of_its_log(folders, tmp_path):
     """Here each run is a process of its own."""
-    write_csv(tmp_path / "fold 0" / "train_simple.csv", [("one", "1"), ("", "0")])
+    write_csv(tmp_path / "fold 0" / "train_simple.csv", [("one", "1"), ("two", "1")])
     command = [sys.executable, "-m", "script.compare", "--original", "--unseen", folders[1]]
     command += ["--output_dir", str(tmp_path / "study"), "--methods", "majority"]
     failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 1
     assert (
-        "the text is blank in row 2" in failed.stderr
+        "has only one label" in failed.stderr
         and "repeat the command to resume the study" in failed.stderr
     )
 
 
 def test_folds_use_the_seeds_in_turn_and_baselines_run_once_each():
     args = Namespace(original=["o"], unseen=["a", "b", "c"], seeds=[1, 2], quick=True, flags=[])
+    args.train_sizes = [None]
     args.output_dir, args.methods = "out", list(compare.METHODS)
     runs = compare.plan(args)
     full = [(run["data"], run["seed"]) for run in runs if run["method"] == "full"]
@@ -167,6 +168,59 @@ def test_paired_tests_on_unseen_texts_agree_with_mcnemar(tmp_path):
     (test,) = compare.test_pairs(runs)
     assert test["difference"] == pytest.approx(9 / 60) and test["texts"] == 60
     assert test["p"] == pytest.approx(0.0352, abs=0.01)
+
+
+def test_sizes_are_further_runs_of_the_unseen_protocol_on_the_same_rows():
+    args = Namespace(original=["o"], unseen=["a", "b"], seeds=[1, 2], quick=False, flags=[])
+    args.output_dir, args.methods, args.train_sizes = "out", ["TF-IDF, linear", "full"], [None]
+    before = compare.plan(args)
+    args.train_sizes = learning_curve.in_order([None, 500, 250, 500])
+    runs = compare.plan(args)
+    assert [run for run in runs if not run["size"]] == before  # what is finished stays so
+    sized = [run for run in runs if run["size"]]
+    assert {run["protocol"] for run in sized} == {"unseen"}
+    assert [(run["method"], run["data"], run["size"]) for run in sized[:2]] == [
+        ("TF-IDF, linear", "a", 250),
+        ("TF-IDF, linear", "a", 500),
+    ]
+    assert len({run["folder"] for run in runs}) == len(runs) == len(before) + 8
+    for run in sized:
+        given = " ".join(run["command"])
+        assert f"--seed {run['seed']} --max_train_samples {run['size']}" in given
+        assert run["folder"].name.endswith(f"-n{run['size']}")
+    assert learning_curve.largest(runs) == before
+
+
+def test_the_curve_says_what_the_last_doublings_brought():
+    def run(method, size, rows, accuracy):
+        results = {"train_rows": rows, "test_accuracy_unseen": accuracy}
+        return {"protocol": "unseen", "method": method, "size": size, "results": results}
+
+    runs = [run("full", 100, 100, 0.2), run("full", 200, 200, 0.5), run("full", 400, 400, 0.56)]
+    runs += [run("full", None, 790, 0.60), run("full", None, 810, 0.64)]  # 0.06 for each doubling
+    points = learning_curve.summarise(runs)
+    assert [(p["size"], p["runs"]) for p in points] == [(100, 1), (200, 1), (400, 1), (800, 2)]
+    note, said = learning_curve.sentences(points)
+    assert said == (
+        "full: 50.0 % with 200 training texts, 62.0 % with 800; each doubling brought 6.0 points."
+    )
+    assert "extrapolates nothing" in note
+    assert learning_curve.table(points)[1][-1] == "62.0 ± 2.8 %"
+
+
+def test_a_study_over_sizes_draws_a_curve(study, tmp_path, capsys):
+    printed = study("--seeds", "1", "--train_sizes", "8", "all")
+    assert "accuracy on unseen texts by number of training texts" in printed
+    found = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert {(p["method"], p["size"]) for p in found["sizes"]} == {
+        (method, size) for method in ("majority", "prefix") for size in (8, len(ROWS))
+    }
+    assert {r["runs"] for r in found["summary"] if r["protocol"] == "unseen"} == {2}
+    assert (tmp_path / "study" / "learning_curve.svg").exists()
+    assert "How much data do I need?" in (tmp_path / "study" / "report.html").read_text()
+    with pytest.raises(SystemExit):
+        study("--train_sizes", str(len(ROWS)))
+    assert "leaves none out, use 'all' instead" in capsys.readouterr().err
 
 
 def test_runs_that_were_not_evaluated_have_no_curve():

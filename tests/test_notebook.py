@@ -35,8 +35,11 @@ def test_the_notebook_runs_headless_on_the_sample_and_is_reproducible(clone):
         for name in ("train", "val", "test"):
             split = read_split(place / f"{name}_simple.csv", text_columns=["text"])
             assert len(split) == counted[name]["rows"]
+    before = {path for path in clone.rglob("*") if ".git" not in path.parts}
     again, second = preprocess(clone, out="again")
     assert again.returncode == 0
+    written = {path for path in clone.rglob("*") if ".git" not in path.parts} - before
+    assert all(path.is_relative_to(second) for path in written if "__pycache__" not in path.parts)
     names = [f"{name}_simple.csv" for name in ("train", "val", "test")] + ["split.json"]
     for name in [*names, *(f"unseen/{name}" for name in names)]:
         assert (folder / name).read_bytes() == (second / name).read_bytes(), name
@@ -47,8 +50,9 @@ def test_neither_protocol_is_written_if_one_would_overwrite_foreign_files(clone)
     mine.parent.mkdir(parents=True)
     mine.write_text("text,label\nmine,1\n")
     done, folder = preprocess(clone, out="out")
-    assert done.returncode == 2 and "was not written by preprocessing.ipynb: move it" in done.stderr
-    assert [path.name for path in folder.iterdir()] == ["unseen"]
+    assert done.returncode == 2
+    assert "was not written by split.sh or preprocess.sh: move it" in done.stderr
+    assert {path.name for path in folder.iterdir()} == {"unseen", "executed"}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,7 @@ def test_neither_protocol_is_written_if_one_would_overwrite_foreign_files(clone)
         (["-p", "input_file", "nowhere.csv"], "nowhere.csv cannot be read"),
         (["-p", "csv_encoding", "1525"], "cannot be read: unknown encoding: 1525"),
         (["-p", "text_columns", "5"], "parameter text_columns is '5'"),
-        (["-p", "output_dir", "main.py"], "main.py cannot be written"),
+        (["-p", "output_dir", "main.py"], "main.py/executed cannot be written"),
     ],
 )
 def test_user_errors_of_the_runner_are_one_line(clone, flags, message):

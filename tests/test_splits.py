@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from conftest import REAL_DATA, ROOT, write_csv
 from dataset import text_key
 from runtime.files import UserError
-from script import make_sample, splits
+from script import groups, make_sample, splits
 
 SAMPLE = str(ROOT / splits.SAMPLE_FILE)
 COLUMNS = ("video_id", "trending_date", "title", "category_id")
@@ -119,15 +119,44 @@ def test_the_splits_of_the_unseen_protocol_share_nothing(group_by):
 
 def test_rows_are_grouped_through_shared_texts_and_channels():
     a, b = pd.Series(["x", "x", "y", "z", "w"]), pd.Series([1, 2, 2, 3, 4])
-    group = splits.connected(a, b)
+    group = groups.connected(a, b)
     assert len(np.unique(group)) == 3
     assert group[0] == group[1] == group[2]
 
 
 def test_ids_damaged_by_a_spreadsheet_do_not_merge_videos(tmp_path):
     rows = [("#NAME?", "17.14.11", f"title {i}", 1) for i in (1, 2, 1)]
-    raw = splits.read_raw(write_csv(tmp_path / "r.csv", rows, COLUMNS), "utf-8", [])
+    raw = splits.read_raw(write_csv(tmp_path / "r.csv", rows, COLUMNS), "utf-8", ["title"])
     assert raw["video_id"].nunique() == 2
+
+
+def test_other_versions_of_the_raw_file_are_read(tmp_path):
+    """Names as labels, another date, no ids, a byte order mark."""
+    rows = [("2017-11-15", "one", "Music"), ("2017-11-14", "two", "Comedy"), ("", "one", "Music")]
+    path = write_csv(tmp_path / "r.csv", rows, ("date", "title", "category"))
+    (tmp_path / "r.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "r.csv").read_bytes())
+    raw = splits.read_raw(path, "utf-8", ["title"], label_column="category")
+    assert raw["category_id"].tolist() == ["Music", "Comedy", "Music"]
+    assert raw["video_id"].nunique() == 2 and raw["day"].tolist() == [0, 1, 2]
+    names = splits.category_names(tmp_path, raw["category_id"])
+    assert splits.make_labels(raw["category_id"], None, names)[0].tolist() == [
+        "Music",
+        "Comedy",
+        "Music",
+    ]
+    columns = {"label_column": "category", "date_column": "date", "date_format": "%Y-%m-%d"}
+    with pytest.raises(UserError, match=r"date is not a date in the format %Y-%m-%d .* in row 3"):
+        splits.read_raw(path, "utf-8", ["title"], **columns)
+    with pytest.raises(UserError, match=r"no column 'trending_date'; .*-p .*date_column"):
+        splits.read_raw(path, "utf-8", ["title"], label_column="category", group_by="time")
+
+
+def test_a_useless_balanced_training_file_is_named(capsys):
+    table = pd.DataFrame(
+        {"text": [f"text {i}" for i in range(100)], "label": ["a"] * 92 + ["b"] * 8}
+    )
+    splits.original_splits(table, 1, 0.8, 0.5, True)
+    assert "training rows per label" in capsys.readouterr().out
 
 
 def test_rows_without_a_title_are_dropped_and_counted(tmp_path, capsys):
@@ -152,8 +181,8 @@ def test_foreign_files_are_not_overwritten(tmp_path):
     parts = splits.unseen_splits(raw_table(), 1, 0.8, 0.8, "video")
 
     def write(name: str) -> None:
-        figures = {"unseen": splits.describe(parts)}
-        splits.write_splits(tmp_path / name, {"unseen": parts}, figures, {})
+        figures = {"unseen": groups.describe(parts)}
+        splits.write_protocols(tmp_path / name, {"unseen": parts}, figures, {})
 
     write("a")
     write("a")
@@ -180,7 +209,10 @@ GOOD = ("2kyS6SvSYSE", "17.14.11", "a title", "22")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"video_id,title\nx,y\n", "no column 'category_id', 'trending_date'; it has 'video_id'"),
+        (
+            b"video_id,title\nx,y\n",
+            "no column 'category_id'; it has 'video_id', 'title': name its own with -p",
+        ),
         (b"video_id,trending_date,title,category_id\n", "a header but no rows"),
         (
             b"video_id,trending_date,title,category_id\na,17.14.11,t,22\nb,17.14.11,t,Music\n",
@@ -188,7 +220,7 @@ GOOD = ("2kyS6SvSYSE", "17.14.11", "a title", "22")
         ),
         (
             b"video_id,trending_date,title,category_id\na,2017-11-14,t,22\n",
-            "trending_date is not a date such as 17.14.11 (year, day, month) in row 1",
+            "trending_date is not a date in the format %y.%d.%m (-p date_format) in row 1",
         ),
         (
             b'video_id,trending_date,category_id,title\na,17.14.11,22,t\nb,17.14.11,22,"cut of',

@@ -1,0 +1,305 @@
+"""Split a CSV file of texts and labels into training, validation and test files, without leaks.
+
+    bash script/split.sh mine.csv
+    bash script/split.sh posts.csv --text_column_names title,body --label_column_name topic \\
+        --group_by author --folds 5
+
+Rows with the same text (up to case and whitespace) are in the same file, and so are rows with an
+equal value of a --group_by column. Each label has its share of every file. Each rule that drops or
+renames rows prints one line, and split.json counts them. The files have all columns of the input.
+"""
+
+import argparse
+import contextlib
+import io
+import shlex
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pandas as pd
+
+from arguments import DIR, FILE, INF, INT, NAME, SEED, STR, choice, column_names, number, value
+from runtime.csv_reader import canonical_label, find_delimiter, read_table, row_list, text_key
+from runtime.files import UserError, sha256
+from script.groups import (
+    connected,
+    cut_groups,
+    describe,
+    each_label,
+    format_figures,
+    keep_training_labels,
+    write_splits,
+)
+
+FILES = ("train", "val", "test")
+SAMPLE_FILE = "csv/USvideos_sample.csv"
+FEW_ROWS, LARGE_SHARE = 10, 0.9  # of a label, beyond which a warning is printed
+SHARE = value(number(float, 0, 1, open_low=True), "S")
+FOLDS = value(number(int, 2, INF))
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+RUN_FLAGS = (  # as in main.py
+    ("--text_column_names", value(column_names, "A,B"), ["text"], "columns [text]"),
+    ("--label_column_name", NAME, "label", "[label]"),
+    ("--csv_encoding", NAME, "utf-8", "encoding of the file, e.g. cp1252 or utf-16 [utf-8]"),
+    ("--problem_type", choice(SINGLE, MULTI), SINGLE, "multi: labels are separated by | [single]"),
+    ("--seed", SEED, 42, "seed of the shuffle [42]"),
+)  # fmt: skip
+OWN_FLAGS = (
+    ("--output_dir", DIR, None, "[csv/split/ and the file's name without its ending]"),
+    ("--group_by", value(column_names, "A,B"), [],
+     "keep rows with an equal value in any of these columns in the same file"),
+    ("--time_column", NAME, None, "train on the earliest rows and test on the latest"),
+    ("--time_format", STR, None, "of --time_column, as in strptime [numbers or ISO 8601 dates]"),
+    ("--folds", FOLDS, None, "write a folder for each of N folds, which is its test file"),
+    ("--min_label_count", INT, None, "drop labels with fewer distinct texts or groups [3]"),
+    ("--merge_rare", NAME, None, "rename such labels to NAME instead"),
+    ("--val_share", SHARE, None, "share of the validation file [0.1]"),
+    ("--test_share", SHARE, None, "share of the test file [0.1]"),
+)  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports an error in one line and exits with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ")
+        self.exit(2, f"error: {message} (see bash script/split.sh --help)\n")
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Parse and check the arguments.
+
+    With --within_run they are those of main.py: the file is --train_file, and only the flags that
+    both programs have are used. A bad argument ends the program with one line and exit status 2.
+    """
+    within_run = "--within_run" in argv
+    parser = Parser(
+        prog="script/split.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--train_file" if within_run else "file", **FILE)
+    for name, kind, default, text in RUN_FLAGS if within_run else RUN_FLAGS + OWN_FLAGS:
+        parser.add_argument(name, **kind, default=default, help=text)
+    if not within_run:
+        args = parser.parse_args(argv)
+        check_args(parser, args)
+    else:
+        args, _ = parser.parse_known_args(argv)
+        args.file = args.train_file
+        vars(args).update({name[2:]: default for name, _, default, _ in OWN_FLAGS})
+    args.within_run, args.multi_label = within_run, args.problem_type == MULTI
+    if args.label_column_name in args.text_column_names:
+        parser.error(f"--text_column_names: '{args.label_column_name}' is the label column")
+    args.output_dir = Path(args.output_dir or f"csv/split/{Path(args.file).stem}")
+    args.min_label_count = args.min_label_count or 3
+    args.shares = [args.val_share or 0.1, args.test_share or 0.1]
+    if sum(args.shares) >= 1:
+        parser.error(
+            "--val_share and --test_share leave no training rows: their sum must be below 1"
+        )
+    args.shares.insert(0, 1 - sum(args.shares))
+    return args
+
+
+def check_args(parser: Parser, args: argparse.Namespace) -> None:
+    """Reject flags that would have no effect."""
+    if args.time_format and not args.time_column:
+        parser.error("--time_format needs --time_column")
+    for name in ("time_column", "val_share", "test_share"):
+        if args.folds and getattr(args, name):
+            parser.error(f"--{name} cannot be used with --folds")
+    for name in ("min_label_count", "merge_rare"):
+        if args.problem_type == MULTI and getattr(args, name):
+            parser.error(f"--{name} cannot be used with {MULTI}")
+    if args.merge_rare is not None:
+        args.merge_rare = canonical_label(args.merge_rare)
+        if not args.merge_rare:
+            parser.error("--merge_rare: the name is blank")
+
+
+def read_file(args: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
+    """Read the file and apply the rules for rows without text, without label and of rare labels.
+
+    Returns the kept rows as they are in the file, the same rows as `text`, `label`, `group` and
+    `time`, and the counts of what was dropped or renamed.
+    Raises: UserError, also if fewer than two labels or three groups are left.
+    """
+    times = [args.time_column] if args.time_column else []
+    wanted = [*args.text_column_names, args.label_column_name, *args.group_by, *times]
+    delimiter = find_delimiter(args.file, args.csv_encoding, wanted)
+    table = read_table(args.file, args.csv_encoding, wanted, delimiter=delimiter)
+    rows = pd.DataFrame({"text": table[args.text_column_names].agg(" ".join, axis=1)})
+    rows["label"] = table[args.label_column_name].map(canonical_label)
+    counts = {"rows": len(rows)}
+    for name in ("text", "label"):
+        blank = rows[name].str.strip() == ""
+        counts[f"rows_without_{name}"] = int(blank.sum())
+        say(blank, f"dropped {{}} without a {name}")
+        rows = rows[~blank]
+    if rows.empty:
+        raise UserError(f"{args.file}: no row has both a text and a label")
+    keys = rows["text"].map(text_key)
+    rows["group"] = connected(keys, *(table.loc[rows.index, name] for name in args.group_by))
+    rows["time"] = parse_times(table.loc[rows.index], args) if times else 0
+    if (groups := rows["group"].nunique()) < max(len(FILES), args.folds or 0):
+        raise UserError(
+            f"{args.file}: texts that must stay together form {groups} group{'s' * (groups > 1)}, "
+            "too few to split: add rows, or group by fewer columns"
+        )
+    if not args.multi_label:
+        rows = handle_rare(rows, args, counts)
+    several = rows.groupby(keys[rows.index])["label"].nunique() > 1
+    counts["texts_with_several_labels"] = int(several.sum())
+    say(several, "kept {} with more than one label, together", "texts")
+    if (labels := each_label(rows["label"], args.multi_label)).nunique() < 2:
+        few = ", ".join(sorted(set(labels))) or "none"
+        raise UserError(
+            f"{args.file}: fewer than two labels are left ({few}): add rows, lower "
+            "--min_label_count, or use --merge_rare"
+        )
+    table = table.loc[rows.index]
+    table[args.label_column_name] = rows["label"]
+    return table, rows, counts
+
+
+def say(affected: pd.Series, message: str, noun: str = "rows") -> None:
+    """Print how many rows a rule affects, if any; message: with {} for the number and noun."""
+    if count := int(affected.sum()):
+        print("warning: " + message.format(f"{count} {noun}"))
+
+
+def parse_times(table: pd.DataFrame, args: argparse.Namespace) -> pd.Series:
+    """Return each row's time as a number. Raises: UserError naming the rows without one."""
+    text = table[args.time_column].str.strip()
+    numbers = pd.to_numeric(text, errors="coerce")
+    if args.time_format or numbers.isna().any():
+        dates = pd.to_datetime(
+            text, format=args.time_format or "ISO8601", errors="coerce", utc=True
+        )
+        if (bad := dates.isna()).any():
+            raise UserError(
+                f"{args.file}: '{args.time_column}' is not a time in "
+                f"{row_list((table.index[bad] + 1).tolist())}, such as {text[bad].iloc[0]!r}: see "
+                "--time_format"
+            )
+        return dates.astype("int64")
+    return numbers
+
+
+def handle_rare(rows: pd.DataFrame, args: argparse.Namespace, counts: dict) -> pd.DataFrame:
+    """Drop or rename the labels with fewer than `args.min_label_count` distinct groups."""
+
+    def rare() -> pd.Series:
+        sizes = rows.groupby("label")["group"].nunique()
+        return rows["label"].isin(sizes.index[sizes < args.min_label_count])
+
+    found = rare()
+    counts["rows_renamed"] = 0
+    if args.merge_rare and found.any():
+        names = sorted(set(rows["label"][found]))
+        counts["rows_renamed"] = int(found.sum())
+        say(found, f"renamed {{}} to {args.merge_rare}, of rare labels: {', '.join(names)}")
+        rows = rows.assign(label=rows["label"].mask(found, args.merge_rare))
+        found = rare()
+    counts["rows_with_rare_labels"] = int(found.sum())
+    names = ", ".join(sorted(set(rows["label"][found])))
+    say(
+        found,
+        f"dropped {{}} of labels with fewer than {args.min_label_count} distinct texts: {names} "
+        "(see --min_label_count, --merge_rare)",
+    )
+    return rows[~found]
+
+
+def cut(rows: pd.DataFrame, args: argparse.Namespace) -> dict[str, dict[str, pd.Index]]:
+    """Assign the rows to files; returns the index of each file's rows, by folder and file name."""
+    strata = rows["label"]
+    if args.multi_label:  # a row's label that is the most frequent in the file
+        each = each_label(strata, True)
+        each = pd.DataFrame({"row": each.index, "label": each.to_numpy()})
+        each["count"] = each.groupby("label")["row"].transform("size")
+        each = each.sort_values(["count", "label"], ascending=[False, True])
+        first = each.drop_duplicates("row").set_index("row")["label"]
+        strata = first.reindex(rows.index).fillna("")
+    groups, index = rows["group"].to_numpy(), rows.index
+    if not args.folds:
+        order = rows["time"] if args.time_column else None
+        part = cut_groups(groups, strata, args.shares, args.seed, order)
+        return {".": {name: index[part == n] for n, name in enumerate(FILES)}}
+    fold = cut_groups(groups, strata, [1 / args.folds] * args.folds, args.seed)
+    folders = {}
+    for test in range(args.folds):
+        rest = fold != test
+        is_val = cut_groups(groups[rest], strata[rest], [0.9, 0.1], args.seed + test) == 1
+        parts = (index[rest][~is_val], index[rest][is_val], index[~rest])
+        folders[str(test)] = dict(zip(FILES, parts, strict=True))
+    return folders
+
+
+def run(args: argparse.Namespace) -> None:
+    """Split the file, write the files and print what was done and what to type next."""
+    table, rows, counts = read_file(args)
+    parameters = {name[2:]: getattr(args, name[2:]) for name, *_ in RUN_FLAGS + OWN_FLAGS}
+    parameters |= {"output_dir": None, "shares": args.shares}
+    record = {"protocol": "own", "input": args.file, "input_sha256": sha256(args.file)}
+    record |= {"synthetic": Path(args.file).name == Path(SAMPLE_FILE).name}
+    names = {"text_column_names": args.text_column_names, "text_column_delimiter": " "}
+    record |= {"columns": names | {"label_column_name": args.label_column_name}}
+    record |= {"parameters": parameters}
+    folders, figures = {}, {}
+    for folder, parts in cut(rows, args).items():
+        path = args.output_dir / folder
+        kept = {name: rows.loc[index] for name, index in parts.items()}
+        before = sum(map(len, kept.values()))
+        kept = keep_training_labels(kept, args.multi_label)
+        counts["rows_with_labels_not_in_training"] = before - sum(map(len, kept.values()))
+        figures[str(path)] = describe(kept, args.multi_label)
+        tables = {name: table.loc[split.index] for name, split in kept.items()}
+        folders[path] = tables, record | {"counts": {**counts}, "splits": figures[str(path)]}
+        warn_of_labels(figures[str(path)]["train"], path)
+    write_splits(folders)
+    if args.within_run:
+        print(f"split {args.file} without leaks into {args.output_dir} (seed {args.seed})")
+        return
+    print(format_figures(figures))
+    name, paths = Path(args.file).stem, shlex.quote(str(args.output_dir))
+    if args.folds:
+        command = f"bash script/compare.sh --original --unseen {paths}/[0-9]*"
+    else:
+        flags = zip(("train", "validation", "test"), FILES, strict=True)
+        files = " ".join(f"--{flag}_file {paths}/{file}_simple.csv" for flag, file in flags)
+        command = f"bash script/run_og.sh {files}"
+    print(f"next: {command} --output_dir {shlex.quote(f'checkpoints/{name}')}")
+
+
+def warn_of_labels(train: dict, path: Path) -> None:
+    """Warn of labels with few training rows, and of one that has nearly all of them."""
+    for label, count in train["labels"].items():
+        if count < FEW_ROWS:
+            print(f"warning: {path}: only {count} training rows of label {label}")
+        if count > LARGE_SHARE * train["rows"]:
+            share = f"{count / train['rows']:.0%}"
+            print(f"warning: {path}: label {label} has {share} of the training rows")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line; returns 0, or 2 after a one-line error that the user can fix."""
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    held = io.StringIO()  # warnings appear only if the file can be split
+    try:
+        with contextlib.redirect_stdout(held):
+            run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(held.getvalue(), end="", file=sys.stderr if args.within_run else sys.stdout)
+    if args.within_run:  # for script/data.sh
+        print(args.output_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
