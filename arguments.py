@@ -120,7 +120,7 @@ GROUPS = {  # each flag: name, kind, default and help
 "data": (
     *((f"--{name}", FILE, None, f"[{path}]") for name, path in FILES.items()),
     ("--text_column_names", value(column_names, "A,B"), None, f"columns [text, {TUNED_FOLDER}]"),
-    ("--text_column_delimiter", STR, None, f"joins several text columns [a space, {TUNED_FOLDER}]"),
+    ("--text_column_delimiter", STR, None, f"joins text columns [' [SEP] ', {TUNED_FOLDER}]"),
     ("--label_column_name", NAME, None, f"[label, {TUNED_FOLDER}]"),
     ("--problem_type", choice("single_label_classification", "multi_label_classification"), None,
      f"multi-label: the labels of one row are separated by | [single, {TUNED_FOLDER}]"),

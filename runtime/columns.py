@@ -14,7 +14,7 @@ from runtime.files import UserError, read_json, sha256
 
 DEFAULTS = {
     "text_column_names": ["text"],
-    "text_column_delimiter": " ",
+    "text_column_delimiter": " [SEP] ",  # BERT's own separator (results/LOG.md)
     "label_column_name": "label",
     "label_names": None,  # {label in the file: name}, in the order of the model's classes
 }

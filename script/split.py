@@ -246,8 +246,8 @@ def run(args: argparse.Namespace) -> None:
     parameters |= {"output_dir": None, "shares": args.shares}
     record = {"protocol": "own", "input": args.file, "input_sha256": sha256(args.file)}
     record |= {"synthetic": Path(args.file).name == Path(SAMPLE_FILE).name}
-    names = {"text_column_names": args.text_column_names, "text_column_delimiter": " "}
-    record |= {"columns": names | {"label_column_name": args.label_column_name}}
+    columns = ("text_column_names", "label_column_name")
+    record |= {"columns": {name: getattr(args, name) for name in columns}}
     record |= {"parameters": parameters}
     folders, figures = {}, {}
     for folder, parts in cut(rows, args).items():

@@ -60,13 +60,15 @@ def test_a_split_record_of_other_files_names_no_labels(run, tmp_path):
     assert load(run(), "run.json")["labels"] == ["0", "1", "2"]
 
 
-def test_columns_come_from_the_split_record(run, tmp_path):
+def test_columns_come_from_the_split_record_which_the_run_records(run, tmp_path):
     for name in ("train.csv", "val.csv", "test.csv"):
         text = (tmp_path / name).read_text().replace("text,label", "title,kind", 1)
         (tmp_path / name).write_text(text)
     columns = {"text_column_names": ["title"], "label_column_name": "kind"}
-    write_split_record(tmp_path, columns=columns)
-    assert load(run(), "run.json")["settings"]["label_column_name"] == "kind"
+    write_split_record(tmp_path, columns=columns, protocol="own", parameters={"seed": 7})
+    record = load(run(), "run.json")
+    assert record["settings"]["label_column_name"] == "kind"
+    assert record["split"] == {"protocol": "own", "parameters": {"seed": 7}}
 
 
 def test_the_label_column_is_no_text_column(run, capsys):
