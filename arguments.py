@@ -29,11 +29,8 @@ TUNING_DEFAULTS = {
     "bias":             (3e-3, 8, 0.0, 2e-4, 3e-2),
 }  # fmt: skip
 METHODS = tuple(name for name in TUNING_DEFAULTS if " " not in name)  # others: kinds of prefix
-FILES = {
-    "train_file": "csv/train_simple.csv",
-    "validation_file": "csv/val_simple.csv",
-    "test_file": "csv/test_simple.csv",
-}
+USES = {"train": "train", "validation": "val", "test": "test"}
+FILES = {f"{use}_file": f"csv/{name}_simple.csv" for use, name in USES.items()}
 LABEL_SEPARATOR = "|"
 PREFIX_DEFAULTS = {"prefix_depth": "all", "prefix_init": "text", "prefix_projection": False}
 PRE_SEQ_LEN = {"all": 128, "input": 16}
@@ -178,11 +175,10 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--metric_for_best_model", choice("accuracy", "macro_f1", "micro_f1", "loss"), None,
      "on the validation file [accuracy; multi-label: micro_f1]"),
     ("--early_stopping_patience", COUNT, 0, "stop after N evaluations without improvement; 0: off"),
-    ("--save_strategy", choice("no", "epoch", "steps"), None, "save a checkpoint after each epoch; "
+    ("--save_strategy", choice("no", "epoch", "steps"), None, "keep a checkpoint-STEP of each epoch; "
      "steps: also every --save_steps [epoch, removed when the run finishes]"),
     ("--save_steps", INT, None, "steps between checkpoints [500]"),
-    ("--save_total_limit", INT, None, "keep the newest N checkpoints and the best, as "
-     "checkpoint-STEP [all if --save_strategy is given]"),
+    ("--save_total_limit", INT, None, "keep the newest N and the best [all if --save_strategy]"),
     ("--resume_from_checkpoint", value(metavar="auto|DIR"), None,
      "auto: resume the run in --output_dir, or start it; DIR: resume from this checkpoint"),
 ),
@@ -217,9 +213,8 @@ def build_parser() -> Parser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the arguments, and fill in the defaults that depend on the tuning method.
 
-    `max_seq_length` and, without --do_train, `problem_type` may be None: only the model knows them.
-    Without --do_train, training flags are None.
-    A bad flag, value or combination ends the program with one line and exit status 2.
+    Without --do_train, training flags are None. `max_seq_length` and `problem_type` may be None, if
+    only the model knows them. A bad flag ends the program with one line and exit status 2.
     """
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
@@ -249,8 +244,9 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("nothing to do: pass --do_train, --do_eval or --do_predict")
     if (args.prefix_paths is None) != (args.prefix_column is None):
         parser.error("--prefix_paths and --prefix_column must be used together")
-    if args.prefix_paths and (args.do_train or args.do_eval):
-        parser.error("--prefix_paths works only with --do_predict")
+    for name in ("prefix_paths", "text"):
+        if getattr(args, name) and (args.do_train or args.do_eval):
+            parser.error(f"--{name} works only with --do_predict")
     if args.prefix_paths and args.model_name_or_path != DEFAULT_BACKBONE:
         parser.error("--prefix_paths: the folders name their backbone; omit --model_name_or_path")
 
@@ -283,8 +279,6 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
     except (LookupError, UnicodeError):
         parser.error(f"--csv_encoding: Python has no encoding '{args.csv_encoding}'")
     if args.text:
-        if args.do_train or args.do_eval or args.prefix_paths:
-            parser.error("--text works only with --do_predict and one model")
         return
     if not args.output_dir:
         parser.error("--output_dir is missing: name a folder for the results")

@@ -19,7 +19,20 @@ from typing import NoReturn
 
 import pandas as pd
 
-from arguments import DIR, FILE, INF, INT, NAME, SEED, STR, choice, column_names, number, value
+from arguments import (
+    DIR,
+    FILE,
+    INF,
+    INT,
+    NAME,
+    SEED,
+    STR,
+    USES,
+    choice,
+    column_names,
+    number,
+    value,
+)
 from runtime.csv_reader import canonical_label, find_delimiter, read_table, row_list, text_key
 from runtime.files import UserError, sha256
 from script.groups import (
@@ -32,7 +45,7 @@ from script.groups import (
     write_splits,
 )
 
-FILES = ("train", "val", "test")
+FILES = tuple(USES.values())
 SAMPLE_FILE = "csv/USvideos_sample.csv"
 FEW_ROWS, LARGE_SHARE = 10, 0.9  # of a label, beyond which a warning is printed
 SHARE = value(number(float, 0, 1, open_low=True), "S")
@@ -269,8 +282,7 @@ def run(args: argparse.Namespace) -> None:
     if args.folds:
         command = f"bash script/compare.sh --original --unseen {paths}/[0-9]*"
     else:
-        flags = zip(("train", "validation", "test"), FILES, strict=True)
-        files = " ".join(f"--{flag}_file {paths}/{file}_simple.csv" for flag, file in flags)
+        files = " ".join(f"--{use}_file {paths}/{n}_simple.csv" for use, n in USES.items())
         command = f"bash script/run_og.sh {files}"
     print(f"next: {command} --output_dir {shlex.quote(f'checkpoints/{name}')}")
 

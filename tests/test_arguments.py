@@ -171,7 +171,7 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
             ["--train_file", "a.csv"],
             "--validation_file: pass one, or make all three",
         ),
-        (["--text", "a title"], "--text works only with --do_predict and one model"),
+        (["--text", "a title"], "--text works only with --do_predict"),
         (["--load_best_model_at_end", "maybe"], "'maybe' is neither True nor False"),
     ],
 )
