@@ -175,7 +175,7 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--metric_for_best_model", choice("accuracy", "macro_f1", "micro_f1", "loss"), None,
      "on the validation file [accuracy; multi-label: micro_f1]"),
     ("--early_stopping_patience", COUNT, 0, "stop after N evaluations without improvement; 0: off"),
-    ("--save_strategy", choice("no", "epoch", "steps"), None, "keep a checkpoint-STEP of each epoch; "
+    ("--save_strategy", choice("no", "epoch", "steps"), None, "write checkpoint-STEP each epoch; "
      "steps: also every --save_steps [epoch, removed when the run finishes]"),
     ("--save_steps", INT, None, "steps between checkpoints [500]"),
     ("--save_total_limit", INT, None, "keep the newest N and the best [all if --save_strategy]"),
@@ -265,10 +265,8 @@ def fill_files(parser: Parser, args: argparse.Namespace) -> None:
     needed = {"validation_file": args.do_eval, "test_file": args.do_predict}
     if args.do_train and args.train_file:
         for name in (name for name, used in needed.items() if used and not getattr(args, name)):
-            parser.error(
-                f"--train_file {args.train_file} needs --{name}: pass one, or make all three files "
-                f"with bash script/split.sh {args.train_file}"
-            )
+            advice = f"pass it, or make all three files by bash script/split.sh {args.train_file}"
+            parser.error(f"--train_file also needs --{name}: {advice}")
     fill(args, FILES)
 
 

@@ -169,7 +169,7 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
         (["--output_dir", "caf\udce9"], "'caf\\udce9' is not UTF-8"),
         (
             ["--train_file", "a.csv"],
-            "--validation_file: pass one, or make all three",
+            "--train_file also needs --validation_file: pass it, or make",
         ),
         (["--text", "a title"], "--text works only with --do_predict"),
         (["--load_best_model_at_end", "maybe"], "'maybe' is neither True nor False"),
