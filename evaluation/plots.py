@@ -255,7 +255,7 @@ def size_figures(runs: list[dict], points: Sequence[dict]) -> Iterator[tuple[str
         by_size = (f"{y:.1f} % with {size:,.0f}" for size, y in zip(x, means, strict=True))
         words.append(f"{method} {', '.join(by_size)}")
     ticks = sorted({point["size"] for point in points})
-    axis.set_xticks(ticks, [f"{size:,.0f}" for size in ticks])
+    axis.set_xticks(ticks, [f"{size:,.0f}" for size in ticks], rotation=30)
     axis.minorticks_off()
     axis.set(xlabel="training texts (log scale)", ylabel="accuracy on unseen texts, %")
     axis.grid(alpha=0.3)
