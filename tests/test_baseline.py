@@ -71,8 +71,28 @@ def test_baselines_predict_several_labels_per_row(run_baseline, tmp_path, method
     assert results["test_accuracy"] == {"majority": 0.0, "lookup": 1.0, "tfidf": 1.0}[method]
 
 
+def test_a_baseline_draws_the_same_rows_as_a_tuned_run(run, run_baseline, tmp_path):
+    """With seed 4 these five rows are drawn; none has label 0, which then has probability 0."""
+    drawn = write_csv(tmp_path / "drawn.csv", [ROWS[row] for row in (5, 7, 8, 9, 10)])
+    flags = ["--max_train_samples", "5", "--seed", "4", "--test_file", drawn]
+    folders = [run(*flags), *(run_baseline(method, *flags) for method in METHODS)]
+    for folder in folders:
+        results = load(folder, "all_results.json")
+        assert (results["train_rows"], results["test_seen_share"]) == (5, 1.0)
+        settings = load(folder, "run.json")["settings"]
+        assert (settings["max_train_samples"], settings["seed"]) == (5, 4)
+    found = pd.read_csv(folder / "predictions.csv")  # of TF-IDF
+    assert found.iloc[:, 4].max() < 1e-6
+    np.testing.assert_allclose(found.iloc[:, 4:].sum(axis=1), 1, atol=1e-5)
+
+
 def test_user_errors_are_one_line(capsys, files, tmp_path):
     assert baseline.main(["nothing"]) == 2
+    assert baseline.main(["tfidf", "--seed", "1"]) == 2  # without --max_train_samples
+    assert "--seed has no effect on a baseline" in capsys.readouterr().err
+    sampled = ["tfidf", *files, "--max_train_samples", "2", "--seed", "1"]
+    assert baseline.main([*sampled, "--output_dir", str(tmp_path / "few")]) == 2
+    assert "train.csv: the 2 rows drawn have one label: raise" in capsys.readouterr().err
     assert baseline.main(["tfidf", "--learning_rate=1"]) == 2
     assert "--learning_rate has no effect on a baseline" in capsys.readouterr().err
     argv = ["majority", *files, "--output_dir", str(tmp_path / "out"), "--train_file", "absent.csv"]

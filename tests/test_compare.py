@@ -217,7 +217,9 @@ def test_a_study_over_sizes_draws_a_curve(study, tmp_path, capsys):
     }
     assert {r["runs"] for r in found["summary"] if r["protocol"] == "unseen"} == {2}
     assert (tmp_path / "study" / "learning_curve.svg").exists()
-    assert "How much data do I need?" in (tmp_path / "study" / "report.html").read_text()
+    page = (tmp_path / "study" / "report.html").read_text()
+    assert "How much data do I need?" in page and page.count("<svg") == 5
+    assert 'aria-label="Accuracy on unseen texts by number of training texts: majority' in page
     with pytest.raises(SystemExit):
         study("--train_sizes", str(len(ROWS)))
     assert "leaves none out, use 'all' instead" in capsys.readouterr().err
