@@ -57,6 +57,7 @@ def cut_groups(
     groups, strata: each row's [N]. A group belongs to the most frequent stratum of its rows. The
     groups of a stratum are shuffled and lined up; each belongs to the part in which the midpoint of
     its rows lies. If there are P groups or more, each part has at least one.
+    Equal shares (folds) take turns from stratum to stratum, so many small strata fill all parts.
     shares: [P], with the sum 1. order: each row's time [N]; all groups are then one stratum, sorted
     by their first time.
 
@@ -71,7 +72,7 @@ def cut_groups(
         stratum = np.zeros(len(names), dtype=int)
         rank = pd.Series(np.asarray(order)).groupby(groups).min().rank(method="first")
     line = np.lexsort((rank, stratum))
-    part, parts = np.empty(len(names), dtype=int), len(shares)
+    part, parts, before = np.empty(len(names), dtype=int), len(shares), 0
     for members in np.split(line, np.flatnonzero(np.diff(stratum[line])) + 1):
         end = np.cumsum(sizes[members])
         cuts = np.searchsorted(end - sizes[members] / 2, np.cumsum(shares)[:-1] * end[-1])
@@ -79,6 +80,9 @@ def cut_groups(
             least = np.arange(1, parts)  # cuts at which each part has exactly one group
             cuts = np.maximum.accumulate(cuts - least).clip(0, len(members) - parts) + least
         part[members] = np.searchsorted(cuts, np.arange(len(members)), side="right")
+        if len(set(shares)) == 1:
+            part[members] = (part[members] + before) % parts
+        before += len(members)
     return part[groups]
 
 

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pandas as pd
 
 from arguments import (
@@ -24,6 +25,7 @@ from arguments import (
     FILE,
     INF,
     INT,
+    LABEL_SEPARATOR,
     NAME,
     SEED,
     STR,
@@ -145,10 +147,14 @@ def read_file(args: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, dic
     delimiter = find_delimiter(args.file, args.csv_encoding, wanted)
     table = read_table(args.file, args.csv_encoding, wanted, delimiter=delimiter)
     rows = pd.DataFrame({"text": table[args.text_column_names].agg(" ".join, axis=1)})
-    rows["label"] = table[args.label_column_name].map(canonical_label)
+    rows["label"] = table[args.label_column_name].map(
+        canonical_labels if args.multi_label else canonical_label
+    )
     counts = {"rows": len(rows)}
     for name in ("text", "label"):
         blank = rows[name].str.strip() == ""
+        if name == "label" and args.multi_label:  # then a blank cell means that no label applies
+            blank[:] = False
         counts[f"rows_without_{name}"] = int(blank.sum())
         say(blank, f"dropped {{}} without a {name}")
         rows = rows[~blank]
@@ -178,6 +184,12 @@ def read_file(args: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, dic
     return table, rows, counts
 
 
+def canonical_labels(cell: str) -> str:
+    """Normalise each label of a multi-label cell; without blank and repeated ones."""
+    labels = dict.fromkeys(map(canonical_label, cell.split(LABEL_SEPARATOR)))
+    return LABEL_SEPARATOR.join(filter(None, labels))
+
+
 def say(affected: pd.Series, message: str, noun: str = "rows") -> None:
     """Print how many rows a rule affects, if any; message: with {} for the number and noun."""
     if count := int(affected.sum()):
@@ -187,19 +199,22 @@ def say(affected: pd.Series, message: str, noun: str = "rows") -> None:
 def parse_times(table: pd.DataFrame, args: argparse.Namespace) -> pd.Series:
     """Return each row's time as a number. Raises: UserError naming the rows without one."""
     text = table[args.time_column].str.strip()
-    numbers = pd.to_numeric(text, errors="coerce")
-    if args.time_format or numbers.isna().any():
+    numbers = pd.to_numeric(text, errors="coerce").replace([np.inf, -np.inf], np.nan)
+    try:
         dates = pd.to_datetime(
             text, format=args.time_format or "ISO8601", errors="coerce", utc=True
         )
-        if (bad := dates.isna()).any():
-            raise UserError(
-                f"{args.file}: '{args.time_column}' is not a time in "
-                f"{row_list((table.index[bad] + 1).tolist())}, such as {text[bad].iloc[0]!r}: see "
-                "--time_format"
-            )
-        return dates.astype("int64")
-    return numbers
+    except ValueError as error:
+        raise UserError(f"--time_format {args.time_format}: {error}") from None
+    is_date = args.time_format or dates.count() > numbers.count()
+    times = dates if is_date else numbers
+    if (bad := times.isna()).any():
+        raise UserError(
+            f"{args.file}: '{args.time_column}' is not a time in "
+            f"{row_list((table.index[bad] + 1).tolist())}, such as {text[bad].iloc[0]!r}: see "
+            "--time_format"
+        )
+    return times.astype("int64") if is_date else times
 
 
 def handle_rare(rows: pd.DataFrame, args: argparse.Namespace, counts: dict) -> pd.DataFrame:
@@ -262,6 +277,8 @@ def run(args: argparse.Namespace) -> None:
     columns = ("text_column_names", "label_column_name")
     record |= {"columns": {name: getattr(args, name) for name in columns}}
     record |= {"parameters": parameters}
+    if args.folds:
+        check_folder(args)
     folders, figures = {}, {}
     for folder, parts in cut(rows, args).items():
         path = args.output_dir / folder
@@ -284,7 +301,19 @@ def run(args: argparse.Namespace) -> None:
     else:
         files = " ".join(f"--{use}_file {paths}/{n}_simple.csv" for use, n in USES.items())
         command = f"bash script/run_og.sh {files}"
+        command += f" --problem_type {MULTI}" * args.multi_label
     print(f"next: {command} --output_dir {shlex.quote(f'checkpoints/{name}')}")
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """Reject a folder with more folds than are written now: a study would read all of them."""
+    left = {path.name for path in args.output_dir.glob("[0-9]*")} - {*map(str, range(args.folds))}
+    if left:
+        shown = ", ".join(sorted(left))
+        raise UserError(
+            f"{args.output_dir} has other folds ({shown}): remove them, or choose another "
+            "--output_dir"
+        )
 
 
 def warn_of_labels(train: dict, path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
-from runtime.csv_reader import canonical_label, read_table, row_list, text_key
+from runtime.csv_reader import canonical_label, read_table, read_tables, row_list, text_key
 from runtime.files import UserError, read_json
 from script.groups import connected, cut_groups, keep_training_labels, write_splits
 
@@ -111,24 +111,36 @@ def read_raw(
 ) -> pd.DataFrame:
     """Read the raw rows, as text except the added `category_id`, `day` and `video_id`.
 
-    `category_id` is an int, or a name if the label column has names. Without a date column `day` is
-    the row's number, and without an id column `video_id` is the text. An invalid id gets the text
-    appended: spreadsheets turn ids that start with a minus into "#NAME?", which many videos share.
+    `category_id` is an int, or a name if the label column has names. The default date and id
+    columns may be missing: `day` is then the row's number and `video_id` the text. An invalid id
+    gets the text appended: spreadsheets turn ids that start with a minus into "#NAME?", which many
+    videos share.
 
     Raises: UserError for a malformed file, a missing column, and rows with an invalid category
         id or date.
     """
-    needed = [*text_columns, label_column, *([date_column] if group_by == "time" else [])]
-    needed += ["channel_title"] if group_by == "channel" and "channel_title" not in needed else []
-    hint = ": name its own with -p text_columns, label_column or date_column"
-    table = read_table(path, encoding, needed, fix_line=fix_tags, hint=hint)
+    needed = {"text_columns": text_columns, "label_column": [label_column]}
+    if group_by == "time" or date_column != "trending_date":
+        needed["date_column"] = [date_column]
+    if id_column != "video_id":
+        needed["id_column"] = [id_column]
+    if group_by == "channel":
+        needed["group_by"] = ["channel_title"]
+    for parameter, columns in needed.items():
+        hint = f": see -p {parameter}"
+        next(read_tables(path, encoding, columns, size=1, fix_line=fix_tags, hint=hint))
+    table = read_table(path, encoding, [], fix_line=fix_tags)
     label = table[label_column].map(canonical_label)
     is_number = label.str.fullmatch(r"\d+")
+    is_id = label_column == "category_id" and is_number.any()
     day = pd.Series(range(len(table)))
     if date_column in table:
-        day = pd.to_datetime(table[date_column], format=date_format, errors="coerce")
+        try:
+            day = pd.to_datetime(table[date_column], format=date_format, errors="coerce")
+        except ValueError as error:
+            raise UserError(f"parameter date_format is {date_format!r}: {error}") from None
     for column, good, wanted in (
-        (label_column, is_number | (label_column != "category_id"), "a whole number"),
+        (label_column, is_number if is_id else label != "", "a whole number" if is_id else "given"),
         (date_column, day.notna(), f"a date in the format {date_format} (-p date_format)"),
     ):
         if not good.all():
@@ -138,7 +150,8 @@ def read_raw(
             )
     ids = text = table[text_columns].agg(" ".join, axis=1)
     if id_column in table:
-        valid = table[id_column].str.fullmatch(r"[\w-]{11}")
+        form = r"[\w-]{11}" if id_column == "video_id" else r"[^#\s].*"
+        valid = table[id_column].str.fullmatch(form)
         ids = table[id_column].where(valid, table[id_column] + " " + text)
     label = label.astype(int) if is_number.all() else label
     return table.assign(category_id=label, video_id=ids, day=day)

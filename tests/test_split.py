@@ -157,6 +157,32 @@ def test_several_labels_per_row_are_split_by_the_most_frequent(tmp_path):
         assert set(table["label"]) == {"a|b", "c"}
 
 
+def test_cells_with_several_labels_are_normalised_and_may_be_blank(tmp_path, capsys):
+    cells = ["1.0|2", "2.0||1", "", "3"]
+    path = write(tmp_path / "a.csv", [(f"text {i}", cells[i % 4]) for i in range(80)])
+    flags = ["--problem_type", "multi_label_classification", "--output_dir", str(tmp_path / "out")]
+    assert split.main([path, *flags]) == 0
+    assert "--problem_type multi_label_classification --output_dir" in capsys.readouterr().out
+    table = pd.concat(read(tmp_path / "out").values())
+    assert table["label"].value_counts().to_dict() == {"1|2": 20, "2|1": 20, "": 20, "3": 20}
+
+
+@pytest.mark.parametrize("size", [3, 4, 6, 7])
+def test_many_small_labels_fill_all_folds_alike(tmp_path, size):
+    groups = np.arange(40 * size)
+    fold = cut_groups(groups, groups // size, [0.2] * 5, 0)
+    assert np.ptp(np.bincount(fold, minlength=5)) <= size
+    assert pd.Series(fold).groupby(groups // size).nunique().min() == min(size, 5)
+
+
+def test_folds_of_an_earlier_call_do_not_join_a_study(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", [row[:2] for row in MANY])
+    flags = [path, "--output_dir", str(tmp_path / "out"), "--folds"]
+    assert split.main([*flags, "4"]) == 0 == split.main([*flags, "4"])
+    assert split.main([*flags, "3"]) == 2
+    assert "has other folds (3): remove them, or" in capsys.readouterr().err
+
+
 MANY = [(f"text {i}", "ab"[i % 2], "one group", "not a time") for i in range(40)]
 
 
@@ -178,6 +204,17 @@ MANY = [(f"text {i}", "ab"[i % 2], "one group", "not a time") for i in range(40)
         (MANY, ["--group_by", "group"], "texts that must stay together form 1 group"),
         ([("a", "x", "", ""), ("b", "y", "", "")], ["--min_label_count", "1"], "form 2 groups"),
         (MANY, ["--time_column", "time"], "'time' is not a time in 40 rows (1, 2, 3, 4, 5, ...)"),
+        (MANY, ["--time_column", "time", "--time_format", "%Q"], "'Q' is a bad directive"),
+        (
+            [(f"t {i}", "ab"[i % 2], "", "soon" if i == 5 else f"{i}.5") for i in range(40)],
+            ["--time_column", "time"],
+            "'time' is not a time in row 6, such as 'soon'",
+        ),
+        (
+            [(f"t {i}", "ab"[i % 2], "", "inf" if i == 5 else str(i)) for i in range(40)],
+            ["--time_column", "time"],
+            "is not a time in row 6, such as 'inf'",
+        ),
         (MANY, ["--val_share", "0.6", "--test_share", "0.5"], "leave no training rows"),
         (MANY, ["--folds", "1"], "--folds: 1 is out of range"),
         (MANY, ["--label_column_name", "text"], "'text' is the label column"),

@@ -151,6 +151,27 @@ def test_other_versions_of_the_raw_file_are_read(tmp_path):
         splits.read_raw(path, "utf-8", ["title"], label_column="category", group_by="time")
 
 
+def test_columns_of_ones_own_are_checked_and_give_one_row_per_id(tmp_path):
+    rows = [(i // 2, f"title {i}", "music" if i else "") for i in range(6)]
+    path = write_csv(tmp_path / "r.csv", rows, ("number", "title", "genre"))
+    columns = {"label_column": "title", "id_column": "number"}
+    assert splits.read_raw(path, "utf-8", ["title"], **columns)["video_id"].nunique() == 3
+    for wrong, message in (
+        ({"id_column": "nubmer"}, r"no column 'nubmer'; .*see -p id_column"),
+        ({"date_column": "day"}, r"no column 'day'; .*see -p date_column"),
+        ({"label_column": "genre"}, "genre is not given in row 1"),
+        ({"group_by": "channel"}, r"no column 'channel_title'; .*see -p group_by"),
+    ):
+        with pytest.raises(UserError, match=message):
+            splits.read_raw(path, "utf-8", ["title"], **columns | wrong)
+    rows = [("a", "17.14.11", "t", "Music"), ("b", "17.14.11", "u", "Comedy")]
+    path = write_csv(tmp_path / "names.csv", rows, COLUMNS)
+    raw = splits.read_raw(path, "utf-8", ["title"])
+    assert raw["category_id"].tolist() == ["Music", "Comedy"]
+    with pytest.raises(UserError, match="parameter date_format is '%Q'"):
+        splits.read_raw(path, "utf-8", ["title"], date_format="%Q")
+
+
 def test_a_useless_balanced_training_file_is_named(capsys):
     table = pd.DataFrame(
         {"text": [f"text {i}" for i in range(100)], "label": ["a"] * 92 + ["b"] * 8}
@@ -211,7 +232,7 @@ GOOD = ("2kyS6SvSYSE", "17.14.11", "a title", "22")
     [
         (
             b"video_id,title\nx,y\n",
-            "no column 'category_id'; it has 'video_id', 'title': name its own with -p",
+            "no column 'category_id'; it has 'video_id', 'title': see -p label_column",
         ),
         (b"video_id,trending_date,title,category_id\n", "a header but no rows"),
         (
