@@ -196,13 +196,13 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports an error in one line and exits with status 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message.removeprefix('argument ')} (see python main.py --help)\n")
+        self.exit(2, f"error: {message.removeprefix('argument ')} (see {self.prog} --help)\n")
 
 
 def build_parser() -> Parser:
     """Build the parser of all flags, in groups."""
     what = "Tune and evaluate a BERT classifier on CSV files of texts and labels."
-    parser = Parser("main.py", description=what, allow_abbrev=False)
+    parser = Parser("python main.py", description=what, allow_abbrev=False)
     for title, rows in GROUPS.items():
         group = parser.add_argument_group(title)
         for names, kind, default, help_text in rows:

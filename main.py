@@ -167,8 +167,9 @@ def run(args: Namespace) -> None:
 def label_texts(args: Namespace) -> None:
     """Print each text's labels, the most probable first, and write no files."""
     classify = load(args.model_name_or_path, args.precision, args.per_device_eval_batch_size)
-    lines = (line.strip() for line in sys.stdin) if args.text == ["-"] else args.text
-    for text, found in zip(texts := list(filter(None, lines)), classify(texts), strict=True):
+    lines = map(str.strip, sys.stdin) if args.text == ["-"] else args.text
+    texts = list(filter(None, lines))
+    for text, found in zip(texts, classify(texts), strict=True):
         order = sorted(found["probabilities"].items(), key=lambda one: -one[1])
         show(f"{text}\n" + "\n".join(f"{share:8.4f}  {label}" for label, share in order))
 

@@ -69,10 +69,18 @@ def publish(
     output: OutputFolder, record: dict, results: dict, keep_checkpoints: bool = False
 ) -> None:
     """Write figures, model card and report, publish the run's files and print the summary."""
-    from evaluation import pages  # matplotlib takes time, which predicting need not
-
     results["peak_memory_bytes"] = peak_memory_bytes()
     output.write_json("all_results.json", results)
+    if "train_runtime" in results or (output.staging / "evaluation.json").exists():
+        write_pages(output, record, results)
+    output.publish(record, keep_checkpoints)
+    show(tables.summary(record, results, output.path))
+
+
+def write_pages(output: OutputFolder, record: dict, results: dict) -> None:
+    """Write the model card of a trained model, and the report of a scored one."""
+    from evaluation import pages  # matplotlib takes time, which a mere prediction need not
+
     if "train_runtime" in results:
         output.write_text("README.md", pages.render_card(record, results))
     if (output.staging / "evaluation.json").exists():
@@ -80,8 +88,6 @@ def publish(
             record, results, output.read_json("evaluation.json"), output.read_metrics()
         )
         output.write_text("report.html", page)
-    output.publish(record, keep_checkpoints)
-    show(tables.summary(record, results, output.path))
 
 
 def show(text: str) -> None:

@@ -28,20 +28,28 @@ def fill_columns(args: Namespace) -> None:
     model = args.prefix_paths[0] if args.prefix_paths else args.model_name_or_path
     known = read_or_empty(Path(model) / "run.json").get("settings", {})
     if "text_column_names" not in known:
-        split = read_split_record(args.train_file) if args.do_train else {}
-        known = {"label_names": split.get("label_names"), **split.get("columns", {})}
+        known = split_columns(args.train_file) if args.do_train else {}
     args.label_names = None
     fill(args, {name: known.get(name, default) for name, default in DEFAULTS.items()})
     if args.label_column_name in args.text_column_names:
         raise UserError(f"--text_column_names: '{args.label_column_name}' is the label column")
 
 
-def read_split_record(path: str | Path) -> dict:
-    """Return the split.json beside a split file, or {} if it does not list this very file."""
+def split_columns(path: str | Path) -> dict:
+    """Return the columns and label names in the split.json beside a split file, else `DEFAULTS`."""
+    split = read_split_record(path)
+    return DEFAULTS | {"label_names": split.get("label_names"), **split.get("columns", {})}
+
+
+def read_split_record(path: str | Path, checksum: str | None = None) -> dict:
+    """Return the split.json beside a split file, or {} if it does not list this very file.
+
+    checksum: the file's, if it is known.
+    """
     path = Path(path)
     record = read_or_empty(path.parent / "split.json")
     try:
-        return record if record["files"][path.name] == sha256(path) else {}
+        return record if record["files"][path.name] == (checksum or sha256(path)) else {}
     except (OSError, KeyError, TypeError):
         return {}
 

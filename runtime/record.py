@@ -44,19 +44,15 @@ def describe_run(settings: dict, model: dict, labels: list[str], data: dict[str,
 
 def describe_split(data: dict[str, dict]) -> dict | None:
     """Return how the training file was split, with the seed, if its split.json says so."""
-    split = read_split_record(data["train"]["path"]) if "train" in data else {}
+    train = data.get("train")
+    split = read_split_record(train["path"], train["sha256"]) if train else {}
     known = ("protocol", "input", "input_sha256", "parameters")
     return {name: split[name] for name in known if name in split} or None
 
 
 def is_synthetic(described: dict) -> bool:
     """Whether a data file was made by script/splits.py from the synthetic sample."""
-    path = Path(described["path"])
-    try:
-        split = read_json(path.parent / "split.json")
-        return split["synthetic"] and split["files"].get(path.name) == described["sha256"]
-    except (UserError, KeyError, AttributeError):  # no split.json, or a foreign one
-        return False
+    return bool(read_split_record(described["path"], described["sha256"]).get("synthetic"))
 
 
 def commit() -> str | None:

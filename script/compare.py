@@ -30,7 +30,7 @@ import arguments
 from dataset import Split, read_split, reading_options
 from evaluation import pages, plots
 from evaluation.paired import paired_test, read_predictions
-from runtime.columns import DEFAULTS, read_split_record
+from runtime.columns import split_columns
 from runtime.files import UserError, read_json, read_json_lines, sha256
 from runtime.record import RUN_FILE, read_record
 from script import learning_curve
@@ -83,8 +83,8 @@ def plan(args: argparse.Namespace) -> list[dict]:
                 name = f"{protocol}-{method.replace(', ', '-').replace(' ', '-')}-{number}"
                 folder = Path(args.output_dir) / (name + (f"-n{size}" if size else ""))
                 command = [*METHODS[method], "--output_dir", str(folder)]
-                for flag, file in (("train", "train"), ("validation", "val"), ("test", "test")):
-                    command += [f"--{flag}_file", f"{data}/{file}_simple.csv"]
+                for use, file in arguments.USES.items():
+                    command += [f"--{use}_file", f"{data}/{file}_simple.csv"]
                 if is_tuned or size:
                     command += ["--seed", str(seed)]
                 if size:
@@ -99,7 +99,7 @@ def plan(args: argparse.Namespace) -> list[dict]:
 
 def read_file(folder: str, name: str) -> Split:
     """Read a split file, with the columns that its split.json names. Raises: UserError."""
-    columns = DEFAULTS | read_split_record(f"{folder}/train_simple.csv").get("columns", {})
+    columns = split_columns(f"{folder}/train_simple.csv")
     files = {"csv_encoding": "utf-8", "problem_type": None, "drop_empty": False}
     return read_split(f"{folder}/{name}_simple.csv", **reading_options(columns | files))
 
@@ -288,7 +288,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"{tuned[0]} is an adapter folder: use the backbone it was tuned on")
     try:
         for folder in (*args.original, *args.unseen):
-            train, *_ = [read_file(folder, name) for name in ("train", "val", "test")]
+            train, *_ = [read_file(folder, name) for name in arguments.USES.values()]
             if folder in args.unseen:
                 learning_curve.check_sizes(args.train_sizes, train.path, len(train))
     except UserError as error:

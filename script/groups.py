@@ -17,6 +17,9 @@ from arguments import LABEL_SEPARATOR
 from runtime.csv_reader import text_key
 from runtime.files import UserError, read_json, sha256, to_json, writing
 
+SAMPLE_FILE = "csv/USvideos_sample.csv"
+FEW_ROWS = 10  # training rows of a label; with fewer a warning is printed
+
 
 def connected(*keys: pd.Series) -> np.ndarray:
     """Number the groups [N] of rows that share a value of any key, directly or indirectly.

@@ -15,7 +15,6 @@ import io
 import shlex
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -30,6 +29,7 @@ from arguments import (
     SEED,
     STR,
     USES,
+    Parser,
     choice,
     column_names,
     number,
@@ -38,6 +38,8 @@ from arguments import (
 from runtime.csv_reader import canonical_label, find_delimiter, read_table, row_list, text_key
 from runtime.files import UserError, sha256
 from script.groups import (
+    FEW_ROWS,
+    SAMPLE_FILE,
     connected,
     cut_groups,
     describe,
@@ -48,8 +50,7 @@ from script.groups import (
 )
 
 FILES = tuple(USES.values())
-SAMPLE_FILE = "csv/USvideos_sample.csv"
-FEW_ROWS, LARGE_SHARE = 10, 0.9  # of a label, beyond which a warning is printed
+LARGE_SHARE = 0.9  # of a label, beyond which a warning is printed
 SHARE = value(number(float, 0, 1, open_low=True), "S")
 FOLDS = value(number(int, 2, INF))
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
@@ -74,14 +75,6 @@ OWN_FLAGS = (
 )  # fmt: skip
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports an error in one line and exits with status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ")
-        self.exit(2, f"error: {message} (see bash script/split.sh --help)\n")
-
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Parse and check the arguments.
 
@@ -90,7 +83,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """
     within_run = "--within_run" in argv
     parser = Parser(
-        prog="script/split.sh",
+        "bash script/split.sh",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -10,16 +10,21 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
+from arguments import USES
 from runtime.csv_reader import canonical_label, read_table, read_tables, row_list, text_key
 from runtime.files import UserError, read_json
-from script.groups import connected, cut_groups, keep_training_labels, write_splits
+from script.groups import (
+    FEW_ROWS,
+    SAMPLE_FILE,
+    connected,
+    cut_groups,
+    keep_training_labels,
+    write_splits,
+)
 
 RAW_FILES = ("csv/USvideos.csv", "csv/USvideo.csv")
-SAMPLE_FILE = "csv/USvideos_sample.csv"
 TEXT_COLUMNS = ("title", "channel_title", "tags", "description")
 GROUPINGS = ("video", "channel", "time")
-NAMES = ("train", "val", "test")
-FEW_ROWS = 10  # of a label in a balanced training file; with fewer a warning is printed
 FOLDERS = {"original": ".", "unseen": "unseen"}  # of the protocols, inside output_dir
 
 # Category ids of the YouTube Data API, used if US_category_id.json is not next to the raw file.
@@ -288,7 +293,7 @@ def unseen_splits(
     shares = [train_share, (1 - train_share) * (1 - test_share), (1 - train_share) * test_share]
     order = videos["day"] if group_by == "time" else None
     part = cut_groups(groups, videos["label"], shares, seed, order)
-    return keep_training_labels({name: videos[part == n] for n, name in enumerate(NAMES)})
+    return keep_training_labels({name: videos[part == n] for n, name in enumerate(USES.values())})
 
 
 def write_protocols(
