@@ -5,6 +5,7 @@ P-tuning v2. Nothing heavy is imported here, so `--help` and typos are answered 
 """
 
 import argparse
+import codecs
 import importlib.util
 import json
 import math
@@ -123,6 +124,8 @@ GROUPS = {  # each flag: name, kind, default and help
      f"multi-label: the labels of one row are separated by | [single, {TUNED_FOLDER}]"),
     ("--csv_encoding", NAME, "utf-8", "encoding of the CSV files, e.g. cp1252 or utf-16 [utf-8]"),
     ("--drop_empty", SWITCH, False, "drop rows with a blank text instead of stopping"),
+    ("--safe_csv", SWITCH, False,
+     "write an ' before texts in predictions.csv that a spreadsheet would run as formulas"),
 ),
 "model and machine": (
     ("--model_name_or_path", NAME, DEFAULT_BACKBONE,
@@ -255,7 +258,7 @@ def read_json(*path: str) -> dict:
     """Read a JSON object, or return {} if that fails: model/ reports what is wrong."""
     try:
         content = json.loads(Path(*path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         content = {}
     return content if isinstance(content, dict) else {}
 
@@ -272,10 +275,13 @@ def fill_files(parser: Parser, args: argparse.Namespace) -> None:
 
 def check_paths(parser: Parser, args: argparse.Namespace) -> None:
     """Reject conflicting folders, and an unknown encoding."""
-    try:
-        "".encode(args.csv_encoding)
+    try:  # some encodings, such as punycode, cannot be read piece by piece
+        pieces = (bytes([byte]) for byte in "a,\n".encode(args.csv_encoding))
+        readable = "".join(codecs.iterdecode(pieces, args.csv_encoding)) == "a,\n"
     except (LookupError, UnicodeError):
-        parser.error(f"--csv_encoding: Python has no encoding '{args.csv_encoding}'")
+        readable = False
+    if not readable:
+        parser.error(f"--csv_encoding: Python cannot read files in '{args.csv_encoding}'")
     if args.text:
         return
     if not args.output_dir:

@@ -3,6 +3,7 @@
 Independent of any model. N rows, C classes.
 """
 
+import hashlib
 import logging
 from argparse import Namespace
 from collections import Counter
@@ -18,7 +19,7 @@ from arguments import LABEL_SEPARATOR
 from runtime.batches import prefix_index
 from runtime.columns import sort_labels
 from runtime.csv_reader import canonical_label, read_tables, row_list, text_key
-from runtime.files import UserError, sha256
+from runtime.files import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,6 @@ class Split:
     """A checked CSV file, or a chunk of one."""
 
     path: str
-    sha256: str
     table: pd.DataFrame  # every column as text, N rows
     texts: list[str]
     labels: list[list[str]] | None  # label names of each row; None if the file has no labels
@@ -38,6 +38,7 @@ class Split:
     multi_label: bool = False  # whether a row may have several labels, or none
     dropped: int = 0  # rows without a text
     label_ids: np.ndarray | None = None  # int64 [N], or float32 [N, C] of 0 and 1
+    sha256: str = ""  # of the whole file, if it was read as a whole
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -108,19 +109,18 @@ def read_chunks(
     drop_empty: bool = False,
     label_names: dict[str, str] | None = None,
     labels_required: bool = True,
+    digest=None,
 ) -> Iterator[Split]:
     """Read and check a CSV file, `size` rows at a time or all at once.
 
     Several text columns are joined by `delimiter`. With `labels_required=False` the label column
-    may be missing or all blank.
+    may be missing or all blank. At the end, `digest` (of hashlib) is that of the file.
 
     Raises: UserError that names the file, the rows and what to do.
     """
     wanted = [*text_columns, label_column] if labels_required else text_columns
     hint = ": see --text_column_names and --label_column_name"
-    checksum = None
-    for table in read_tables(path, encoding, wanted, size=size, hint=hint):
-        checksum = checksum or sha256(path)
+    for table in read_tables(path, encoding, wanted, size=size, hint=hint, digest=digest):
         fields = list(zip(*(table[name] for name in text_columns), strict=True))
         kept = np.array([bool("".join(row).strip()) for row in fields])
         if not kept.all() and not drop_empty:
@@ -135,14 +135,15 @@ def read_chunks(
         labels = read_labels(path, table, rows, label_column, multi_label, labels_required)
         if labels and label_names:
             labels = [[label_names.get(one, one) for one in row] for row in labels]
-        yield Split(str(path), checksum, table, texts, labels, rows, multi_label, dropped)
+        yield Split(str(path), table, texts, labels, rows, multi_label, dropped)
 
 
 def read_split(path: str | Path, **options) -> Split:
     """Read and check a whole CSV file, see `read_chunks`."""
-    split = next(read_chunks(path, size=None, **options))
+    digest = hashlib.sha256()
+    split = next(read_chunks(path, size=None, digest=digest, **options))
     report_dropped(split.path, split.dropped, len(split))
-    return split
+    return replace(split, sha256=digest.hexdigest())
 
 
 def report_dropped(path: str, dropped: int, left: int) -> None:
@@ -186,10 +187,13 @@ class Stream:
         return {"path": self.path, "rows": self.rows, "sha256": self.sha256}
 
     def __iter__(self) -> Iterator[Split]:
+        digest = hashlib.sha256()
         options = {"size": CHUNK_ROWS, "labels_required": self.labelled, **self.options}
-        for chunk in read_chunks(self.path, **options):
+        for chunk in read_chunks(self.path, digest=digest, **options):
             if len(chunk):
                 yield chunk.number_labels(self.names)
+        if digest.hexdigest() != self.sha256:
+            raise UserError(f"{self.path} changed while it was read: start the command again")
 
 
 @dataclass(frozen=True)
@@ -270,7 +274,10 @@ def open_stream(
     path, options = args.test_file, reading_options(settings)
     rows, dropped, seen = 0, 0, 0
     first: dict[bool, list[int]] = {True: [], False: []}  # first rows of chunks, labelled or not
-    for chunk in read_chunks(path, size=CHUNK_ROWS, labels_required=False, **options):
+    digest = hashlib.sha256()
+    for chunk in read_chunks(
+        path, size=CHUNK_ROWS, labels_required=False, digest=digest, **options
+    ):
         rows, dropped = rows + len(chunk), dropped + chunk.dropped
         if len(chunk):
             first[chunk.labels is not None] += chunk.rows[:1]
@@ -290,7 +297,9 @@ def open_stream(
         )
     if training_keys is not None:
         log_seen(path, rows, seen)
-    return Stream(path, chunk.sha256, rows, list(chunk.table), bool(first[True]), names, options)
+    return Stream(
+        path, digest.hexdigest(), rows, list(chunk.table), bool(first[True]), names, options
+    )
 
 
 def read_labels(
@@ -315,10 +324,12 @@ def read_labels(
         labels = [[canonical_label(cell)] for cell in table[column]]
     missing = [row for row, names in zip(rows, labels, strict=True) if "" in names]
     if missing:
-        raise UserError(
-            f"{path}: no '{column}' in {row_list(missing)}; fill it in, remove such rows, or, if a "
-            "row may have several labels or none, pass --problem_type multi_label_classification"
-        )
+        advice = "or, if a row may have several labels or none, pass "
+        advice += "--problem_type multi_label_classification"
+        if multi_label:
+            advice = f"or leave out the {LABEL_SEPARATOR} beside an empty label"
+        where = row_list(missing)
+        raise UserError(f"{path}: no '{column}' in {where}; fill it in, remove such rows, {advice}")
     return labels
 
 

@@ -10,6 +10,16 @@ from importlib.util import find_spec
 
 from arguments import learning_rate_warning, parse_args
 
+if __name__ == "__main__":
+    for number in range(3):  # else a file could get the number of a stream that is closed
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
 if __name__ == "__main__":  # answer --help and typos before torch loads, which takes seconds
     parse_args()
     for package in ("torch", "transformers", "pandas", "sklearn", "matplotlib", "jinja2"):
@@ -51,7 +61,7 @@ from runtime.files import UserError, writing
 from runtime.machine import Machine, pick_machine
 from runtime.output_folder import OutputFolder, opened
 from runtime.processes import Group, stop_signals
-from runtime.record import check_same_run, describe_run
+from runtime.record import check_same_run, describe_run, identity
 from runtime.recorder import recorder
 
 logger = logging.getLogger("main")
@@ -105,24 +115,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def run(args: Namespace) -> None:
     """Execute one run, from checked arguments to published results."""
-    fill_columns(args)
     with processes.joined() as group, opened(args, group.is_main) as output:
-        # start: the machine to compute on, and the model to start from
+        # prepare: machine, model, data and record, the same in all processes
         machine = pick_machine(args.precision, group)
-        start = BankStart(args) if args.prefix_paths else Start(args)
-        logger.info("%s, model %s", machine, start.source.name)
-        settings = start.settings(args) | machine.describe()
-
-        # data: read, check, audit for leaks
-        splits = dataset.read_splits(args, settings)
-        if args.do_train:
-            start.set_labels(dataset.label_names(splits["train"], args.label_names))
-        data = dataset.prepare(args, settings, splits, start.labels, start.labels_by_prefix)
-        check_columns(data)
-        tokenizer = start.tokenizer()
-
-        # record: describe everything the results depend on
-        record = describe_run(settings, start.describe(), data.names, data.describe())
+        start, data, tokenizer, record = group.agree(
+            lambda: prepare(args, machine), compared=lambda prepared: identity(prepared[-1])
+        )
 
         # resume: has this run already finished? is there a checkpoint? the main process decides
         if group.from_main(group.is_main and output.is_finished(record)):
@@ -158,10 +156,31 @@ def run(args: Namespace) -> None:
             for split in data.to_predict():
                 classify(split)
             return
-        results |= score(classify, data, start.multi_label, output)
+        results |= score(classify, data, start.multi_label, output, args.safe_csv)
 
         # publish; a limit of 0 means that checkpoints were only for resuming
         publish(output, record, results, keep_checkpoints=args.save_total_limit != 0)
+
+
+def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedTokenizerBase, dict]:
+    """Find the model, read and check the data, and describe the run."""
+    # start: the model to start from
+    fill_columns(args)
+    start = BankStart(args) if args.prefix_paths else Start(args)
+    logger.info("%s, model %s", machine, start.source.name)
+    settings = start.settings(args) | machine.describe()
+
+    # data: read, check, audit for leaks
+    splits = dataset.read_splits(args, settings)
+    if args.do_train:
+        start.set_labels(dataset.label_names(splits["train"], args.label_names))
+    data = dataset.prepare(args, settings, splits, start.labels, start.labels_by_prefix)
+    check_columns(data)
+    tokenizer = start.tokenizer()
+
+    # record: describe everything the results depend on
+    record = describe_run(settings, start.describe(), data.names, data.describe())
+    return start, data, tokenizer, record
 
 
 def label_texts(args: Namespace) -> None:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 WriteMetrics = Callable[[dict], None]  # takes a line of metrics.jsonl
 Save = Callable[[dict, Tensors], None]  # takes the state and the tensors of a checkpoint
+ENOUGH_ROWS = 10  # of fewer, all may get one class by chance
 
 
 class Stopped(Exception):
@@ -238,7 +239,8 @@ def evaluate(
     """Compute the metrics of the whole file at once, see `compute_metrics`."""
     logits = predict(model, data, args.per_device_eval_batch_size, machine)
     found = Predictions.of(logits, data.labels.ndim == 2)
-    if data.labels.ndim == 1 and len(set(found.label)) == 1 < len(set(data.labels)):
+    one_class = data.labels.ndim == 1 and len(set(found.label)) == 1 < len(set(data.labels))
+    if one_class and len(data) >= ENOUGH_ROWS:
         logger.warning(
             "warning: every prediction is the same class: the model has collapsed or has not "
             "learned yet; try another --learning_rate, --warmup_steps or more epochs"

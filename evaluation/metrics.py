@@ -5,6 +5,7 @@ not need it, and give it a title in `TITLES`: tables, reports and all_results.js
 """
 
 import zlib
+from collections import Counter
 from itertools import compress
 
 import numpy as np
@@ -16,6 +17,8 @@ from model.sequence_classification import classification_loss
 
 BINS = 10  # bins of confidence in the reliability curve
 RESAMPLES = 1000  # resampled files of a bootstrap
+IN_MATRIX = 50  # classes at most in a confusion matrix; with more, pairs are listed
+LISTED_PAIRS = 1000
 MISTAKES = 20  # most confident mistakes shown in a report
 
 # Rows of the summary table, by their keys in all_results.json without `eval_` and `test_`.
@@ -53,8 +56,14 @@ class Counts:
         self.rows += len(label_ids)
         self.hits += int(right.sum())
         self.loss += classification_loss(found.logits, torch.from_numpy(label_ids)).item()
-        true, predicted = (one_hot(ids, found.logits.shape[1]) for ids in (label_ids, found.label))
-        self.classes += np.stack([part.sum(axis=0) for part in (true & predicted, predicted, true)])
+        classes = found.logits.shape[1]
+        if label_ids.ndim == 2:
+            true, predicted = label_ids.astype(bool), found.label.astype(bool)
+            counted = [part.sum(axis=0) for part in (true & predicted, predicted, true)]
+        else:
+            parts = (label_ids[right], found.label, label_ids)
+            counted = [np.bincount(part, minlength=classes) for part in parts]
+        self.classes += np.stack(counted)
         place = np.minimum((found.confidence * BINS).astype(int), BINS - 1)
         weights = (np.ones(len(right)), right, found.confidence)
         self.bins += [np.bincount(place, weight, BINS) for weight in weights]
@@ -108,11 +117,6 @@ class Counts:
         }
 
 
-def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Return labels as bool [N, C], from class numbers [N] or from 0 and 1 [N, C]."""
-    return labels.astype(bool) if labels.ndim == 2 else np.eye(classes, dtype=bool)[labels]
-
-
 def compute_metrics(found: Predictions, label_ids: np.ndarray) -> dict[str, float]:
     """Return the `Counts.metrics` of these rows."""
     counts = Counts(label_ids.ndim == 2)
@@ -154,7 +158,7 @@ class Score:
     def __init__(self, multi_label: bool) -> None:
         self.multi_label, self.audited = multi_label, False
         self.parts = {part: (Counts(multi_label), Bootstrap()) for part in ("seen", "unseen")}
-        self.confusion: np.ndarray | int = 0  # [C, C], true classes by row; one label a row
+        self.pairs: Counter = Counter()  # rows by (true, predicted) class; one label a row
         self.mistakes: list[dict] = []
 
     def add(
@@ -178,9 +182,7 @@ class Score:
                 right = counts.add(found.take(rows), label_ids[rows])
                 bootstrap.add(list(compress(keys, rows)), right)
         if not self.multi_label:
-            classes = found.logits.shape[1]
-            pairs = np.bincount(label_ids * classes + found.label, minlength=classes**2)
-            self.confusion += pairs.reshape(classes, classes)
+            self.pairs.update(zip(label_ids.tolist(), found.label.tolist(), strict=True))
         self.add_mistakes(found, label_ids, texts)
         return self
 
@@ -232,11 +234,25 @@ class Score:
         return prefixed(name, results)
 
     def details(self) -> dict:
-        """Return class figures, confusion matrix, reliability curve and worst mistakes, as JSON."""
+        """Return class figures, confusion matrix, reliability curve and worst mistakes, as JSON.
+
+        With more than `IN_MATRIX` classes there is no matrix, but a list of the most frequent pairs
+        of a true and a predicted class, with their rows.
+        """
         counts, _ = self.whole()
+        classes, matrix, listed = counts.classes.shape[1], None, {}
+        if not self.multi_label and classes <= IN_MATRIX:
+            matrix = np.zeros((classes, classes), dtype=int)
+            for pair, rows in self.pairs.items():
+                matrix[pair] = rows
+            matrix = matrix.tolist()
+        elif not self.multi_label:
+            found = self.pairs.most_common(LISTED_PAIRS)
+            listed = {"confusion_pairs": [[*pair, rows] for pair, rows in found]}
         return {
             **counts.per_class(),
-            "confusion": None if self.multi_label else self.confusion.tolist(),
+            "confusion": matrix,
+            **listed,
             "reliability": dict(
                 zip(("rows", "hits", "confidence"), counts.bins.tolist(), strict=True)
             ),

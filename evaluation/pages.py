@@ -17,6 +17,7 @@ CARDS = {
     "micro_f1": "micro F1",
     "macro_f1": "macro F1",
 }
+LABEL_LENGTH = 60  # characters of a label that pages show
 
 
 def fill(template: str, **values) -> str:
@@ -31,6 +32,11 @@ def fill(template: str, **values) -> str:
     return environment.get_template(template).render(**values)
 
 
+def shorten(label: str) -> str:
+    """Shorten a label that would not fit into a page."""
+    return label if len(label) <= LABEL_LENGTH else f"{label[:LABEL_LENGTH]}..."
+
+
 def render_card(record: dict, results: dict) -> str:
     """Render the model card, README.md, of a trained model; unset settings are left out."""
     settings = {k: v for k, v in record["settings"].items() if v is not None and v is not False}
@@ -40,7 +46,7 @@ def render_card(record: dict, results: dict) -> str:
 
 def render_run(record: dict, results: dict, evaluation: dict, records: list[dict]) -> str:
     """Render a run's page from run.json, all_results.json, evaluation.json and metrics.jsonl."""
-    labels = evaluation["labels"]
+    labels = [shorten(name) for name in evaluation["labels"]]
     name = "test" if "test" in evaluation else "eval"
     details = evaluation[name]
 

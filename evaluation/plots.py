@@ -16,9 +16,11 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from evaluation.metrics import IN_MATRIX
+
 # The palette of Okabe & Ito, which colour-blind people can distinguish.
 COLORS = BLUE, ORANGE, *_ = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-DRAWN = 50  # labels at most in a picture; the tables have all of them
+DRAWN = IN_MATRIX  # labels at most in a picture; the tables have all of them
 FEW = 20  # rows; with fewer behind it, a point of the reliability curve says little
 INK = "#123456"  # becomes the page's text colour, dark or light
 STYLE = Path(__file__).with_name("report.mplstyle")

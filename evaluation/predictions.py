@@ -12,6 +12,8 @@ from dataset import Data
 from model.predictions import Predictions
 from runtime.files import UserError, writing
 
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
 
 def added_columns(names: list[str]) -> list[str]:
     """Return the columns that predictions.csv adds to the input's columns."""
@@ -31,20 +33,26 @@ def check_columns(data: Data) -> None:
 
 @contextmanager
 def prediction_writer(
-    path: Path, columns: list[str], names: list[str]
+    path: Path, columns: list[str], names: list[str], safe: bool = False
 ) -> Iterator[Callable[[pd.DataFrame, Predictions], None]]:
     """Open predictions.csv: one row per input row, in order. Yields a function that adds a chunk.
 
     A row has the input's `columns` and the `added_columns`. Strings are quoted, to keep any text.
+    safe: put an apostrophe before text that a spreadsheet would execute as a formula
+    (https://owasp.org/www-community/attacks/CSV_Injection).
     """
+
+    def cell(text: str) -> str:
+        return f"'{text}" if safe and text.startswith(FORMULA_STARTS) else text
+
     with writing(path), open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        writer.writerow([*columns, *added_columns(names)])
+        writer.writerow(map(cell, [*columns, *added_columns(names)]))
 
         def add(table: pd.DataFrame, found: Predictions) -> None:
             figures = np.hstack([found.confidence[:, None], found.probability]).astype(float)
             values = np.round(figures, 6).tolist()
             for row, label, rest in zip(table.to_numpy(), found.named(names), values, strict=True):
-                writer.writerow([*row, label, *rest])
+                writer.writerow([*map(cell, [*row, label]), *rest])
 
         yield add

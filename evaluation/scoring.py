@@ -21,10 +21,13 @@ logger = logging.getLogger(__name__)
 Classify = Callable[[Split], torch.Tensor]  # split -> logits, float32 [N, C]
 
 
-def score(classify: Classify, data: Data, multi_label: bool, output: OutputFolder) -> dict:
+def score(
+    classify: Classify, data: Data, multi_label: bool, output: OutputFolder, safe_csv: bool = False
+) -> dict:
     """Score the validation file; predict the test file, and score it if it has labels.
 
-    Writes predictions.csv and evaluation.json; returns the figures for all_results.json.
+    Writes predictions.csv (safe_csv: see `prediction_writer`) and evaluation.json; returns the
+    figures for all_results.json.
     """
     scores: dict[str, Score] = {}
 
@@ -40,7 +43,7 @@ def score(classify: Classify, data: Data, multi_label: bool, output: OutputFolde
     if data.test is not None:
         done, start = 0, time.perf_counter()
         path = output.staging / "predictions.csv"
-        with prediction_writer(path, data.test.columns, data.names) as write:
+        with prediction_writer(path, data.test.columns, data.names, safe_csv) as write:
             for chunk in data.test:
                 found = Predictions.of(classify(chunk), multi_label)
                 write(chunk.table, found)

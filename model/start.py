@@ -11,7 +11,7 @@ from transformers import BertConfig, PreTrainedTokenizerBase
 
 from model import adapter, loading
 from model.loading import list_labels, read_config
-from model.source import Source, locate, sha256_of
+from model.source import AdapterSettings, Source, locate, sha256_of
 from model.tuning import TUNING, TuningMethod, count_parameters
 from runtime.files import UserError, read_json
 from runtime.training_state import WEIGHT
@@ -35,9 +35,12 @@ class Start:
         self.source = locate(path)
         self.sources = [self.source]
         self.config, self.tuned_by = read_model_config(self.source)
+        check_backbone(self.source, self.config)
         if args.do_train:
             self.method = TUNING[args.tuning_method]
             self.method.configure(self.config, args)
+            if self.method.needs_backbone:
+                self.config.backbone_sha256 = sha256_of([self.source.backbone])
             self.title = self.method.title(self.config)
             self.config.problem_type = args.problem_type
         elif self.tuned_by:
@@ -87,7 +90,7 @@ class Start:
         """Return the model's part of run.json."""
         return {
             "backbone": self.source.name,
-            "weights_sha256": sha256_of(self.sources),
+            "weights_sha256": sha256_of([folder for one in self.sources for folder in one.folders]),
             "method": self.title,
             "library": self.method.library(self.config),
             "started_from": self.started_from,
@@ -138,9 +141,9 @@ def read_model_config(source: Source) -> tuple[BertConfig, TuningMethod | None]:
         config.tuning_method, config.pooling = "full", "cls"
         return config, TUNING["full"] if config.architectures == loading.TUNED else None
     path = source.adapter / adapter.ADAPTER_CONFIG
-    settings = read_json(path)
+    settings = read_json(path, AdapterSettings)
     methods = {peft_type: one for one in TUNING.values() for peft_type in one.peft_types}
-    kind, task = str(settings.get("peft_type")), settings.get("task_type")
+    kind, task = settings.get("peft_type"), settings.get("task_type")
     if task != "SEQ_CLS" or kind not in methods:
         raise UserError(
             f"{path}: peft_type {kind} with task_type {task}; only {', '.join(methods)} with "
@@ -150,8 +153,21 @@ def read_model_config(source: Source) -> tuple[BertConfig, TuningMethod | None]:
     if written_by_peft and kind != "PREFIX_TUNING":
         raise UserError(f"{source.adapter} lacks config.json, which stores its labels")
     config = read_config(source.backbone if written_by_peft else source.adapter)
-    config.tuning_method = methods[kind].name
+    config.tuning_method, config.pooling = methods[kind].name, methods[kind].pooling
     methods[kind].read_settings(config, settings, path)
     if written_by_peft:  # PEFT stores no labels
         config.num_labels = adapter.count_labels(source.adapter)
     return config, methods[kind]
+
+
+def check_backbone(source: Source, config: BertConfig, checksum: str | None = None) -> None:
+    """Check that an adapter's backbone is the one that it was tuned on, if it stores the checksum.
+
+    checksum: the backbone's, if it is known. Raises: UserError.
+    """
+    expected = getattr(config, "backbone_sha256", None)
+    if source.adapter and expected and expected != (checksum or sha256_of([source.backbone])):
+        raise UserError(
+            f"{source.adapter} was tuned on another {source.name}: its weights, config or "
+            "tokenizer have changed since; restore them, or tune again"
+        )

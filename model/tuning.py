@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
 from model import adapter
-from model.loading import TUNED, load_weights
+from model.loading import TUNED, load_weights, read_shapes
 from model.prefix_encoder import keys_and_values, prefix_width
 from model.sequence_classification import (
     BertForSequenceClassification,
@@ -38,6 +38,7 @@ class TuningMethod:
     model_class = BertForSequenceClassification
     pooling = "cls"  # a key of model.sequence_classification.POOLINGS
     peft_types: tuple[str, ...] = ()  # of adapter_config.json; all but PREFIX_TUNING are ours
+    needs_backbone = False  # whether a tuned folder lacks the backbone's weights
 
     def title(self, config: BertConfig) -> str:
         """Return the method's name in reports."""
@@ -84,7 +85,7 @@ class TuningMethod:
         """
         new = self.may_lack(config) + ((HEAD,) if fresh_head or source.adapter else ())
         model = load_weights(self.model_class, source.backbone, config, new)
-        if fresh_head and config.architectures == TUNED:  # otherwise there was no head to load
+        if fresh_head and f"{HEAD}weight" in read_shapes(source.backbone):  # it was loaded
             nn.init.normal_(model.classifier.weight, std=config.initializer_range)
             nn.init.zeros_(model.classifier.bias)
         if source.adapter:
@@ -123,6 +124,7 @@ class TuningMethod:
 class AdapterMethod(TuningMethod):
     """A method that freezes most of the backbone and stores only the trained weights."""
 
+    needs_backbone = True
     stored: ClassVar[dict] = {}  # config settings that differ in the stored config.json
 
     def settings(self, config: BertConfig) -> dict:

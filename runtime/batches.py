@@ -17,6 +17,7 @@ from runtime.csv_reader import row_list
 from runtime.files import UserError
 
 if TYPE_CHECKING:  # saves half a second in scripts that only read CSV files
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 # Batches per window of shuffled rows that is sorted by length: enough to leave little padding, few
 # enough that an epoch is not one sorted list.
 WINDOW_BATCHES = 100
+# Words of BERT have 100 characters at most, longer ones become one unknown token.
+CHARACTERS_PER_TOKEN = 100
 
 
 class TextRows(Protocol):
@@ -90,25 +93,39 @@ def encode(
     text_index, distinct = pd.factorize(keys)
     if index is not None:
         distinct, index = zip(*distinct, strict=True)
-    tokens = tokenizer(
-        list(distinct),
-        truncation=True,
-        max_length=max_length,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
-    cut = np.array([bool(encoding.overflowing) for encoding in tokens.encodings])[text_index]
+    options = {"truncation": True, "max_length": max_length}
+    options |= {"return_attention_mask": False, "return_token_type_ids": False}
+    # the tokenizer would take minutes and gigabytes for texts of megabytes
+    limit = CHARACTERS_PER_TOKEN * max_length
+    tokens = tokenizer([text[:limit] for text in distinct], **options)
+    token_ids, encodings = tokens["input_ids"], tokens.encodings
+    for number, text in enumerate(distinct):
+        if len(text) > limit and not ends_before_last_word(encodings[number]):
+            whole = tokenizer([text], **options)
+            token_ids[number], encodings[number] = whole["input_ids"][0], whole.encodings[0]
+    cut = np.array([bool(encoding.overflowing) for encoding in encodings])[text_index]
     if cut.any():
         message = "%s: %d of %d texts are longer than %d tokens and were cut (--max_seq_length)"
         logger.warning(message, split.path, cut.sum(), len(split), max_length)
     return Encoded(
-        token_ids=tokens["input_ids"],
+        token_ids=token_ids,
         text_index=text_index,
         labels=split.label_ids,
         rows=split.rows,
         pad_token_id=tokenizer.pad_token_id,
         prefix_index=None if index is None else np.array(index),
     )
+
+
+def ends_before_last_word(encoding: "Encoding") -> bool:
+    """Whether the tokens that are kept end before the last word, so that its end cannot matter."""
+    if not encoding.overflowing:
+        return False
+    kept, last = (
+        max((word for word in part.word_ids if word is not None), default=-1)
+        for part in (encoding, encoding.overflowing[-1])
+    )
+    return kept < last
 
 
 def prefix_index(split: TextRows, column: str | None, paths: list[str] | None) -> np.ndarray | None:

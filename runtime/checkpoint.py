@@ -5,7 +5,6 @@ byte for byte: the optimizer's moments, the weights of the best epoch, the state
 metrics so far. Tensors are safetensors and everything else is JSON; nothing is unpickled.
 """
 
-import json
 import logging
 import os
 import re
@@ -13,17 +12,59 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import torch
+from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from runtime.files import UserError, sha256, sync, to_json
+from runtime.files import UserError, read_json, sha256, sync, to_json
+from runtime.record import Record
 
 logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "training.safetensors"
+
+Count = Annotated[int, Meta(ge=0)]
+
+
+class FileDescription(TypedDict):
+    """The entry of one file in the manifest."""
+
+    bytes: Count
+    sha256: str
+
+
+class ProgressState(TypedDict):
+    """What `training_state.Progress` stores."""
+
+    done: Count
+    examples: Count
+    loss_sum: float
+    recent: list[tuple[Count, float]]
+    norm: float
+    rate: float
+    seconds: float
+
+
+class BestState(TypedDict):
+    """What `training_state.BestEpoch` stores."""
+
+    epoch: Count
+    value: float | None
+
+
+class State(TypedDict):
+    """The content of state.json."""
+
+    step: Count
+    best_step: Count
+    progress: ProgressState
+    best: BestState
+    run: Record
+
 
 Tensors = dict[str, torch.Tensor]
 # Reads the tensors in a folder's model files, by their checkpoint names; a checkpoint does not
@@ -40,7 +81,7 @@ class Checkpoint:
     """A whole, verified checkpoint."""
 
     path: Path
-    state: dict  # of the loop: "step", "best_step", "run", and the state of TrainingState
+    state: State
     tensors: Tensors
 
     @property
@@ -104,13 +145,17 @@ def read(folder: Path, stored: StoredTensors) -> Checkpoint:
     Raises: CheckpointError if a file is missing, cut off or changed.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST, dict[str, FileDescription])
+        for name in {path.name for path in folder.iterdir()} - {MANIFEST} ^ manifest.keys():
+            raise CheckpointError(f"{folder} is damaged: {name} is missing, here or in {MANIFEST}")
         for name, described in manifest.items():
             if describe(folder / name) != described:
                 raise CheckpointError(f"{folder} is damaged: {name} does not match its checksum")
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_json(folder / STATE, State)
         tensors = stored(folder) | load_file(folder / TENSORS)
-    except (OSError, ValueError, AttributeError, TypeError, SafetensorError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, UserError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from None
     return Checkpoint(folder, state, tensors)
 

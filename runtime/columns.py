@@ -8,6 +8,9 @@ file can have names everywhere else.
 import re
 from argparse import Namespace
 from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
 
 from arguments import fill
 from runtime.files import UserError, read_json, sha256
@@ -20,13 +23,61 @@ DEFAULTS = {
 }
 
 
+class Columns(TypedDict, total=False):
+    """The settings that tell which columns a run reads."""
+
+    text_column_names: Annotated[list[str], Meta(min_length=1)]
+    text_column_delimiter: str
+    label_column_name: str
+    label_names: dict[str, str] | None
+
+
+class TrainedRun(TypedDict, total=False):
+    """The part of run.json, or of the `run` in a checkpoint's state.json, that is read here."""
+
+    settings: Columns
+
+
+class CheckpointState(TypedDict, total=False):
+    """The part of state.json that is read here."""
+
+    run: TrainedRun
+
+
+class SplitRecord(TypedDict, total=False):
+    """The entries of split.json that are used."""
+
+    files: dict[str, str]  # checksums by name
+    columns: Columns
+    label_names: dict[str, str] | None
+    synthetic: bool
+    protocol: str
+    input: str
+    input_sha256: str
+    parameters: dict[str, Any]
+
+
 def fill_columns(args: Namespace) -> None:
     """Fill in the columns that no flag gives, and the labels' names.
 
-    Raises: UserError if the label column is also a text column.
+    Raises: UserError if the label column is also a text column, or if the folders of several
+        prefixes remember different columns.
     """
-    model = args.prefix_paths[0] if args.prefix_paths else args.model_name_or_path
-    known = read_or_empty(Path(model) / "run.json").get("settings", {})
+    folders = args.prefix_paths or [args.model_name_or_path]
+    found = [remembered_columns(Path(folder)) for folder in folders]
+    known = found[0]
+    for folder, other in zip(folders, found, strict=True):
+        for name in ("text_column_names", "text_column_delimiter", "label_column_name"):
+            if getattr(args, name) is None and other.get(name) != known.get(name):
+                raise UserError(
+                    f"--prefix_paths: {folders[0]} and {folder} were tuned with different --{name}"
+                    f" ({known.get(name)} and {other.get(name)}): pass the one to read"
+                )
+        names, more = known.get("label_names") or {}, other.get("label_names") or {}
+        if clash := [label for label in more if names.get(label, more[label]) != more[label]]:
+            raise UserError(f"--prefix_paths: label '{clash[0]}' has another name in {folder}")
+        if more:
+            known = known | {"label_names": names | more}
     if "text_column_names" not in known:
         known = split_columns(args.train_file) if args.do_train else {}
     args.label_names = None
@@ -35,30 +86,34 @@ def fill_columns(args: Namespace) -> None:
         raise UserError(f"--text_column_names: '{args.label_column_name}' is the label column")
 
 
+def remembered_columns(folder: Path) -> Columns:
+    """Return the columns that a tuned model or one of its checkpoints remembers; {} if none.
+
+    Raises: UserError if its record has other types.
+    """
+    if (folder / "run.json").is_file():
+        return read_json(folder / "run.json", TrainedRun).get("settings", {})
+    if (folder / "state.json").is_file():
+        return read_json(folder / "state.json", CheckpointState).get("run", {}).get("settings", {})
+    return {}
+
+
 def split_columns(path: str | Path) -> dict:
     """Return the columns and label names in the split.json beside a split file, else `DEFAULTS`."""
     split = read_split_record(path)
     return DEFAULTS | {"label_names": split.get("label_names"), **split.get("columns", {})}
 
 
-def read_split_record(path: str | Path, checksum: str | None = None) -> dict:
+def read_split_record(path: str | Path, checksum: str | None = None) -> SplitRecord:
     """Return the split.json beside a split file, or {} if it does not list this very file.
 
     checksum: the file's, if it is known.
     """
     path = Path(path)
-    record = read_or_empty(path.parent / "split.json")
     try:
+        record = read_json(path.parent / "split.json", SplitRecord)
         return record if record["files"][path.name] == (checksum or sha256(path)) else {}
-    except (OSError, KeyError, TypeError):
-        return {}
-
-
-def read_or_empty(path: Path) -> dict:
-    """Read a JSON object, or return {} if there is none; others report what is wrong with it."""
-    try:
-        return read_json(path)
-    except UserError:
+    except (OSError, KeyError, UserError):  # none, or of another program or file
         return {}
 
 

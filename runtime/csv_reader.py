@@ -1,6 +1,8 @@
 """Read CSV files as text, strictly: a malformed file is rejected with row and line, not misread."""
 
 import csv
+import hashlib
+import io
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -9,15 +11,27 @@ from typing import TextIO
 
 import numpy as np
 import pandas as pd
+from tokenizers.normalizers import BertNormalizer
 
-from runtime.files import UserError
+from runtime.files import UserError, check_regular
 
+NORMALIZER = BertNormalizer(lowercase=True)
+COMPRESSED = {
+    b"\x1f\x8b": "compressed: unpack it with gunzip",
+    b"PK": "a zip archive or a spreadsheet: unpack it, or save the table as CSV",
+}
+PASS_ENCODING = (
+    "pass its encoding (main.py --csv_encoding NAME, preprocess.sh -p csv_encoding NAME)"
+)
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 
 
 def text_key(text: str) -> str:
-    """Return a text's key: two texts are the same if they agree up to case and whitespace."""
-    return " ".join(text.split()).casefold()
+    """Return a text's key: two texts with the same key are the same to an uncased BERT.
+
+    They agree up to case, accents, white space and control characters.
+    """
+    return " ".join(NORMALIZER.normalize_str(text).split()).casefold()
 
 
 def canonical_label(text: str) -> str:
@@ -26,22 +40,39 @@ def canonical_label(text: str) -> str:
     return re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
 
 
+class HashedFile(io.FileIO):
+    """A file that adds each byte that is read to a digest."""
+
+    def __init__(self, path: str | Path, digest) -> None:
+        super().__init__(path)
+        self.digest = digest
+
+    def readinto(self, buffer) -> int:
+        count = super().readinto(buffer)
+        self.digest.update(memoryview(buffer)[:count])
+        return count
+
+
 def read_rows(
     path: str | Path,
     encoding: str = "utf-8",
     fix_line: Callable[[str], str] = str,
     delimiter: str = ",",
+    digest=None,
 ) -> Iterator[list[str]]:
     """Yield the header and then each row of a CSV file, as text.
 
     Stricter than pandas, which pads short rows and merges lines after a stray quote: rows never
     vanish silently. A blank line is skipped, except in a file with one column, where it is a blank
     text. If the header ends in a line feed, a bare carriage return is an error: some program did
-    not quote it. `fix_line` is applied to each line before parsing, to repair a known flaw.
+    not quote it. `fix_line` is applied to each line before parsing, to repair a known flaw. At the
+    end, `digest` (of hashlib) is that of the bytes that were read.
 
     Raises: UserError for a file that is missing, empty, ragged, not in `encoding`, cut off inside a
-        quoted field, or contains a NUL byte.
+        quoted field, or contains a NUL byte; also for a pipe.
     """
+    check_regular(path)
+    digest = digest or hashlib.sha256()
     csv.field_size_limit(2**31 - 1)
     # The "-sig" codec also accepts a file without the byte order mark.
     codec = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
@@ -55,11 +86,12 @@ def read_rows(
     try:
         with open(path, encoding=codec, newline="") as file:
             # afterwards `last` ends the header
-            next(csv.reader(lines(file), strict=True, delimiter=delimiter), None)
+            next(filter(None, csv.reader(lines(file), strict=True, delimiter=delimiter)), None)
         end = last[len(last.rstrip("\r\n")) :]
-        with open(path, encoding=codec, newline="" if end == "\r" else "\n") as file:
+        raw = io.BufferedReader(HashedFile(path, digest))
+        with io.TextIOWrapper(raw, codec, newline="" if end == "\r" else "\n") as file:
             reader = csv.reader(lines(file), strict=True, delimiter=delimiter)
-            header = next(reader, None)
+            header = next(filter(None, reader), None)
             check_header(path, header)
             yield header
             number, line = 0, reader.line_num + 1
@@ -88,6 +120,11 @@ def check_header(path: str | Path, header: list[str] | None) -> None:
     """Reject an empty file, and duplicate columns, since one of them would be lost."""
     if not header:
         raise UserError(f"{path} is empty: it needs a header and rows")
+    if "\0" in "".join(header):
+        order = "be" if header[0].startswith("\0") else "le"
+        raise UserError(
+            f"{path} has NUL bytes in its header: {PASS_ENCODING}, perhaps utf-16-{order}"
+        )
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise UserError(f"{path} has the column {', '.join(map(repr, twice))} more than once")
@@ -118,12 +155,12 @@ def encoding_message(path: str | Path, encoding: str, codec: str, error: Unicode
         data.decode(codec)
     except UnicodeDecodeError as whole:  # `error` counts from the start of a chunk, not the file
         error = whole
+    if data[:2] in COMPRESSED:
+        return f"{path} is {COMPRESSED[data[:2]]}, not a CSV file"
     utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
-    return (
-        f"{path} is not {encoding}{at}: pass its encoding (main.py --csv_encoding NAME, "
-        f"preprocess.sh -p csv_encoding NAME), perhaps {'utf-16' if utf16 else 'cp1252'}"
-    )
+    likely = "utf-16" if utf16 else "cp1252"
+    return f"{path} is not {encoding}{at}: {PASS_ENCODING}, perhaps {likely}"
 
 
 def read_tables(
@@ -135,13 +172,14 @@ def read_tables(
     fix_line: Callable[[str], str] = str,
     delimiter: str = ",",
     hint: str = "",
+    digest=None,
 ) -> Iterator[pd.DataFrame]:
     """Yield a CSV file as text, `size` rows at a time or all at once; see `read_rows`.
 
     The index counts the file's rows from 1.
     Raises: UserError, also if there are no rows or, ending with `hint`, if a column is missing.
     """
-    lines = read_rows(path, encoding, fix_line, delimiter)
+    lines = read_rows(path, encoding, fix_line, delimiter, digest)
     header = next(lines)
     if missing := [name for name in columns if name not in header]:
         if len(header) == 1 and re.search(r"[;\t]", header[0]):

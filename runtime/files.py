@@ -1,4 +1,4 @@
-"""Atomic writes, JSON, checksums, and the exception for errors that the user can fix."""
+"""Atomic writes, checked JSON, checksums, and the exception for errors that the user can fix."""
 
 import hashlib
 import json
@@ -6,8 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import msgspec
 from safetensors import SafetensorError
+
+MAX_JSON_BYTES = 2**28  # far more than any file of a run
 
 
 class UserError(Exception):
@@ -24,10 +28,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all. Raises: UserError if writing fails."""
+    """Write a UTF-8 text file, whole or not at all, even if the power fails.
+
+    Raises: UserError if writing fails.
+    """
     new = path.with_name(f"{path.name}.new")
     with writing(path):
         new.write_text(text, encoding="utf-8")
+        sync(new)
         os.replace(new, path)
 
 
@@ -36,25 +44,37 @@ def to_json(content: object) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON file. Raises: UserError if it is unreadable or not a JSON object."""
+def check_regular(path: str | Path) -> None:
+    """Check a file before it is opened. Raises: UserError for a pipe or a device.
+
+    Files are read more than once, and a pipe can be read only once; others never end.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a pipe or a device: write its content to a file and pass that")
+
+
+def read_json(path: Path, kind: Any = dict[str, Any], lines: bool = False) -> Any:
+    """Read a JSON file as a `kind`: a type that msgspec checks, such as a TypedDict or a Struct.
+
+    lines: the file has one JSON value per line; return a list of them, empty if there is no file.
+    Raises: UserError if it is unreadable, too large, nested too deeply or not of this kind.
+    """
+    check_regular(path)
+    if lines and not path.exists():
+        return []
+    decoder = msgspec.json.Decoder(kind)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
+        return (decoder.decode_lines if lines else decoder.decode)(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content
-
-
-def read_json_lines(path: Path) -> list[dict]:
-    """Read a JSON-lines file; return an empty list if there is none."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal. Raises: UserError for a pipe or a device."""
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

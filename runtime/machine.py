@@ -19,7 +19,8 @@ class Machine:
     group: Group = ALONE  # of processes; the main one shows progress
 
     def __str__(self) -> str:
-        return f"device {self.device}, precision {self.precision}"
+        several = f", {self.group.size} processes that share each batch" * (self.group.size > 1)
+        return f"device {self.device}, precision {self.precision}{several}"
 
     def describe(self) -> dict:
         """Return the machine's part of a run's settings."""

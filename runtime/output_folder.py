@@ -1,7 +1,7 @@
 """The output folder: results appear at the end, and only files that this program wrote are removed.
 
-A run writes into the subfolder `unfinished` and moves its files up at the very end; `run.json`,
-which lists them, is moved last. A failed run leaves the results of an earlier run unchanged.
+A run writes into the subfolder `unfinished`; at the very end its files replace those of an earlier
+run, all at once. `run.json` lists them. A failed run leaves the earlier results unchanged.
 """
 
 import fcntl
@@ -11,14 +11,15 @@ import os
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from runtime import checkpoint
-from runtime.files import UserError, read_json, read_json_lines, sync, to_json, write_text, writing
+from runtime.files import UserError, read_json, sync, to_json, write_text, writing
 from runtime.record import RUN_FILE, read_record, same_run
+from runtime.swap import settle, swap
 
 METRICS = "metrics.jsonl"
 PROCESS = "process"  # file with the id of the running process, for messages
@@ -77,6 +78,7 @@ class OutputFolder:
             raise
         try:
             (self.staging / PROCESS).write_text(str(os.getpid()))
+            settle(self.path)  # a killed process may have left a swap
             self.check()
         except (OSError, UserError) as error:
             self.__exit__()
@@ -113,10 +115,8 @@ class OutputFolder:
     def check(self) -> None:
         """Reject a folder that contains anything that must not be replaced."""
         self.finished = read_record(self.path / RUN_FILE)
-        # a run that was killed while publishing listed its files in the staging folder
         self.unfinished = read_record(self.staging / RUN_FILE)
-        listed = {n for run in (self.finished, self.unfinished) for n in run.get("files", ())}
-        self.earlier = set(filter(OWN_FILE.fullmatch, listed))
+        self.earlier = set(filter(OWN_FILE.fullmatch, self.finished.get("files", ())))
         if not self.auto:  # with "auto" the results may be this run's, see `is_finished`
             self.refuse_earlier()
         here = {entry.name for entry in self.path.iterdir()}
@@ -146,23 +146,14 @@ class OutputFolder:
         if not self.auto:
             return False
         others = bool(self.unfinished) and not same_run(self.unfinished, record)
-        if self.finished and same_run(self.finished, record):
-            if not self.unfinished:  # it may have been killed while publishing
-                self.move_checkpoints(self.finished["files"])
-            if all((self.path / name).exists() for name in self.finished["files"]):
-                if not others:
-                    shutil.rmtree(self.staging)
-                return True
+        complete = all((self.path / name).exists() for name in self.finished.get("files", ()))
+        if self.finished and same_run(self.finished, record) and complete:
+            if not others:
+                shutil.rmtree(self.staging)
+            return True
         if not self.unfinished or others:
             self.refuse_earlier()
         return False
-
-    def move_checkpoints(self, names: Iterable[str]) -> None:
-        """Move the checkpoints among `names` that are still in `unfinished` to the results."""
-        with writing(self.path):
-            for name in names:
-                if checkpoint.NAME.fullmatch(name) and (self.staging / name).exists():
-                    os.replace(self.staging / name, self.path / name)
 
     def refuse_earlier(self) -> None:
         """Reject a folder with results that must not be replaced. Raises: UserError."""
@@ -197,7 +188,7 @@ class OutputFolder:
                     remove(entry)
             if text is not None:
                 (self.staging / METRICS).write_bytes(text)
-        self.write_json(RUN_FILE, {**record, "files": sorted(self.earlier)})
+        self.write_json(RUN_FILE, {**record, "files": []})
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, whole or not at all."""
@@ -223,7 +214,7 @@ class OutputFolder:
 
     def read_metrics(self) -> list[dict]:
         """Read the lines that this run has appended to metrics.jsonl."""
-        return read_json_lines(self.staging / METRICS)
+        return read_json(self.staging / METRICS, lines=True)
 
     def copy_metrics(self, folder: Path) -> None:
         """Copy metrics.jsonl into a checkpoint."""
@@ -233,31 +224,18 @@ class OutputFolder:
     def publish(self, record: dict, keep_checkpoints: bool = False) -> None:
         """Replace an earlier run's files with this run's; `record` becomes run.json.
 
-        A run killed while publishing can publish again, or is completed by `is_finished`: the list
-        of files is written before the first file is moved, and checkpoints are moved or removed
-        after everything else is on the disk.
+        The folder shows the earlier files or the new ones at any time, see `runtime.swap`. A run
+        that is killed before the change can publish again; afterwards it is complete.
 
         Raises: UserError if the folder cannot be written to; the new files stay in `unfinished`.
         """
         names = {entry.name for entry in self.staging.iterdir()} - {PROCESS} | {RUN_FILE}
         checkpoints = {name for name in names if checkpoint.NAME.fullmatch(name)}
         names -= set() if keep_checkpoints else checkpoints
-        self.write_json(RUN_FILE, {**record, "files": sorted(names | self.earlier)})
-        now = names - checkpoints - {RUN_FILE}
+        self.write_json(RUN_FILE, {**record, "files": sorted(names)})
         with writing(self.path):
-            self.sync_staged(now)
-            for name in sorted(now):
-                if (self.path / name).is_dir():  # a rename replaces files only
-                    shutil.rmtree(self.path / name)
-                os.replace(self.staging / name, self.path / name)
-            for name in self.earlier - now - {RUN_FILE}:
-                remove(self.path / name)
-            self.write_json(RUN_FILE, {**record, "files": sorted(names)})
-            sync(self.staging / RUN_FILE)
-            os.replace(self.staging / RUN_FILE, self.path / RUN_FILE)
-            sync(self.path)
-        self.move_checkpoints(sorted(names))
-        with writing(self.path):
+            self.sync_staged(names)
+            swap(self.path, self.staging, self.earlier, names)
             shutil.rmtree(self.staging)
             sync(self.path)
 

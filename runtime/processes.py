@@ -4,9 +4,11 @@ Each process has the whole model and all the data, and computes its share of eve
 are summed over all processes. A single process is a group of one. Also handles stop signals.
 """
 
+import ctypes
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +19,15 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from runtime.files import UserError
+from runtime.record import differences
+
 Value = TypeVar("Value")
 # How long to wait for a process that is busy alone, such as the main one while it saves a large
 # model. A process that has died is noticed at once.
 PATIENCE = timedelta(minutes=30)
+SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,32 @@ class Group:
         dist.all_gather_object(values, value)
         return values
 
+    def agree(self, prepare: Callable[[], Value], compared: Callable[[Value], dict]) -> Value:
+        """Return what `prepare` returns, if `compared` makes the same of it in all processes.
+
+        Raises: UserError of the first process that fails or differs; SystemExit in the others, so
+            that one line is shown.
+        """
+        if self.size == 1:
+            return prepare()
+        found, problem = None, None
+        try:
+            found = prepare()
+        except UserError as error:
+            problem = str(error)
+        outcomes = self.gather((problem, compared(found) if found else None))
+        for rank, (failed, what) in enumerate(outcomes):
+            if not failed and outcomes[0][1] and (differs := differences(outcomes[0][1], what)):
+                failed = (
+                    f"{', '.join(differs)} differ from the first process's: start all "
+                    "processes with the same flags, files and model"
+                )
+            if failed and self.is_main:
+                raise UserError(f"process {rank}: {failed}" if rank else failed)
+            if failed:
+                raise SystemExit(2)
+        return found
+
     def from_main(self, value: Value) -> Value:
         """Return the value that the main process passes."""
         if self.size == 1:
@@ -79,20 +112,35 @@ def is_lost(error: Exception) -> bool:
 @contextmanager
 def joined() -> Iterator[Group]:
     """Join torchrun's process group for the duration of a run; only its main process logs."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
         yield ALONE
         return
+    if missing := [name for name in SET_BY_TORCHRUN if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE is {size}, but {missing[0]} is not set: start several processes with "
+            "torchrun, or unset WORLD_SIZE"
+        )
+    end_with_parent()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    group = Group(dist.get_rank(), size)
+    try:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    except ValueError as error:  # a variable of torchrun's that is no number
+        raise UserError(f"the processes cannot be joined: {error}") from None
+    group = Group(dist.get_rank(), dist.get_world_size())
     if not group.is_main:
         logging.disable(logging.WARNING)
     try:
         yield group
     finally:
         dist.destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """Let the kernel send SIGTERM if the parent ends: torchrun may be killed. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

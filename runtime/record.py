@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypedDict
 
 from runtime.columns import read_split_record
 from runtime.files import UserError, read_json
@@ -21,6 +22,28 @@ FREE_SETTINGS = set(
     "output_dir overwrite_output_dir resume_from_checkpoint save_strategy save_steps "
     "save_total_limit train_file validation_file test_file model_name_or_path report_to".split()
 )
+
+
+class File(TypedDict):
+    """A data file in a record; only its content counts."""
+
+    path: str
+    rows: int
+    sha256: str
+
+
+class Record(TypedDict, total=False):
+    """The entries of run.json that are read back; a baseline's has less, and all have more."""
+
+    files: list[str]
+    settings: dict[str, Any]
+    data: dict[str, File]
+    labels: list[str]
+    weights_sha256: str | None
+    commit: str | None
+    versions: dict[str, str]
+    command: str
+    synthetic: bool
 
 
 def describe_run(settings: dict, model: dict, labels: list[str], data: dict[str, dict]) -> dict:
@@ -56,12 +79,25 @@ def is_synthetic(described: dict) -> bool:
 
 
 def commit() -> str | None:
-    """Return the commit of this program, with "+" if files were changed since; None without git."""
-    here = Path(__file__).parent
+    """Return the commit of this program, with "+" if files were changed since.
+
+    None without git, and for a copy that is not tracked but lies within another repository.
+    """
+    asked = (
+        ["ls-files", "--error-unmatch", __file__],
+        ["rev-parse", "HEAD"],
+        ["status", "--porcelain", "-uno"],
+    )
     try:
-        name, status = (
-            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        _, name, status = (
+            subprocess.run(
+                ["git", *words],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            for words in asked
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -78,25 +114,18 @@ def read_record(path: Path) -> dict:
     """Read a run.json, or return {} if there is none. Raises: UserError if no run wrote it."""
     if not path.exists():
         return {}
-    try:
-        record = read_json(path)
-        listed = all(isinstance(name, str) for name in record["files"])
-    except (UserError, KeyError, TypeError):
-        listed = False
-    if not listed:
+    record = read_json(path, Record)
+    if "files" not in record:
         raise UserError(f"{path} was not written by a run: move it away")
     return record
 
 
 def identity(record: dict) -> dict:
     """Return the part that determines a run's results, given the same package versions."""
-    try:
-        settings = {k: v for k, v in record["settings"].items() if k not in FREE_SETTINGS}
-        data = {name: described["sha256"] for name, described in record["data"].items()}
-        weights = {name: record[name] for name in ("labels", "weights_sha256")}
-    except (KeyError, AttributeError, TypeError) as error:
-        return {"unreadable": str(error)}
-    return {"settings": settings, "data": data, **weights}
+    settings = {k: v for k, v in record.get("settings", {}).items() if k not in FREE_SETTINGS}
+    data = {name: described["sha256"] for name, described in record.get("data", {}).items()}
+    model = {name: record.get(name) for name in ("labels", "weights_sha256")}
+    return {"settings": settings, "data": data, **model}
 
 
 def differences(one: dict, other: dict) -> list[str]:
@@ -126,15 +155,14 @@ def check_same_run(folder: Path, earlier: dict, record: dict) -> None:
             f"{folder} belongs to a run with different {', '.join(found)}: repeat that command, or "
             "start over with --overwrite_output_dir and without --resume_from_checkpoint"
         )
-    if earlier["commit"] != record["commit"]:
-        logger.warning(
-            "warning: this run started at commit %s; results may differ", earlier["commit"]
-        )
-    for name in differences(earlier["versions"], record["versions"]):
+    commit, versions = earlier.get("commit"), earlier.get("versions", {})
+    if commit != record["commit"]:
+        logger.warning("warning: this run started at commit %s; results may differ", commit)
+    for name in differences(versions, record["versions"]):
         logger.warning(
             "warning: this run started with %s %s and continues with %s; the last digits of the "
             "results may differ",
             name,
-            earlier["versions"].get(name),
+            versions.get(name),
             record["versions"].get(name),
         )

@@ -31,7 +31,7 @@ from dataset import Split, read_split, reading_options
 from evaluation import pages, plots
 from evaluation.paired import paired_test, read_predictions
 from runtime.columns import split_columns
-from runtime.files import UserError, read_json, read_json_lines, sha256
+from runtime.files import UserError, read_json, sha256
 from runtime.record import RUN_FILE, read_record
 from script import learning_curve
 
@@ -154,7 +154,7 @@ def read(run: dict) -> dict:
     record = read_record(run["folder"] / RUN_FILE)
     return run | {
         "results": results,
-        "records": read_json_lines(run["folder"] / "metrics.jsonl"),
+        "records": read_json(run["folder"] / "metrics.jsonl", lines=True),
         "commit": record["commit"],
         "synthetic": record.get("synthetic"),
         "predictions": read_predictions(run["folder"]),

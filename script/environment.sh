@@ -52,9 +52,9 @@ install() {
 }
 
 PYTHON=
-for candidate in "${VIRTUAL_ENV:-}/bin/python" "${CONDA_PREFIX:-}/bin/python" \
-    "$PWD/.venv/bin/python" python3; do
-    if serves "$candidate" "$@"; then
+for candidate in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" \
+    "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}" "$PWD/.venv/bin/python" python3; do
+    if [ -n "$candidate" ] && serves "$candidate" "$@"; then
         PYTHON=$candidate
         break
     fi

@@ -66,6 +66,7 @@ FLAGS = """
     --problem_type
     --report_to
     --resume_from_checkpoint
+    --safe_csv
     --save_steps
     --save_strategy
     --save_total_limit
@@ -158,13 +159,13 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
         (["--eval_strategy", "no", "--early_stopping_patience", "1"], "--early_stopping_patience"),
         (["--metric_for_best_model", "micro_f1"], "micro_f1 is for multi-label data"),
         (["--text_column_names", "a,,b"], "'a,,b' contains an empty column name"),
-        (["--csv_encoding", "utf-9"], "Python has no encoding 'utf-9'"),
+        (["--csv_encoding", "utf-9"], "Python cannot read files in 'utf-9'"),
         (["--model_name_or_path", "./out"], "--output_dir is the folder of the model"),
         (["--eval_strategy", "no", "--metric_for_best_model", "loss"], "--metric_for_best_model n"),
         (["--warmup_steps", "inf"], "--warmup_steps: 'inf' is not a number"),
         (["--warmup_steps", "2.5"], "--warmup_steps must be a whole number"),
         (["--weight_decay", "2"], "--weight_decay: 2 is out of range"),
-        (["--csv_encoding", "undefined"], "Python has no encoding 'undefined'"),
+        (["--csv_encoding", "undefined"], "Python cannot read files in 'undefined'"),
         (["--output_dir", ""], "--output_dir is missing"),
         (["--output_dir", "caf\udce9"], "'caf\\udce9' is not UTF-8"),
         (

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed or damaged resume and end as if nothing had happened."""
 
+import errno
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 import main
 from killing import check_end, command, comparable, kill_until_done
-from runtime import checkpoint, output_folder
+from runtime import checkpoint, output_folder, swap
 from runtime.output_folder import OutputFolder
 from runtime.training_state import MOMENTS
 from test_main import ADAPTER, FULL, RESULTS, hashes, load
@@ -242,19 +243,111 @@ def test_a_run_killed_while_publishing_resumes(run, monkeypatch, kept):
 
 def test_results_are_synced_to_disk_before_they_are_published(run, monkeypatch):
     """Otherwise a power cut could leave them empty after the checkpoints are removed."""
-    synced, moved = set(), []
-    sync, replace = output_folder.sync, os.replace
-    monkeypatch.setattr(output_folder, "sync", lambda path: (synced.add(str(path)), sync(path)))
+    synced, shown = set(), []
+    sync, point = output_folder.sync, swap.point
 
-    def move(one, other):
-        if Path(one).name in RESULTS | FULL and Path(one).parent != Path(other).parent:
-            moved.append((str(one), str(one) in synced))
-        replace(one, other)
+    def note(path):
+        synced.add(path.stat().st_ino)
+        sync(path)
 
-    monkeypatch.setattr(os, "replace", move)
+    def check(folder, target):
+        if target == swap.NEW:
+            shown.extend((folder / target).iterdir())
+            assert all(path.stat().st_ino in synced for path in shown)
+        point(folder, target)
+
+    monkeypatch.setattr(output_folder, "sync", note)
+    monkeypatch.setattr(swap, "point", check)
     run()
-    assert {Path(path).name for path, _ in moved} == RESULTS | FULL
-    assert all(before for _, before in moved)
+    assert {path.name for path in shown} == RESULTS | FULL
+
+
+def visible(folder: Path) -> dict[str, bytes]:
+    """Read what a reader of the results sees: all files but hidden and unfinished ones."""
+    names = [n for n in os.listdir(folder) if not n.startswith(".") and n != "unfinished"]
+    paths = (path for name in names for path in (folder / name, *(folder / name).rglob("*")))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.is_file()}
+
+
+LINKS = ["symlink", "link", "replace", "unlink", "rmdir", "mkdir"]
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_folder_shows_the_old_or_the_new_results_at_any_time(
+    tmp_path, monkeypatch, hard_links, first
+):
+    """Before each file operation, and whatever operation a kill prevents; then `settle` ends it."""
+    old = {} if first else {"run.json": b"1", "gone": b"2", "checkpoint-3/a": b"3", "old/b": b"4"}
+    new = {"run.json": b"5", "added": b"6", "checkpoint-3/a": b"7", "checkpoint-6/c/d": b"8"}
+
+    def fill(folder, files):
+        for name, data in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+
+    class Killed(BaseException):
+        pass
+
+    ends, usual = [], {name: getattr(os, name) for name in LINKS}
+    for at in range(200):
+        folder, left = tmp_path / f"{at}", [at]
+        fill(folder, old | {"mine/notes": b"9"})
+        fill(folder / "unfinished", new | {"checkpoint-9/e": b"not published"})
+        before, after = old | {"mine/notes": b"9"}, new | {"mine/notes": b"9"}
+
+        def counted(name, folder=folder, before=before, after=after, left=left):
+            def call(*args, **options):
+                assert visible(folder) in (before, after)
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                if name == "link" and not hard_links:
+                    raise OSError(errno.EPERM, "none here")
+                return usual[name](*args, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in LINKS:
+                patch.setattr(os, name, counted(name))
+            try:
+                swap.swap(
+                    folder,
+                    folder / "unfinished",
+                    {name.split("/")[0] for name in old},
+                    {name.split("/")[0] for name in new},
+                )
+                done = True
+            except Killed:
+                done = False
+        assert visible(folder) in (before, after)
+        swap.settle(folder)
+        assert visible(folder) in (before, after)
+        ends.append(visible(folder) == after)
+        assert {n for n in os.listdir(folder) if n.startswith(".")} == set()
+        assert not any(path.is_symlink() for path in folder.rglob("*"))
+        assert {path.name for path in folder.iterdir() if path.is_dir()} - {"unfinished"} == {
+            name.split("/")[0] for name in visible(folder) if "/" in name
+        }
+        if done:
+            break
+    assert ends == sorted(ends)  # first the old ones, then the new ones
+    assert 15 < len(ends) < 200
+    assert {False, True} == set(ends)
+
+
+def test_results_replace_each_other_one_by_one_where_there_are_no_links(run, monkeypatch, caplog):
+    """As on some network shares; `run.json` comes last."""
+    expected = comparable(run(name="whole"))
+
+    def refuse(*args):
+        raise OSError(errno.EPERM, "none here")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    run("--seed", "1")
+    check_end(run("--overwrite_output_dir"), expected)
+    assert "its files change one by one" in caplog.text
 
 
 def test_a_finished_run_leaves_another_unfinished_one_alone(run, stop_at):

@@ -319,7 +319,7 @@ def test_class_figures_and_confusion_matrix_equal_scikit_learns():
     assert counts.more_metrics()["weighted_f1"] == pytest.approx(
         f1_score(labels, predicted, average="weighted")
     )
-    assert (score.confusion == confusion_matrix(labels, predicted)).all()
+    assert (score.details()["confusion"] == confusion_matrix(labels, predicted)).all()
     assert counts.rows == 200 and score.details()["support"] == expected[3].tolist()
 
 

@@ -1,0 +1,133 @@
+"""Replace some files of a folder by others at once: a reader sees the old or the new ones.
+
+No file system renames many files at once, but any renames one link. So each file is first replaced
+by a symbolic link to `.current/NAME`, where `.current` leads to a folder with the old files. Then
+`.current` is renamed to one that leads to the new files: this is the moment of the change. At last
+the files themselves replace their links. If the process is killed, `settle` goes back or forward.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from errno import ENOSYS, ENOTSUP, EPERM
+from pathlib import Path
+
+from runtime.files import sync
+
+CURRENT, OLD, NEW, LINK = ".current", ".old", ".new", ".link"
+
+logger = logging.getLogger(__name__)
+
+
+def files_of(folder: Path, names: Iterable[str] | None = None) -> set[str]:
+    """List the files behind these names, or all, relative to the folder; subfolders are opened."""
+    names = os.listdir(folder) if names is None and folder.is_dir() else names or ()
+    found = set()
+    for path in map(folder.joinpath, names):
+        found |= {path, *path.rglob("*")}
+    return {str(path.relative_to(folder)) for path in found if path.is_file()}
+
+
+def swap(folder: Path, source: Path, old: Iterable[str], new: Iterable[str]) -> None:
+    """Replace the entries `old` of a folder by the entries `new` of the folder `source`.
+
+    The new files must be on the disk already; then a power cut leaves the old or the new ones.
+    Raises: OSError if the folder cannot be written to; it still shows the old files.
+    """
+    old, new = files_of(folder, old), files_of(source, new)
+    try:
+        link_files(folder, old, folder / OLD)
+        link_files(source, new, folder / NEW)
+        show_through_links(folder, old | new)
+        point(folder, NEW)
+    except OSError as error:
+        settle(folder)
+        if error.errno not in (EPERM, ENOTSUP, ENOSYS):
+            raise
+        logger.warning("warning: no symbolic links in %s: its files change one by one", folder)
+        move_one_by_one(folder, source, old, new)
+    settle(folder)
+
+
+def link_files(folder: Path, names: set[str], copy: Path) -> None:
+    """Make a folder `copy` with hard links to these files."""
+    copy.mkdir()
+    for name in sorted(names):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(folder / name, copy / name)
+        except OSError:  # a file system without hard links
+            shutil.copy2(folder / name, copy / name)
+            sync(copy / name)
+    sync_folders(copy, names)
+
+
+def show_through_links(folder: Path, names: set[str]) -> None:
+    """Replace the old files by links to equal files, and add links that lead nowhere yet."""
+    point(folder, OLD)
+    for name in sorted(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        put_link(folder, name, os.path.join(*[".."] * name.count("/"), CURRENT, name))
+    sync_folders(folder, names)
+
+
+def point(folder: Path, target: str) -> None:
+    """Let all links lead into the subfolder `target`, at once."""
+    put_link(folder, CURRENT, target)
+    sync(folder)
+
+
+def put_link(folder: Path, name: str, target: str) -> None:
+    """Replace `folder`/`name` by a symbolic link."""
+    os.symlink(target, folder / LINK)
+    os.replace(folder / LINK, folder / name)
+
+
+def settle(folder: Path) -> None:
+    """Replace links by the files that they lead to, and remove those that lead nowhere.
+
+    This ends a swap, also one that was interrupted; without one it changes nothing.
+    """
+    (folder / LINK).unlink(missing_ok=True)
+    if (folder / CURRENT).is_symlink():
+        target = folder / os.readlink(folder / CURRENT)
+        names = files_of(folder / OLD) | files_of(folder / NEW)
+        for name in sorted(name for name in names if (folder / name).is_symlink()):
+            if (target / name).exists():
+                os.replace(target / name, folder / name)
+            else:
+                (folder / name).unlink()
+        remove_empty_folders(folder, names)
+        sync_folders(folder, names)
+        (folder / CURRENT).unlink()
+        sync(folder)
+    for name in (OLD, NEW):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def move_one_by_one(folder: Path, source: Path, old: set[str], new: set[str]) -> None:
+    """Replace the old files by the new ones, `run.json` last."""
+    for name in sorted(new, key=lambda name: (name == "run.json", name)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / name, folder / name)
+    for name in old - new:
+        (folder / name).unlink()
+    remove_empty_folders(folder, old)
+    sync_folders(folder, old | new)
+
+
+def remove_empty_folders(folder: Path, names: Iterable[str]) -> None:
+    """Remove the subfolders in which these files were, if nothing is left in them."""
+    places = {place for name in names for place in Path(name).parents} - {Path()}
+    for place in sorted(places, reverse=True):  # the deepest first
+        with suppress(OSError):  # something is left
+            (folder / place).rmdir()
+
+
+def sync_folders(folder: Path, names: Iterable[str]) -> None:
+    """Flush the folders of these files to the disk."""
+    for place in {folder, *((folder / name).parent for name in names)}:
+        if place.is_dir():
+            sync(place)
