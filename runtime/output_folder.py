@@ -182,7 +182,9 @@ class OutputFolder:
             for entry in list(self.staging.iterdir()):
                 match = checkpoint.NAME.fullmatch(entry.name)
                 kept = match and self.resumes_here and resumed and int(match[1]) <= resumed.step
-                if not kept and entry.name not in (RUN_FILE, PROCESS):
+                if kept and not (entry / checkpoint.MANIFEST).exists():  # half removed by `prune`
+                    remove(entry)
+                elif not kept and entry.name not in (RUN_FILE, PROCESS):
                     if match and resumed:
                         logger.warning("warning: removing %s, later than the resumed one", entry)
                     remove(entry)

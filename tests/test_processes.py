@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -61,6 +62,7 @@ def test_two_processes_learn_the_same_as_one(command, tmp_path, flags):
         if name.startswith(("eval_", "test_")):
             assert alone[name] == pytest.approx(together[name], rel=1e-3), name
     assert printed.stdout.count("accuracy on unseen texts") == 1
+    assert "2 processes that share each batch" in printed.stderr
 
 
 def test_a_stopped_group_resumes_to_the_same_bytes(command, tmp_path):
@@ -100,6 +102,37 @@ def test_all_processes_end_soon_if_one_dies(command, tmp_path):
     start = time.monotonic()
     assert child.wait(60) != 0
     assert time.monotonic() - start < 60
+
+
+def test_workers_end_with_torchrun(command, tmp_path):
+    """Killed with SIGKILL, it cannot stop them; they ran on for minutes."""
+    child = subprocess.Popen(
+        command("out", "--num_train_epochs", "2000"), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out" / "unfinished").glob("checkpoint-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True
+    )
+    workers = [Path("/proc", number) for number in found.stdout.split()]
+    assert len(workers) == 2
+    child.kill()
+    child.wait()
+    deadline = time.monotonic() + 20
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [os.kill(int(one.name), signal.SIGKILL) for one in workers if is_running(one)]
+    assert not left
+
+
+def is_running(process: Path) -> bool:
+    """Return whether the process of this folder in /proc runs; a zombie does not."""
+    try:
+        return process.joinpath("stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_each_row_belongs_to_exactly_one_process():

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 import main
-from killing import check_end, command, comparable, kill_until_done
+from killing import Points, check_end, command, comparable, kill_until_done, visible
 from runtime import checkpoint, output_folder, swap
 from runtime.output_folder import OutputFolder
 from runtime.training_state import MOMENTS
@@ -77,6 +77,7 @@ def test_an_interrupt_has_its_own_exit_status(run, stop_at):
 def test_a_second_signal_ends_the_run_at_once_and_safely(backbone, files, tmp_path):
     """The first one waits for the end of the step, which here never comes."""
     argv = [*command(backbone, files, "prefix"), "--output_dir", str(tmp_path / "out")]
+    argv += ["--save_steps", "1"]
     code = (
         "import sys, time, torch; sys.path.insert(0, sys.argv.pop(1)); import main, trainer\n"
         "usual = trainer.training_step\n"
@@ -111,8 +112,9 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(backbone, files, t
     expected = comparable(tmp_path / "whole")
     kills = 0
     for seed in range(10):
-        counts = kill_until_done(argv, tmp_path / f"{seed}", random.Random(seed), kills=3)
-        check_end(tmp_path / f"{seed}", expected)
+        chance, points = random.Random(seed), Points(tmp_path / "points")
+        counts = kill_until_done(argv, tmp_path / f"{seed}", chance, 3, points)
+        check_end(tmp_path / f"{seed}", expected, checkpoints=False)
         kills += counts["kills"]
         if kills >= 3:
             return
@@ -208,7 +210,7 @@ def test_a_run_killed_while_publishing_resumes(run, monkeypatch, kept):
     """Killed at each rename and removal; resuming needs no --overwrite_output_dir."""
     expected = comparable(run(*kept, name="whole"))
     usual = os.replace, shutil.rmtree
-    for at in range(100):
+    for at in range(0, 300, 9):
         left = [at]
 
         def counted(function, left=left):
@@ -260,13 +262,6 @@ def test_results_are_synced_to_disk_before_they_are_published(run, monkeypatch):
     monkeypatch.setattr(swap, "point", check)
     run()
     assert {path.name for path in shown} == RESULTS | FULL
-
-
-def visible(folder: Path) -> dict[str, bytes]:
-    """Read what a reader of the results sees: all files but hidden and unfinished ones."""
-    names = [n for n in os.listdir(folder) if not n.startswith(".") and n != "unfinished"]
-    paths = (path for name in names for path in (folder / name, *(folder / name).rglob("*")))
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.is_file()}
 
 
 LINKS = ["symlink", "link", "replace", "unlink", "rmdir", "mkdir"]

@@ -1,0 +1,611 @@
+"""Nothing wrong in silence: each is right, or status 2 and one line, and earlier results stay."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import main
+import trainer
+from conftest import ROOT, ROWS, bash, write_csv
+from dataset import read_split
+from evaluation.metrics import Score
+from model import source
+from model.loading import load_tokenizer
+from model.predictions import Predictions
+from model.source import locate, sha256_of
+from model.start import read_model_config
+from runtime import batches, checkpoint, record
+from runtime.csv_reader import text_key
+from runtime.files import UserError
+from test_main import hashes
+
+DEEP = '{"a":' * 100_000
+EPOCHS = ("--save_strategy", "epoch")
+AUTO = ("--resume_from_checkpoint", "auto")
+
+
+@contextmanager
+def within(seconds: int):
+    """Fail, instead of waiting forever, if the block takes longer."""
+
+    def fail(*_):
+        raise TimeoutError(f"not done within {seconds} s")
+
+    usual = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, usual)
+
+
+@pytest.fixture
+def predict(tmp_path, capsys):
+    """Predict a file with a model folder in at most 10 s; returns the status and what it said."""
+
+    def call(model: Path | str, *flags: str, name: str = "predicted") -> tuple[int, str]:
+        argv = ["--do_predict", "--output_dir", str(tmp_path / name), "--precision", "fp32"]
+        argv += [] if "--prefix_paths" in flags else ["--model_name_or_path", str(model)]
+        argv += [] if "--test_file" in flags else ["--test_file", str(tmp_path / "test.csv")]
+        capsys.readouterr()
+        with within(10):
+            status = main.main([*argv, "--overwrite_output_dir", *flags])
+        return status, capsys.readouterr().err
+
+    return call
+
+
+def one_line(outcome: tuple[int, str]) -> str:
+    """Check for status 2 and one line; returns the line."""
+    status, said = outcome
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert (status, len(lines)) == (2, 1), said
+    assert "Traceback" not in said
+    return lines[0]
+
+
+# -------------------------------------------------------------------------------- files of data
+
+CHANGES = {
+    "a column more": lambda text: text.replace("text,label", "text,label,more").replace(
+        "\n", ",\n"
+    ),
+    "columns swapped": lambda text: text.replace("text,label", "label,text"),
+    "a text changed": lambda text: text.replace("big team", "big race"),
+    "a row more": lambda text: text + "a dog,0\n",
+    "a row less": lambda text: text[: text.rindex("drum")],
+    "empty": lambda text: "",
+    "only a header": lambda text: "text,label\n",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_test_file_that_changes_while_it_is_used_is_refused(run, tmp_path, monkeypatch, change):
+    """Defect 1: it is checked, and read again later."""
+    run()
+    before, score = hashes(tmp_path / "out"), main.score
+    path = tmp_path / "test.csv"
+    text = path.read_text().replace("\r\n", "\n")
+    path.write_text(text)
+
+    def changed(*args, **options):
+        path.write_text(CHANGES[change](text))
+        return score(*args, **options)
+
+    monkeypatch.setattr(main, "score", changed)
+    run("--seed", "1", "--overwrite_output_dir", status=2)
+    after = {k: v for k, v in hashes(tmp_path / "out").items() if "/unfinished/" not in k}
+    assert after == before
+
+
+def test_texts_are_the_same_if_bert_reads_the_same(backbone):
+    """Defect 7: the leak audit counted such texts as unseen."""
+    same = ["Beyoncé  Live", "beyonce live", "Beyonce\u0301 Live", "BEYONCE\u200b LIVE"]
+    assert len({text_key(text) for text in same}) == 1
+    assert len({text_key(text) for text in ("a cat", "a bat", "acat")}) == 3
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "piped stdin"])
+def test_pipes_and_devices_are_refused(predict, run, tmp_path, kind):
+    """Defect 16: a pipe hung, a piped stdin was "empty", /dev/zero had no end."""
+    folder = run()
+    path = {"device": "/dev/zero", "piped stdin": "/dev/stdin"}.get(kind, str(tmp_path / "pipe"))
+    if kind == "pipe":
+        os.mkfifo(path)
+    if kind != "piped stdin":
+        assert "is a pipe or a device" in one_line(predict(folder, "--test_file", path))
+        return
+    argv = [sys.executable, "main.py", "--do_predict", "--model_name_or_path", str(folder)]
+    argv += ["--test_file", path, "--output_dir", str(tmp_path / "o")]
+    done = subprocess.run(
+        argv, cwd=ROOT, input="text\na cat\n", capture_output=True, text=True, timeout=60
+    )
+    assert "/dev/stdin is a pipe" in one_line((done.returncode, done.stderr))
+
+
+def test_files_that_are_no_csv_get_a_hint(tmp_path, caplog):
+    """Defect 19."""
+
+    def refusal(data: bytes, **options) -> str:
+        (tmp_path / "x.csv").write_bytes(data)
+        with pytest.raises(UserError) as error:
+            read_split(tmp_path / "x.csv", text_columns=["text"], **options)
+        return str(error.value)
+
+    assert "unpack it with gunzip" in refusal(b"\x1f\x8b\x08\x00\x00")
+    assert "save the table as CSV" in refusal(b"PK\x03\x04\x14\x00\x08\x08\x08\x00\xa5")
+    assert "perhaps utf-16-le" in refusal("text,label\na,1\n".encode("utf-16-le"))
+    assert "perhaps utf-16-be" in refusal("text,label\na,1\n".encode("utf-16-be"))
+    several = refusal(b"text,label\nsong,a||b\n", multi_label=True)
+    assert "leave out the |" in several and "--problem_type" not in several
+    (tmp_path / "x.csv").write_bytes(b"\n\r\ntext,label\na,1\n")
+    assert read_split(tmp_path / "x.csv", text_columns=["text"]).texts == ["a"]
+
+
+def test_a_few_equal_predictions_are_no_collapse(run, tmp_path, caplog, monkeypatch):
+    """Defect 19."""
+
+    def one_class(model, data, *rest):
+        return torch.eye(1, 3).repeat(len(data), 1)
+
+    monkeypatch.setattr(trainer, "predict", one_class)
+    write_csv(tmp_path / "val.csv", [ROWS[0], ROWS[4]])
+    run()
+    assert "every prediction is the same class" not in caplog.text
+    write_csv(tmp_path / "val.csv", ROWS)
+    run(name="more")
+    assert "every prediction is the same class" in caplog.text
+
+
+def test_long_texts_are_cut_before_they_are_tokenized(backbone, tmp_path, monkeypatch):
+    """Defect 18: a field of 50 MB took minutes and 3 GiB. The tokens are the same."""
+    config, _ = read_model_config(locate(backbone))
+    config.max_seq_length = 8
+    tokenizer = load_tokenizer(locate(backbone), config)
+    lengths = []
+
+    def noted(texts, **options):
+        lengths.extend(map(len, texts))
+        return tokenizer(texts, **options)
+
+    noted.pad_token_id = tokenizer.pad_token_id
+    random = np.random.default_rng(0)
+    pieces = ["cat", "dog", " ", " ", ",", "x" * 30, "\u0301", "中", "-", "song "]
+    texts = ["".join(random.choice(pieces, size)) for size in random.integers(1, 60, 300)]
+    rows = type("Rows", (), {"path": "x", "texts": texts, "label_ids": None, "rows": [1] * 300})
+    rows.__len__ = lambda self: 300
+    expected = batches.encode(noted, rows(), 8).token_ids
+    assert (
+        expected == tokenizer(list(dict.fromkeys(texts)), truncation=True, max_length=8).input_ids
+    )
+    monkeypatch.setattr(batches, "CHARACTERS_PER_TOKEN", 2)
+    assert batches.encode(noted, rows(), 8).token_ids == expected
+    monkeypatch.undo()
+    lengths.clear()
+    rows.texts = ["a cat, " * 1_000_000]
+    rows.__len__ = lambda self: 1
+    ids = batches.encode(noted, rows(), 8).token_ids
+    assert ids == tokenizer(["a cat, " * 9], truncation=True, max_length=8).input_ids
+    assert max(lengths) <= 800
+
+
+# ------------------------------------------------------------------------------ models, folders
+
+
+def test_a_prefix_knows_its_backbone(run, predict, tmp_path):
+    """Defect 2: the backbone is tuned again, and the prefix would predict differently."""
+    og = run(name="og")
+    prefix = run("--prefix", "--model_name_or_path", str(og), name="prefix")
+    assert predict(prefix)[0] == 0
+    expected = (tmp_path / "predicted" / "predictions.csv").read_bytes()
+    shutil.copytree(og, tmp_path / "kept")
+    run("--seed", "1", "--overwrite_output_dir", name="og")
+    assert "was tuned on another" in one_line(predict(prefix))
+    write_csv(tmp_path / "several.csv", [("a cat", str(prefix))], header=("text", "which"))
+    bank = ["--prefix_column", "which", "--test_file", str(tmp_path / "several.csv")]
+    assert "was tuned on another" in one_line(predict("", "--prefix_paths", str(prefix), *bank))
+    shutil.rmtree(og)
+    shutil.copytree(tmp_path / "kept", og)
+    assert predict(prefix)[0] == 0
+    assert (tmp_path / "predicted" / "predictions.csv").read_bytes() == expected
+    assert predict("", "--prefix_paths", str(prefix), *bank)[0] == 0
+
+
+def test_prefixes_of_different_columns_do_not_share_a_batch(run, predict, tmp_path):
+    """Defect 3."""
+    for name in ("train", "val"):
+        rows = [(text, "more", label, "one") for text, label in ROWS]
+        write_csv(tmp_path / f"{name}.csv", rows, header=("text", "title", "label", "which"))
+    write_csv(tmp_path / "test.csv", rows[:3], header=("text", "title", "label", "which"))
+    run("--prefix", name="one")
+    run("--prefix", "--text_column_names", "title,text", name="two")
+    paths = ["--prefix_paths", str(tmp_path / "one"), str(tmp_path / "two")]
+    said = one_line(predict("", *paths, "--prefix_column", "which"))
+    assert "different --text_column_names" in said
+    flags = ["--prefix_column", "which", "--text_column_names", "text"]
+    assert predict("", *paths, *flags)[0] == 0
+
+
+def test_a_kept_checkpoint_knows_its_columns(run, predict, tmp_path):
+    """Defect 4."""
+    for name in ("train", "val", "test"):
+        write_csv(tmp_path / f"{name}.csv", ROWS, header=("title", "topic"))
+    columns = ("--text_column_names", "title", "--label_column_name", "topic")
+    folder = run(*columns, *EPOCHS)
+    assert predict(folder / "checkpoint-6")[0] == 0
+    table = read_split(
+        tmp_path / "predicted" / "predictions.csv", text_columns=["title"], label_column="topic"
+    ).table
+    assert len(table) == len(ROWS) and "predicted" in table
+
+
+@pytest.mark.parametrize("content", ["{}", DEEP, "[]", '{"state.json": 5}', "\xff", "null"])
+def test_a_checkpoint_with_a_bad_manifest_is_not_used(run, stopped, caplog, capsys, content):
+    """Defects 6 and 11: it was loaded unchecked, or ended in a traceback."""
+    caplog.set_level("INFO")
+    (stopped / "checkpoint-5" / "manifest.json").write_text(content, encoding="latin-1")
+    run(*EPOCHS, "--resume_from_checkpoint", str(stopped / "checkpoint-5"), status=2)
+    one_line((2, capsys.readouterr().err))
+    run(*EPOCHS, *AUTO)
+    assert f"resuming from {stopped / 'checkpoint-3'}" in caplog.text
+
+
+@pytest.mark.parametrize("content", [DEEP, "[]", "{}", '{"step": "x"}', "\xff"])
+def test_a_checkpoint_with_a_bad_state_is_not_used(run, stopped, caplog, capsys, content):
+    """Defect 11; the manifest fits."""
+    caplog.set_level("INFO")
+    path = stopped / "checkpoint-5" / "state.json"
+    path.write_text(content, encoding="latin-1")
+    manifest = json.loads(path.with_name("manifest.json").read_text())
+    manifest["state.json"] = checkpoint.describe(path)
+    path.with_name("manifest.json").write_text(json.dumps(manifest))
+    run(*EPOCHS, "--resume_from_checkpoint", str(stopped / "checkpoint-5"), status=2)
+    one_line((2, capsys.readouterr().err))
+    run(*EPOCHS, *AUTO)
+    assert f"resuming from {stopped / 'checkpoint-3'}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "run.json"])
+def test_json_that_is_nested_too_deeply_is_refused(run, predict, name):
+    """Defect 11."""
+    folder = run("--prefix")
+    (folder / name).write_text(DEEP)
+    assert name in one_line(predict(folder))
+
+
+def test_the_checksum_of_a_model_does_not_depend_on_its_place(run, tmp_path):
+    """Defect 13: a run that was moved could not be resumed."""
+    run("--prefix")
+    for name in ("z", "a"):
+        shutil.copytree(tmp_path / "out", tmp_path / name / "adapter")
+        shutil.copytree(tmp_path / "out", tmp_path / name / "m")
+        (tmp_path / name / "m" / "config.json").write_text("{}")
+    one, other = (
+        sha256_of([tmp_path / first / "m", tmp_path / second / "adapter"])
+        for first, second in (("a", "z"), ("z", "a"))
+    )
+    assert one == other
+
+
+def test_a_missing_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    """Defect 15: a stranger may own the name there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    asked = []
+    monkeypatch.setattr(source, "hub_folder", lambda name: asked.append(name) or tmp_path)
+    for name in ("checkpoints/og", "mine/model"):
+        with pytest.raises(UserError, match=f"folder {name} does not exist"):
+            locate(name)
+    locate("google-bert/bert-base-cased")
+    assert asked == ["google-bert/bert-base-cased"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_pipe_in_a_model_folder_is_refused(run, predict, name):
+    """Defect 16: the libraries would wait for it forever."""
+    folder = run()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert f"{name} is a pipe or a device" in one_line(predict(folder))
+
+
+def test_the_head_of_another_task_is_not_taken_over(backbone, make_model, tmp_path):
+    """A model for tokens has a head of the same name; it would count as new."""
+    shutil.copytree(backbone, tmp_path / "tokens")
+    path = tmp_path / "tokens" / "config.json"
+    config = json.loads(path.read_text()) | {"architectures": ["BertForTokenClassification"]}
+    path.write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b", "2": "c"}}))
+    weights = load_file(tmp_path / "tokens" / "model.safetensors")
+    head = {"classifier.weight": torch.full((3, 16), 9.0), "classifier.bias": torch.full((3,), 9.0)}
+    path = tmp_path / "tokens" / "model.safetensors"
+    save_file({k: one.clone() for k, one in weights.items()} | head, path, {"format": "pt"})
+    model = make_model("--model_name_or_path", str(tmp_path / "tokens"))
+    assert model.classifier.weight.abs().max() < 2 and not model.classifier.bias.any()
+
+
+# What each field of a config can wrongly be; None: the field is absent.
+WRONG = ["x", "", -1, 0, 1.5, 10**6, 10**12, True, [], ["x"], {}, {"a": 1}, None]
+CONFIG = (
+    "architectures attention_probs_dropout_prob classifier_dropout dtype hidden_act "
+    "hidden_dropout_prob hidden_size id2label initializer_range intermediate_size label2id "
+    "layer_norm_eps max_position_embeddings max_seq_length model_type num_attention_heads "
+    "num_hidden_layers pad_token_id pooling problem_type tuning_method type_vocab_size vocab_size "
+    "is_decoder add_cross_attention chunk_size_feed_forward num_labels attn_implementation "
+    "_attn_implementation quantization_config position_embedding_type tie_word_embeddings "
+    "torch_dtype transformers_version auto_map pre_seq_len prefix_depth prefix_projection"
+).split()
+ADAPTER_CONFIG = (
+    "base_model_name_or_path modules_to_save num_attention_heads num_layers "
+    "num_transformer_submodules num_virtual_tokens peft_type prefix_projection task_type token_dim "
+    "inference_mode"
+).split()
+SPECIAL = {
+    "config.json": [
+        {"hidden_act": "nope"},
+        {"dtype": "nope"},
+        {"attn_implementation": "flash_attention_2"},
+        {"_attn_implementation": "flash_attention_2"},
+        {"quantization_config": {"load_in_8bit": True, "quant_method": "bitsandbytes"}},
+        {"id2label": {"0": "0", "2": "1", "3": "2"}},
+        {"id2label": {"0": "0", "1": "0", "2": "2"}},
+        {"id2label": ["0", "1", "2"]},
+        {"problem_type": "regression"},
+        {"num_attention_heads": 3},
+        {"num_hidden_layers": 1},
+        {"auto_map": {"AutoConfig": "evil.Config"}},
+    ],
+    "adapter_config.json": [{"peft_type": "LORA"}, {"base_model_name_or_path": 5}],
+    "tokenizer_config.json": [
+        {"tokenizer_class": "Nope"},
+        {"tokenizer_class": 5},
+        {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}},
+        {"model_max_length": "x"},
+    ],
+    "run.json": [
+        {"settings": {"text_column_names": 5}},
+        {"settings": {"text_column_names": []}},
+        {"settings": {"label_names": {"0": 1}}},
+        {"settings": 5},
+    ],
+}
+
+
+def hostile(name: str, fields: list[str]) -> list[dict]:
+    """List changes to a JSON file; a change to None removes the field."""
+    wrong = [{field: value} for field in fields for value in WRONG]
+    return wrong + SPECIAL.get(name, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "flags"),
+    [
+        ("config.json", CONFIG[::2], ()),
+        ("config.json", CONFIG[1::2], ()),
+        ("config.json", CONFIG[::2], ("--prefix",)),
+        ("config.json", CONFIG[1::2], ("--prefix",)),
+        ("adapter_config.json", ADAPTER_CONFIG, ("--prefix",)),
+        ("tokenizer_config.json", [], ()),
+        ("run.json", [], ()),
+    ],
+)
+def test_hostile_model_folders_end_in_one_line_or_predict_the_same(
+    run, predict, tmp_path, name, fields, flags
+):
+    """Defect 12: 30 of 113 ended in a traceback, and one never. At most 10 s each."""
+    folder = run(*flags, "--max_seq_length", "16")
+    good = json.loads((folder / name).read_text())
+    assert predict(folder)[0] == 0
+    expected = (tmp_path / "predicted" / "predictions.csv").read_bytes()
+    refused = 0
+    for change in hostile(name, fields):
+        content = {k: v for k, v in (good | change).items() if k not in change or v is not None}
+        (folder / name).write_text(json.dumps(content))
+        outcome = predict(folder)
+        assert "Traceback" not in outcome[1], change
+        if outcome[0]:
+            one_line(outcome)
+            refused += 1
+        elif not {*change} & MAY_CHANGE:
+            found = (tmp_path / "predicted" / "predictions.csv").read_bytes()
+            assert found == expected, change
+    assert refused >= len(SPECIAL.get(name, [])) / 4
+    print(name, *flags, f"{len(hostile(name, fields))} changes, {refused} refused")
+
+
+# With other valid values of these, another model is meant.
+MAY_CHANGE = {"hidden_act", "layer_norm_eps", "max_seq_length", "id2label", "pad_token_id"}
+MAY_CHANGE |= {"problem_type", "num_labels", "tuning_method"}
+
+
+# ------------------------------------------------------------------------- processes and shells
+
+
+def test_processes_with_other_settings_or_files_are_refused(backbone, files, tmp_path):
+    """Defect 5: a second node's rows were mixed in, or another seed published, in silence."""
+    other = write_csv(tmp_path / "other.csv", ROWS[::-1])
+    argv = [sys.executable, "main.py", "--do_train", *files, "--model_name_or_path", backbone]
+    argv += ["--output_dir", str(tmp_path / "out"), "--max_seq_length", "16"]
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}
+    flags = {0: [], 1: ["--seed", "1", "--train_file", other]}
+    children = [
+        subprocess.Popen(
+            [*argv, *flags[rank]],
+            cwd=ROOT,
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [child.communicate(timeout=60)[1] for child in children]
+    assert [child.returncode for child in children] == [2, 2]
+    assert "process 1: data.train, settings.seed differ" in one_line((2, said[0]))
+    assert "error" not in said[1]
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_closed_streams_and_lone_variables_are_no_traceback(run, tmp_path, files):
+    """Defect 14."""
+    folder = run()
+    argv = [sys.executable, "main.py", "--do_predict", "--model_name_or_path", str(folder), *files]
+    call = " ".join(argv)
+
+    def shell(command: str, **variables: str):
+        env = os.environ | variables
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+        )
+        return done.returncode, done.stderr
+
+    status, said = shell(f"{call} --output_dir {tmp_path / 'closed'} <&- >&-")
+    assert status == 0 and "Traceback" not in said
+    assert (tmp_path / "closed" / "predictions.csv").exists()
+    assert shell(f"{call} --output_dir {tmp_path / 'silent'} >&- 2>&-") == (0, "")
+    said = one_line(shell(f"{call} --output_dir {tmp_path / 'alone'}", WORLD_SIZE="2"))
+    assert "start several processes with torchrun" in said
+    said = one_line(shell(f"{call} --output_dir {tmp_path / 'x'} --csv_encoding punycode"))
+    assert "--csv_encoding" in said
+
+
+def test_help_needs_no_installation(clone):
+    """Defect 22: it installed packages and ran the notebook first."""
+    done = bash(clone, "run_og.sh", "--help", virtual_env=str(clone / "none"))
+    assert done.returncode == 0 and "--num_train_epochs" in done.stdout
+    assert not (clone / ".venv").exists() and not (clone / "csv" / "train_simple.csv").exists()
+
+
+def test_only_interpreters_that_exist_are_tried(clone):
+    """Defect 22: without an active environment /bin/python came before .venv."""
+    code = "unset VIRTUAL_ENV CONDA_PREFIX; set -x; source script/environment.sh requirements.txt"
+    env = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"}
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    (clone / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    done = subprocess.run(
+        ["bash", "-c", code], cwd=clone, env=env, capture_output=True, text=True, timeout=60
+    )
+    tried = re.findall(r"^\++ serves '?(.*?)'? requirements.txt", done.stderr, re.MULTILINE)
+    assert tried and tried[0] == str(clone / ".venv" / "bin" / "python")
+
+
+def test_the_commit_of_another_repository_is_not_recorded(tmp_path, monkeypatch):
+    """Defect 19: the project was copied into it and is not tracked there."""
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True)
+    (tmp_path / "runtime").mkdir()
+    copy = tmp_path / "runtime" / "record.py"
+    shutil.copy(ROOT / "runtime" / "record.py", copy)
+    monkeypatch.setattr(record, "__file__", str(copy))
+    assert record.commit() is None
+    subprocess.run(["git", "add", "runtime"], cwd=tmp_path, check=True)
+    assert len(record.commit()) == 41  # 40 digits and "+"
+
+
+# ---------------------------------------------------------------------------- results and rooms
+
+
+@pytest.mark.parametrize("flags", [(), ("--prefix",), ("--tuning_method", "probe")])
+def test_a_model_has_the_same_shapes_in_every_mode(make_model, flags):
+    """Defect 8."""
+    model, ids = make_model(*flags), torch.randint(5, 20, (3, 4))
+
+    def shapes() -> list:
+        seen = []
+        hooks = [
+            module.register_forward_hook(
+                lambda module, inputs, out: seen.append(
+                    [one.shape for one in (out, *inputs) if isinstance(one, torch.Tensor)]
+                )
+            )
+            for module in model.modules()
+        ]
+        model(ids, torch.ones_like(ids))
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    expected = shapes()
+    with torch.inference_mode():
+        assert shapes() == expected
+    with torch.no_grad():
+        assert shapes() == expected
+
+
+def test_many_and_long_labels_cost_little(run, tmp_path):
+    """Defect 17: 5,000 labels made 550 MB of JSON, and two long ones took 30 s to draw."""
+    rows, classes = 50, 5000
+    labels = np.arange(rows) * 100
+    logits = torch.zeros(rows, classes)
+    logits[torch.arange(rows), torch.from_numpy(labels) + 1] = 1
+    keys = [str(number) for number in range(rows)]
+    score = Score(False).add(Predictions.of(logits, False), labels, keys, keys, None)
+    assert len(json.dumps(score.details())) < 1e6
+    assert score.details()["confusion_pairs"][0] == [0, 1, 1]
+    for name in ("train", "val", "test"):
+        rows = [(text, "xyz"[int(label)] * 100_000) for text, label in ROWS]
+        write_csv(tmp_path / f"{name}.csv", rows)
+    with within(30):
+        folder = run()
+    assert (folder / "report.html").stat().st_size < 1e6
+
+
+def test_formulas_in_predictions_can_be_disarmed(run, tmp_path):
+    """Defect 20."""
+    formulas = ["=1+1", "+1", "-1", "@x", "\ta", "plain"]
+    write_csv(tmp_path / "test.csv", [(text, "0") for text in formulas])
+    usual = (run() / "predictions.csv").read_text()
+    safe = (run("--safe_csv", name="safe") / "predictions.csv").read_text()
+    assert '"=1+1"' in usual and "'" not in usual
+    for text in formulas[:-1]:
+        assert f'"\'{text}"' in safe
+    assert '"plain"' in safe
+
+
+def test_every_imported_package_is_pinned():
+    """Defect 23: the interface of another version may differ."""
+    pins = {
+        line.split("==")[0].lower().replace("-", "_")
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if "==" in line
+    }
+    folders = ("model", "runtime", "evaluation", "script")
+    paths = [*ROOT.glob("*.py"), *(path for name in folders for path in (ROOT / name).glob("*.py"))]
+    imported = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    known = packages_distributions()
+    own = {"arguments", "dataset", "main", "trainer", *folders}
+    foreign = {n for n in imported - own if n not in sys.stdlib_module_names and n in known}
+    names = {known[name][0].lower().replace("-", "_") for name in foreign}
+    assert names - OPTIONAL <= pins
+
+
+OPTIONAL = {"tensorboard", "peft", "accelerate", "datasets", "nbformat"}
+
+
+def test_openmp_threads_do_not_spin_for_long():
+    """Defect 24, first remedy: set before torch loads, unless the user has set it."""
+    code = "import os, main; print(os.environ['GOMP_SPINCOUNT'])"
+    for given, expected in ((None, "5000"), ("7", "7")):
+        env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+        env |= {"GOMP_SPINCOUNT": given} if given else {}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
+        assert done.stdout.decode().strip() == expected, done.stderr
