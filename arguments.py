@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -124,8 +125,7 @@ GROUPS = {  # each flag: name, kind, default and help
      f"multi-label: the labels of one row are separated by | [single, {TUNED_FOLDER}]"),
     ("--csv_encoding", NAME, "utf-8", "encoding of the CSV files, e.g. cp1252 or utf-16 [utf-8]"),
     ("--drop_empty", SWITCH, False, "drop rows with a blank text instead of stopping"),
-    ("--safe_csv", SWITCH, False,
-     "write an ' before texts in predictions.csv that a spreadsheet would run as formulas"),
+    ("--safe_csv", SWITCH, False, "put an ' before formulas in predictions.csv, for spreadsheets"),
 ),
 "model and machine": (
     ("--model_name_or_path", NAME, DEFAULT_BACKBONE,
@@ -254,12 +254,12 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--prefix_paths: the folders name their backbone; omit --model_name_or_path")
 
 
-def read_json(*path: str) -> dict:
+def read_json(path: str) -> dict:
     """Read a JSON object, or return {} if that fails: model/ reports what is wrong."""
-    try:
-        content = json.loads(Path(*path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = {}
+    content = {}
+    with suppress(OSError, ValueError, RecursionError):
+        if os.path.isfile(path):  # a pipe would be waited for
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
     return content if isinstance(content, dict) else {}
 
 
@@ -275,19 +275,16 @@ def fill_files(parser: Parser, args: argparse.Namespace) -> None:
 
 def check_paths(parser: Parser, args: argparse.Namespace) -> None:
     """Reject conflicting folders, and an unknown encoding."""
-    try:  # some encodings, such as punycode, cannot be read piece by piece
+    text = None
+    with suppress(LookupError, UnicodeError):  # punycode, for one, cannot be read piece by piece
         pieces = (bytes([byte]) for byte in "a,\n".encode(args.csv_encoding))
-        readable = "".join(codecs.iterdecode(pieces, args.csv_encoding)) == "a,\n"
-    except (LookupError, UnicodeError):
-        readable = False
-    if not readable:
+        text = "".join(codecs.iterdecode(pieces, args.csv_encoding))
+    if text != "a,\n":
         parser.error(f"--csv_encoding: Python cannot read files in '{args.csv_encoding}'")
-    if args.text:
-        return
-    if not args.output_dir:
+    if not (args.output_dir or args.text):
         parser.error("--output_dir is missing: name a folder for the results")
     for model in (args.model_name_or_path, *(args.prefix_paths or ())):
-        if os.path.realpath(args.output_dir) == os.path.realpath(model):
+        if args.output_dir and os.path.realpath(args.output_dir) == os.path.realpath(model):
             parser.error(f"--output_dir is the folder of the model {model}: choose another one")
 
 
@@ -311,7 +308,8 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
     method = "prefix" if args.prefix else args.tuning_method
     tuned_by = None
     if os.path.isfile(os.path.join(folder, "adapter_config.json")):  # PEFT adds no config.json
-        tuned_by = read_json(folder, "config.json").get("tuning_method", "prefix")
+        config = read_json(os.path.join(folder, "config.json"))
+        tuned_by = config.get("tuning_method", "prefix")
         if tuned_by not in METHODS or method not in (None, tuned_by):
             parser.error(
                 f"--tuning_method: {folder} was tuned with {tuned_by}; its method cannot be changed"
@@ -359,10 +357,7 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
     fill(args, {"load_best_model_at_end": args.eval_strategy == "epoch"})
     fill(args, {"metric_for_best_model": "micro_f1" if multi_label else "accuracy"})
     if args.metric_for_best_model == "micro_f1" and not multi_label:
-        parser.error(
-            "--metric_for_best_model: micro_f1 is for multi-label data; with one label per row "
-            "it equals accuracy"
-        )
+        parser.error("--metric_for_best_model: micro_f1 is for multi-label data, else use accuracy")
     if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
         parser.error("--report_to tensorboard: first run .venv/bin/pip install tensorboard")
     if args.warmup_steps > 1 and args.warmup_steps % 1:

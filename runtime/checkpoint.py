@@ -145,9 +145,7 @@ def read(folder: Path, stored: StoredTensors) -> Checkpoint:
     Raises: CheckpointError if a file is missing, cut off or changed.
     """
     try:
-        manifest = read_json(folder / MANIFEST, dict[str, FileDescription])
-        for name in {path.name for path in folder.iterdir()} - {MANIFEST} ^ manifest.keys():
-            raise CheckpointError(f"{folder} is damaged: {name} is missing, here or in {MANIFEST}")
+        manifest = read_manifest(folder)
         for name, described in manifest.items():
             if describe(folder / name) != described:
                 raise CheckpointError(f"{folder} is damaged: {name} does not match its checksum")
@@ -158,6 +156,26 @@ def read(folder: Path, stored: StoredTensors) -> Checkpoint:
     except (OSError, UserError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from None
     return Checkpoint(folder, state, tensors)
+
+
+def read_manifest(folder: Path) -> dict[str, FileDescription]:
+    """Read the descriptions of a checkpoint's files. Raises: UserError if it has other files."""
+    manifest = read_json(folder / MANIFEST, dict[str, FileDescription])
+    for name in {path.name for path in folder.iterdir()} - {MANIFEST} ^ manifest.keys():
+        raise CheckpointError(f"{folder} is damaged: {name} is missing, here or in {MANIFEST}")
+    return manifest
+
+
+def looks_whole(folder: Path) -> bool:
+    """Whether a checkpoint has all its files, in the right sizes; contents are not read."""
+    try:
+        files = read_manifest(folder).items()
+        return all(
+            (folder / name).is_file() and (folder / name).stat().st_size == described["bytes"]
+            for name, described in files
+        )
+    except (OSError, UserError):
+        return False
 
 
 def steps(parent: Path) -> dict[int, Path]:

@@ -77,6 +77,7 @@ class OutputFolder:
             os.close(self.lock)
             raise
         try:
+            remove(self.staging / PROCESS)  # whatever it is: a pipe would be waited for
             (self.staging / PROCESS).write_text(str(os.getpid()))
             settle(self.path)  # a killed process may have left a swap
             self.check()
@@ -182,7 +183,8 @@ class OutputFolder:
             for entry in list(self.staging.iterdir()):
                 match = checkpoint.NAME.fullmatch(entry.name)
                 kept = match and self.resumes_here and resumed and int(match[1]) <= resumed.step
-                if kept and not (entry / checkpoint.MANIFEST).exists():  # half removed by `prune`
+                if kept and not checkpoint.looks_whole(entry):  # perhaps half removed by `prune`
+                    logger.warning("warning: removing %s, which is damaged", entry)
                     remove(entry)
                 elif not kept and entry.name not in (RUN_FILE, PROCESS):
                     if match and resumed:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -106,6 +107,47 @@ def run(backbone, files, tmp_path):
         return folder
 
     return call
+
+
+@contextmanager
+def within(seconds: int):
+    """Fail, instead of waiting forever, if the block takes longer."""
+
+    def fail(*_):
+        raise TimeoutError(f"not done within {seconds} s")
+
+    usual = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, usual)
+
+
+@pytest.fixture
+def predict(tmp_path, capsys):
+    """Predict a file with a model folder in at most 10 s; returns the status and what it said."""
+
+    def call(model: Path | str, *flags: str, name: str = "predicted") -> tuple[int, str]:
+        argv = ["--do_predict", "--output_dir", str(tmp_path / name), "--precision", "fp32"]
+        argv += [] if "--prefix_paths" in flags else ["--model_name_or_path", str(model)]
+        argv += [] if "--test_file" in flags else ["--test_file", str(tmp_path / "test.csv")]
+        capsys.readouterr()
+        with within(10):
+            status = main.main([*argv, "--overwrite_output_dir", *flags])
+        return status, capsys.readouterr().err
+
+    return call
+
+
+def one_line(outcome: tuple[int, str]) -> str:
+    """Check for status 2 and one line; returns the line."""
+    status, said = outcome
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert (status, len(lines)) == (2, 1), said
+    assert "Traceback" not in said
+    return lines[0]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 import main
+import power
 from killing import Points, check_end, command, comparable, kill_until_done, visible
 from runtime import checkpoint, output_folder, swap
 from runtime.output_folder import OutputFolder
@@ -119,6 +120,12 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(backbone, files, t
         if kills >= 3:
             return
     pytest.fail(f"{kills} kills only")
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace, which is not installed")
+def test_a_run_resumes_after_a_power_cut(backbone, files, tmp_path):
+    """See tests/power.py; without syncs the first cut leaves a folder that cannot resume."""
+    assert power.cut(tmp_path, backbone, files, 8, random.Random(0)) == 8
 
 
 # -------------------------------------------------------------------- what a checkpoint contains
