@@ -1,6 +1,9 @@
 """The device and the precision to compute with."""
 
+import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,6 +11,8 @@ from torch import nn
 
 from runtime.batches import Encoded
 from runtime.processes import ALONE, Group
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,8 @@ class Machine:
 
     def __str__(self) -> str:
         several = f", {self.group.size} processes that share each batch" * (self.group.size > 1)
-        return f"device {self.device}, precision {self.precision}{several}"
+        threads = f", {torch.get_num_threads()} threads" * (self.device.type == "cpu")
+        return f"device {self.device}{threads}, precision {self.precision}{several}"
 
     def describe(self) -> dict:
         """Return the machine's part of a run's settings."""
@@ -52,8 +58,25 @@ class Machine:
             return model(**batch).logits.float()
 
 
+def cpu_quota(cgroup: Path = CGROUP) -> float:
+    """Return how many cores a container may use, by its control group; infinity without a limit."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # v2, v1
+        try:
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+        except (OSError, ValueError):
+            continue
+        if quota not in ("max", "-1"):
+            return int(quota) / int(period)
+    return math.inf
+
+
 def pick_machine(precision: str, group: Group = ALONE) -> Machine:
-    """Pick CUDA, else MPS, else the CPU; "auto" is bf16 if the processor computes in bfloat16."""
+    """Pick CUDA, else MPS, else the CPU; "auto" is bf16 if the processor computes in bfloat16.
+
+    Threads beyond a container's share of the cores would wait for each other.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and (quota := cpu_quota()) < torch.get_num_threads():
+        torch.set_num_threads(max(1, math.floor(quota)))
     name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu" and torch.backends.mps.is_available() and group.size == 1:  # gloo has no MPS
         name = "mps"

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from model.loading import load_tokenizer
 from model.predictions import Predictions
 from model.source import locate
 from model.start import read_model_config
-from runtime import batches, record
+from runtime import batches, machine, record
 from runtime.csv_reader import text_key
 from runtime.files import UserError
 from test_main import hashes
@@ -330,3 +331,24 @@ def test_openmp_threads_do_not_spin_for_long():
         env |= {"GOMP_SPINCOUNT": given} if given else {}
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
         assert done.stdout.decode().strip() == expected, done.stderr
+
+
+def test_a_container_with_few_cores_gets_few_threads(tmp_path, monkeypatch):
+    """Defect 24: its quota was ignored."""
+    assert machine.cpu_quota(tmp_path) == math.inf
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert machine.cpu_quota(tmp_path) == math.inf
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("250000\n")
+    assert machine.cpu_quota(tmp_path) == 2.5
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert machine.cpu_quota(tmp_path) == 1.5
+    chosen = []
+    monkeypatch.setattr(machine, "cpu_quota", lambda: 2.5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    machine.pick_machine("fp32")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    machine.pick_machine("fp32")
+    assert chosen == [2]
