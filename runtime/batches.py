@@ -106,7 +106,7 @@ def encode(
     cut = np.array([bool(encoding.overflowing) for encoding in encodings])[text_index]
     if cut.any():
         message = "%s: %d of %d texts are longer than %d tokens and were cut (--max_seq_length)"
-        logger.warning(message, split.path, cut.sum(), len(split), max_length)
+        logger.warning(message, split.path, cut.sum(), len(cut), max_length)
     return Encoded(
         token_ids=token_ids,
         text_index=text_index,

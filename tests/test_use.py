@@ -105,6 +105,7 @@ def test_a_classifier_from_python_predicts_as_main_does(run, flags):
         assert list(found["probabilities"]) == ["0", "1", "2"]
     assert classifier(rows[0]["text"])[0]["label"] == rows[0]["predicted"]
     assert classifier([]) == []
+    assert classifier("cat " * 100)[0]["label"] in list("012")  # longer than max_seq_length
 
 
 @pytest.mark.parametrize("flags", [(), ("--prefix",), ("--tuning_method", "bias")])
