@@ -29,9 +29,9 @@ OWN_FILE = re.compile(
     r"tokenizer(_config)?\.json|(run|all_results|evaluation)\.json|metrics\.jsonl|"
     r"predictions\.csv|tensorboard|checkpoint-\d+"
 )
-# What else a killed run may leave in `unfinished`.
+# What else a killed run may leave in `unfinished`; safetensors writes into `.tmp...` first.
 PARTIAL_FILE = re.compile(
-    r"saving-checkpoint-\d+|[a-z_]+\.(json|html)\.new|README\.md\.new|process"
+    r"saving-checkpoint-\d+|[a-z_]+\.(json|html)\.new|README\.md\.new|process|\.tmp\w+"
 )
 os.umask(UMASK := os.umask(0o022))  # the umask can only be read by setting it
 

@@ -382,6 +382,13 @@ def test_a_user_error_keeps_the_unfinished_run(run, stopped, capsys):
         assert before.items() <= hashes(stopped).items()
 
 
+def test_a_file_of_safetensors_that_was_not_finished_is_no_obstacle(run, stopped):
+    """Found by simulated power cuts: it counted as foreign."""
+    (stopped / ".tmpxHW1KD").write_bytes(b"half")
+    folder = run("--save_strategy", "epoch", "--resume_from_checkpoint", "auto")
+    assert not list(folder.rglob(".tmp*"))
+
+
 def test_an_unfinished_folder_with_foreign_files_is_refused(run, tmp_path, capsys):
     mine = tmp_path / "out" / "unfinished" / "novel.txt"
     mine.parent.mkdir(parents=True)
