@@ -67,6 +67,8 @@ SAVING = [
     "--save_strategy no",
 ]
 LATE = ("swap.settle", "swap.remove_empty_folders", "output_folder.is_finished")
+# A checkpoint that cannot be written is removed.
+ON_FULL_DISK = ("checkpoint.write: os.rmdir", "checkpoint.write: shutil.rmtree")
 ENOUGH = 20  # kills before each kind of file operation
 # These contain times, folders or commands.
 NOT_COMPARED = ("run.json", "README.md", "report.html", "state.json", "manifest.json")
@@ -127,7 +129,10 @@ def watch_operations(folder: Path, log: Path, act) -> None:
         point = kill_point(event.removeprefix("killing."))
         if point not in seen:
             seen.add(point)
+            limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)  # the disk is not full for us
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
             os.write(names, f"{point}\n".encode())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
         act(point)
 
     os.fsync = audited_fsync
@@ -179,6 +184,8 @@ def arm(death: tuple | None):
     left = [details[-1]] if kind in ("point", "disk") else [0]
 
     def act(point: str) -> None:
+        if kind == "point" and details[0] in ON_FULL_DISK and point == "checkpoint.write: os.mkdir":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
         if kind == "point" and point == details[0]:
             left[0] -= 1
             if left[0] == 0:
@@ -215,7 +222,10 @@ def attempt_together(argv: list[str], folder: Path, death: tuple | None, log: Pa
 class Points:
     """The kill points seen so far, and how often a process was killed at each."""
 
-    def __init__(self, log: Path, hits: Counter | None = None) -> None:
+    def __init__(
+        self, log: Path, hits: Counter | None = None, aim: list[str] | None = None
+    ) -> None:
+        self.aim = aim
         self.log, self.hits = log, Counter() if hits is None else hits
         self.missed: Counter = Counter()
 
@@ -224,6 +234,8 @@ class Points:
         known = sorted(set(self.log.read_text().splitlines())) if self.log.exists() else []
         for name in known:
             self.hits.setdefault(name, 0)
+        if self.aim:
+            return chance.choice(self.aim)
         if late:
             known = [name for name in known if name.startswith(LATE)] or known
         chance.shuffle(known)
@@ -247,7 +259,8 @@ def draw_death(chance: random.Random, points: Points, late: bool) -> tuple:
     kind = chance.choices(["time", "staging", "signal", "disk", "point"], [1, 1, 1, 1, 6])[0]
     point = points.draw(chance, late)
     if kind == "point" and point:
-        return "point", point, 1 if late else chance.choice([1, 1, 2, 3, 5])
+        first = late or point in ON_FULL_DISK
+        return "point", point, 1 if first else chance.choice([1, 1, 2, 3, 5])
     if kind == "signal":
         stop = chance.choice([signal.SIGTERM, signal.SIGINT])
         return "signal", chance.uniform(0, 0.5), chance.choice([[stop], [stop, stop]])
@@ -280,11 +293,14 @@ def kill_until_done(
         check_old_or_new(folder, old)
         code = os.waitstatus_to_exitcode(status)
         if death[0] == "point":
-            (points.missed if code == 0 else points.hits)[death[1]] += 1
+            (points.hits if code == -9 else points.missed)[death[1]] += 1
         if code == 0:
             counts["ended before the kill"] += 1
             break
-        expected = {"disk": (2, 1), "signal": (143, 130, -15, -2, 1)}.get(death[0], (-9, 1))
+        expected = {"disk": (2,), "signal": (143, 130, -15, -2)}.get(death[0], (-9,))
+        expected += (1,) if start is attempt_together else ()  # the other process was lost
+        if death[0] == "point" and death[1] in ON_FULL_DISK and code == 2:
+            continue  # the disk was full elsewhere
         assert code in expected, f"{death} after {dict(counts)}: status {code}"
         counts["full disk" if death[0] == "disk" else f"killed by {death[0]}"] += 1
         counts["kills"] += death[0] != "disk"
@@ -340,6 +356,7 @@ def thousands() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--aim", nargs="+", metavar="POINT", help="kill only at these points")
     parser.add_argument("--power_cuts", type=int, default=0, help="needs strace")
     args = parser.parse_args()
     begin, chance, total = time.perf_counter(), random.Random(args.seed), Counter()
@@ -352,7 +369,7 @@ def thousands() -> None:
             start = attempt_together if "two processes" in method else attempt
             argv, (whole, old) = command(backbone, files, method), (parent / method, parent / "old")
             shutil.rmtree(old, ignore_errors=True)
-            points = Points(parent / f"points of {method}", hits)
+            points = Points(parent / f"points of {method}", hits, args.aim)
             assert start([*argv, "--output_dir", str(whole)], whole, None, points.log) == 0
             again = [*argv, "--seed", "1", "--output_dir", str(old), "--save_strategy", "epoch"]
             assert start(again, old, None, points.log) == 0
