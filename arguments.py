@@ -132,7 +132,7 @@ GROUPS = {  # each flag: name, kind, default and help
      "a BERT on the hub or in a local folder, or a model or adapter folder [%(default)s]"),
     ("--prefix_paths", DIR | {"nargs": "+"}, None,
      "instead of one model: adapter folders of several prefixes on one backbone"),
-    ("--prefix_column", NAME, None, "test file column that names each row's adapter folder"),
+    ("--prefix_column", NAME, None, "column that names each row's folder [average all of them]"),
     ("--max_seq_length", TOKENS, None, f"longer texts are cut to N tokens [128, {TUNED_FOLDER}]"),
     ("--per_device_eval_batch_size", INT, 64, "[%(default)s]"),
     ("--precision", choice("auto", "fp32", "bf16"), "auto", "auto: bf16 if fast here [auto]"),
@@ -245,8 +245,8 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
         args.do_eval = True
     if not (args.do_train or args.do_eval or args.do_predict):
         parser.error("nothing to do: pass --do_train, --do_eval or --do_predict")
-    if (args.prefix_paths is None) != (args.prefix_column is None):
-        parser.error("--prefix_paths and --prefix_column must be used together")
+    if args.prefix_column and not args.prefix_paths:
+        parser.error("--prefix_column needs --prefix_paths")
     for name in ("prefix_paths", "text"):
         if getattr(args, name) and (args.do_train or args.do_eval):
             parser.error(f"--{name} works only with --do_predict")

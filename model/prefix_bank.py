@@ -1,10 +1,11 @@
-"""Many tuned prefixes on one frozen backbone; each row of a batch has its own.
+"""Many tuned prefixes on one frozen backbone; each row of a batch has its own, or all of them.
 
 K prefixes, P length of the longest (of all, or in a batch), G prefixes in a batch, B batch, T text
 tokens, L layers, H heads, D head size (HD the hidden size), C classes (the labels of all prefixes).
 """
 
 import logging
+import math
 from argparse import Namespace
 from typing import Self
 
@@ -83,9 +84,18 @@ class PrefixBank(nn.Module):
         return cls(sources, configs)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, prefix_index: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        prefix_index: torch.Tensor | None = None,
     ) -> SequenceClassifierOutput:
-        """Classify int64 [B, T] tokens, row i with prefix number prefix_index[i]; logits [B, C]."""
+        """Classify int64 [B, T] tokens, row i with prefix number prefix_index[i]; logits [B, C].
+
+        Without `prefix_index`, every prefix classifies every row, and their probabilities are
+        averaged.
+        """
+        if prefix_index is None:
+            return self.average(input_ids, attention_mask)
         device = input_ids.device.type
         if torch.is_autocast_enabled(device):  # cast once instead of in every batch
             self.slots = self.slots.to(torch.get_autocast_dtype(device))
@@ -105,6 +115,19 @@ class PrefixBank(nn.Module):
         ).pooler_output
         logits = torch.einsum("bcd,bd->bc", self.weight[prefix_index], pooled.float())
         return SequenceClassifierOutput(logits=logits + self.bias[prefix_index])
+
+    def average(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> SequenceClassifierOutput:
+        """Average the probabilities of all prefixes, scored in one batch: logits [B, C]."""
+        count, batch = len(self.lengths), len(input_ids)
+        index = torch.arange(count, device=input_ids.device).repeat_interleave(batch)  # [K*B]
+        rows = (tensor.repeat(count, 1) for tensor in (input_ids, attention_mask))  # [K*B, T]
+        logits = self(*rows, index).logits.view(count, batch, -1)  # [K, B, C]
+        if self.config.problem_type == "multi_label_classification":
+            return SequenceClassifierOutput(logits=logits.sigmoid().mean(dim=0).logit(eps=1e-7))
+        mean = logits.log_softmax(dim=2).logsumexp(dim=0) - math.log(count)
+        return SequenceClassifierOutput(logits=mean)
 
 
 def place_rows(group: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -163,6 +186,14 @@ class BankStart(Start):
         self.config.problem_type = problem_type(self.config, args.problem_type)
         self.title = f"predictions of {', '.join(args.prefix_paths)}"
         self.labels_by_prefix, self.started_from = self.bank.labels_by_prefix, None
+        if args.prefix_column is None:  # all prefixes classify each row
+            for path, names in zip(args.prefix_paths, self.labels_by_prefix, strict=True):
+                if {*names} != {*self.labels}:
+                    raise UserError(
+                        f"--prefix_paths: {path} has other labels than {args.prefix_paths[0]}, so "
+                        "they cannot be averaged: pass --prefix_column, or prefixes for one task"
+                    )
+            self.labels_by_prefix = None
 
     def build(self, args: Namespace) -> PrefixBank:
         return self.bank

@@ -4,8 +4,10 @@
 
 majority: the label frequencies of the training file; if they are balanced, the validation file
 decides which label is the most frequent. lookup: the labels of the same text in the training file;
-for unseen texts as majority. tfidf: logistic regression on TF-IDF of words and pairs of words; the
-validation file chooses the regularisation strength.
+for unseen texts as majority. The others are logistic regression on these features; the validation
+file chooses its regularisation strength. tfidf: TF-IDF of words and pairs of words; characters: the
+same, and TF-IDF of 2 to 5 characters within words; embeddings: the mean of the frozen backbone's
+last states (--model_name_or_path); combined: all of these.
 """
 
 import logging
@@ -18,23 +20,34 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import FeatureUnion
+from sklearn.preprocessing import FunctionTransformer
 
 import dataset
 from arguments import parse_args
 from evaluation.metrics import compute_metrics
 from evaluation.predictions import Predictions, check_columns
 from evaluation.scoring import publish, score
+from model.embeddings import embedder
+from model.source import Source, locate, sha256_of
 from runtime.columns import fill_columns
 from runtime.files import UserError
+from runtime.machine import pick_machine
 from runtime.output_folder import opened
 from runtime.record import describe_run
 
-METHODS = ("majority", "lookup", "tfidf")
+FEATURES = {  # of the methods that fit a logistic regression
+    "tfidf": ("words",),
+    "characters": ("words", "characters"),
+    "embeddings": ("embeddings",),
+    "combined": ("words", "characters", "embeddings"),
+}
+METHODS = ("majority", "lookup", *FEATURES)
+WEIGHTS = {"embeddings": 2}  # beside two TF-IDF vectors of length 1
 SETTINGS = (  # flags of main.py that apply to baselines
     "train_file validation_file test_file text_column_names text_column_delimiter "
     "label_column_name label_names problem_type csv_encoding drop_empty output_dir "
-    "max_train_samples seed"
+    "max_train_samples seed model_name_or_path"
 ).split()
 STRENGTHS = (0.3, 1, 3, 10, 30, 100)  # C, the inverse of regularisation
 SMOOTHING = 0.01  # pseudo-rows of the label frequencies in each look-up: no probability is 0
@@ -60,22 +73,36 @@ def lookup(texts: list[str], one_hot: np.ndarray, share: np.ndarray) -> Probabil
     return lambda texts: np.stack([table.get(dataset.text_key(text), share) for text in texts])
 
 
-def tfidf(texts: list[str], label_ids: np.ndarray, classes: int, strength: float) -> Probabilities:
-    """Fit TF-IDF with logistic regression; a label without a training row has probability 0.
+def vectorizer(method: str, texts: list[str], source: Source | None) -> FeatureUnion:
+    """Build the features of a method; source: the backbone of embeddings.
 
-    Raises: UserError if no text contains a word.
+    Raises: UserError if it needs words and no text has one.
     """
-    linear = LogisticRegression(C=strength, max_iter=2000)
-    if label_ids.ndim == 2:
-        linear = OneVsRestClassifier(linear)
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    if not any(map(words.build_analyzer(), texts)):
+    options = {"sublinear_tf": True}
+    words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", **options)
+    parts: dict = {"words": words}
+    if "words" in FEATURES[method] and not any(map(words.build_analyzer(), texts)):
         raise UserError("no text in the training file contains a word: use another baseline")
-    model = make_pipeline(words, linear).fit(texts, label_ids)
+    parts["characters"] = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), **options)
+    if "embeddings" in FEATURES[method]:
+        parts["embeddings"] = FunctionTransformer(embedder(source, pick_machine("auto")))
+    used = [(name, parts[name]) for name in FEATURES[method]]
+    weights = {name: weight for name, weight in WEIGHTS.items() if name in FEATURES[method]}
+    return FeatureUnion(used, transformer_weights=weights)
+
+
+def linear(
+    features: FeatureUnion, vectors, label_ids: np.ndarray, classes: int, strength: float
+) -> Probabilities:
+    """Fit a logistic regression on vectors [N, F]; a label without a training row gets 0."""
+    model = LogisticRegression(C=strength, max_iter=2000)
+    if label_ids.ndim == 2:
+        model = OneVsRestClassifier(model)
+    model.fit(vectors, label_ids)
 
     def classify(texts: list[str]) -> np.ndarray:
         probability = np.zeros((len(texts), classes))
-        probability[:, model.classes_] = model.predict_proba(texts)
+        probability[:, model.classes_] = model.predict_proba(features.transform(texts))
         return probability
 
     return classify
@@ -87,7 +114,9 @@ def to_logits(probability: np.ndarray, multi_label: bool) -> torch.Tensor:
     return (probability.logit() if multi_label else probability.log()).float()
 
 
-def fit(method: str, data: dataset.Data, multi_label: bool) -> tuple[Probabilities, dict]:
+def fit(
+    method: str, data: dataset.Data, multi_label: bool, source: Source | None
+) -> tuple[Probabilities, dict]:
     """Fit a baseline; return it and the settings that the validation file chose."""
     texts, label_ids = data.train.texts, data.train.label_ids
     one_hot, validation = (
@@ -111,7 +140,11 @@ def fit(method: str, data: dataset.Data, multi_label: bool) -> tuple[Probabiliti
             f"{data.train.path}: the {len(texts)} rows drawn have one label: raise "
             "--max_train_samples"
         )
-    fitted = {strength: tfidf(texts, label_ids, classes, strength) for strength in STRENGTHS}
+    features = vectorizer(method, texts, source)
+    vectors = features.fit_transform(texts)
+    fitted = {
+        strength: linear(features, vectors, label_ids, classes, strength) for strength in STRENGTHS
+    }
     best = max(fitted, key=lambda strength: accuracy(fitted[strength]))
     return fitted[best], {"C": best}
 
@@ -128,9 +161,13 @@ def run(method: str, args: Namespace) -> None:
         )
         check_columns(data)
         model = {"backbone": method, "weights_sha256": None, "method": f"baseline {method}"}
+        source = None
+        if "embeddings" in FEATURES.get(method, ()):
+            source = locate(args.model_name_or_path)
+            model |= {"backbone": source.name, "weights_sha256": sha256_of(source.folders)}
         record = describe_run(settings, model, data.names, data.describe())
         output.start(record)
-        classify, chosen = fit(method, data, multi_label)
+        classify, chosen = fit(method, data, multi_label, source)
         results = data.count_rows() | chosen
         results |= score(
             lambda split: to_logits(classify(split.texts), multi_label), data, multi_label, output
@@ -150,6 +187,8 @@ def main(argv: list[str]) -> int:
     useful = {*SETTINGS, "overwrite_output_dir"}
     if "max_train_samples" not in given:  # the seed only draws these rows
         useful.remove("seed")
+    if "embeddings" not in FEATURES.get(argv[0], ()):
+        useful.remove("model_name_or_path")
     if unused := sorted(given - useful):
         print(f"error: --{unused[0]} has no effect on a baseline: omit it", file=sys.stderr)
         return 2

@@ -41,15 +41,20 @@ METHODS = {
     "majority": [*BASELINE, "majority", "--overwrite_output_dir"],
     "look-up": [*BASELINE, "lookup", "--overwrite_output_dir"],
     "TF-IDF, linear": [*BASELINE, "tfidf", "--overwrite_output_dir"],
+    "characters, linear": [*BASELINE, "characters", "--overwrite_output_dir"],
+    "embeddings, linear": [*BASELINE, "embeddings", "--overwrite_output_dir"],
+    "combined, linear": [*BASELINE, "combined", "--overwrite_output_dir"],
     **{method: [*TUNE, "--tuning_method", method] for method in arguments.METHODS},
     "input prefix": [*TUNE, "--prefix", "--prefix_depth", "input"],
 }
+USE_BACKBONE = ("embeddings, linear", "combined, linear")  # baselines
 STUDYS_OWN = set(  # flags that the study sets itself, or that would not reach the baselines
     "--text_column_names --text_column_delimiter --label_column_name --csv_encoding --problem_type "
     "--drop_empty --max_train_samples --output_dir --seed --train_file --validation_file "
     "--test_file --do_train --do_eval --do_predict --overwrite_output_dir --tuning_method --prefix "
     "--prefix_depth --resume_from_checkpoint".split()
 )
+SIGNIFICANT = 0.05
 QUICK = ["--num_train_epochs", "6"]
 COLUMNS = {  # of the table, with their keys in all_results.json
     "accuracy": "test_accuracy",
@@ -89,12 +94,22 @@ def plan(args: argparse.Namespace) -> list[dict]:
                     command += ["--seed", str(seed)]
                 if size:
                     command += ["--max_train_samples", str(size)]
+                if method in USE_BACKBONE:
+                    command += backbone_flags(args.flags)
                 if is_tuned:
                     command += [*(QUICK if args.quick else []), *args.flags]
                 run = {"protocol": protocol, "method": method, "data": data, "seed": seed}
                 run |= {"size": size, "folder": folder, "command": command}
                 runs.append(run | {"line": shlex.join(["python", *command])})
     return runs
+
+
+def backbone_flags(flags: list[str]) -> list[str]:
+    """Return those of the flags that name the backbone."""
+    name = "--model_name_or_path"
+    if name in flags:
+        return flags[flags.index(name) :][:2]
+    return [flag for flag in flags if flag.startswith(f"{name}=")]
 
 
 def read_file(folder: str, name: str) -> Split:
@@ -215,6 +230,33 @@ def test_pairs(runs: list[dict]) -> list[dict]:
     return tests
 
 
+def against_free(runs: list[dict], tests: list[dict]) -> list[str]:
+    """Name each tuned method that is not shown to beat the best baseline on unseen texts.
+
+    The validation files choose the best baseline.
+    """
+    found = []
+    for protocol in dict.fromkeys(run["protocol"] for run in runs):
+        here = [run for run in runs if run["protocol"] == protocol]
+        tuned = dict.fromkeys(run["method"] for run in here if TUNE[0] in run["command"])
+        scores: dict[str, list[float]] = {}
+        for run in here:
+            if run["method"] not in tuned:
+                scores.setdefault(run["method"], []).append(run["results"]["eval_accuracy"])
+        if not scores:
+            continue
+        best = max(scores, key=lambda method: np.mean(scores[method]))
+        for test in tests:
+            if (test["protocol"], test["one"]) == (protocol, best) and test["other"] in tuned:
+                points = f"{100 * test['difference']:+.2f} points, p = {test['p']:.4f}"
+                if test["difference"] <= 0 or test["p"] >= SIGNIFICANT:
+                    found.append(
+                        f"{protocol}: {test['other']} is not shown to beat {best}, which costs "
+                        f"next to nothing ({points})."
+                    )
+    return found
+
+
 def format_cell(row: dict, column: str) -> str:
     """Format a cell of the table."""
     value, spread = row[column], row[f"{column} sd"]
@@ -304,7 +346,7 @@ def main() -> None:
         print("warning: the runs come from different commits of this program, see their run.json")
     main_runs = learning_curve.largest(runs)
     rows, tests = summarise(main_runs), test_pairs(main_runs)
-    notes = caveats(runs, args.quick, args.train_sizes[-1])
+    notes = caveats(runs, args.quick, args.train_sizes[-1]) + against_free(main_runs, tests)
     points = learning_curve.summarise(runs) if args.train_sizes != [None] else []
     sizes, sentences = learning_curve.table(points), learning_curve.sentences(points)
     table = [

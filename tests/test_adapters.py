@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -213,6 +214,33 @@ def test_a_column_names_the_prefix_of_each_row(run, files, tmp_path, capsys):
     argv[argv.index("label")] = "nowhere"
     assert main.main([*argv, "--output_dir", str(tmp_path / "no")]) == 2
     assert "has no column 'nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_probabilities_of_several_prefixes_are_averaged(run, files, tmp_path, capsys, several):
+    """Without --prefix_column; of other lengths and label orders, but for the same labels."""
+    flags = ["--prefix"]
+    if several:
+        rows = [(text, f"{label}|{(int(label) + 1) % 3}") for text, label in ROWS]
+        for path in files[1::2]:
+            write_csv(Path(path), rows)
+        flags += ["--problem_type", "multi_label_classification"]
+    folders = [
+        run(*flags, "--seed", str(seed), "--pre_seq_len", str(length), name=f"{seed}")
+        for seed, length in ((1, 3), (2, 5), (3, 2))
+    ]
+    paths = ["--do_predict", "--precision", "fp32", *files[4:], "--prefix_paths"]
+    argv = [*paths, *map(str, folders), "--output_dir", str(tmp_path / "mean")]
+    assert main.main(argv) == 0
+    tables = [pd.read_csv(folder / "predictions.csv") for folder in (*folders, tmp_path / "mean")]
+    *each, mean = (table.filter(like="probability_").to_numpy() for table in tables)
+    np.testing.assert_allclose(mean, np.mean(each, axis=0), atol=2e-6)
+    for path in files[1::2]:
+        write_csv(Path(path), [(text, f"x{label}") for text, label in ROWS])
+    other = run(*flags, name="other")
+    argv = [*paths, str(folders[0]), str(other), "--output_dir", str(tmp_path / "no")]
+    assert main.main(argv) == 2
+    assert "has other labels than" in capsys.readouterr().err
 
 
 def test_a_probe_does_not_keep_the_head_of_another_pooling(run, files, tmp_path, caplog):

@@ -134,7 +134,8 @@ def test_folds_use_the_seeds_in_turn_and_baselines_run_once_each():
     again = compare.plan(args)
     assert [r["data"] for r in again if r["method"] == "full"] == ["a", "b", "a", "b"]
     baselines = {run["method"] for run in runs if "--num_train_epochs" not in run["command"]}
-    assert baselines == {"majority", "look-up", "TF-IDF, linear"}
+    linear = {f"{name}, linear" for name in ("TF-IDF", "characters", "embeddings", "combined")}
+    assert baselines == {"majority", "look-up", *linear}
     assert {run["method"] for run in runs} - baselines == {*arguments.METHODS, "input prefix"}
 
 
