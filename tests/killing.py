@@ -155,6 +155,8 @@ def fork_main(argv: list[str], folder: Path, death: tuple | None, log: Path, **e
         status = main.main(argv)
     except SystemExit as error:
         status = error.code
+    except KeyboardInterrupt:  # a second one; Python itself would end by the signal
+        status = 130
     finally:
         os._exit(status)
 
