@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from model import adapter
 from model.loading import list_labels, problem_type, set_labels, set_max_seq_length
 from model.prefix_encoder import by_layer
-from model.source import Source, locate, sha256_of
+from model.source import Source, backbone_sha256, locate
 from model.start import Start, check_backbone, read_model_config
 from model.tuning import TUNING
 from runtime.files import UserError
@@ -73,7 +73,7 @@ class PrefixBank(nn.Module):
         """Load the adapter folders at `paths`, numbered in this order."""
         sources = [locate(path) for path in paths]
         configs: list[BertConfig] = []
-        checksums = {one: sha256_of([one]) for one in {source.backbone for source in sources}}
+        checksums = {one: backbone_sha256(one) for one in {source.backbone for source in sources}}
         for path, source in zip(paths, sources, strict=True):
             config, method = read_model_config(source)
             if method is not TUNING["prefix"]:

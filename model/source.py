@@ -74,6 +74,17 @@ def sha256_of(folders: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def backbone_sha256(folder: Path) -> str:
+    """Return the SHA-256 (hex) of a backbone's weights and of the tokenizer's words.
+
+    Other files may change without a change of what the backbone computes.
+    """
+    words = next((n for n in ("tokenizer.json", "vocab.txt") if (folder / n).is_file()), None)
+    names = filter(None, ("model.safetensors", words))
+    parts = (sha256(folder / name) for name in names if (folder / name).is_file())
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
 def locate(name: str) -> Source:
     """Find a model: a local folder, the bundled backbone, or a name on the hub.
 

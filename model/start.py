@@ -11,7 +11,7 @@ from transformers import BertConfig, PreTrainedTokenizerBase
 
 from model import adapter, loading
 from model.loading import list_labels, read_config
-from model.source import AdapterSettings, Source, locate, sha256_of
+from model.source import AdapterSettings, Source, backbone_sha256, locate, sha256_of
 from model.tuning import TUNING, TuningMethod, count_parameters
 from runtime.files import UserError, read_json
 from runtime.training_state import WEIGHT
@@ -40,7 +40,7 @@ class Start:
             self.method = TUNING[args.tuning_method]
             self.method.configure(self.config, args)
             if self.method.needs_backbone:
-                self.config.backbone_sha256 = sha256_of([self.source.backbone])
+                self.config.backbone_sha256 = backbone_sha256(self.source.backbone)
             self.title = self.method.title(self.config)
             self.config.problem_type = args.problem_type
         elif self.tuned_by:
@@ -166,8 +166,8 @@ def check_backbone(source: Source, config: BertConfig, checksum: str | None = No
     checksum: the backbone's, if it is known. Raises: UserError.
     """
     expected = getattr(config, "backbone_sha256", None)
-    if source.adapter and expected and expected != (checksum or sha256_of([source.backbone])):
+    if source.adapter and expected and expected != (checksum or backbone_sha256(source.backbone)):
         raise UserError(
-            f"{source.adapter} was tuned on another {source.name}: its weights, config or "
+            f"{source.adapter} was tuned on another {source.name}: its weights or "
             "tokenizer have changed since; restore them, or tune again"
         )

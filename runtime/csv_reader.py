@@ -18,7 +18,7 @@ from runtime.files import UserError, check_regular
 NORMALIZER = BertNormalizer(lowercase=True)
 COMPRESSED = {
     b"\x1f\x8b": "compressed: unpack it with gunzip",
-    b"PK": "a zip archive or a spreadsheet: unpack it, or save the table as CSV",
+    b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save the table as CSV",
 }
 PASS_ENCODING = (
     "pass its encoding (main.py --csv_encoding NAME, preprocess.sh -p csv_encoding NAME)"
@@ -146,6 +146,10 @@ def check_row(
         )
     if any("\0" in field for field in row):
         raise UserError(f"{place} contains a NUL byte: remove it")
+    try:
+        "".join(row).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place} contains half of a surrogate pair: remove it") from None
 
 
 def encoding_message(path: str | Path, encoding: str, codec: str, error: UnicodeError) -> str:
@@ -155,8 +159,9 @@ def encoding_message(path: str | Path, encoding: str, codec: str, error: Unicode
         data.decode(codec)
     except UnicodeDecodeError as whole:  # `error` counts from the start of a chunk, not the file
         error = whole
-    if data[:2] in COMPRESSED:
-        return f"{path} is {COMPRESSED[data[:2]]}, not a CSV file"
+    for start, what in COMPRESSED.items():
+        if data.startswith(start):
+            return f"{path} is not a CSV file but {what}"
     utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
     likely = "utf-16" if utf16 else "cp1252"

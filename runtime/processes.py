@@ -121,7 +121,8 @@ def joined() -> Iterator[Group]:
             f"WORLD_SIZE is {size}, but {missing[0]} is not set: start several processes with "
             "torchrun, or unset WORLD_SIZE"
         )
-    end_with_parent()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:

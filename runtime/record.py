@@ -122,7 +122,11 @@ def read_record(path: Path) -> dict:
 
 def identity(record: dict) -> dict:
     """Return the part that determines a run's results, given the same package versions."""
-    settings = {k: v for k, v in record.get("settings", {}).items() if k not in FREE_SETTINGS}
+    settings = {  # an unset one is as good as missing: an earlier version may not have had it
+        name: value
+        for name, value in record.get("settings", {}).items()
+        if name not in FREE_SETTINGS and value is not None and value is not False
+    }
     data = {name: described["sha256"] for name, described in record.get("data", {}).items()}
     model = {name: record.get(name) for name in ("labels", "weights_sha256")}
     return {"settings": settings, "data": data, **model}

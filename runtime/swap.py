@@ -1,9 +1,10 @@
 """Replace some files of a folder by others at once: a reader sees the old or the new ones.
 
 No file system renames many files at once, but any renames one link. So each file is first replaced
-by a symbolic link to `.current/NAME`, where `.current` leads to a folder with the old files. Then
-`.current` is renamed to one that leads to the new files: this is the moment of the change. At last
-the files themselves replace their links. If the process is killed, `settle` goes back or forward.
+by a symbolic link to `unfinished/.current/NAME`, where `.current` leads to a folder with the old
+files. Then `.current` is replaced by one that leads to the new files: this is the moment of the
+change. At last the files themselves replace their links. After a kill, `settle` restores the old
+files or completes the new ones.
 """
 
 import logging
@@ -11,12 +12,12 @@ import os
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
-from errno import ENOSYS, ENOTSUP, EPERM
 from pathlib import Path
 
 from runtime.files import sync
 
-CURRENT, OLD, NEW, LINK = ".current", ".old", ".new", ".link"
+# In the project's own subfolder, so that nothing of the user's can have these names.
+CURRENT, OLD, NEW, LINK = (f"unfinished/.{name}" for name in ("current", "old", "new", "link"))
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +39,19 @@ def swap(folder: Path, source: Path, old: Iterable[str], new: Iterable[str]) -> 
     """
     old, new = files_of(folder, old), files_of(source, new)
     try:
+        os.symlink("nowhere", folder / LINK)
+    except OSError:
+        logger.warning("warning: no symbolic links in %s: its files change one by one", folder)
+        move_one_by_one(folder, source, old, new)
+        return
+    (folder / LINK).unlink()
+    try:
         link_files(folder, old, folder / OLD)
         link_files(source, new, folder / NEW)
         show_through_links(folder, old | new)
         point(folder, NEW)
-    except OSError as error:
+    finally:
         settle(folder)
-        if error.errno not in (EPERM, ENOTSUP, ENOSYS):
-            raise
-        logger.warning("warning: no symbolic links in %s: its files change one by one", folder)
-        move_one_by_one(folder, source, old, new)
-    settle(folder)
 
 
 def link_files(folder: Path, names: set[str], copy: Path) -> None:
@@ -75,8 +78,8 @@ def show_through_links(folder: Path, names: set[str]) -> None:
 
 def point(folder: Path, target: str) -> None:
     """Let all links lead into the subfolder `target`, at once."""
-    put_link(folder, CURRENT, target)
-    sync(folder)
+    put_link(folder, CURRENT, Path(target).name)
+    sync((folder / CURRENT).parent)
 
 
 def put_link(folder: Path, name: str, target: str) -> None:
@@ -92,7 +95,7 @@ def settle(folder: Path) -> None:
     """
     (folder / LINK).unlink(missing_ok=True)
     if (folder / CURRENT).is_symlink():
-        target = folder / os.readlink(folder / CURRENT)
+        target = (folder / CURRENT).parent / os.readlink(folder / CURRENT)
         names = files_of(folder / OLD) | files_of(folder / NEW)
         for name in sorted(name for name in names if (folder / name).is_symlink()):
             if (target / name).exists():
@@ -102,7 +105,7 @@ def settle(folder: Path) -> None:
         remove_empty_folders(folder, names)
         sync_folders(folder, names)
         (folder / CURRENT).unlink()
-        sync(folder)
+        sync((folder / CURRENT).parent)
     for name in (OLD, NEW):
         shutil.rmtree(folder / name, ignore_errors=True)
 

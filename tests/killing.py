@@ -288,7 +288,9 @@ def kill_until_done(
     old = visible(folder)
     for _ in range(kills):
         changed = visible(folder).get("run.json") != old.get("run.json")
-        death = draw_death(chance, points, changed or (folder / ".current").is_symlink())
+        death = draw_death(
+            chance, points, changed or (folder / "unfinished" / ".current").is_symlink()
+        )
         counts["resumptions"] += holds(folder, "checkpoint-")
         flags = chance.choice(SAVING).split()
         status = start([*argv, *flags], folder, death, points.log)

@@ -344,7 +344,7 @@ def test_results_replace_each_other_one_by_one_where_there_are_no_links(run, mon
     expected = comparable(run(name="whole"))
 
     def refuse(*args):
-        raise OSError(errno.EPERM, "none here")
+        raise OSError(errno.EROFS, "none here")
 
     monkeypatch.setattr(os, "symlink", refuse)
     run("--seed", "1")
@@ -396,3 +396,14 @@ def test_an_unfinished_folder_with_foreign_files_is_refused(run, tmp_path, capsy
     run("--overwrite_output_dir", status=2)
     assert "files this program did not write: unfinished/novel.txt;" in capsys.readouterr().err
     assert mine.read_text() == "mine"
+
+
+def test_hidden_files_of_the_user_are_kept(run, tmp_path):
+    """Names that a swap could use for itself."""
+    for name in (".old/mine", ".new/mine", ".link", ".current"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("mine")
+    run()
+    folder = run("--seed", "1", "--overwrite_output_dir")
+    for name in (".old/mine", ".new/mine", ".link", ".current"):
+        assert (folder / name).read_text() == "mine"

@@ -97,6 +97,7 @@ def test_files_that_are_no_csv_get_a_hint(tmp_path, caplog):
         return str(error.value)
 
     assert "unpack it with gunzip" in refusal(b"\x1f\x8b\x08\x00\x00")
+    assert "half of a surrogate pair" in refusal(b"text,label\na +2AA- b,1\n", encoding="utf-7")
     assert "save the table as CSV" in refusal(b"PK\x03\x04\x14\x00\x08\x08\x08\x00\xa5")
     assert "perhaps utf-16-le" in refusal("text,label\na,1\n".encode("utf-16-le"))
     assert "perhaps utf-16-be" in refusal("text,label\na,1\n".encode("utf-16-be"))
