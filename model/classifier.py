@@ -5,7 +5,6 @@ N texts, U distinct texts, C classes.
 
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Self
 
 import numpy as np
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model.predictions import Predictions
 from model.start import Start
-from runtime.batches import Encoded, TextRows, encode, length_batches
+from runtime.batches import Encoded, TextRows, encode, length_batches, rows_of
 from runtime.files import UserError
 from runtime.machine import Machine, pick_machine
 
@@ -56,8 +55,7 @@ class Classifier:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             return []
-        rows = SimpleNamespace(path="texts", texts=texts, rows=range(len(texts)), label_ids=None)
-        found = Predictions.of(self.logits(rows), self.multi_label)
+        found = Predictions.of(self.logits(rows_of(texts)), self.multi_label)
         return [
             {
                 "label": label,

@@ -1,7 +1,6 @@
 """Embeddings of texts by a frozen backbone: features for other classifiers."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 from torch import nn
@@ -11,7 +10,7 @@ from model.loading import load_tokenizer, set_max_seq_length
 from model.source import Source
 from model.start import read_model_config
 from model.tuning import TUNING
-from runtime.batches import encode
+from runtime.batches import encode, rows_of
 from runtime.machine import Machine
 
 Embed = Callable[[list[str]], np.ndarray]  # N texts -> float32 [N, HD]
@@ -32,8 +31,7 @@ def embedder(source: Source, machine: Machine, batch_size: int = 64) -> Embed:
     machine.place(model)
 
     def embed(texts: list[str]) -> np.ndarray:
-        rows = SimpleNamespace(path="texts", texts=texts, rows=range(len(texts)), label_ids=None)
-        data = encode(tokenizer, rows, config.max_seq_length)
+        data = encode(tokenizer, rows_of(texts), config.max_seq_length)
         found = predict(model, data, batch_size, machine)
         return nn.functional.normalize(found).numpy()
 

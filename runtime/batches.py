@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -37,6 +38,11 @@ class TextRows(Protocol):
     texts: list[str]
     rows: list[int]
     label_ids: np.ndarray | None
+
+
+def rows_of(texts: list[str]) -> TextRows:
+    """Return texts that come from no file as rows without labels."""
+    return SimpleNamespace(path="texts", texts=texts, rows=range(len(texts)), label_ids=None)
 
 
 @dataclass(frozen=True)

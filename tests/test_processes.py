@@ -85,19 +85,23 @@ def test_a_stopped_group_resumes_to_the_same_bytes(command, tmp_path):
     assert "error:" in other.stderr
 
 
-def test_all_processes_end_soon_if_one_dies(command, tmp_path):
-    argv = command("out", "--num_train_epochs", "2000")
+def start_group(command: list[str], folder: Path) -> tuple[subprocess.Popen, list[int]]:
+    """Start a group; return torchrun and its workers' process ids once a checkpoint exists."""
     child = subprocess.Popen(
-        argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "out" / "unfinished").glob("checkpoint-*")):
+    while not list((folder / "unfinished").glob("checkpoint-*")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     found = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True
     )
-    workers = sorted(int(number) for number in found.stdout.split())
+    return child, sorted(int(number) for number in found.stdout.split())
+
+
+def test_all_processes_end_soon_if_one_dies(command, tmp_path):
+    child, workers = start_group(command("out", "--num_train_epochs", "2000"), tmp_path / "out")
     os.kill(workers[-1], signal.SIGKILL)
     start = time.monotonic()
     assert child.wait(60) != 0
@@ -106,17 +110,8 @@ def test_all_processes_end_soon_if_one_dies(command, tmp_path):
 
 def test_workers_end_with_torchrun(command, tmp_path):
     """Killed with SIGKILL, it cannot stop them; they ran on for minutes."""
-    child = subprocess.Popen(
-        command("out", "--num_train_epochs", "2000"), cwd=ROOT, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "out" / "unfinished").glob("checkpoint-*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True
-    )
-    workers = [Path("/proc", number) for number in found.stdout.split()]
+    child, numbers = start_group(command("out", "--num_train_epochs", "2000"), tmp_path / "out")
+    workers = [Path("/proc", str(number)) for number in numbers]
     assert len(workers) == 2
     child.kill()
     child.wait()
