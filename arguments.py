@@ -13,7 +13,8 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+
+from runtime.flags import Parser, boolean, choice, column_names, number, value
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -36,59 +37,9 @@ FILES = {f"{use}_file": f"csv/{name}_simple.csv" for use, name in USES.items()}
 LABEL_SEPARATOR = "|"
 PREFIX_DEFAULTS = {"prefix_depth": "all", "prefix_init": "text", "prefix_projection": False}
 PRE_SEQ_LEN = {"all": 128, "input": 16}
-PREFIX_FLAGS = (*PREFIX_DEFAULTS, "pre_seq_len", "prefix_init_text", "prefix_hidden_size")
-
-
-def number(kind: type, low: float, high: float, *, open_low: bool = False):
-    """Make an argparse type: a number within [low, high], or (low, high] if `open_low`.
-
-    A whole number may be written as `3.0`, as scripts for the Trainer often do.
-    """
-
-    def convert(text: str) -> float:
-        try:
-            found = float(text)
-        except ValueError:
-            found = math.nan
-        if not math.isfinite(found) or (kind is int and found % 1):
-            noun = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"'{text}' is not a {noun}")
-        if not low <= found <= high or (open_low and found == low):
-            bound = f"above {low:g}" if open_low else f"{low:g} or more"
-            limit = "" if high == math.inf else f" and at most {high:.10g}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {bound}{limit}")
-        return kind(found)
-
-    return convert
-
-
-def boolean(text: str) -> bool:
-    """Read `True` or `False` as HF's parser does (also yes/no, 1/0)."""
-    found = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in found:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
-    return found[text.lower()]
-
-
-def column_names(text: str) -> list[str]:
-    """Split column names such as `title,tags` at the commas."""
-    found = [name.strip() for name in text.split(",")]
-    if not all(found):
-        raise argparse.ArgumentTypeError(f"'{text}' contains an empty column name")
-    if len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"'{text}' names a column twice")
-    return found
-
-
-def value(kind=str, metavar: str = "N", **options) -> dict:
-    """Return the argparse options of a flag that takes one value."""
-    return {"type": kind, "metavar": metavar, **options}
-
-
-def choice(*words: str) -> dict:
-    """Return the argparse options of a flag that takes one of `words`."""
-    return {"choices": words}
-
+PREFIX_FLAGS = (
+    *PREFIX_DEFAULTS, "pre_seq_len", "num_prefixes", "prefix_init_text", "prefix_hidden_size"
+)  # fmt: skip
 
 INF = math.inf
 SWITCH = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}  # --flag [True|False]
@@ -126,6 +77,8 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--csv_encoding", NAME, "utf-8", "encoding of the CSV files, e.g. cp1252 or utf-16 [utf-8]"),
     ("--drop_empty", SWITCH, False, "drop rows with a blank text instead of stopping"),
     ("--safe_csv", SWITCH, False, "put an ' before formulas in predictions.csv, for spreadsheets"),
+    ("--reject_below", PROBABILITY, 0.0,
+     "leave the predicted label blank where its confidence is below P [0: never]"),
 ),
 "model and machine": (
     ("--model_name_or_path", NAME, DEFAULT_BACKBONE,
@@ -142,6 +95,8 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--prefix", SWITCH, False, "same as --tuning_method prefix"),
     ("--prefix_depth", choice("all", "input"), None, "in every layer, or only at the input [all]"),
     ("--pre_seq_len", INT, None, "number of virtual tokens [all 128, input 16]"),
+    ("--num_prefixes", INT, None,
+     "train N prefixes side by side in one run; they predict together [1]"),
     ("--prefix_init", choice("random", "text"), None,
      "initialise at random, or from the backbone's encoding of words [text; random if projected]"),
     ("--prefix_init_text", STR, None,
@@ -193,13 +148,6 @@ GROUPS = {  # each flag: name, kind, default and help
 # fmt: on
 # Groups whose flags would have no effect without --do_train.
 NEEDS_TRAINING = ("prefix tuning", "training", "evaluation and choice of the best epoch")
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports an error in one line and exits with status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message.removeprefix('argument ')} (see {self.prog} --help)\n")
 
 
 def build_parser() -> Parser:
@@ -323,6 +271,7 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--{given[0]} needs --prefix")
     if args.prefix and not tuned_by:
         fill_prefix(parser, args)
+    fill(args, {"num_prefixes": 1})
 
 
 def fill_prefix(parser: Parser, args: argparse.Namespace) -> None:
@@ -337,6 +286,8 @@ def fill_prefix(parser: Parser, args: argparse.Namespace) -> None:
         args.prefix_init = "random"
         args.prefix_hidden_size = args.prefix_hidden_size or 512
     fill(args, PREFIX_DEFAULTS)
+    if (args.num_prefixes or 1) > 1 and (args.prefix_projection or args.prefix_depth == "input"):
+        parser.error("--num_prefixes: several prefixes need --prefix_depth all, unprojected")
     fill(args, {"pre_seq_len": PRE_SEQ_LEN[args.prefix_depth]})
 
 

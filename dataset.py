@@ -43,6 +43,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the file."""
+        return list(self.table)
+
     @cached_property
     def keys(self) -> list[str]:
         """The `text_key` of each row."""
@@ -297,9 +302,7 @@ def open_stream(
         )
     if training_keys is not None:
         log_seen(path, rows, seen)
-    return Stream(
-        path, digest.hexdigest(), rows, list(chunk.table), bool(first[True]), names, options
-    )
+    return Stream(path, digest.hexdigest(), rows, chunk.columns, bool(first[True]), names, options)
 
 
 def read_labels(

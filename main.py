@@ -44,12 +44,13 @@ from transformers import PreTrainedTokenizerBase
 import dataset
 import trainer
 from dataset import Data, Split
+from evaluation.calibration import calibrate
 from evaluation.predictions import check_columns
 from evaluation.scoring import publish, score, show
 from evaluation.tables import summary
 from model import load
+from model.bank_start import find_start
 from model.classifier import Classifier
-from model.prefix_bank import BankStart
 from model.sequence_classification import train_words_in_use
 from model.start import Start, read_tensors
 from runtime import checkpoint as checkpoints
@@ -144,10 +145,18 @@ def run(args: Namespace) -> None:
                 model, tokenizer, data, args, machine, start, output, record, checkpoint
             )
 
-        # score; the model sees the test file only now that every choice has been made
+        # calibrate on the validation file, and write the tuned model
         batch_size = args.per_device_eval_batch_size
         classifier = Classifier(start, model, tokenizer, machine, batch_size)
+        if args.do_train and data.eval is not None:
+            found = calibrate(classifier.member_logits(data.eval), data)
+            start.method.divide_logits(model, found["temperature"])
+            results |= found
+        if args.do_train and group.is_main:
+            with writing(output.staging):
+                start.save(model, tokenizer, output.staging)
 
+        # score; the model sees the test file only now that every choice has been made
         def classify(split: Split) -> torch.Tensor:
             index = prefix_index(split, args.prefix_column, args.prefix_paths)
             return classifier.logits(split, index)
@@ -156,7 +165,7 @@ def run(args: Namespace) -> None:
             for split in data.to_predict():
                 classify(split)
             return
-        results |= score(classify, data, start.multi_label, output, args.safe_csv)
+        results |= score(classify, data, start.multi_label, output, args)
 
         # publish; a limit of 0 means that checkpoints were only for resuming
         publish(output, record, results, keep_checkpoints=args.save_total_limit != 0)
@@ -166,7 +175,7 @@ def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedT
     """Find the model, read and check the data, and describe the run."""
     # start: the model to start from
     fill_columns(args)
-    start = BankStart(args) if args.prefix_paths else Start(args)
+    start = find_start(args)
     logger.info("%s, model %s", machine, start.source.name)
     settings = start.settings(args) | machine.describe()
 
@@ -222,11 +231,11 @@ def tune(
     record: dict,
     checkpoint: Checkpoint | None,
 ) -> dict:
-    """Train with checkpoints, write the tuned model, and return the training figures."""
+    """Train with checkpoints, and return the training figures."""
     if warning := learning_rate_warning(args):
         logger.warning("warning: %s", warning)
     is_main, length = machine.group.is_main, start.config.max_seq_length
-    train_set = encode(tokenizer, data.train, length)
+    train_set = encode(tokenizer, data.train, length).for_each_prefix(args.num_prefixes)
     eval_set = encode(tokenizer, data.eval, length) if args.eval_strategy == "epoch" else None
     train_words_in_use(model, train_set.token_ids)
 
@@ -258,9 +267,6 @@ def tune(
         )
     if number := received_signal():  # a signal that came after the last step
         signal.raise_signal(number)
-    if is_main:
-        with writing(output.staging):
-            start.save(model, tokenizer, output.staging)
     return figures
 
 

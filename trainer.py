@@ -104,7 +104,7 @@ def train(
         weights; Stopped, after the step is saved.
     """
     step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(train_set) / step_size)
+    steps_per_epoch = math.ceil(len(train_set) / args.num_prefixes / step_size)
     total = steps_per_epoch * args.num_train_epochs
     is_main = machine.group.is_main
     progress = Progress(total, steps_per_epoch, args.logging_steps, write_metrics, is_main)
@@ -113,7 +113,9 @@ def train(
     with logging_redirect_tqdm(), progress:
         while not state.is_over(args.early_stopping_patience):
             # order the rows; the order depends on (seed, epoch) alone
-            batches = training_batches(train_set.row_lengths, step_size, args.seed, progress.epoch)
+            batches = training_batches(
+                train_set.row_lengths, step_size, args.seed, progress.epoch, args.num_prefixes
+            )
             if not progress.done:
                 log_plan(batches, train_set, total, step_size, args)
 
@@ -144,7 +146,8 @@ def log_plan(
     size = args.per_device_train_batch_size
     micro = [part for batch in batches for part in chunks(batch, size)]
     share = 100 * padding_share(train_set.row_lengths, micro)
-    logger.info("%d steps of %d examples, %.1f %% padding", total, step_size, share)
+    each = f" for each of {args.num_prefixes} prefixes" * (args.num_prefixes > 1)
+    logger.info("%d steps of %d examples%s, %.1f %% padding", total, step_size, each, share)
 
 
 def save_if_due(

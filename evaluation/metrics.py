@@ -16,6 +16,8 @@ from model.predictions import Predictions
 from model.sequence_classification import classification_loss
 
 BINS = 10  # bins of confidence in the reliability curve
+FINE_BINS = 1000  # in the curve of accuracy against coverage
+COVERAGES = (1, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 RESAMPLES = 1000  # resampled files of a bootstrap
 IN_MATRIX = 50  # classes at most in a confusion matrix; with more, pairs are listed
 LISTED_PAIRS = 1000
@@ -31,6 +33,8 @@ TITLES = {
     "micro_f1": "micro F1",
     "loss": "log loss",
     "ece": "calibration error",
+    "rejected_share": "share of rejected rows",
+    "accuracy_kept": "accuracy on kept rows",
     "seen_share": "share of seen texts",
     "accuracy_seen": "accuracy on seen texts",
     "accuracy_unseen": "accuracy on unseen texts",
@@ -45,7 +49,7 @@ class Counts:
         self.multi_label = multi_label
         self.rows, self.hits, self.loss = 0, 0, 0.0
         self.classes: np.ndarray | int = 0  # [3, C]: hits, predicted and true rows of each class
-        self.bins = np.zeros((3, BINS))  # rows, hits and summed confidence, by confidence
+        self.fine = np.zeros((3, FINE_BINS))  # rows, hits and summed confidence, by confidence
 
     def add(self, found: Predictions, label_ids: np.ndarray) -> np.ndarray:
         """Add rows; label_ids: int64 [N], or float32 [N, C] of 0 and 1.
@@ -64,14 +68,14 @@ class Counts:
             parts = (label_ids[right], found.label, label_ids)
             counted = [np.bincount(part, minlength=classes) for part in parts]
         self.classes += np.stack(counted)
-        place = np.minimum((found.confidence * BINS).astype(int), BINS - 1)
+        place = np.minimum((found.confidence * FINE_BINS).astype(int), FINE_BINS - 1)
         weights = (np.ones(len(right)), right, found.confidence)
-        self.bins += [np.bincount(place, weight, BINS) for weight in weights]
+        self.fine += [np.bincount(place, weight, FINE_BINS) for weight in weights]
         return right
 
     def merge(self, other: "Counts") -> None:
         """Add the rows of another `Counts`."""
-        for name in ("rows", "hits", "loss", "classes", "bins"):
+        for name in ("rows", "hits", "loss", "classes", "fine"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def metrics(self) -> dict[str, float]:
@@ -102,6 +106,21 @@ class Counts:
             "f1": (2 * hits / np.maximum(predicted + support, 1)).tolist(),
             "support": support.tolist(),
         }
+
+    @property
+    def bins(self) -> np.ndarray:
+        """Rows, hits and summed confidence by confidence, in `BINS` bins of equal width."""
+        return self.fine.reshape(3, BINS, -1).sum(axis=2)
+
+    def coverage(self) -> list[list[float]]:
+        """Return what rejecting the least confident rows brings: threshold, coverage and accuracy.
+
+        The thresholds are those whose coverage, the share of rows kept, is nearest to `COVERAGES`.
+        """
+        rows, hits, _ = self.fine[:, ::-1].cumsum(axis=1)[:, ::-1]  # at least as confident
+        nearest = (int(np.abs(rows / rows[0] - share).argmin()) for share in COVERAGES)
+        places = [place for place in dict.fromkeys(nearest) if rows[place]]
+        return [[at / FINE_BINS, rows[at] / rows[0], hits[at] / rows[at]] for at in places]
 
     def more_metrics(self) -> dict[str, float]:
         """Compute F1 weighted by class support, and the expected calibration error.
@@ -155,8 +174,10 @@ class Bootstrap:
 class Score:
     """Metrics of a file and of its seen and unseen texts, with the details for a report."""
 
-    def __init__(self, multi_label: bool) -> None:
-        self.multi_label, self.audited = multi_label, False
+    def __init__(self, multi_label: bool, reject_below: float = 0.0) -> None:
+        """reject_below: rows with less confidence count as rejected."""
+        self.multi_label, self.audited, self.reject_below = multi_label, False, reject_below
+        self.kept, self.kept_hits = 0, 0
         self.parts = {part: (Counts(multi_label), Bootstrap()) for part in ("seen", "unseen")}
         self.pairs: Counter = Counter()  # rows by (true, predicted) class; one label a row
         self.mistakes: list[dict] = []
@@ -181,6 +202,9 @@ class Score:
                 counts, bootstrap = self.parts[part]
                 right = counts.add(found.take(rows), label_ids[rows])
                 bootstrap.add(list(compress(keys, rows)), right)
+        kept = found.confidence >= self.reject_below
+        self.kept += int(kept.sum())
+        self.kept_hits += int(found.is_right(label_ids)[kept].sum())
         if not self.multi_label:
             self.pairs.update(zip(label_ids.tolist(), found.label.tolist(), strict=True))
         self.add_mistakes(found, label_ids, texts)
@@ -224,6 +248,9 @@ class Score:
         counts, bootstrap = self.whole()
         results = {**counts.metrics(), **counts.more_metrics()}
         results["accuracy_interval"] = bootstrap.interval()
+        if self.reject_below:
+            results["rejected_share"] = 1 - self.kept / counts.rows
+            results["accuracy_kept"] = self.kept_hits / self.kept if self.kept else None
         if self.audited:
             results["seen_share"] = self.parts["seen"][0].rows / counts.rows
             for part in ("seen", "unseen"):
@@ -256,6 +283,11 @@ class Score:
             "reliability": dict(
                 zip(("rows", "hits", "confidence"), counts.bins.tolist(), strict=True)
             ),
+            "coverage": {
+                name: part.coverage()
+                for name, part in (("all texts", counts), ("unseen texts", self.parts["unseen"][0]))
+                if part.rows and (name == "all texts" or self.parts["seen"][0].rows)
+            },
             "mistakes": self.mistakes,
         }
 

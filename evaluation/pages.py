@@ -17,6 +17,7 @@ CARDS = {
     "micro_f1": "micro F1",
     "macro_f1": "macro F1",
 }
+KEPT = 0.8  # share of rows that the example of rejection keeps
 LABEL_LENGTH = 60  # characters of a label that pages show
 
 
@@ -40,8 +41,14 @@ def shorten(label: str) -> str:
 def render_card(record: dict, results: dict) -> str:
     """Render the model card, README.md, of a trained model; unset settings are left out."""
     settings = {k: v for k, v in record["settings"].items() if v is not None and v is not False}
-    rows, settings = result_rows(results), json.dumps(settings, indent=2)
-    return fill("card.md", record=record, results=results, rows=rows, settings=settings) + "\n"
+    return fill(
+        "card.md",
+        record=record,
+        results=results,
+        rows=result_rows(results),
+        settings=json.dumps(settings, indent=2),
+        several=record["settings"].get("num_prefixes", 1) > 1,
+    )
 
 
 def render_run(record: dict, results: dict, evaluation: dict, records: list[dict]) -> str:
@@ -65,6 +72,8 @@ def render_run(record: dict, results: dict, evaluation: dict, records: list[dict
         if (value := results.get(f"{name}_{key}")) is not None:
             interval = results.get(f"{name}_{key}_interval") or ()
             cards.setdefault((value, *interval), title)
+    kind, points = list(details["coverage"].items())[-1]  # unseen texts, if there are seen ones
+    kept = min(points, key=lambda point: abs(point[1] - KEPT))  # threshold, coverage, accuracy
     return fill(
         "report.html",
         record=record,
@@ -77,6 +86,8 @@ def render_run(record: dict, results: dict, evaluation: dict, records: list[dict
         plots=run_plots(Run(labels, details, records)),
         classes=list(zip(labels, *columns, strict=True)),
         mistakes=mistakes,
+        kept=kept if kept[1] < 1 else None,
+        kept_unseen=kind == "unseen texts",
         audited=f"{name}_seen_share" in results,
         several=f"{name}_micro_f1" in results,
     )

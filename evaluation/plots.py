@@ -135,6 +135,20 @@ def reliability(run: Run) -> list[Markup]:
     return [svg(figure, f"Reliability curve; confidence is off by {error:.1%} on average.")]
 
 
+def coverage(run: Run) -> list[Markup]:
+    """Draw the accuracy on the most confident rows by their share of all rows."""
+    figure = Figure(figsize=(4, 4))
+    axis = figure.subplots()
+    words = []
+    for (name, points), color in zip(run.details["coverage"].items(), COLORS, strict=False):
+        _, share, accuracy = np.array(points).T
+        axis.plot(100 * share, 100 * accuracy, "o-", color=color, markersize=4, label=name)
+        words += [f"{name}: {accuracy[0]:.1%} of all, {accuracy[-1]:.1%} of {share[-1]:.1%}"]
+    axis.set(xlabel="most confident rows, %", ylabel="accuracy, %", xlim=(0, 102))
+    axis.legend(loc="lower left")
+    return [svg(figure, f"Accuracy on the most confident rows. {'; '.join(words)}.")]
+
+
 def merge_sparse(bins: np.ndarray) -> np.ndarray:
     """Merge neighbouring bins, [3, BINS], until each has `FEW` rows, or until one is left."""
     merged: list[np.ndarray] = []
@@ -152,6 +166,7 @@ RUN_PLOTS = {
     "How it learned": learning_curves,
     "Which labels it confuses": confusion,
     "Can its confidence be trusted?": reliability,
+    "What if unsure rows are rejected?": coverage,
     "F1 of each label": class_bars,
 }
 

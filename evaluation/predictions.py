@@ -1,4 +1,4 @@
-"""predictions.csv: the rows of the test file, with what the model predicts for them."""
+"""The rows of the test and the validation file, with what the model predicts for them, as CSV."""
 
 import csv
 from collections.abc import Callable, Iterator
@@ -12,34 +12,34 @@ from dataset import Data
 from model.predictions import Predictions
 from runtime.files import UserError, writing
 
+FILES = {"test": "predictions.csv", "eval": "validation_predictions.csv"}
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def added_columns(names: list[str]) -> list[str]:
-    """Return the columns that predictions.csv adds to the input's columns."""
+    """Return the columns that are added to the input's columns."""
     return ["predicted", "confidence", *(f"probability_{name}" for name in names)]
 
 
 def check_columns(data: Data) -> None:
-    """Check the test file. Raises: UserError if it has a column that the predictions add."""
-    if data.test is None:
-        return
-    if clash := set(data.test.columns).intersection(added_columns(data.names)):
-        raise UserError(
-            f"{data.test.path} has a column '{min(clash)}', which the predictions would add: "
-            "rename it"
-        )
+    """Check the files. Raises: UserError if one has a column that the predictions add."""
+    for file in filter(None, (data.eval, data.test)):
+        if clash := set(file.columns).intersection(added_columns(data.names)):
+            raise UserError(
+                f"{file.path} has a column '{min(clash)}', which the predictions would add: "
+                "rename it"
+            )
 
 
 @contextmanager
 def prediction_writer(
-    path: Path, columns: list[str], names: list[str], safe: bool = False
+    path: Path, columns: list[str], names: list[str], safe: bool = False, reject_below: float = 0.0
 ) -> Iterator[Callable[[pd.DataFrame, Predictions], None]]:
-    """Open predictions.csv: one row per input row, in order. Yields a function that adds a chunk.
+    """Open a file with one row per input row, in order. Yields a function that adds a chunk.
 
     A row has the input's `columns` and the `added_columns`. Strings are quoted, to keep any text.
     safe: put an apostrophe before text that a spreadsheet would execute as a formula
-    (https://owasp.org/www-community/attacks/CSV_Injection).
+    (https://owasp.org/www-community/attacks/CSV_Injection). reject_below: see `Predictions.named`.
     """
 
     def cell(text: str) -> str:
@@ -52,7 +52,8 @@ def prediction_writer(
         def add(table: pd.DataFrame, found: Predictions) -> None:
             figures = np.hstack([found.confidence[:, None], found.probability]).astype(float)
             values = np.round(figures, 6).tolist()
-            for row, label, rest in zip(table.to_numpy(), found.named(names), values, strict=True):
+            labels = found.named(names, reject_below)
+            for row, label, rest in zip(table.to_numpy(), labels, values, strict=True):
                 writer.writerow([*map(cell, [*row, label]), *rest])
 
         yield add

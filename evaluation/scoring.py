@@ -4,14 +4,17 @@ import logging
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
+import pandas as pd
 import torch
 
-from dataset import Data, Split, seen_texts
+from dataset import Data, Split, Stream, seen_texts
 from evaluation import tables
 from evaluation.metrics import Score
-from evaluation.predictions import prediction_writer
+from evaluation.predictions import FILES, prediction_writer
 from model.predictions import Predictions
 from runtime.output_folder import OutputFolder
 from runtime.record import peak_memory_bytes
@@ -19,36 +22,41 @@ from runtime.record import peak_memory_bytes
 logger = logging.getLogger(__name__)
 
 Classify = Callable[[Split], torch.Tensor]  # split -> logits, float32 [N, C]
+Write = Callable[[pd.DataFrame, Predictions], None]  # adds rows to a file of predictions
 
 
 def score(
-    classify: Classify, data: Data, multi_label: bool, output: OutputFolder, safe_csv: bool = False
+    classify: Classify, data: Data, multi_label: bool, output: OutputFolder, args: Namespace
 ) -> dict:
-    """Score the validation file; predict the test file, and score it if it has labels.
+    """Predict the validation and the test file, and score them; the test file may have no labels.
 
-    Writes predictions.csv (safe_csv: see `prediction_writer`) and evaluation.json; returns the
-    figures for all_results.json.
+    Writes the predictions (safe_csv and reject_below of the arguments: see `prediction_writer`) and
+    evaluation.json; returns the figures for all_results.json.
     """
     scores: dict[str, Score] = {}
 
-    def add(name: str, split: Split, found: Predictions) -> None:
-        keys = data.training_keys
-        seen = None if keys is None else seen_texts(keys, split.keys)
-        one = scores.setdefault(name, Score(multi_label))
-        one.add(found, split.label_ids, split.texts, split.keys, seen)
+    def add(name: str, split: Split, write: Write) -> None:
+        found = Predictions.of(classify(split), multi_label)
+        write(split.table, found)
+        if split.labels is not None:
+            keys = data.training_keys
+            seen = None if keys is None else seen_texts(keys, split.keys)
+            one = scores.setdefault(name, Score(multi_label, args.reject_below))
+            one.add(found, split.label_ids, split.texts, split.keys, seen)
+
+    def writer(name: str, file: Split | Stream) -> AbstractContextManager[Write]:
+        path, options = output.staging / FILES[name], (args.safe_csv, args.reject_below)
+        return prediction_writer(path, file.columns, data.names, *options)
 
     if data.eval is not None:
-        add("eval", data.eval, Predictions.of(classify(data.eval), multi_label))
+        with writer("eval", data.eval) as write:
+            add("eval", data.eval, write)
     figures = {}
     if data.test is not None:
         done, start = 0, time.perf_counter()
-        path = output.staging / "predictions.csv"
-        with prediction_writer(path, data.test.columns, data.names, safe_csv) as write:
+        with writer("test", data.test) as write:
             for chunk in data.test:
-                found = Predictions.of(classify(chunk), multi_label)
-                write(chunk.table, found)
-                if data.test.labelled:
-                    add("test", chunk, found)
+                add("test", chunk, write)
                 done += len(chunk)
                 figures["predict_samples_per_second"] = log_speed(done, len(data.test), start)
     if scores:

@@ -1,6 +1,6 @@
 """Use a trained model: texts in, labels and probabilities out.
 
-N texts, U distinct texts, C classes.
+K members of an ensemble, N texts, U distinct texts, C classes.
 """
 
 from argparse import Namespace
@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from model.bank_start import find_start
 from model.predictions import Predictions
 from model.start import Start
 from runtime.batches import Encoded, TextRows, encode, length_batches, rows_of
@@ -39,9 +40,9 @@ class Classifier:
     @classmethod
     def load(cls, folder: str | Path, precision: str = "auto", batch_size: int = 64) -> Self:
         """Load a model folder or an adapter folder. Raises: UserError if it is not usable."""
-        unset = dict.fromkeys(("problem_type", "max_seq_length"))
+        unset = dict.fromkeys(("problem_type", "max_seq_length", "prefix_paths", "prefix_column"))
         args = Namespace(model_name_or_path=str(folder), do_train=False, seed=0, **unset)
-        start, machine = Start(args), pick_machine(precision)
+        start, machine = find_start(args), pick_machine(precision)
         tokenizer, model = start.tokenizer(), start.build(args)
         machine.place(model)
         return cls(start, model, tokenizer, machine, batch_size)
@@ -71,6 +72,13 @@ class Classifier:
         """Compute the logits of all rows, see `predict`. prefix_index: see `runtime.batches`."""
         data = encode(self.tokenizer, rows, self.max_seq_length, prefix_index)
         return predict(self.model, data, self.batch_size, self.machine)
+
+    def member_logits(self, rows: TextRows) -> torch.Tensor:
+        """Compute the logits of each member of an ensemble: [K, N, C]; K is 1 for other models."""
+        count = getattr(self.model.config, "num_prefixes", 1)
+        data = encode(self.tokenizer, rows, self.max_seq_length).for_each_prefix(count)
+        found = predict(self.model, data, self.batch_size, self.machine)
+        return found.view(count, -1, found.shape[1])
 
 
 @torch.inference_mode()

@@ -1,8 +1,9 @@
 """What a model predicts for rows: probabilities, labels and confidence, computed once from logits.
 
-N rows, C classes.
+K models, N rows, C classes.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import compress
 from typing import Self
@@ -11,6 +12,15 @@ import numpy as np
 import torch
 
 from arguments import LABEL_SEPARATOR
+
+
+def average(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
+    """Average the probabilities of K models: logits [K, N, C] -> logits [N, C]."""
+    if len(logits) == 1:
+        return logits[0]
+    if multi_label:
+        return logits.sigmoid().mean(dim=0).logit(eps=1e-7)
+    return logits.log_softmax(dim=2).logsumexp(dim=0) - math.log(len(logits))
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,14 @@ class Predictions:
         right = self.label == label_ids
         return right.all(axis=1) if label_ids.ndim == 2 else right
 
-    def named(self, names: list[str]) -> list[str]:
-        """Return the predicted label of each row by name; several are joined as in the input."""
+    def named(self, names: list[str], reject_below: float = 0.0) -> list[str]:
+        """Return the predicted label of each row by name; several are joined as in the input.
+
+        It is blank where the confidence is below `reject_below`.
+        """
         if self.label.ndim == 2:
-            return [LABEL_SEPARATOR.join(compress(names, row)) for row in self.label]
-        return [names[number] for number in self.label]
+            found = [LABEL_SEPARATOR.join(compress(names, row)) for row in self.label]
+        else:
+            found = [names[number] for number in self.label]
+        kept = self.confidence >= reject_below
+        return [label if keep else "" for label, keep in zip(found, kept, strict=True)]

@@ -1,87 +1,67 @@
-"""Many tuned prefixes on one frozen backbone; each row of a batch has its own, or all of them.
+"""Many prefixes on one frozen backbone; each row of a batch has its own, or all of them.
 
 K prefixes, P length of the longest (of all, or in a batch), G prefixes in a batch, B batch, T text
 tokens, L layers, H heads, D head size (HD the hidden size), C classes (the labels of all prefixes).
 """
 
-import logging
-import math
-from argparse import Namespace
-from typing import Self
-
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BertConfig
+from transformers import BertConfig, BertModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from model import adapter
-from model.loading import list_labels, problem_type, set_labels, set_max_seq_length
-from model.prefix_encoder import by_layer
-from model.source import Source, backbone_sha256, locate
-from model.start import Start, check_backbone, read_model_config
-from model.tuning import TUNING
-from runtime.files import UserError
-
-logger = logging.getLogger(__name__)
+from model.predictions import average
 
 UNKNOWN = -1e4  # logit of a label that a prefix does not know
+
+
+class Stacked(nn.Module):
+    """The parameters of K modules of one kind, stacked under their usual names."""
+
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor))
 
 
 class PrefixBank(nn.Module):
     """Classifies each row of a batch with the prefix and the head that the row names.
 
-    Up to rounding, the logits are the same as from each tuned model alone. A label that a row's
-    prefix does not know has a logit so low that its probability is 0, yet the loss stays finite.
+    Up to rounding, the logits are the same as from each prefix alone. A label that a row's prefix
+    does not know has a logit so low that its probability is 0, yet the loss stays finite. The
+    parameters have the names that they have with one prefix, and a first dimension of K.
     """
 
-    def __init__(self, sources: list[Source], configs: list[BertConfig]) -> None:
-        """Load K adapter folders.
-
-        Raises: UserError if they do not all have depth `all` and the same backbone, problem type
-            and `max_seq_length`.
-        """
+    def __init__(
+        self,
+        bert: BertModel,
+        config: BertConfig,
+        prefixes: list[torch.Tensor],
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+    ) -> None:
+        """prefixes: K times [P, 2LHD]. weight, bias: of the heads, [K, C, HD] and [K, C]."""
         super().__init__()
-        check_alike(sources, configs)
-        self.sources, self.config = sources, merge(configs)
-        self.labels_by_prefix = [list_labels(config) for config in configs]
-        method = TUNING["prefix"]
-        model = method.build(sources[0], configs[0]).requires_grad_(False)
-        self.bert = model.bert
-        tuned = [
-            adapter.read(source.adapter, method.shapes(config))
-            for source, config in zip(sources, configs, strict=True)
-        ]
-        flat = [tensors[adapter.PREFIX] for tensors in tuned]
-        self.register_buffer("lengths", torch.tensor([len(one) for one in flat]))  # [K]
-        padded = pad_sequence(flat, batch_first=True)  # [K, P, 2LHD]
-        slots = [torch.stack(by_layer(one, configs[0])) for one in padded]
-        self.register_buffer("slots", torch.cat(slots, dim=3))  # [L, 2, H, K, P, D]
-        names = list_labels(self.config)
-        weight = torch.zeros(len(tuned), len(names), configs[0].hidden_size)
-        bias = torch.full(weight.shape[:2], UNKNOWN)
-        for number, tensors in enumerate(tuned):
-            columns = [names.index(name) for name in self.labels_by_prefix[number]]
-            weight[number, columns] = tensors["classifier.weight"]
-            bias[number, columns] = tensors["classifier.bias"]
-        self.register_buffer("weight", weight)  # [K, C, HD]
-        self.register_buffer("bias", bias)  # [K, C]
-        self.eval()
+        self.bert, self.config = bert, config
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.register_buffer("lengths", torch.tensor([len(one) for one in prefixes]))  # [K]
+        self.prefix_encoder = nn.Module()
+        self.prefix_encoder.embedding = Stacked(weight=pad_sequence(prefixes, batch_first=True))
+        self.classifier = Stacked(weight=weight, bias=bias)
+        self.ready: torch.Tensor | None = None  # the slots of frozen prefixes
 
-    @classmethod
-    def open(cls, paths: list[str], max_seq_length: int | None = None) -> Self:
-        """Load the adapter folders at `paths`, numbered in this order."""
-        sources = [locate(path) for path in paths]
-        configs: list[BertConfig] = []
-        checksums = {one: backbone_sha256(one) for one in {source.backbone for source in sources}}
-        for path, source in zip(paths, sources, strict=True):
-            config, method = read_model_config(source)
-            if method is not TUNING["prefix"]:
-                raise UserError(f"--prefix_paths: {path} is not the adapter folder of a prefix")
-            check_backbone(source, config, checksums[source.backbone])
-            set_max_seq_length(config, method.virtual_tokens(config), max_seq_length)
-            configs.append(config)
-        return cls(sources, configs)
+    def slots(self, device: str) -> torch.Tensor:
+        """Return the keys and values of all prefixes: [L, 2, H, K, P, D]."""
+        flat = self.prefix_encoder.embedding.weight  # [K, P, 2LHD]
+        if self.ready is None or flat.requires_grad:
+            heads, layers = self.config.num_attention_heads, self.config.num_hidden_layers
+            found = flat.view(*flat.shape[:2], layers, 2, heads, -1).permute(2, 3, 4, 0, 1, 5)
+            if flat.requires_grad:
+                return found
+            self.ready = found.contiguous()
+        if torch.is_autocast_enabled(device):  # cast once instead of in every batch
+            self.ready = self.ready.to(torch.get_autocast_dtype(device))
+        return self.ready
 
     def forward(
         self,
@@ -96,9 +76,7 @@ class PrefixBank(nn.Module):
         """
         if prefix_index is None:
             return self.average(input_ids, attention_mask)
-        device = input_ids.device.type
-        if torch.is_autocast_enabled(device):  # cast once instead of in every batch
-            self.slots = self.slots.to(torch.get_autocast_dtype(device))
+        slots = self.slots(input_ids.device.type)
         lengths = self.lengths[prefix_index]  # [B]
         longest = int(lengths.max())
         position = torch.arange(longest + input_ids.shape[1], device=input_ids.device)
@@ -106,15 +84,18 @@ class PrefixBank(nn.Module):
         used, group = prefix_index.unique(return_inverse=True)  # [G]; each row's index into it, [B]
         places = place_rows(group) if len(used) > 1 else None
         chosen = used if len(used) < len(self.lengths) else slice(None)  # a slice needs no copy
+        if places is None:
+            chosen = slice(int(used), int(used) + 1)
         pooled = self.bert(
             input_ids,
             attention_mask=torch.cat([prefix_mask.to(attention_mask.dtype), attention_mask], dim=1),
             position_ids=position[: input_ids.shape[1]] + lengths[:, None],
-            prefix=lambda layer: self.slots[layer][:, :, chosen, :longest],  # [2, H, G, P, D]
+            prefix=lambda layer: slots[layer][:, :, chosen, :longest],  # [2, H, G, P, D]
             places=places,
         ).pooler_output
-        logits = torch.einsum("bcd,bd->bc", self.weight[prefix_index], pooled.float())
-        return SequenceClassifierOutput(logits=logits + self.bias[prefix_index])
+        weight, bias = self.classifier.weight[prefix_index], self.classifier.bias[prefix_index]
+        logits = torch.einsum("bcd,bd->bc", weight, self.dropout(pooled).float())
+        return SequenceClassifierOutput(logits=logits + bias)
 
     def average(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
@@ -124,10 +105,8 @@ class PrefixBank(nn.Module):
         index = torch.arange(count, device=input_ids.device).repeat_interleave(batch)  # [K*B]
         rows = (tensor.repeat(count, 1) for tensor in (input_ids, attention_mask))  # [K*B, T]
         logits = self(*rows, index).logits.view(count, batch, -1)  # [K, B, C]
-        if self.config.problem_type == "multi_label_classification":
-            return SequenceClassifierOutput(logits=logits.sigmoid().mean(dim=0).logit(eps=1e-7))
-        mean = logits.log_softmax(dim=2).logsumexp(dim=0) - math.log(count)
-        return SequenceClassifierOutput(logits=mean)
+        several = self.config.problem_type == "multi_label_classification"
+        return SequenceClassifierOutput(logits=average(logits, several))
 
 
 def place_rows(group: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -143,61 +122,3 @@ def place_rows(group: torch.Tensor) -> tuple[torch.Tensor, int]:
     place = torch.empty_like(group)
     place[order] = group[order] * size + in_order - first
     return place, size
-
-
-def check_alike(sources: list[Source], configs: list[BertConfig]) -> None:
-    """Check that all folders fit the first. Raises: UserError naming a folder that does not."""
-
-    def traits(source: Source, config: BertConfig) -> dict:
-        return {
-            "backbone": source.backbone,
-            "problem_type": problem_type(config, None),
-            "max_seq_length": config.max_seq_length,
-        }
-
-    first = traits(sources[0], configs[0])
-    for source, config in zip(sources, configs, strict=True):
-        if config.prefix_depth != "all":
-            raise UserError(f"--prefix_paths: {source.adapter} is not a prefix of depth all")
-        for name, value in traits(source, config).items():
-            if value != first[name]:
-                raise UserError(
-                    f"--prefix_paths: {name} of {source.adapter} is {value}, "
-                    f"but in {sources[0].adapter} it is {first[name]}"
-                )
-
-
-def merge(configs: list[BertConfig]) -> BertConfig:
-    """Return the first config with the labels of all configs, in order of first occurrence."""
-    merged = BertConfig.from_dict(configs[0].to_dict())
-    names = (name for config in configs for name in list_labels(config))
-    set_labels(merged, list(dict.fromkeys(names)))
-    merged.pre_seq_len = max(config.pre_seq_len for config in configs)
-    return merged
-
-
-class BankStart(Start):
-    """The start of a run with --prefix_paths: a bank that only predicts."""
-
-    def __init__(self, args: Namespace) -> None:
-        self.bank = PrefixBank.open(args.prefix_paths, args.max_seq_length)
-        self.config, self.sources = self.bank.config, self.bank.sources
-        self.source, self.method = self.sources[0], TUNING["prefix"]
-        self.config.problem_type = problem_type(self.config, args.problem_type)
-        self.title = f"predictions of {', '.join(args.prefix_paths)}"
-        self.labels_by_prefix, self.started_from = self.bank.labels_by_prefix, None
-        if args.prefix_column is None:  # all prefixes classify each row
-            for path, names in zip(args.prefix_paths, self.labels_by_prefix, strict=True):
-                if {*names} != {*self.labels}:
-                    raise UserError(
-                        f"--prefix_paths: {path} has other labels than {args.prefix_paths[0]}, so "
-                        "they cannot be averaged: pass --prefix_column, or prefixes for one task"
-                    )
-            self.labels_by_prefix = None
-
-    def build(self, args: Namespace) -> PrefixBank:
-        return self.bank
-
-    def count(self, model: PrefixBank) -> dict[str, int]:
-        logger.info("%d tuned prefixes on one backbone", len(self.sources))
-        return {}

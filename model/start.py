@@ -11,7 +11,14 @@ from transformers import BertConfig, PreTrainedTokenizerBase
 
 from model import adapter, loading
 from model.loading import list_labels, read_config
-from model.source import AdapterSettings, Source, backbone_sha256, locate, sha256_of
+from model.source import (
+    AdapterSettings,
+    Source,
+    backbone_sha256,
+    ensemble_folders,
+    locate,
+    sha256_of,
+)
 from model.tuning import TUNING, TuningMethod, count_parameters
 from runtime.files import UserError, read_json
 from runtime.training_state import WEIGHT
@@ -107,7 +114,7 @@ class Start:
         if not args.do_train:
             return model.requires_grad_(False)
         if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.bert.gradient_checkpointing_enable({"use_reentrant": False})
         return model
 
     def count(self, model: nn.Module) -> dict[str, int]:
@@ -124,7 +131,10 @@ class Start:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of a model or adapter folder, by their checkpoint names; unchecked."""
-    if (folder / adapter.WEIGHTS).exists():
+    if members := ensemble_folders(folder):
+        each = [adapter.read_unchecked(Path(member)) for member in members]
+        tensors = {name: torch.stack([one[name] for one in each]) for name in each[0]}
+    elif (folder / adapter.WEIGHTS).exists():
         tensors = adapter.read_unchecked(folder)
     else:
         tensors = load_file(folder / "model.safetensors")

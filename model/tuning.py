@@ -18,12 +18,13 @@ from transformers import BertConfig, PreTrainedTokenizerBase
 
 from model import adapter
 from model.loading import TUNED, load_weights, read_shapes
+from model.prefix_bank import PrefixBank
 from model.prefix_encoder import keys_and_values, prefix_width
 from model.sequence_classification import (
     BertForSequenceClassification,
     BertPrefixForSequenceClassification,
 )
-from model.source import Source
+from model.source import ENSEMBLE_FOLDER, Source
 from runtime.files import UserError
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,13 @@ class TuningMethod:
     def is_exempt(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether a parameter is exempt from weight decay, as biases and LayerNorm are."""
         return parameter.ndim < 2
+
+    @torch.no_grad()
+    def divide_logits(self, model: nn.Module, temperature: float) -> None:
+        """Divide all logits by a temperature, by way of the head's weights and bias."""
+        for name, parameter in model.named_parameters():
+            if self.is_head(name):
+                parameter /= temperature
 
     def build(
         self, source: Source, config: BertConfig, fresh_head: bool = False
@@ -138,9 +146,15 @@ class AdapterMethod(TuningMethod):
         """
 
     def save(self, model, tokenizer, source, folder):
+        self.save_tensors(self.tensors(model), model.config, source, folder)
+
+    def save_tensors(
+        self, tensors: dict[str, Tensor], config: BertConfig, source: Source, folder: Path
+    ) -> None:
+        """Write the trained tensors into `folder`. Raises: OSError if the disk is full."""
         settings = {"base_model_name_or_path": source.name, "inference_mode": True}
-        settings |= {"task_type": "SEQ_CLS", **self.settings(model.config)}
-        adapter.save(folder, model.config, self.tensors(model), settings, self.stored)
+        settings |= {"task_type": "SEQ_CLS", **self.settings(config)}
+        adapter.save(folder, config, tensors, settings, self.stored)
 
 
 class Prefix(AdapterMethod):
@@ -150,7 +164,7 @@ class Prefix(AdapterMethod):
     model_class = BertPrefixForSequenceClassification
     peft_types = ("PREFIX_TUNING", "INPUT_PREFIX")  # of depth all, and input
     # a reparametrised prefix is stored as the MLP's output
-    stored: ClassVar[dict] = {"prefix_projection": False}
+    stored: ClassVar[dict] = {"prefix_projection": False, "num_prefixes": 1}
     not_for_peft = (
         "PEFT cannot load a prefix of depth input: its prompt tuning reads the first virtual token "
         "where this model reads [CLS]"
@@ -158,7 +172,8 @@ class Prefix(AdapterMethod):
 
     def title(self, config: BertConfig) -> str:
         where = "in every layer" if config.prefix_depth == "all" else "at the input only"
-        return f"prefix tuning {where}"
+        several = f", {config.num_prefixes} prefixes" * (config.num_prefixes > 1)
+        return f"prefix tuning {where}{several}"
 
     def library(self, config: BertConfig) -> str:
         return "peft" if config.prefix_depth == "all" else "transformers"
@@ -168,6 +183,7 @@ class Prefix(AdapterMethod):
         for name in ("pre_seq_len", "prefix_depth", "prefix_projection", "prefix_hidden_size"):
             if getattr(args, name) is not None:  # a prefix tuned further keeps its own
                 setattr(config, name, getattr(args, name))
+        config.num_prefixes = args.num_prefixes
         if config.prefix_depth == "input":
             logger.warning("warning: %s", self.not_for_peft)
 
@@ -182,7 +198,22 @@ class Prefix(AdapterMethod):
 
     def is_exempt(self, name: str, parameter: nn.Parameter) -> bool:
         """Also exempt the prefix: it acts as an input, not as a weight."""
-        return super().is_exempt(name, parameter) or name == adapter.PREFIX
+        return super().is_exempt(name, parameter) or name in (adapter.PREFIX, f"{HEAD}bias")
+
+    def build(self, source, config, fresh_head=False):
+        """Build the model; `config.num_prefixes` above 1 makes it a bank of new prefixes."""
+        model = super().build(source, config, fresh_head)
+        if (count := getattr(config, "num_prefixes", 1)) == 1:
+            return model
+
+        def draw(like: Tensor) -> list[Tensor]:
+            shapes = [like.shape] * (count - 1)
+            return [like.detach(), *(config.initializer_range * torch.randn(s) for s in shapes)]
+
+        prefixes = draw(model.get_parameter(adapter.PREFIX))
+        weight = torch.stack(draw(model.classifier.weight))
+        bias = torch.zeros(weight.shape[:2])
+        return PrefixBank(model.bert, config, prefixes, weight, bias)
 
     def initialise(self, model, tokenizer, args, texts):
         """Start from real words, repeated or cut to P: their keys and values, or their embeddings.
@@ -191,23 +222,43 @@ class Prefix(AdapterMethod):
         """
         if args.prefix_init != "text":
             return
-        words = args.prefix_init_text
-        if words is None:  # 64 random texts fill a prefix of the default length
-            drawn = np.random.default_rng(args.seed).permutation(len(texts))[:64]
-            words = " ".join(texts[row] for row in drawn)
-        ids = tokenizer(words, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise UserError(f"no word to start from in '{words}': see --prefix_init_text")
-        ids = torch.from_numpy(np.resize(ids, model.config.pre_seq_len)).to(model.device)
-        at_input = model.config.prefix_depth == "input"
-        flat = model.get_input_embeddings()(ids) if at_input else keys_and_values(model.bert, ids)
+        config, bert, starts = model.config, model.bert, []
+        for number in range(config.num_prefixes):
+            words = args.prefix_init_text
+            if words is None:  # 64 random texts fill a prefix of the default length
+                drawn = np.random.default_rng(args.seed + number).permutation(len(texts))[:64]
+                words = " ".join(texts[row] for row in drawn)
+            ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise UserError(f"no word to start from in '{words}': see --prefix_init_text")
+            ids = torch.from_numpy(np.resize(ids, config.pre_seq_len)).to(bert.device)
+            at_input = config.prefix_depth == "input"
+            starts.append(
+                bert.get_input_embeddings()(ids) if at_input else keys_and_values(bert, ids)
+            )
+        flat = torch.stack(starts) if config.num_prefixes > 1 else starts[0]
         put(model, {adapter.PREFIX: flat})
 
     @torch.no_grad()
     def tensors(self, model):
         """Return prefix and head; a reparametrised prefix is stored as the MLP's output."""
         head = {HEAD + name: one for name, one in model.classifier.named_parameters()}
+        if isinstance(model, PrefixBank):
+            return {adapter.PREFIX: model.get_parameter(adapter.PREFIX), **head}
         return {adapter.PREFIX: model.prefix_encoder(), **head}
+
+    def save(self, model, tokenizer, source, folder):
+        """Write an adapter folder or, for several prefixes, a folder that contains one for each."""
+        if not isinstance(model, PrefixBank):
+            super().save(model, tokenizer, source, folder)
+            return
+        tensors = self.tensors(model)
+        for number in range(model.config.num_prefixes):
+            place = folder / ENSEMBLE_FOLDER.format(number + 1)
+            place.mkdir(exist_ok=True)
+            self.save_tensors(
+                {n: one[number] for n, one in tensors.items()}, model.config, source, place
+            )
 
     def shapes(self, config: BertConfig) -> dict[str, tuple[int, ...]]:
         """Return the shapes of `tensors`."""

@@ -4,7 +4,7 @@ N rows, U distinct texts, C classes, B rows of a batch, T tokens.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +68,20 @@ class Encoded:
     def row_lengths(self) -> np.ndarray:
         """Number of tokens of each row: [N]."""
         return self.lengths[self.text_index]
+
+    def for_each_prefix(self, count: int) -> "Encoded":
+        """Return every row `count` times: first all rows for prefix 0, then for prefix 1, ..."""
+        if count == 1:
+            return self
+        texts, each = len(self.token_ids), range(count)
+        return replace(
+            self,
+            token_ids=self.token_ids * count,
+            text_index=np.concatenate([self.text_index + number * texts for number in each]),
+            labels=None if self.labels is None else np.concatenate([self.labels] * count),
+            rows=[*self.rows] * count,
+            prefix_index=np.repeat(each, texts),
+        )
 
     def collate(self, texts: np.ndarray) -> dict[str, torch.Tensor]:
         """Pad the given distinct texts to the longest of them: int64 [B, T]."""
@@ -158,14 +172,21 @@ def prefix_index(split: TextRows, column: str | None, paths: list[str] | None) -
 
 
 def training_batches(
-    lengths: np.ndarray, batch_size: int, seed: int, epoch: int
+    lengths: np.ndarray, batch_size: int, seed: int, epoch: int, prefixes: int = 1
 ) -> list[np.ndarray]:
     """Return the rows of each step of an epoch: texts of similar length, in a new order per epoch.
 
     The order is a function of (seed, epoch) alone, so a resumed run needs no random state. Rows are
     shuffled, cut into windows, sorted by length within a window and cut into batches; then the
-    batches are shuffled.
+    batches are shuffled. With several `prefixes` the rows are those of `Encoded.for_each_prefix`; a
+    step has `batch_size` rows of each prefix, and each has its own order, from its own seed.
     """
+    if prefixes > 1:
+        rows, orders = len(lengths) // prefixes, []
+        for number, part in enumerate(np.split(lengths, prefixes)):
+            order = training_batches(part, batch_size, seed + number, epoch)
+            orders.append([batch + number * rows for batch in order])
+        return [np.concatenate(batches) for batches in zip(*orders, strict=True)]
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     batches = []

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from runtime.files import UserError, read_json, sha256, sync, to_json
 from runtime.record import Record
+from runtime.swap import files_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +112,9 @@ def write(
         rest = {name: one for name, one in tensors.items() if not equal(one, written.get(name))}
         save_file(rest, staging / TENSORS)
         (staging / STATE).write_text(to_json(state), encoding="utf-8")
-        for path in staging.iterdir():
+        for path in staging.rglob("*"):
             sync(path)
-        manifest = {path.name: describe(path) for path in sorted(staging.iterdir())}
+        manifest = {name: describe(staging / name) for name in sorted(files_of(staging))}
         (staging / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
         sync(staging / MANIFEST)
         sync(staging)
@@ -161,7 +162,7 @@ def read(folder: Path, stored: StoredTensors) -> Checkpoint:
 def read_manifest(folder: Path) -> dict[str, FileDescription]:
     """Read the descriptions of a checkpoint's files. Raises: UserError if it has other files."""
     manifest = read_json(folder / MANIFEST, dict[str, FileDescription])
-    for name in {path.name for path in folder.iterdir()} - {MANIFEST} ^ manifest.keys():
+    for name in files_of(folder) - {MANIFEST} ^ manifest.keys():
         raise CheckpointError(f"{folder} is damaged: {name} is missing, here or in {MANIFEST}")
     return manifest
 

@@ -91,6 +91,8 @@ def remembered_columns(folder: Path) -> Columns:
 
     Raises: UserError if its record has other types.
     """
+    if re.fullmatch(r"prefix-\d+", folder.name) and not (folder / "run.json").is_file():
+        folder = folder.parent  # one prefix of an ensemble
     if (folder / "run.json").is_file():
         return read_json(folder / "run.json", TrainedRun).get("settings", {})
     if (folder / "state.json").is_file():

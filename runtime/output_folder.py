@@ -27,7 +27,7 @@ PROCESS = "process"  # file with the id of the running process, for messages
 OWN_FILE = re.compile(
     r"README\.md|report\.html|(adapter_)?config\.json|(adapter_)?model\.safetensors|"
     r"tokenizer(_config)?\.json|(run|all_results|evaluation)\.json|metrics\.jsonl|"
-    r"predictions\.csv|tensorboard|checkpoint-\d+"
+    r"(validation_)?predictions\.csv|tensorboard|checkpoint-\d+|prefix-\d+"
 )
 # What else a killed run may leave in `unfinished`; safetensors writes into `.tmp...` first.
 PARTIAL_FILE = re.compile(

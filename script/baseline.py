@@ -25,6 +25,7 @@ from sklearn.preprocessing import FunctionTransformer
 
 import dataset
 from arguments import parse_args
+from evaluation.calibration import calibrate
 from evaluation.metrics import compute_metrics
 from evaluation.predictions import Predictions, check_columns
 from evaluation.scoring import publish, score
@@ -47,7 +48,7 @@ WEIGHTS = {"embeddings": 2}  # beside two TF-IDF vectors of length 1
 SETTINGS = (  # flags of main.py that apply to baselines
     "train_file validation_file test_file text_column_names text_column_delimiter "
     "label_column_name label_names problem_type csv_encoding drop_empty output_dir "
-    "max_train_samples seed model_name_or_path"
+    "max_train_samples seed model_name_or_path safe_csv reject_below"
 ).split()
 STRENGTHS = (0.3, 1, 3, 10, 30, 100)  # C, the inverse of regularisation
 SMOOTHING = 0.01  # pseudo-rows of the label frequencies in each look-up: no probability is 0
@@ -169,9 +170,14 @@ def run(method: str, args: Namespace) -> None:
         output.start(record)
         classify, chosen = fit(method, data, multi_label, source)
         results = data.count_rows() | chosen
-        results |= score(
-            lambda split: to_logits(classify(split.texts), multi_label), data, multi_label, output
-        )
+
+        def logits(split: dataset.Split) -> torch.Tensor:
+            found = to_logits(classify(split.texts), multi_label)
+            return found / results.get("temperature", 1.0)
+
+        if method in FEATURES:
+            results |= calibrate(logits(data.eval)[None], data)
+        results |= score(logits, data, multi_label, output, args)
         publish(output, record, results)
 
 

@@ -153,9 +153,8 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure
     import numpy as np
 
     from arguments import parse_args
+    from model.bank_start import find_start
     from model.classifier import predict
-    from model.prefix_bank import BankStart
-    from model.start import Start
     from runtime.batches import encode
     from runtime.machine import pick_machine
 
@@ -163,11 +162,10 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure
     split, index = distinct(data, count), None
     if len(names) == 1:
         args = parse_args([*flags, "--model_name_or_path", *folders])
-        start = Start(args)
     else:
         args = parse_args([*flags, "--prefix_paths", *folders, "--prefix_column", "unused"])
-        start = BankStart(args)
         index = np.arange(len(split)) % len(names)
+    start = find_start(args)
     tokenizer, model = start.tokenizer(), start.build(args)
     machine = pick_machine(args.precision)
     machine.place(model)

@@ -48,6 +48,7 @@ FLAGS = """
     --max_train_samples
     --metric_for_best_model
     --model_name_or_path
+    --num_prefixes
     --num_train_epochs
     --output_dir
     --overwrite_output_dir
@@ -64,6 +65,7 @@ FLAGS = """
     --prefix_paths
     --prefix_projection
     --problem_type
+    --reject_below
     --report_to
     --resume_from_checkpoint
     --safe_csv

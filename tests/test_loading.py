@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from model import source as model_source
+from model.bank_start import open_bank
 from model.loading import list_labels, load_tokenizer, set_labels, set_max_seq_length
-from model.prefix_bank import PrefixBank
 from model.source import BUNDLED_NAME, locate, sha256_of
 from model.start import read_model_config
 from model.tuning import TUNING
@@ -37,7 +37,7 @@ def tuned(make_model, backbone, tmp_path):
 )
 def test_each_row_of_a_batch_has_its_own_prefix(tuned, mask, prefix_index):
     paths, models = tuned
-    bank = PrefixBank.open(paths)
+    bank, *_ = open_bank(paths)
     names = list_labels(bank.config)
     assert names == list("abcdxy")
     times = len(prefix_index) // len(IDS)
@@ -55,7 +55,7 @@ def test_each_row_of_a_batch_has_its_own_prefix(tuned, mask, prefix_index):
 
 def test_a_bank_loads_its_backbone_once(tuned):
     paths, models = tuned
-    count = sum(weight.numel() for weight in PrefixBank.open(paths * 4).parameters())
+    count = sum(weight.numel() for weight in open_bank(paths * 4)[0].bert.parameters())
     assert count == sum(weight.numel() for weight in models[0].bert.parameters())
 
 
@@ -63,19 +63,19 @@ def test_incompatible_prefixes_are_refused(tuned, make_model, backbone, tmp_path
     paths, _ = tuned
     save(make_model(*KINDS["input"]), backbone, tmp_path / "input")
     with pytest.raises(UserError, match="input is not a prefix of depth all"):
-        PrefixBank.open([*paths, str(tmp_path / "input")])
+        open_bank([*paths, str(tmp_path / "input")])
     with pytest.raises(UserError, match="is not the adapter folder of a prefix"):
-        PrefixBank.open([*paths, backbone])
+        open_bank([*paths, backbone])
     other = tmp_path / "other"
     shutil.copytree(backbone, other)
     save(make_model("--prefix"), str(other), tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"backbone of .*elsewhere is .*other, but in .*0 it is "):
-        PrefixBank.open([*paths, str(tmp_path / "elsewhere")])
+        open_bank([*paths, str(tmp_path / "elsewhere")])
     config = json.loads((tmp_path / "1" / "config.json").read_text())
     (tmp_path / "1" / "config.json").write_text(json.dumps(config | {"max_seq_length": 9}))
     with pytest.raises(UserError, match=r"max_seq_length of .*1 is 9, but in .*0 it is 16"):
-        PrefixBank.open(paths)
-    assert PrefixBank.open(paths, max_seq_length=12).config.max_seq_length == 12
+        open_bank(paths)
+    assert open_bank(paths, max_seq_length=12)[0].config.max_seq_length == 12
 
 
 def test_a_prefix_beyond_the_positions_is_refused(backbone):

@@ -19,7 +19,7 @@ from dataset import read_split
 
 RESULTS = set(
     "README.md all_results.json evaluation.json metrics.jsonl predictions.csv report.html "
-    "run.json".split()
+    "run.json validation_predictions.csv".split()
 )
 FULL = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "config.json"}

@@ -64,7 +64,7 @@ def test_a_run_writes_a_self_contained_page(run, flags):
     text = (run(*flags) / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     curves = 1 if "no" in flags else 2
-    assert page.count["svg"] == curves + 3 == len(page.labels)  # each has a text alternative
+    assert page.count["svg"] == curves + 4 == len(page.labels)  # each has a text alternative
     assert page.count["table"] == 5 and "script" not in page.count
     assert all(link.startswith("#") for link in page.links)  # within the page
     assert not re.search(r"url\((?!#)|@import", text)
@@ -92,7 +92,7 @@ def test_a_browser_shows_the_page_and_runs_no_script(run, evil_files):
     dom = in_chromium(folder / "report.html")
     assert "hacked" not in re.search("<title>(.*?)</title>", dom)[1]
     page = Page(dom)
-    assert page.count["svg"] == 5 and page.count["table"] == 5
+    assert page.count["svg"] == 6 and page.count["table"] == 5
     assert page.count.get("img", 0) == page.count.get("script", 0) == 0
 
 

@@ -27,6 +27,7 @@ RESUMED = {
     "accumulation": ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
     "prefix": ("--prefix", "--attention_probs_dropout_prob", "0.1"),
     "prefix, bf16": ("--prefix", "--precision", "bf16"),
+    "ensemble": ("--prefix", "--num_prefixes", "2", "--hidden_dropout_prob", "0.1"),
     "projected": ("--prefix", "--prefix_projection"),
     "input": ("--prefix", "--prefix_depth", "input"),
     "probe": ("--tuning_method", "probe", "--hidden_dropout_prob", "0.1"),

@@ -1,0 +1,63 @@
+"""The kinds of values that command-line flags take, and a parser with short errors."""
+
+import argparse
+import math
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports an error in one line and exits with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message.removeprefix('argument ')} (see {self.prog} --help)\n")
+
+
+def number(kind: type, low: float, high: float, *, open_low: bool = False):
+    """Make an argparse type: a number within [low, high], or (low, high] if `open_low`.
+
+    A whole number may be written as `3.0`, as scripts for the Trainer often do.
+    """
+
+    def convert(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not math.isfinite(found) or (kind is int and found % 1):
+            noun = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {noun}")
+        if not low <= found <= high or (open_low and found == low):
+            bound = f"above {low:g}" if open_low else f"{low:g} or more"
+            limit = "" if high == math.inf else f" and at most {high:.10g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {bound}{limit}")
+        return kind(found)
+
+    return convert
+
+
+def boolean(text: str) -> bool:
+    """Read `True` or `False` as HF's parser does (also yes/no, 1/0)."""
+    found = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in found:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
+    return found[text.lower()]
+
+
+def column_names(text: str) -> list[str]:
+    """Split column names such as `title,tags` at the commas."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"'{text}' contains an empty column name")
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"'{text}' names a column twice")
+    return found
+
+
+def value(kind=str, metavar: str = "N", **options) -> dict:
+    """Return the argparse options of a flag that takes one value."""
+    return {"type": kind, "metavar": metavar, **options}
+
+
+def choice(*words: str) -> dict:
+    """Return the argparse options of a flag that takes one of `words`."""
+    return {"choices": words}

@@ -1,0 +1,162 @@
+"""Ensembles: several prefixes in one run, and the confidence of whatever a run trains."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import main
+from conftest import ROWS, one_line, write_csv
+from evaluation.calibration import calibrate, figures
+from evaluation.metrics import Counts
+from model import load as load_model
+from model.predictions import Predictions
+from test_main import PROBE, RESULTS, load
+
+# two whole batches, since each row of a step weighs the same; the gradient is not clipped
+ALIKE = ("--max_train_samples", "8", "--max_grad_norm", "1e9", "--load_best_model_at_end", "False")
+
+
+def probabilities(folder: Path, name: str = "predictions.csv") -> np.ndarray:
+    return pd.read_csv(folder / name).filter(like="probability_").to_numpy(float)
+
+
+def test_prefixes_trained_side_by_side_are_those_trained_alone(run):
+    """The first has the seed, the start and the row order of a single prefix."""
+    alone = run("--prefix", *ALIKE, name="alone")
+    together = run("--prefix", "--num_prefixes", "2", *ALIKE, name="together")
+    found, other, expected = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (together / "prefix-1", together / "prefix-2", alone)
+    )
+    scale = [load(folder, "all_results.json")["temperature"] for folder in (together, alone)]
+    for name, tensor in expected.items():
+        factor = scale[0] / scale[1] if "classifier" in name else 1.0
+        torch.testing.assert_close(found[name] * factor, tensor, rtol=1e-4, atol=1e-5)
+        assert (other[name] - found[name]).abs().max() > 1e-3
+    stored = [load(folder, "all_results.json")["stored_parameters"] for folder in (together, alone)]
+    assert stored[0] == 2 * stored[1]
+
+
+def test_an_ensemble_averages_its_prefixes_and_loads_everywhere(
+    run, backbone, predict, tmp_path, capsys
+):
+    folder = run("--prefix", "--num_prefixes", "3", "--text_column_names", "text")
+    assert {path.name for path in folder.iterdir()} == RESULTS | {f"prefix-{n}" for n in (1, 2, 3)}
+    assert predict(folder)[0] == 0
+    mean = probabilities(folder)
+    np.testing.assert_allclose(probabilities(tmp_path / "predicted"), mean, atol=2e-6)
+    members = [folder / f"prefix-{number}" for number in (1, 2, 3)]
+    each = []
+    for member in members:
+        assert predict(member)[0] == 0
+        each.append(probabilities(tmp_path / "predicted"))
+    np.testing.assert_allclose(np.mean(each, axis=0), mean, atol=2e-6)
+    text = pd.read_csv(folder / "predictions.csv")["text"][1]
+    found = load_model(folder, "fp32")(text)[0]["probabilities"]
+    np.testing.assert_allclose(list(found.values()), mean[1], atol=2e-6)
+    frozen = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=3)
+    peer = PeftModel.from_pretrained(frozen, str(folder), subfolder="prefix-2").eval()
+    with torch.no_grad():
+        logits = peer(**AutoTokenizer.from_pretrained(backbone)(text, return_tensors="pt")).logits
+    np.testing.assert_allclose(logits.softmax(1)[0], each[1][1], atol=2e-6)
+    assert 'subfolder="prefix-1"' in (folder / "README.md").read_text()
+    argv = ["--do_train", "--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "no")]
+    capsys.readouterr()
+    status = main.main([*argv, "--train_file", str(tmp_path / "train.csv")])
+    assert "cannot be tuned further together" in one_line((status, capsys.readouterr().err))
+
+
+@pytest.mark.parametrize("flags", [("--prefix_depth", "input"), ("--prefix_projection",)])
+def test_some_prefixes_can_only_be_trained_alone(capsys, flags):
+    with pytest.raises(SystemExit):
+        main.main(["--do_train", "--output_dir", "no", "--prefix", "--num_prefixes", "2", *flags])
+    assert "several prefixes need --prefix_depth all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("members", [1, 3])
+def test_calibration_finds_the_temperature(members, multi_label):
+    """Labels are drawn from the probabilities, then the logits are made too large."""
+    random = np.random.default_rng(0)
+    logits = torch.from_numpy(random.normal(0, 2, (1, 4000, 3))).float()
+    if multi_label:
+        label_ids = (random.random((4000, 3)) < logits[0].sigmoid().numpy()).astype(np.float32)
+    else:
+        drawn = [random.choice(3, p=row) for row in logits[0].double().softmax(1).numpy()]
+        label_ids = np.array(drawn)
+    logits = 3 * logits.expand(members, -1, -1)
+
+    class Data:
+        training_keys = None
+        eval = type("Split", (), {"label_ids": label_ids, "__len__": lambda self: 4000})()
+
+    found = calibrate(logits, Data)
+    assert found["temperature"] == pytest.approx(3, rel=0.1)
+    assert found["calibration_ece_before"] > 0.1 and found["calibration_ece_after"] < 0.04
+    assert found["calibration_loss_after"] < found["calibration_loss_before"]
+    assert found["calibration_loss_after"] == pytest.approx(
+        figures(logits / found["temperature"], label_ids)["loss"]
+    )
+
+
+def test_calibration_uses_unseen_rows_if_there_are_enough(run, tmp_path):
+    """Half of the validation rows are seen; the 100 others decide if there are that many."""
+    unseen = [(" ".join(ROWS[n % 11][0].split() + ["red"] * (n + 1)), ROWS[n % 11][1])
+              for n in range(101)]  # fmt: skip
+    for count in (99, 101):
+        val = write_csv(tmp_path / "more.csv", [*ROWS * 9, *unseen[:count]])
+        results = load(
+            run("--validation_file", val, "--max_seq_length", "60", name=f"{count}"),
+            "all_results.json",
+        )
+        rows = count if count == 101 else 99 + count
+        assert results["calibration_rows"] == rows
+        assert results["calibration_unseen_only"] == (count == 101)
+
+
+@pytest.mark.parametrize("flags", [(), ("--prefix",), PROBE])
+def test_stored_models_are_calibrated(run, predict, tmp_path, flags):
+    """The reloaded model gives the same probabilities, on both files."""
+    folder = run(*flags)
+    assert load(folder, "all_results.json")["temperature"] != pytest.approx(1, abs=1e-3)
+    assert predict(folder, "--test_file", str(tmp_path / "val.csv"))[0] == 0
+    np.testing.assert_allclose(
+        probabilities(tmp_path / "predicted"),
+        probabilities(folder, "validation_predictions.csv"),
+        atol=2e-6,
+    )
+
+
+def test_unsure_predictions_are_left_blank_on_request(run, predict, tmp_path):
+    folder = run()
+    table = pd.read_csv(folder / "predictions.csv")
+    limit = float(table["confidence"].median())
+    assert predict(folder, "--reject_below", str(limit))[0] == 0
+    found = pd.read_csv(tmp_path / "predicted" / "predictions.csv")
+    kept = table["confidence"] >= limit
+    assert found["predicted"].isna().tolist() == (~kept).tolist() and 0 < kept.sum() < len(kept)
+    results = load(tmp_path / "predicted", "all_results.json")
+    assert results["test_rejected_share"] == 1 - kept.mean()
+    right = table["predicted"] == table["label"]
+    assert results["test_accuracy_kept"] == right[kept].mean()
+
+
+def test_coverage_is_what_sorting_by_confidence_gives():
+    random = np.random.default_rng(0)
+    logits = torch.from_numpy(random.normal(0, 2, (3000, 4))).float()
+    label_ids = random.integers(0, 4, 3000)
+    found, counts = Predictions.of(logits, False), Counts(False)
+    for part in np.array_split(np.arange(3000), 7):
+        counts.add(found.take(part), label_ids[part])
+    points = counts.coverage()
+    assert points[0][1:] == [1.0, counts.hits / 3000]
+    for threshold, share, accuracy in points:
+        kept = found.confidence >= threshold
+        assert share == pytest.approx(kept.mean(), abs=1e-3)
+        assert accuracy == pytest.approx((found.label == label_ids)[kept].mean(), abs=2e-3)
