@@ -37,7 +37,7 @@ def test_prefixes_trained_side_by_side_are_those_trained_alone(run):
     scale = [load(folder, "all_results.json")["temperature"] for folder in (together, alone)]
     for name, tensor in expected.items():
         factor = scale[0] / scale[1] if "classifier" in name else 1.0
-        torch.testing.assert_close(found[name] * factor, tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[name] * factor, tensor, rtol=1e-3, atol=2e-4)
         assert (other[name] - found[name]).abs().max() > 1e-3
     stored = [load(folder, "all_results.json")["stored_parameters"] for folder in (together, alone)]
     assert stored[0] == 2 * stored[1]
