@@ -23,6 +23,12 @@ def average(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
     return logits.log_softmax(dim=2).logsumexp(dim=0) - math.log(len(logits))
 
 
+def to_logits(probability: np.ndarray, multi_label: bool) -> torch.Tensor:
+    """Return the logits, float32 of the same shape, whose softmax or sigmoid is `probability`."""
+    probability = torch.from_numpy(probability).double().clamp(1e-9, 1 - 1e-9)
+    return (probability.logit() if multi_label else probability.log()).float()
+
+
 @dataclass(frozen=True)
 class Predictions:
     """Predictions of N rows, derived from their logits."""

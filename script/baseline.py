@@ -30,6 +30,7 @@ from evaluation.metrics import compute_metrics
 from evaluation.predictions import Predictions, check_columns
 from evaluation.scoring import publish, score
 from model.embeddings import embedder
+from model.predictions import to_logits
 from model.source import Source, locate, sha256_of
 from runtime.columns import fill_columns
 from runtime.files import UserError
@@ -107,12 +108,6 @@ def linear(
         return probability
 
     return classify
-
-
-def to_logits(probability: np.ndarray, multi_label: bool) -> torch.Tensor:
-    """Return the logits, float32 [N, C], whose softmax or sigmoid is `probability`."""
-    probability = torch.from_numpy(probability).double().clamp(1e-9, 1 - 1e-9)
-    return (probability.logit() if multi_label else probability.log()).float()
 
 
 def fit(

@@ -1,4 +1,4 @@
-"""Ensembles: several prefixes in one run, and the confidence of whatever a run trains."""
+"""Ensembles of prefixes and of runs, and calibrated confidence."""
 
 from pathlib import Path
 
@@ -14,8 +14,10 @@ import main
 from conftest import ROWS, one_line, write_csv
 from evaluation.calibration import calibrate, figures
 from evaluation.metrics import Counts
+from evaluation.predictions import FILES
 from model import load as load_model
 from model.predictions import Predictions
+from script import baseline, ensemble
 from test_main import PROBE, RESULTS, load
 
 # two whole batches, since each row of a step weighs the same; the gradient is not clipped
@@ -160,3 +162,65 @@ def test_coverage_is_what_sorting_by_confidence_gives():
         kept = found.confidence >= threshold
         assert share == pytest.approx(kept.mean(), abs=1e-3)
         assert accuracy == pytest.approx((found.label == label_ids)[kept].mean(), abs=2e-3)
+
+
+@pytest.fixture
+def two_runs(run, files, backbone, tmp_path) -> list[str]:
+    """A tuned run and a baseline on the same files."""
+    tuned, tfidf = run("--num_train_epochs", "8", name="tuned"), tmp_path / "tfidf"
+    assert baseline.main(["tfidf", *files, "--output_dir", str(tfidf)]) == 0
+    return [str(tuned), str(tfidf)]
+
+
+def test_an_ensemble_of_runs_is_their_weighted_average(two_runs, tmp_path):
+    folder = tmp_path / "both"
+    assert ensemble.main([*two_runs, "--output_dir", str(folder)]) == 0
+    training = {"metrics.jsonl", "README.md"}
+    assert {path.name for path in folder.iterdir()} == RESULTS - training
+    record, results = load(folder, "run.json"), load(folder, "all_results.json")
+    weights = [record["settings"]["weights"].get(name, 0) for name in two_runs]
+    assert sum(weights) == pytest.approx(1)
+    for name in FILES.values():
+        each = np.stack([probabilities(Path(one), name) for one in two_runs])
+        power = np.tensordot(weights, each, axes=1) ** (1 / results["temperature"])
+        expected = power / power.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(probabilities(folder, name), expected, atol=1e-4)
+    assert results["test_seen_share"] == 0.5
+    assert ensemble.main([*two_runs, "--output_dir", str(folder)]) == 2  # must not be replaced
+    assert ensemble.main([*two_runs, "--output_dir", str(folder), "--overwrite_output_dir"]) == 0
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_selection_takes_what_helps_and_nothing_else(multi_label):
+    """Two runs with independent errors are both taken, a random one is not."""
+    random = np.random.default_rng(0)
+    label_ids = random.integers(0, 2, 2000)
+    good = [np.where(random.random(2000) < 0.8, label_ids, 1 - label_ids) for _ in range(2)]
+    sure = [np.where(one == 1, 0.8, 0.2) for one in good]
+    columns = [*sure, random.uniform(0.01, 0.99, 2000)]
+    probability = np.stack([np.stack([1 - one, one], axis=1) for one in columns])
+    if multi_label:
+        label_ids = np.eye(2, dtype=np.float32)[label_ids]
+    one, other, useless = ensemble.select(probability, label_ids)
+    assert abs(one - other) <= 2 and one > 0 and useless == 0
+
+
+def test_runs_that_do_not_belong_together_are_refused(two_runs, run, files, tmp_path, capsys):
+    def refused(*folders: str) -> str:
+        capsys.readouterr()
+        status = ensemble.main([*folders, "--output_dir", str(tmp_path / "no")])
+        return one_line((status, capsys.readouterr().err))
+
+    other = write_csv(tmp_path / "other.csv", ROWS[:5])
+    elsewhere = str(run("--test_file", other, name="elsewhere"))
+    assert "different data.test" in refused(*two_runs, elsewhere)
+    assert "contains no finished run" in refused(two_runs[0], str(tmp_path))
+    Path(two_runs[1], "validation_predictions.csv").unlink()
+    assert "lacks validation_predictions.csv" in refused(*two_runs)
+    path = Path(two_runs[0], "predictions.csv")
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    assert "has 3 rows instead of 4" in refused(two_runs[0])
+    write_csv(Path(files[5]), ROWS[:4])
+    assert "has changed since" in refused(two_runs[0])
+    assert ensemble.main([*two_runs, "--seed", "1", "--output_dir", "no"]) == 2
+    assert "--seed has no effect on an ensemble" in capsys.readouterr().err

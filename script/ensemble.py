@@ -1,0 +1,184 @@
+"""Average finished runs, with weights that the validation file chooses.
+
+    bash script/ensemble.sh RUN... --output_dir DIR [--overwrite_output_dir] [--reject_below P]
+
+RUN is the output folder of a finished run of main.py or a baseline. All must have the same data
+files, columns and labels. The ensemble has the files, figures, report and record of a run, but no
+weights: to classify new texts, classify them with the chosen runs and average the probabilities.
+
+The weights come from greedy selection (Caruana et al. 2004, "Ensemble selection from libraries of
+models", as in AutoGluon): starting with nothing, add the run that lowers the validation log loss of
+the average most, again and again, the same run as often as it helps; then keep the best average.
+
+K runs, N rows, C classes.
+"""
+
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dataset
+from arguments import parse_args
+from evaluation.calibration import calibrate, calibration_rows, figures
+from evaluation.predictions import FILES, check_columns
+from evaluation.scoring import publish, score
+from model.predictions import to_logits
+from runtime.csv_reader import read_table
+from runtime.files import UserError
+from runtime.output_folder import opened
+from runtime.record import RUN_FILE, describe_run, differences, read_record
+
+logger = logging.getLogger(__name__)
+
+ROUNDS = 50  # so a weight is a multiple of 2 % or more
+SMALLEST = 1e-6  # predictions have 6 decimals, so 0 means less than this
+DATA_SETTINGS = (  # of a run: how its files are read
+    "text_column_names text_column_delimiter label_column_name label_names problem_type "
+    "csv_encoding drop_empty train_file validation_file test_file max_train_samples seed"
+).split()
+
+
+def read_runs(folders: Sequence[str]) -> list[dict]:
+    """Read the records of finished runs.
+
+    Raises: UserError if one is not finished or cannot be combined with the first.
+    """
+    records = []
+    for folder in folders:
+        record = read_record(Path(folder) / RUN_FILE)
+        missing = [name for name in FILES.values() if not (Path(folder) / name).is_file()]
+        if not record or missing:
+            what = f"lacks {missing[0]}" if record else "contains no finished run"
+            raise UserError(f"{folder} {what}: pass folders of runs that evaluated and predicted")
+        if missing := {"train", "eval", "test"} - record["data"].keys():
+            raise UserError(f"{folder} used no {missing.pop()} file: pass a run that trained")
+        records.append(record)
+    for folder, record in zip(folders, records, strict=True):
+        if other := differences(comparable(records[0]), comparable(record)):
+            raise UserError(f"{folder} and {folders[0]} have different {', '.join(other)}")
+    return records
+
+
+def comparable(record: dict) -> dict:
+    """Return what the records of an ensemble's runs must have in common."""
+    names = set(DATA_SETTINGS) - {"train_file", "validation_file", "test_file", "seed"}
+    if record["settings"].get("max_train_samples") is not None:
+        names.add("seed")  # it draws the rows
+    return {
+        "settings": {name: record["settings"].get(name) for name in names},
+        "data": {name: one["sha256"] for name, one in record["data"].items()},
+        "labels": sorted(record["labels"]),
+    }
+
+
+def read_probabilities(folder: str, name: str, labels: list[str], rows: int) -> np.ndarray:
+    """Read a run's predictions of a file: probabilities [N, C], in the order of `labels`.
+
+    Raises: UserError if the file was changed.
+    """
+    path, columns = Path(folder) / FILES[name], [f"probability_{label}" for label in labels]
+    table = read_table(path, "utf-8", columns)
+    if len(table) != rows:
+        raise UserError(f"{path} has {len(table)} rows instead of {rows}: repeat that run")
+    try:
+        found = table[columns].to_numpy(dtype=float)
+    except ValueError:
+        raise UserError(f"{path} has a probability that is no number: repeat that run") from None
+    return np.clip(found, SMALLEST, 1 - SMALLEST)
+
+
+def select(probability: np.ndarray, label_ids: np.ndarray) -> np.ndarray:
+    """Return how often each run is selected: int64 [K].
+
+    probability: of the validation rows, [K, N, C]. label_ids: their labels, as in `Counts.add`.
+    """
+
+    def loss(total: np.ndarray, count: int) -> float:
+        return figures(to_logits(total / count, label_ids.ndim == 2)[None], label_ids)["loss"]
+
+    chosen: list[int] = []
+    losses: list[float] = []
+    total = np.zeros(probability.shape[1:])
+    for count in range(1, ROUNDS + 1):
+        after = [loss(total + one, count) for one in probability]
+        chosen.append(int(np.argmin(after)))
+        losses.append(min(after))
+        total += probability[chosen[-1]]
+    best = int(np.argmin(losses)) + 1
+    return np.bincount(chosen[:best], minlength=len(probability))
+
+
+def run(folders: list[str], args: Namespace) -> None:
+    """Choose the weights, score the average and publish the results, as `main.run` does."""
+    records = read_runs(folders)
+    settings = {name: records[0]["settings"].get(name) for name in DATA_SETTINGS}
+    names, multi_label = records[0]["labels"], settings["problem_type"].startswith("multi")
+    vars(args).update(settings | {"prefix_column": None, "prefix_paths": None})
+    with opened(args) as output:
+        data = dataset.prepare(args, settings, dataset.read_splits(args, settings), names)
+        for name, described in data.describe().items():
+            if described["sha256"] != records[0]["data"][name]["sha256"]:
+                raise UserError(f"{described['path']} has changed since {folders[0]} used it")
+        check_columns(data)
+        found = {
+            name: np.stack([read_probabilities(f, name, names, len(file)) for f in folders])
+            for name, file in (("eval", data.eval), ("test", data.test))
+        }
+        rows = calibration_rows(data)
+        counts = select(found["eval"][:, rows], data.eval.label_ids[rows])
+        weights = counts / counts.sum()
+        for folder, weight in zip(folders, weights, strict=True):
+            logger.info("weight %.2f: %s", weight, folder)
+        used = {f: round(float(w), 6) for f, w in zip(folders, weights, strict=True) if w}
+        model = {"backbone": ", ".join(used), "weights_sha256": None}
+        model["method"] = f"ensemble of {len(used)} runs"
+        settings |= {"output_dir": args.output_dir, "runs": list(folders), "weights": used}
+        record = describe_run(settings, model, names, data.describe())
+        output.start(record)
+
+        logits = {
+            name: to_logits(np.tensordot(weights, one, axes=1), multi_label)
+            for name, one in found.items()
+        }
+        results = data.count_rows() | calibrate(logits["eval"][None], data)
+        rest = iter(logits["test"] / results["temperature"])
+
+        def classify(split: dataset.Split) -> torch.Tensor:
+            if split is data.eval:
+                return logits["eval"] / results["temperature"]
+            return torch.stack([next(rest) for _ in range(len(split))])
+
+        results |= score(classify, data, multi_label, output, args)
+        publish(output, record, results)
+
+
+def main(argv: list[str]) -> int:
+    """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
+    if {"-h", "--help"} & {*argv} or not argv:
+        print(__doc__)
+        return 0 if argv else 2
+    flags = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
+    given = {word.partition("=")[0] for word in argv[flags:] if word.startswith("--")}
+    allowed = {"--output_dir", "--overwrite_output_dir", "--reject_below", "--safe_csv"}
+    if unused := sorted(given - allowed):
+        print(f"error: {unused[0]} has no effect on an ensemble: omit it", file=sys.stderr)
+        return 2
+    args = parse_args(["--do_train", "--do_eval", "--do_predict", *argv[flags:]])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        if not flags:
+            raise UserError("no runs: pass their output folders before the flags")
+        run(argv[:flags], args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
