@@ -21,16 +21,34 @@ DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 # Defaults of the tuning methods (`model.tuning.TUNING`), measured on the bundled backbone
 # (results/README.md). A learning rate outside [low, high] was probably meant for another method.
 # The defaults of the projected and the input prefix were not chosen on real data.
-DEFAULT_NAMES = ("learning_rate", "num_train_epochs", "attention_probs_dropout_prob")
 TUNING_DEFAULTS = {
-    #                   rate  epochs dropout  low  high
-    "full":             (2e-4, 8, 0.1, 0, 1e-3),
-    "prefix":           (3e-2, 12, 0.0, 1e-3, 1),
-    "projected prefix": (1e-3, 12, 0.0, 5e-5, 1e-2),
-    "input prefix":     (3e-2, 12, 0.0, 1e-3, 1),
-    "probe":            (3e-3, 12, 0.0, 1e-4, 1e-1),
-    "bias":             (3e-3, 8, 0.0, 2e-4, 3e-2),
+    #                   rate  low   high
+    "full":             (2e-4, 0,    1e-3),
+    "prefix":           (3e-2, 1e-3, 1),
+    "projected prefix": (1e-3, 5e-5, 1e-2),
+    "input prefix":     (3e-2, 1e-3, 1),
+    "probe":            (3e-3, 1e-4, 1e-1),
+    "bias":             (3e-3, 2e-4, 3e-2),
 }  # fmt: skip
+# The schedule depends on the training file. If at least half of its rows repeat the text of an
+# earlier row, the test file probably repeats them too, and what counts is to memorise them. Else
+# every text is new: a long training makes the model overconfident, and dropout and R-Drop help.
+SCHEDULE = (
+    "num_train_epochs",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "rdrop_alpha",
+)
+SCHEDULES = {
+    #                   texts repeat       texts are new
+    "full":             ((8, 0, 0.1, 0),  (4, 0.1, 0.1, 1)),
+    "prefix":           ((12, 0, 0, 0),   (8, 0.1, 0, 1)),
+    "projected prefix": ((12, 0, 0, 0),   (12, 0, 0, 0)),
+    "input prefix":     ((12, 0, 0, 0),   (12, 0, 0, 0)),
+    "probe":            ((12, 0, 0, 0),   (12, 0, 0, 0)),
+    "bias":             ((8, 0, 0, 0),    (8, 0, 0, 0)),
+}  # fmt: skip
+REPEATED = 0.5  # share of the training rows
 METHODS = tuple(name for name in TUNING_DEFAULTS if " " not in name)  # others: kinds of prefix
 USES = {"train": "train", "validation": "val", "test": "test"}
 FILES = {f"{use}_file": f"csv/{name}_simple.csv" for use, name in USES.items()}
@@ -52,11 +70,13 @@ PROBABILITY = value(number(float, 0, 0.99), "P")
 
 
 def by_method(name: str) -> str:
-    """List the default of a flag for every tuning method, for the help text."""
-    column = DEFAULT_NAMES.index(name)
-    return ", ".join(f"{method} {row[column]:g}" for method, row in TUNING_DEFAULTS.items())
+    """List the default of a schedule flag for every tuning method, for the help text."""
+    column = SCHEDULE.index(name)
+    values = {method: [each[column] for each in both] for method, both in SCHEDULES.items()}
+    return ", ".join(f"{method} {old:g}/{new:g}" for method, (old, new) in values.items())
 
 
+RATES = ", ".join(f"{method} {rate:g}" for method, (rate, *_) in TUNING_DEFAULTS.items())
 TUNED_FOLDER = "or the tuned model's"
 # fmt: off
 GROUPS = {  # each flag: name, kind, default and help
@@ -107,19 +127,24 @@ GROUPS = {  # each flag: name, kind, default and help
 "training": (
     ("--tuning_method", choice(*METHODS), None, "train all weights, a prefix, the head alone (over "
      f"mean-pooled tokens), or biases and LayerNorm [full, {TUNED_FOLDER}]"),
-    ("--num_train_epochs", INT, None, f"[{by_method('num_train_epochs')}]"),
+    ("--num_train_epochs", INT, None, "if at least half of the training rows repeat a text/if not "
+     f"[{by_method('num_train_epochs')}]"),
     ("--per_device_train_batch_size", INT, 32, "rows, shared among processes [%(default)s]"),
     ("--gradient_accumulation_steps", INT, 1, "batches accumulated per optimizer step [1]"),
     ("--learning_rate", RATE, None,
-     f"peak rate; the defaults suit the bundled backbone [{by_method('learning_rate')}]"),
+     f"peak rate; the defaults suit the bundled backbone [{RATES}]"),
     ("--head_learning_rate", RATE, None, "peak rate of the head [same as --learning_rate]"),
     ("--weight_decay", value(number(float, 0, 1), "W"), 0.01,
      "AdamW's weight decay; none for biases, LayerNorm and the prefix [%(default)s]"),
     ("--max_grad_norm", POSITIVE, 1.0, "clip the gradient to this norm [%(default)s]"),
     ("--warmup_steps", STEPS, 0.06, "linear warm-up steps; below 1: a share of all steps [0.06]"),
-    ("--hidden_dropout_prob", PROBABILITY, 0.0, "dropout of hidden layers and head input [0.0]"),
+    ("--hidden_dropout_prob", PROBABILITY, None,
+     f"dropout of hidden layers and head input [{by_method('hidden_dropout_prob')}]"),
     ("--attention_probs_dropout_prob", PROBABILITY, None,
      f"dropout of attention weights [{by_method('attention_probs_dropout_prob')}]"),
+    ("--rdrop_alpha", STEPS | {"metavar": "A"}, None,
+     "R-Drop: train each row with two dropout masks, and weigh the divergence of the two "
+     f"predictions with A; takes twice the time; 0: off [{by_method('rdrop_alpha')}]"),
     ("--ema_decay", value(number(float, 0, 0.999999), "D"), 0.99,
      "decay of the moving average of the weights, which is evaluated and saved; 0: off [0.99]"),
     ("--gradient_checkpointing", SWITCH, False, "recompute activations: less memory, more time"),
@@ -165,7 +190,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the arguments, and fill in the defaults that depend on the tuning method.
 
     Without --do_train, training flags are None. `max_seq_length` and `problem_type` may be None, if
-    only the model knows them. A bad flag ends the program with one line and exit status 2.
+    only the model knows them; so may the schedule, see `fill_schedule`. A bad flag ends the program
+    with one line and exit status 2.
     """
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
@@ -180,7 +206,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         check_method(parser, args)
         check_training(parser, args)
         check_saving(parser, args)
-        fill(args, dict(zip(DEFAULT_NAMES, TUNING_DEFAULTS[defaults_name(args)], strict=False)))
+        fill(args, {"learning_rate": TUNING_DEFAULTS[defaults_name(args)][0]})
         fill(args, {"head_learning_rate": args.learning_rate})
     else:
         refuse_training_flags(parser, args, argv)
@@ -336,10 +362,19 @@ def defaults_name(args: argparse.Namespace) -> str:
     return "input prefix" if args.prefix_depth == "input" else args.tuning_method
 
 
+def fill_schedule(args: argparse.Namespace, repeated: float) -> dict:
+    """Fill in and return the `SCHEDULE`, given the share of training rows that repeat a text."""
+    defaults = SCHEDULES[defaults_name(args)][repeated < REPEATED]
+    fill(args, dict(zip(SCHEDULE[:-1], defaults, strict=False)))
+    has_dropout = args.hidden_dropout_prob or args.attention_probs_dropout_prob
+    fill(args, {"rdrop_alpha": defaults[-1] if has_dropout else 0})
+    return {name: getattr(args, name) for name in SCHEDULE}
+
+
 def learning_rate_warning(args: argparse.Namespace) -> str | None:
     """Return a warning if the learning rate was probably meant for another method, else None."""
     method = defaults_name(args)
-    default, *_, low, high = TUNING_DEFAULTS[method]
+    default, low, high = TUNING_DEFAULTS[method]
     if low <= args.learning_rate <= high:
         return None
     too_low = args.learning_rate < low

@@ -53,6 +53,11 @@ class Split:
         """The `text_key` of each row."""
         return [text_key(text) for text in self.texts]
 
+    @property
+    def repeated(self) -> float:
+        """The share of rows that repeat the text of an earlier row."""
+        return 1 - len(set(self.keys)) / len(self)
+
     def describe(self) -> dict:
         """Return the entry for run.json."""
         return {"path": self.path, "rows": len(self), "sha256": self.sha256}

@@ -8,7 +8,7 @@ import os
 import sys
 from importlib.util import find_spec
 
-from arguments import learning_rate_warning, parse_args
+from arguments import fill_schedule, learning_rate_warning, parse_args
 
 if __name__ == "__main__":
     for number in range(3):  # else a file could get the number of a stream that is closed
@@ -45,6 +45,7 @@ import dataset
 import trainer
 from dataset import Data, Split
 from evaluation.calibration import calibrate
+from evaluation.importance import word_importance
 from evaluation.predictions import check_columns
 from evaluation.scoring import publish, score, show
 from evaluation.tables import summary
@@ -165,7 +166,8 @@ def run(args: Namespace) -> None:
             for split in data.to_predict():
                 classify(split)
             return
-        results |= score(classify, data, start.multi_label, output, args)
+        explain = group.size == 1 and not args.prefix_column  # else texts alone cannot be scored
+        results |= score(classify, data, start.multi_label, output, args, explain)
 
         # publish; a limit of 0 means that checkpoints were only for resuming
         publish(output, record, results, keep_checkpoints=args.save_total_limit != 0)
@@ -187,19 +189,31 @@ def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedT
     check_columns(data)
     tokenizer = start.tokenizer()
 
+    # schedule: as the training texts suggest, unless flags set it
+    if args.do_train:
+        settings |= fill_schedule(args, data.train.repeated)
+        start.set_dropout(args)
+
     # record: describe everything the results depend on
     record = describe_run(settings, start.describe(), data.names, data.describe())
     return start, data, tokenizer, record
 
 
 def label_texts(args: Namespace) -> None:
-    """Print each text's labels, the most probable first, and write no files."""
+    """Print each text's labels, the most probable first, and why; write no files."""
     classify = load(args.model_name_or_path, args.precision, args.per_device_eval_batch_size)
     lines = map(str.strip, sys.stdin) if args.text == ["-"] else args.text
     texts = list(filter(None, lines))
-    for text, found in zip(texts, classify(texts), strict=True):
+    why = word_importance(classify.logits, texts, classify.multi_label)
+    for text, found, words in zip(texts, classify(texts), why, strict=True):
         order = sorted(found["probabilities"].items(), key=lambda one: -one[1])
-        show(f"{text}\n" + "\n".join(f"{share:8.4f}  {label}" for label, share in order))
+        lines = [text, *(f"{share:8.4f}  {label}" for label, share in order)]
+        if found["confidence"] < args.reject_below:
+            lines.append(f"          rejected: its confidence is below {args.reject_below:g}")
+        if most := sorted(words, key=lambda one: -one[1])[:3]:
+            falls = (f"{word} {-fall:+.4f}" for word, fall in most)
+            lines.append(f"          without the word: {', '.join(falls)}")
+        show("\n".join(lines))
 
 
 def find_checkpoint(

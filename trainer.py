@@ -13,7 +13,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from evaluation.metrics import compute_metrics, prefixed
 from model.classifier import predict
 from model.predictions import Predictions
-from model.sequence_classification import classification_loss
+from model.sequence_classification import classification_loss, divergence
 from model.tuning import method_of
 from runtime.batches import Encoded, chunks, padding_share, training_batches
 from runtime.checkpoint import Checkpoint, Tensors
@@ -202,9 +202,14 @@ def training_step(
     loss = torch.zeros((), device=machine.device)
     mine = machine.group.share(rows)  # possibly none, and then there is nothing to cut
     for part in chunks(mine, args.per_device_train_batch_size) if len(mine) else ():
+        if args.rdrop_alpha:  # every row twice, each time with another dropout mask
+            part = np.tile(part, 2)
         logits = machine.logits(model, train_set, train_set.text_index[part])
         labels = torch.from_numpy(train_set.labels[part]).to(machine.device)
         part_loss = classification_loss(logits, labels) / len(rows)
+        if args.rdrop_alpha:
+            apart = divergence(logits, labels.is_floating_point()) / len(rows)
+            part_loss = part_loss / 2 + args.rdrop_alpha * apart
         part_loss.backward()
         loss += part_loss.detach()
 

@@ -66,6 +66,10 @@ def render_run(record: dict, results: dict, evaluation: dict, records: list[dict
         one | {"label": named(one["label"]), "predicted": named(one["predicted"])}
         for one in details["mistakes"]
     ]
+    for one in mistakes:  # how dark each word's background is, as a share
+        most = max((abs(value) for _, value in one.get("words", ())), default=0)
+        words = one["words"] if most else ()
+        one["shaded"] = [(word, value, abs(value) / most) for word, value in words]
     columns = (details[key] for key in ("precision", "recall", "f1", "support"))
     cards: dict[tuple, str] = {}  # titles by figure: if no text is seen, two figures are the same
     for key, title in CARDS.items():

@@ -13,6 +13,7 @@ import torch
 
 from dataset import Data, Split, Stream, seen_texts
 from evaluation import tables
+from evaluation.importance import word_importance
 from evaluation.metrics import Score
 from evaluation.predictions import FILES, prediction_writer
 from model.predictions import Predictions
@@ -26,12 +27,18 @@ Write = Callable[[pd.DataFrame, Predictions], None]  # adds rows to a file of pr
 
 
 def score(
-    classify: Classify, data: Data, multi_label: bool, output: OutputFolder, args: Namespace
+    classify: Classify,
+    data: Data,
+    multi_label: bool,
+    output: OutputFolder,
+    args: Namespace,
+    explain: bool = True,
 ) -> dict:
     """Predict the validation and the test file, and score them; the test file may have no labels.
 
     Writes the predictions (safe_csv and reject_below of the arguments: see `prediction_writer`) and
-    evaluation.json; returns the figures for all_results.json.
+    evaluation.json; returns the figures for all_results.json. explain: compute which words the
+    most confident mistakes depend on; `classify` is then called with other texts.
     """
     scores: dict[str, Score] = {}
 
@@ -61,6 +68,11 @@ def score(
                 figures["predict_samples_per_second"] = log_speed(done, len(data.test), start)
     if scores:
         details = {name: one.details() for name, one in scores.items()}
+        for mistakes in (one["mistakes"] for one in details.values() if explain):
+            texts = [one["text"] for one in mistakes]
+            words = word_importance(classify, texts, multi_label)
+            for mistake, one in zip(mistakes, words, strict=True):
+                mistake["words"] = [(word, round(value, 4)) for word, value in one]
         output.write_json("evaluation.json", {"labels": data.names, **details})
     for name, one in scores.items():
         figures |= one.results(name)

@@ -161,6 +161,20 @@ def train_words_in_use(model: BertForSequenceClassification, token_ids: list[lis
         model.bert.set_input_embeddings(WordsInUse(table, words))
 
 
+def divergence(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
+    """Sum the divergence of two predictions of each row over a batch, in float32.
+
+    R-Drop (Liang et al. 2021, https://arxiv.org/abs/2106.14448): half of the Kullback-Leibler
+    divergence both ways. logits: [2B, C], of all rows with one dropout mask, then with another.
+    With several labels, it is averaged over the labels, as their loss is.
+    """
+    if multi_label:  # each label is a choice between two
+        logits = torch.stack([logits, torch.zeros_like(logits)], dim=-1)  # [2B, C, 2]
+    one, other = logits.float().log_softmax(dim=-1).chunk(2)
+    each = ((one.exp() - other.exp()) * (one - other)).sum(dim=-1) / 2
+    return each.mean(dim=1).sum() if multi_label else each.sum()
+
+
 def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum the losses of all rows of a batch, in float32.
 

@@ -61,6 +61,12 @@ class Start:
         virtual = self.method.virtual_tokens(self.config)
         loading.set_max_seq_length(self.config, virtual, args.max_seq_length)
 
+    def set_dropout(self, args: Namespace) -> None:
+        """Set the dropout of a model to train."""
+        self.config.hidden_dropout_prob = args.hidden_dropout_prob
+        self.config.attention_probs_dropout_prob = args.attention_probs_dropout_prob
+        self.config.classifier_dropout = None  # then the head uses hidden_dropout_prob
+
     @property
     def labels(self) -> list[str]:
         """The C labels, in the order of their numbers."""

@@ -52,9 +52,6 @@ class TuningMethod:
     def configure(self, config: BertConfig, args: Namespace) -> None:
         """Write the method and its settings into the config."""
         config.tuning_method, config.pooling = self.name, self.pooling
-        config.hidden_dropout_prob = args.hidden_dropout_prob
-        config.attention_probs_dropout_prob = args.attention_probs_dropout_prob
-        config.classifier_dropout = None  # then the head uses hidden_dropout_prob
 
     def virtual_tokens(self, config: BertConfig) -> int:
         """Count the positions that virtual tokens occupy."""

@@ -26,18 +26,23 @@ def prepared(data: str, *flags: str):
     Returns arguments, start, data, tokenizer and the encoded training file.
     """
     import dataset
-    from arguments import parse_args
+    from arguments import fill_schedule, parse_args
     from model.start import Start
     from runtime.batches import encode
     from runtime.columns import fill_columns
 
-    args = parse_args(["--do_train", "--train_file", data, "--output_dir", "unused", *flags])
+    fixed = "--num_train_epochs 1 --hidden_dropout_prob 0 --rdrop_alpha 0".split()
+    args = parse_args(
+        ["--do_train", "--train_file", data, "--output_dir", "unused", *fixed, *flags]
+    )
     fill_columns(args)
     start = Start(args)
     settings = start.settings(args)
     splits = dataset.read_splits(args, settings)
     start.set_labels(dataset.label_names(splits["train"], args.label_names))
     files = dataset.prepare(args, settings, splits, start.labels)
+    fill_schedule(args, files.train.repeated)
+    start.set_dropout(args)
     tokenizer = start.tokenizer()
     rows = encode(tokenizer, files.train, start.config.max_seq_length)
     return args, start, files, tokenizer, rows

@@ -153,7 +153,7 @@ def run(folders: list[str], args: Namespace) -> None:
                 return logits["eval"] / results["temperature"]
             return torch.stack([next(rest) for _ in range(len(split))])
 
-        results |= score(classify, data, multi_label, output, args)
+        results |= score(classify, data, multi_label, output, args, explain=False)
         publish(output, record, results)
 
 

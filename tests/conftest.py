@@ -102,6 +102,8 @@ def run(backbone, files, tmp_path):
         argv += ["--model_name_or_path", backbone, "--output_dir", str(folder)]
         argv += ["--num_train_epochs", "2", "--per_device_train_batch_size", "4"]
         argv += ["--precision", "fp32", "--max_seq_length", "16"]
+        argv += ["--hidden_dropout_prob", "0"] if "--rdrop_alpha" not in flags else []
+        argv += ["--rdrop_alpha", "0"]
         argv += ["--pre_seq_len", "3"] if "--prefix" in flags else []
         assert main.main([*argv, *flags]) == status
         return folder
@@ -189,6 +191,7 @@ def make_model(backbone):
         args = parse_args([*argv, *flags])
         start = Start(args)
         start.set_labels(["a", "b", "c"])
+        start.set_dropout(args)
         model = start.build(args).eval()
         if args.prefix:  # as large as keys and values, to have an effect
             torch.nn.init.normal_(model.prefix_encoder.embedding.weight)

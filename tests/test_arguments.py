@@ -6,9 +6,11 @@ import sys
 import pytest
 
 from arguments import (
-    DEFAULT_NAMES,
+    SCHEDULE,
+    SCHEDULES,
     TUNING_DEFAULTS,
     build_parser,
+    fill_schedule,
     learning_rate_warning,
     parse_args,
 )
@@ -65,6 +67,7 @@ FLAGS = """
     --prefix_paths
     --prefix_projection
     --problem_type
+    --rdrop_alpha
     --reject_below
     --report_to
     --resume_from_checkpoint
@@ -98,7 +101,7 @@ def test_the_original_command_line_is_accepted_with_a_warning():
     assert "--learning_rate 5e-05 is low for prefix tuning" in learning_rate_warning(args)
 
 
-def test_defaults_depend_on_the_tuning_method():
+def test_defaults_depend_on_the_tuning_method_and_on_repeated_texts():
     cases = {
         "full": [],
         "prefix": ["--prefix"],
@@ -107,13 +110,19 @@ def test_defaults_depend_on_the_tuning_method():
         "probe": ["--tuning_method", "probe"],
         "bias": ["--tuning_method", "bias"],
     }
-    assert cases.keys() == TUNING_DEFAULTS.keys()
+    assert cases.keys() == TUNING_DEFAULTS.keys() == SCHEDULES.keys()
     for method, flags in cases.items():
         args = parse_args(TASK + flags)
-        found = tuple(getattr(args, name) for name in DEFAULT_NAMES)
-        assert found == TUNING_DEFAULTS[method][: len(DEFAULT_NAMES)]
-        assert args.head_learning_rate == args.learning_rate
+        assert args.head_learning_rate == args.learning_rate == TUNING_DEFAULTS[method][0]
         assert learning_rate_warning(args) is None
+        for repeated, column in ((0.0, 1), (0.49, 1), (0.5, 0), (0.9, 0)):
+            found = fill_schedule(parse_args(TASK + flags), repeated)
+            assert tuple(found.values()) == SCHEDULES[method][column]
+    args = parse_args([*TASK, "--num_train_epochs", "3", "--hidden_dropout_prob", "0.3"])
+    assert fill_schedule(args, 0.0)["num_train_epochs"] == args.num_train_epochs == 3
+    assert (args.hidden_dropout_prob, args.rdrop_alpha) == (0.3, 1)
+    args = parse_args([*TASK, "--prefix", "--hidden_dropout_prob", "0"])
+    assert fill_schedule(args, 0.0)["rdrop_alpha"] == 0  # two equal predictions
     args = parse_args([*TASK, "--learning_rate", "0.02"])
     assert "is high for full tuning" in learning_rate_warning(args)
 
@@ -206,9 +215,11 @@ def test_training_flags_need_do_train(flag, capsys):
 
 def test_help_shows_the_defaults():
     text = " ".join(build_parser().format_help().split())
-    for method, values in TUNING_DEFAULTS.items():
-        for value in values[: len(DEFAULT_NAMES)]:
-            assert f"{method} {value:g}" in text
+    for method, (rate, *_) in TUNING_DEFAULTS.items():
+        assert f"{method} {rate:g}" in text
+        for old, new in zip(*SCHEDULES[method], strict=True):
+            assert f"{method} {old:g}/{new:g}" in text
+    assert len(SCHEDULE) == len(SCHEDULES["full"][0])
 
 
 def test_numbers_and_booleans_are_accepted_as_trainer_scripts_write_them():

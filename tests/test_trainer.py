@@ -11,7 +11,7 @@ import transformers
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 import trainer
-from arguments import parse_args
+from arguments import fill_schedule, parse_args
 from conftest import ROWS, without_dropout
 from evaluation.metrics import Bootstrap, Counts, Score, compute_metrics
 from model.classifier import predict
@@ -36,7 +36,9 @@ def data(tmp_path) -> Encoded:
 
 
 def arguments(*flags):
-    return parse_args(["--do_train", "--do_eval", "--output_dir", "out", *flags])
+    args = parse_args(["--do_train", "--do_eval", "--output_dir", "out", *flags])
+    fill_schedule(args, repeated=1.0)
+    return args
 
 
 def nowhere(state, tensors):
