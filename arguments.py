@@ -127,6 +127,9 @@ GROUPS = {  # each flag: name, kind, default and help
 "training": (
     ("--tuning_method", choice(*METHODS), None, "train all weights, a prefix, the head alone (over "
      f"mean-pooled tokens), or biases and LayerNorm [full, {TUNED_FOLDER}]"),
+    ("--pooling", choice("cls", "mean"), None,
+     "what the head reads: BERT's pooler over [CLS], or the mean of the tokens, which transformers "
+     f"and PEFT cannot load [cls; probe mean, {TUNED_FOLDER}]"),
     ("--num_train_epochs", INT, None, "if at least half of the training rows repeat a text/if not "
      f"[{by_method('num_train_epochs')}]"),
     ("--per_device_train_batch_size", INT, 32, "rows, shared among processes [%(default)s]"),

@@ -78,6 +78,7 @@ def check_alike(sources: list[Source], configs: list[BertConfig]) -> None:
             "backbone": source.backbone,
             "problem_type": problem_type(config, None),
             "max_seq_length": config.max_seq_length,
+            "pooling": config.pooling,
         }
 
     first = traits(sources[0], configs[0])

@@ -52,6 +52,7 @@ class BertSettings(TypedDict, total=False):
     id2label: Annotated[dict[str, str], Meta(min_length=1)] | None
     max_seq_length: Annotated[int, Meta(ge=3)] | None
     backbone_sha256: str | None
+    pooling: Literal["cls", "mean"]
 
 
 def read_config(folder: Path) -> BertConfig:

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from model.predictions import average
+from model.sequence_classification import POOLINGS
 
 UNKNOWN = -1e4  # logit of a label that a prefix does not know
 
@@ -86,13 +87,14 @@ class PrefixBank(nn.Module):
         chosen = used if len(used) < len(self.lengths) else slice(None)  # a slice needs no copy
         if places is None:
             chosen = slice(int(used), int(used) + 1)
-        pooled = self.bert(
+        outputs = self.bert(
             input_ids,
             attention_mask=torch.cat([prefix_mask.to(attention_mask.dtype), attention_mask], dim=1),
             position_ids=position[: input_ids.shape[1]] + lengths[:, None],
             prefix=lambda layer: slots[layer][:, :, chosen, :longest],  # [2, H, G, P, D]
             places=places,
-        ).pooler_output
+        )
+        pooled = POOLINGS[self.config.pooling](outputs, attention_mask)
         weight, bias = self.classifier.weight[prefix_index], self.classifier.bias[prefix_index]
         logits = torch.einsum("bcd,bd->bc", weight, self.dropout(pooled).float())
         return SequenceClassifierOutput(logits=logits + bias)

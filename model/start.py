@@ -43,9 +43,10 @@ class Start:
         self.sources = [self.source]
         self.config, self.tuned_by = read_model_config(self.source)
         check_backbone(self.source, self.config)
+        self.tuned_pooling = self.config.pooling
         if args.do_train:
             self.method = TUNING[args.tuning_method]
-            self.method.configure(self.config, args)
+            self.method.configure(self.config, args, bool(self.tuned_by))
             if self.method.needs_backbone:
                 self.config.backbone_sha256 = backbone_sha256(self.source.backbone)
             self.title = self.method.title(self.config)
@@ -84,7 +85,7 @@ class Start:
         if self.tuned_by and unnamed and len(known) == len(names):
             logger.info("%s names no labels: using %s, in this order", folder, names)
             known = names
-        fits = self.tuned_by and self.tuned_by.pooling == self.method.pooling
+        fits = self.tuned_by and self.tuned_pooling == self.config.pooling
         self.fresh_head = not (fits and set(names) <= set(known))
         if self.fresh_head and self.tuned_by:
             message = (
@@ -154,7 +155,7 @@ def read_model_config(source: Source) -> tuple[BertConfig, TuningMethod | None]:
     """
     if source.adapter is None:
         config = read_config(source.backbone)
-        config.tuning_method, config.pooling = "full", "cls"
+        config.tuning_method, config.pooling = "full", getattr(config, "pooling", "cls")
         return config, TUNING["full"] if config.architectures == loading.TUNED else None
     path = source.adapter / adapter.ADAPTER_CONFIG
     settings = read_json(path, AdapterSettings)
@@ -169,7 +170,8 @@ def read_model_config(source: Source) -> tuple[BertConfig, TuningMethod | None]:
     if written_by_peft and kind != "PREFIX_TUNING":
         raise UserError(f"{source.adapter} lacks config.json, which stores its labels")
     config = read_config(source.backbone if written_by_peft else source.adapter)
-    config.tuning_method, config.pooling = methods[kind].name, methods[kind].pooling
+    config.tuning_method = methods[kind].name
+    config.pooling = getattr(config, "pooling", methods[kind].pooling)
     methods[kind].read_settings(config, settings, path)
     if written_by_peft:  # PEFT stores no labels
         config.num_labels = adapter.count_labels(source.adapter)

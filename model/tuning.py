@@ -37,7 +37,7 @@ class TuningMethod:
 
     name = "full"  # as in --tuning_method
     model_class = BertForSequenceClassification
-    pooling = "cls"  # a key of model.sequence_classification.POOLINGS
+    pooling = "cls"  # the default: a key of model.sequence_classification.POOLINGS
     peft_types: tuple[str, ...] = ()  # of adapter_config.json; all but PREFIX_TUNING are ours
     needs_backbone = False  # whether a tuned folder lacks the backbone's weights
 
@@ -49,9 +49,13 @@ class TuningMethod:
         """Return the library_name of the model card."""
         return "transformers"
 
-    def configure(self, config: BertConfig, args: Namespace) -> None:
-        """Write the method and its settings into the config."""
-        config.tuning_method, config.pooling = self.name, self.pooling
+    def configure(self, config: BertConfig, args: Namespace, tuned: bool) -> None:
+        """Write the method and its settings into the config.
+
+        tuned: whether the model was tuned before; then it keeps its pooling if no flag is given.
+        """
+        pooling = config.pooling if tuned and config.tuning_method == self.name else self.pooling
+        config.tuning_method, config.pooling = self.name, args.pooling or pooling
 
     def virtual_tokens(self, config: BertConfig) -> int:
         """Count the positions that virtual tokens occupy."""
@@ -59,7 +63,7 @@ class TuningMethod:
 
     def may_lack(self, config: BertConfig) -> tuple[str, ...]:
         """Return name prefixes of parameters, other than the head's, that a backbone may lack."""
-        return () if config.architectures == TUNED else (POOLER,)
+        return () if config.architectures == TUNED and config.pooling == "cls" else (POOLER,)
 
     def is_trainable(self, name: str) -> bool:
         """Whether the parameter of this name is trained."""
@@ -98,8 +102,9 @@ class TuningMethod:
             if fresh_head:
                 shapes |= {name: None for name in shapes if self.is_head(name)}
             put(model, adapter.read(source.adapter, shapes))
+        unused = () if config.pooling == "cls" else (POOLER,)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.is_trainable(name))
+            parameter.requires_grad_(self.is_trainable(name) and not name.startswith(unused))
         return model
 
     def initialise(
@@ -119,7 +124,10 @@ class TuningMethod:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path
     ) -> None:
         """Write a tuned model into `folder`. Raises: OSError if the disk is full."""
-        model.save_pretrained(folder)
+        weights = model.state_dict()
+        if model.config.pooling == "mean":  # so transformers says that it does not fit its pooler
+            weights = {name: one for name, one in weights.items() if not name.startswith(POOLER)}
+        model.save_pretrained(folder, state_dict=weights)
         try:
             tokenizer.save_pretrained(folder)
         except Exception as error:  # tokenizers has no narrower exception
@@ -159,13 +167,10 @@ class Prefix(AdapterMethod):
 
     name = "prefix"
     model_class = BertPrefixForSequenceClassification
-    peft_types = ("PREFIX_TUNING", "INPUT_PREFIX")  # of depth all, and input
+    # of depth all and input, with the usual pooling and with the mean; PEFT can load the first
+    peft_types = ("PREFIX_TUNING", "INPUT_PREFIX", "MEAN_PREFIX", "MEAN_INPUT_PREFIX")
     # a reparametrised prefix is stored as the MLP's output
     stored: ClassVar[dict] = {"prefix_projection": False, "num_prefixes": 1}
-    not_for_peft = (
-        "PEFT cannot load a prefix of depth input: its prompt tuning reads the first virtual token "
-        "where this model reads [CLS]"
-    )
 
     def title(self, config: BertConfig) -> str:
         where = "in every layer" if config.prefix_depth == "all" else "at the input only"
@@ -173,22 +178,35 @@ class Prefix(AdapterMethod):
         return f"prefix tuning {where}{several}"
 
     def library(self, config: BertConfig) -> str:
-        return "peft" if config.prefix_depth == "all" else "transformers"
+        return "transformers" if self.not_for_peft(config) else "peft"
 
-    def configure(self, config: BertConfig, args: Namespace) -> None:
-        super().configure(config, args)
+    def not_for_peft(self, config: BertConfig) -> str:
+        """Return why PEFT cannot load the prefix; blank if it can."""
+        if config.prefix_depth == "input":
+            return (
+                "PEFT cannot load a prefix of depth input: its prompt tuning reads the first "
+                "virtual token where this model reads [CLS]"
+            )
+        return "PEFT cannot load a prefix with mean pooling" if config.pooling == "mean" else ""
+
+    def peft_type(self, config: BertConfig) -> str:
+        """Return the kind of prefix, one of `peft_types`."""
+        return self.peft_types[2 * (config.pooling == "mean") + (config.prefix_depth == "input")]
+
+    def configure(self, config: BertConfig, args: Namespace, tuned: bool) -> None:
+        super().configure(config, args, tuned)
         for name in ("pre_seq_len", "prefix_depth", "prefix_projection", "prefix_hidden_size"):
             if getattr(args, name) is not None:  # a prefix tuned further keeps its own
                 setattr(config, name, getattr(args, name))
         config.num_prefixes = args.num_prefixes
-        if config.prefix_depth == "input":
-            logger.warning("warning: %s", self.not_for_peft)
+        if why := self.not_for_peft(config):
+            logger.warning("warning: %s", why)
 
     def virtual_tokens(self, config: BertConfig) -> int:
         return config.pre_seq_len
 
     def may_lack(self, config: BertConfig) -> tuple[str, ...]:
-        return ("prefix_encoder.",)
+        return ("prefix_encoder.", *(() if config.pooling == "cls" else (POOLER,)))
 
     def is_trainable(self, name: str) -> bool:
         return name.startswith(("prefix_encoder.", HEAD))
@@ -264,14 +282,14 @@ class Prefix(AdapterMethod):
         return {adapter.PREFIX: prefix, f"{HEAD}weight": head, f"{HEAD}bias": head[:1]}
 
     def settings(self, config: BertConfig) -> dict:
-        note = {"note": self.not_for_peft} if config.prefix_depth == "input" else {}
-        return note | {
+        why = self.not_for_peft(config)
+        return ({"note": why} if why else {}) | {
             "modules_to_save": ["classifier", "score"],
             "num_attention_heads": config.num_attention_heads,
             "num_layers": config.num_hidden_layers,
             "num_transformer_submodules": 1,
             "num_virtual_tokens": config.pre_seq_len,
-            "peft_type": self.peft_types[config.prefix_depth == "input"],
+            "peft_type": self.peft_type(config),
             "prefix_projection": False,
             "token_dim": config.hidden_size,
         }
@@ -280,7 +298,7 @@ class Prefix(AdapterMethod):
         config.pre_seq_len = settings.get("num_virtual_tokens")
         if not (isinstance(config.pre_seq_len, int) and config.pre_seq_len > 0):
             raise UserError(f"{path}: num_virtual_tokens is {config.pre_seq_len}, not 1 or more")
-        config.prefix_depth = ("all", "input")[self.peft_types.index(settings["peft_type"])]
+        config.prefix_depth = "input" if "INPUT" in settings["peft_type"] else "all"
         config.prefix_projection = False
         wanted = self.settings(config)
         for name in (
@@ -325,7 +343,8 @@ class Bias(AdapterMethod):
         return "bias tuning"
 
     def may_lack(self, config: BertConfig) -> tuple[str, ...]:
-        return ()  # the weights of a new pooler would stay random
+        # with the usual pooling, the weights of a new pooler would stay random
+        return () if config.pooling == "cls" else (POOLER,)
 
     def is_trainable(self, name: str) -> bool:
         return self.is_head(name) or name.endswith(".bias") or "LayerNorm" in name

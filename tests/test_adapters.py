@@ -256,3 +256,30 @@ def test_a_probe_without_its_labels_is_refused(run, files, tmp_path, capsys):
     argv = ["--do_predict", "--model_name_or_path", str(folder), *files[4:]]
     assert main.main([*argv, "--output_dir", str(tmp_path / "predicted")]) == 2
     assert "lacks config.json, which stores its labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(), ("--prefix",), BIAS, ("--prefix", "--num_prefixes", "2")])
+def test_mean_pooling_is_stored_and_resumed(run, files, predict, tmp_path, stop_at, flags):
+    """It predicts the same again, differs from the usual pooling, and other libraries refuse it."""
+    usual = pd.read_csv(run(*flags, name="usual") / "predictions.csv")
+    flags = (*flags, "--pooling", "mean")
+    stop_at(4)
+    run(*flags, status=143)
+    stop_at(None)
+    folder = run(*flags, "--resume_from_checkpoint", "auto")
+    found = pd.read_csv(folder / "predictions.csv")
+    whole = pd.read_csv(run(*flags, name="whole") / "predictions.csv")
+    pd.testing.assert_frame_equal(found, whole)
+    assert (found["confidence"] - usual["confidence"]).abs().max() > 1e-3
+    assert predict(folder)[0] == 0
+    again = pd.read_csv(tmp_path / "predicted" / "predictions.csv")
+    pd.testing.assert_frame_equal(found, again, atol=2e-6)
+    assert (folder / "README.md").read_text().count("```python") == 1  # ours alone
+    if "--num_prefixes" not in flags:
+        moved = further(folder, files, tmp_path)
+        assert load(moved, "run.json")["settings"]["pooling"] == "mean"
+    if not flags[:-2]:
+        _, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, output_loading_info=True
+        )
+        assert report["missing_keys"] == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}

@@ -56,6 +56,7 @@ FLAGS = """
     --overwrite_output_dir
     --per_device_eval_batch_size
     --per_device_train_batch_size
+    --pooling
     --pre_seq_len
     --precision
     --prefix
