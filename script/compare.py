@@ -46,7 +46,10 @@ METHODS = {
     "combined, linear": [*BASELINE, "combined", "--overwrite_output_dir"],
     **{method: [*TUNE, "--tuning_method", method] for method in arguments.METHODS},
     "input prefix": [*TUNE, "--prefix", "--prefix_depth", "input"],
+    "4 prefixes": [*TUNE, "--prefix", "--num_prefixes", "4"],
+    "ensemble": ["-m", "script.ensemble"],  # of the runs of all other methods
 }
+NO_MEMBERS = ("majority", "look-up", "ensemble")
 USE_BACKBONE = ("embeddings, linear", "combined, linear")  # baselines
 STUDYS_OWN = set(  # flags that the study sets itself, or that would not reach the baselines
     "--text_column_names --text_column_delimiter --label_column_name --csv_encoding --problem_type "
@@ -81,12 +84,19 @@ def plan(args: argparse.Namespace) -> list[dict]:
         for number in range(passes * len(folders)):
             data, seed = folders[number % len(folders)], args.seeds[number % len(args.seeds)]
             sizes = args.train_sizes if protocol == "unseen" else [None]
+            members: dict[int | None, list[str]] = {}  # folders of an ensemble, by size
             for method, size in product(args.methods, sizes):
                 is_tuned = TUNE[0] in METHODS[method]
-                if not is_tuned and not size and number >= len(folders):  # uses no seed
+                uses_seed = is_tuned or size or method == "ensemble"
+                if method == "ensemble" and not members.get(size):
                     continue
-                name = f"{protocol}-{method.replace(', ', '-').replace(' ', '-')}-{number}"
+                name = method.replace(", ", "-").replace(" ", "-")
+                name = f"{protocol}-{name}-{number if uses_seed else number % len(folders)}"
                 folder = Path(args.output_dir) / (name + (f"-n{size}" if size else ""))
+                if method not in NO_MEMBERS:
+                    members.setdefault(size, []).append(str(folder))
+                if not uses_seed and number >= len(folders):
+                    continue
                 command = [*METHODS[method], "--output_dir", str(folder)]
                 for use, file in arguments.USES.items():
                     command += [f"--{use}_file", f"{data}/{file}_simple.csv"]
@@ -98,6 +108,8 @@ def plan(args: argparse.Namespace) -> list[dict]:
                     command += backbone_flags(args.flags)
                 if is_tuned:
                     command += [*(QUICK if args.quick else []), *args.flags]
+                if method == "ensemble":
+                    command = [*METHODS[method], *members[size], "--output_dir", str(folder)]
                 run = {"protocol": protocol, "method": method, "data": data, "seed": seed}
                 run |= {"size": size, "folder": folder, "command": command}
                 runs.append(run | {"line": shlex.join(["python", *command])})
@@ -164,8 +176,8 @@ def execute(runs: list[dict]) -> None:
 def read(run: dict) -> dict:
     """Return the run with its results, metrics and predictions added."""
     results = read_json(run["folder"] / "all_results.json")
-    weights = [run["folder"] / name for name in ("model.safetensors", "adapter_model.safetensors")]
-    results["stored_bytes"] = sum(path.stat().st_size for path in weights if path.exists())
+    weights = run["folder"].rglob("*model.safetensors")  # an ensemble of prefixes has several
+    results["stored_bytes"] = sum(path.stat().st_size for path in weights)
     record = read_record(run["folder"] / RUN_FILE)
     return run | {
         "results": results,
@@ -241,7 +253,7 @@ def against_free(runs: list[dict], tests: list[dict]) -> list[str]:
         tuned = dict.fromkeys(run["method"] for run in here if TUNE[0] in run["command"])
         scores: dict[str, list[float]] = {}
         for run in here:
-            if run["method"] not in tuned:
+            if run["method"] not in (*tuned, "ensemble"):
                 scores.setdefault(run["method"], []).append(run["results"]["eval_accuracy"])
         if not scores:
             continue

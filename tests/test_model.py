@@ -354,14 +354,9 @@ def test_unsupported_adapters_and_wrong_backbones_are_refused(make_model, backbo
             open_folder(tmp_path)
         return str(error.value)
 
-    assert (
-        "only PREFIX_TUNING, INPUT_PREFIX, MEAN_PREFIX, MEAN_INPUT_PREFIX, PROBE, BIAS with SEQ_CLS"
-        in broken(peft_type="LORA")
-    )
-    assert (
-        "only PREFIX_TUNING, INPUT_PREFIX, MEAN_PREFIX, MEAN_INPUT_PREFIX, PROBE, BIAS with SEQ_CLS"
-        in broken(task_type="CAUSAL_LM")
-    )
+    kinds = "PREFIX_TUNING, INPUT_PREFIX, MEAN_PREFIX, MEAN_INPUT_PREFIX, PROBE, BIAS"
+    for change in ({"peft_type": "LORA"}, {"task_type": "CAUSAL_LM"}):
+        assert f"only {kinds} with SEQ_CLS" in broken(**change)
     assert "num_layers is 12, but its backbone has 2" in broken(num_layers=12)
     assert "token_dim is 8" in broken(token_dim=8)
     assert "names no backbone" in broken(base_model_name_or_path=None)

@@ -58,7 +58,7 @@ def test_two_processes_learn_the_same_as_one(command, tmp_path, flags):
     probabilities = [
         pd.read_csv(each / "predictions.csv").iloc[:, 3:].to_numpy(float) for each in (one, two)
     ]
-    np.testing.assert_allclose(*probabilities, atol=1e-4)
+    np.testing.assert_allclose(*probabilities, atol=3e-4)
     alone, together = (load(each, "all_results.json") for each in (one, two))
     for name in alone:
         if name.startswith(("eval_", "test_")):
