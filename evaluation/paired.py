@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import permutation_test
 
-from dataset import LABEL_SEPARATOR, read_split, reading_options
+from dataset import LABEL_SEPARATOR, Split, read_split, reading_options
 from runtime.files import UserError
 from runtime.record import RUN_FILE, read_record
 
@@ -27,16 +27,24 @@ class PairedTest(NamedTuple):
     texts: int  # number of distinct texts
 
 
+def read_run(folder: str | Path) -> tuple[dict, Split]:
+    """Read a finished run's record and its predictions, as the rows of the test file.
+
+    Raises: UserError if the folder has no finished run or its predictions have no labels.
+    """
+    record = read_record(Path(folder) / RUN_FILE)
+    if not (settings := record.get("settings")):
+        raise UserError(f"{folder} contains no finished run: pass the folder of one")
+    options = reading_options(settings) | {"encoding": "utf-8"}
+    return record, read_split(Path(folder) / "predictions.csv", **options)
+
+
 def read_predictions(folder: str | Path) -> pd.DataFrame:
     """Read a run's predictions, as columns text (key), labels, answer (as written) and right.
 
     Raises: UserError if the folder has no finished run or its predictions have no labels.
     """
-    settings = read_record(Path(folder) / RUN_FILE).get("settings")
-    if not settings:
-        raise UserError(f"{folder} contains no finished run: pass the folder of one")
-    options = reading_options(settings) | {"encoding": "utf-8"}
-    split = read_split(Path(folder) / "predictions.csv", **options)
+    _, split = read_run(folder)
     labels = [frozenset(names) for names in split.labels]
     answers = split.table["predicted"]
     found = [

@@ -3,30 +3,54 @@
 N rows, C classes.
 """
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
-COLUMNS = ["text", "label", "suggestion", "margin", "file"]
-LISTED = 200
+from evaluation.paired import read_run
+
+COLUMNS = ["text", "label", "suggestion", "margin", "file", "row"]
+LISTED, SHOWN = 200, 20  # in the file, and in the report
 
 
-def label_margins(table: pd.DataFrame, probability: np.ndarray, names: list[str]) -> pd.DataFrame:
-    """Return suggestion and margin of each row of a table with the columns text and label.
+def label_margins(
+    labels: list[str], probability: np.ndarray, names: list[str]
+) -> tuple[np.ndarray, list[str]]:
+    """Return the margin of each label, float [N], and the most probable other label.
 
-    The margin is the probability of the row's label minus that of the most probable other label,
-    the suggestion: the normalised margin of Northcutt et al. 2021, "Confident learning",
-    https://arxiv.org/abs/1911.00068. probability: [N, C], in the order of `names`.
+    The margin is the difference of their probabilities: the normalised margin of Northcutt et al.
+    2021, "Confident learning", https://arxiv.org/abs/1911.00068. probability: [N, C], in the order
+    of `names`.
     """
-    rows, own = np.arange(len(table)), table["label"].map(names.index).to_numpy()
+    rows, own = np.arange(len(labels)), np.array([names.index(label) for label in labels])
     others = probability.copy()
     others[rows, own] = -1
     best = others.argmax(axis=1)
-    margin = probability[rows, own] - others[rows, best]
-    suggestion = [names[number] for number in best]
-    return table[["text", "label"]].assign(suggestion=suggestion, margin=margin.round(6))
+    return probability[rows, own] - others[rows, best], [names[number] for number in best]
 
 
-def least_plausible(tables: list[pd.DataFrame]) -> pd.DataFrame:
+def read_margins(folders: list[Path], training_keys: set[str]) -> pd.DataFrame:
+    """Average the test predictions of runs on the same file, and compute the margins of its labels.
+
+    Rows with a seen text are left out. Returns a table with `COLUMNS`.
+    """
+    if not folders:
+        return pd.DataFrame(columns=COLUMNS)
+    runs = [read_run(folder) for folder in folders]
+    record, split = runs[0]
+    names = record["labels"]
+    columns = [f"probability_{name}" for name in names]
+    each = [other.table[columns].to_numpy(dtype=float) for _, other in runs]
+    margin, suggestion = label_margins([one for (one,) in split.labels], np.mean(each, 0), names)
+    found = pd.DataFrame({"text": split.texts, "label": [one for (one,) in split.labels]})
+    found = found.assign(suggestion=suggestion, margin=margin.round(6), row=split.rows)
+    found["file"] = record["data"]["test"]["path"]
+    return found[[key not in training_keys for key in split.keys]][COLUMNS]
+
+
+def least_plausible(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     """Return the rows of negative margin, the least plausible first; each text and label once."""
-    found = pd.concat(tables)[COLUMNS].sort_values("margin", kind="stable")
+    found = pd.concat(tables).sort_values("margin", kind="stable")
     return found[found["margin"] < 0].drop_duplicates(["text", "label"]).head(LISTED)

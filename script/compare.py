@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +29,13 @@ import pandas as pd
 import arguments
 from dataset import Split, read_split, reading_options
 from evaluation import pages, plots
-from evaluation.paired import paired_test, read_predictions
+from evaluation.paired import read_predictions
+from evaluation.review import SHOWN, least_plausible, read_margins
 from runtime.columns import split_columns
 from runtime.files import UserError, read_json, sha256
 from runtime.record import RUN_FILE, read_record
 from script import learning_curve
+from script.study_tests import against_free, format_tests, test_pairs
 
 TUNE = ["main.py", "--do_train", "--do_eval", "--do_predict", "--resume_from_checkpoint", "auto"]
 BASELINE = ["-m", "script.baseline"]
@@ -57,7 +59,6 @@ STUDYS_OWN = set(  # flags that the study sets itself, or that would not reach t
     "--test_file --do_train --do_eval --do_predict --overwrite_output_dir --tuning_method --prefix "
     "--prefix_depth --resume_from_checkpoint".split()
 )
-SIGNIFICANT = 0.05
 QUICK = ["--num_train_epochs", "6"]
 COLUMNS = {  # of the table, with their keys in all_results.json
     "accuracy": "test_accuracy",
@@ -111,7 +112,7 @@ def plan(args: argparse.Namespace) -> list[dict]:
                 if method == "ensemble":
                     command = [*METHODS[method], *members[size], "--output_dir", str(folder)]
                 run = {"protocol": protocol, "method": method, "data": data, "seed": seed}
-                run |= {"size": size, "folder": folder, "command": command}
+                run |= {"size": size, "folder": folder, "command": command, "tuned": is_tuned}
                 runs.append(run | {"line": shlex.join(["python", *command])})
     return runs
 
@@ -188,6 +189,11 @@ def read(run: dict) -> dict:
     }
 
 
+def is_reviewer(run: dict, data: str) -> bool:
+    """Whether a run's test predictions are used to find wrong labels in the folder `data`."""
+    return (run["protocol"], run["data"]) == ("unseen", data) and run["method"] not in NO_MEMBERS
+
+
 def caveats(runs: list[dict], quick: bool, size: int | None = None) -> list[str]:
     """Return the caveats to show with the results; size: training rows of the main tables."""
     found = []
@@ -198,7 +204,7 @@ def caveats(runs: list[dict], quick: bool, size: int | None = None) -> list[str]
     if size:
         found.append(f"Unseen protocol: trained on {size} random rows, not all (--train_sizes).")
     for run in runs:
-        if TUNE[0] in run["command"] and run["predictions"]["answer"].nunique() == 1:
+        if run["tuned"] and run["predictions"]["answer"].nunique() == 1:
             kind = "method and size" if run["size"] else "method"
             found.append(
                 f"{run['folder'].name} predicts one label for every row: it learned nothing, so "
@@ -221,54 +227,6 @@ def summarise(runs: list[dict]) -> list[dict]:
     return rows
 
 
-def test_pairs(runs: list[dict]) -> list[dict]:
-    """Compare each pair of methods of a protocol on the same unseen texts; see `paired_test`."""
-    training_keys = {
-        data: set(read_file(data, "train").keys) for data in {run["data"] for run in runs}
-    }
-    unseen: dict[tuple, list[pd.DataFrame]] = {}
-    for run in runs:
-        table = run["predictions"]
-        is_seen = table["text"].isin(training_keys[run["data"]])
-        unseen.setdefault((run["protocol"], run["method"]), []).append(table[~is_seen])
-    tests = []
-    for (protocol, one), (other_protocol, other) in combinations(unseen, 2):
-        if protocol == other_protocol:
-            tables = pd.concat(unseen[protocol, one]), pd.concat(unseen[protocol, other])
-            if test := paired_test(*tables):
-                row = {"protocol": protocol, "one": one, "other": other}
-                row |= {"texts": test.texts, "difference": test.difference, "p": test.p}
-                tests.append(row)
-    return tests
-
-
-def against_free(runs: list[dict], tests: list[dict]) -> list[str]:
-    """Name each tuned method that is not shown to beat the best baseline on unseen texts.
-
-    The validation files choose the best baseline.
-    """
-    found = []
-    for protocol in dict.fromkeys(run["protocol"] for run in runs):
-        here = [run for run in runs if run["protocol"] == protocol]
-        tuned = dict.fromkeys(run["method"] for run in here if TUNE[0] in run["command"])
-        scores: dict[str, list[float]] = {}
-        for run in here:
-            if run["method"] not in (*tuned, "ensemble"):
-                scores.setdefault(run["method"], []).append(run["results"]["eval_accuracy"])
-        if not scores:
-            continue
-        best = max(scores, key=lambda method: np.mean(scores[method]))
-        for test in tests:
-            if (test["protocol"], test["one"]) == (protocol, best) and test["other"] in tuned:
-                points = f"{100 * test['difference']:+.2f} points, p = {test['p']:.4f}"
-                if test["difference"] <= 0 or test["p"] >= SIGNIFICANT:
-                    found.append(
-                        f"{protocol}: {test['other']} is not shown to beat {best}, which costs "
-                        f"next to nothing ({points})."
-                    )
-    return found
-
-
 def format_cell(row: dict, column: str) -> str:
     """Format a cell of the table."""
     value, spread = row[column], row[f"{column} sd"]
@@ -281,16 +239,6 @@ def format_cell(row: dict, column: str) -> str:
     if column in ("trained", "seconds", "rows/s"):
         return f"{value:,.0f}"
     return f"{value:.4f}" + (f" ±{spread:.4f}" if spread is not None else "")
-
-
-def format_tests(tests: list[dict]) -> str:
-    """Format the paired tests, one per line."""
-    lines = ["paired permutation tests on unseen texts:"]
-    for test in tests:
-        pair = f"{test['protocol']:9} {test['other']} against {test['one']}"
-        points = f"{100 * test['difference']:+.2f} points, p = {test['p']:.4f}"
-        lines.append(f"{pair}: {points} ({test['texts']:,} texts)")
-    return "\n".join(lines)
 
 
 def parse_args() -> argparse.Namespace:
@@ -357,7 +305,12 @@ def main() -> None:
     if len({run["commit"] for run in runs}) > 1:
         print("warning: the runs come from different commits of this program, see their run.json")
     main_runs = learning_curve.largest(runs)
-    rows, tests = summarise(main_runs), test_pairs(main_runs)
+    keys = {data: set(read_file(data, "train").keys) for data in {run["data"] for run in main_runs}}
+    rows, tests = summarise(main_runs), test_pairs(main_runs, keys)
+    review = least_plausible(
+        read_margins([run["folder"] for run in main_runs if is_reviewer(run, data)], keys[data])
+        for data in args.unseen
+    )
     notes = caveats(runs, args.quick, args.train_sizes[-1]) + against_free(main_runs, tests)
     points = learning_curve.summarise(runs) if args.train_sizes != [None] else []
     sizes, sentences = learning_curve.table(points), learning_curve.sentences(points)
@@ -383,9 +336,11 @@ def main() -> None:
         sentences=sentences,
         command=shlex.join(["bash", "script/compare.sh", *sys.argv[1:]]),
         notes=notes,
+        review=review.head(SHOWN).to_dict("records"),
     )
     pictures = plots.study_pictures(main_runs, rows, points)
     files = {"study.json": json.dumps(study, indent=1), "report.html": page}
+    files |= {"label_review.csv": review.to_csv(index=False)} if len(review) else {}
     files |= {f"{name}.svg": text for name, text in pictures.items()}
     for name, text in files.items():
         path = Path(args.output_dir) / name

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
@@ -14,7 +16,7 @@ import main
 from conftest import ROOT, ROWS, write_csv
 from evaluation import plots
 from runtime import record
-from script import baseline, compare, learning_curve
+from script import baseline, compare, ensemble, learning_curve
 
 
 @pytest.fixture
@@ -36,12 +38,12 @@ def study(folders, tmp_path, backbone, monkeypatch, capsys):
 
     Its runs are function calls here, because each process would load torch again.
     """
-    modules = {"main.py": main, "-m": baseline}
+    modules = {"main.py": main, "script.baseline": baseline, "script.ensemble": ensemble}
 
     def in_process(command, **streams):
         monkeypatch.setattr(sys, "orig_argv", command)
         start = 2 if command[1] == "main.py" else 3
-        status = modules[command[1]].main(command[start:])
+        status = modules[command[start - 1]].main(command[start:])
         return Namespace(wait=lambda: status)
 
     monkeypatch.setattr(compare.subprocess, "Popen", in_process)
@@ -95,7 +97,7 @@ def test_a_study_shows_caveats(study, tmp_path):
     page = (tmp_path / "study" / "report.html").read_text()
     assert "Trained only briefly, to check that it works" in page
     folder = tmp_path / "study" / "unseen-prefix-0"
-    unread = {"folder": folder, "command": compare.METHODS["prefix"], "size": None}
+    unread = {"folder": folder, "tuned": True, "size": None}
     for answers, collapsed in (("01", False), ("11", True)):
         rows = [("a", "0", answers[0]), ("b", "1", answers[1])]
         write_csv(folder / "predictions.csv", rows, ("text", "label", "predicted"))
@@ -104,7 +106,7 @@ def test_a_study_shows_caveats(study, tmp_path):
         assert (
             "unseen-prefix-0 predicts one label for every row" in " ".join(caveats)
         ) == collapsed
-    assert not compare.caveats([run | {"command": compare.METHODS["majority"]}], quick=False)
+    assert not compare.caveats([run | {"tuned": False}], quick=False)
 
 
 def test_a_failed_run_ends_the_study_with_the_last_line_of_its_log(folders, tmp_path):
@@ -135,8 +137,46 @@ def test_folds_use_the_seeds_in_turn_and_baselines_run_once_each():
     assert [r["data"] for r in again if r["method"] == "full"] == ["a", "b", "a", "b"]
     baselines = {run["method"] for run in runs if "--num_train_epochs" not in run["command"]}
     linear = {f"{name}, linear" for name in ("TF-IDF", "characters", "embeddings", "combined")}
-    assert baselines == {"majority", "look-up", *linear}
-    assert {run["method"] for run in runs} - baselines == {*arguments.METHODS, "input prefix"}
+    assert baselines == {"majority", "look-up", "ensemble", *linear}
+    tuned = {*arguments.METHODS, "input prefix", "4 prefixes"}
+    assert {run["method"] for run in runs} - baselines == tuned
+
+
+def test_an_ensemble_combines_the_runs_on_the_same_rows():
+    args = Namespace(original=[], unseen=["a", "b"], seeds=[1, 2, 3, 4], quick=False, flags=[])
+    args.output_dir, args.train_sizes = "out", [None, 99]
+    args.methods = ["majority", "TF-IDF, linear", "full", "ensemble"]
+    runs = [run for run in compare.plan(args) if run["method"] == "ensemble"]
+    members = {
+        run["folder"].name: [Path(word).name for word in run["command"][2:-2]] for run in runs
+    }
+    assert members["unseen-ensemble-3"] == ["unseen-TF-IDF-linear-1", "unseen-full-3"]
+    assert members["unseen-ensemble-2-n99"] == ["unseen-TF-IDF-linear-2-n99", "unseen-full-2-n99"]
+    assert len(members) == 8 and not any(run["tuned"] for run in runs)
+
+
+def test_the_study_lists_the_least_plausible_labels(study, folders, tmp_path):
+    """Labels of the folds' test files, by the average of two models that did not see the texts."""
+    study("--seeds", "1", "--methods", "TF-IDF, linear", "prefix", "ensemble")
+    listed = pd.read_csv(tmp_path / "study" / "label_review.csv")
+    found = {}
+    for number in range(2):
+        each = [
+            pd.read_csv(tmp_path / "study" / f"unseen-{name}-{number}" / "predictions.csv")
+            for name in ("TF-IDF-linear", "prefix")
+        ]
+        mean = np.mean([one.filter(like="probability_").to_numpy() for one in each], axis=0)
+        for text, label, row in zip(each[0]["text"], each[0]["label"], mean, strict=True):
+            rest = np.delete(row, label)
+            if row[label] < rest.max():
+                suggestion = [0, 1, 2][list(row).index(rest.max())]
+                found[text] = (label, suggestion, pytest.approx(row[label] - rest.max(), abs=2e-6))
+        assert set(listed["file"]) <= {f"{one}/test_simple.csv" for one in folders[1:]}
+    assert found
+    rows = zip(listed["text"], listed["label"], listed["suggestion"], listed["margin"], strict=True)
+    assert {text: tuple(rest) for text, *rest in rows} == found
+    assert listed["margin"].is_monotonic_increasing
+    assert "Labels to review" in (tmp_path / "study" / "report.html").read_text()
 
 
 def test_the_table_has_mean_and_standard_deviation():
@@ -152,7 +192,6 @@ def test_the_table_has_mean_and_standard_deviation():
 
 def test_paired_tests_on_unseen_texts_agree_with_mcnemar(tmp_path):
     """Of 60 texts 12 are right for one method only and 3 for the other: p = 0.035 exactly."""
-    write_csv(tmp_path / "train_simple.csv", [("Seen  text", "0")])
     right = {"full": [1] * 40 + [0] * 12 + [1] * 3 + [0] * 5}
     right["prefix"] = [1] * 40 + [1] * 12 + [0] * 3 + [0] * 5
     keys = [*(f"text {number}" for number in range(60)), "seen text"]
@@ -166,7 +205,7 @@ def test_paired_tests_on_unseen_texts_agree_with_mcnemar(tmp_path):
         for method, values in right.items()
         for _ in "ab"
     ]
-    (test,) = compare.test_pairs(runs)
+    (test,) = compare.test_pairs(runs, {str(tmp_path): {"seen text"}})
     assert test["difference"] == pytest.approx(9 / 60) and test["texts"] == 60
     assert test["p"] == pytest.approx(0.0352, abs=0.01)
 

@@ -7,11 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import main
 from conftest import ROWS, write_csv
 from evaluation.plots import FEW, merge_sparse
+from test_main import load
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = "<script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">"
@@ -94,6 +96,23 @@ def test_a_browser_shows_the_page_and_runs_no_script(run, evil_files):
     page = Page(dom)
     assert page.count["svg"] == 6 and page.count["table"] == 5
     assert page.count.get("img", 0) == page.count.get("script", 0) == 0
+
+
+def test_the_words_that_a_mistake_depends_on_are_shaded(run, predict, tmp_path):
+    """The figures are those of predicting the text again without each word."""
+    folder = run("--pooling", "mean")
+    shown = load(folder, "evaluation.json")["test"]["mistakes"]
+    mistake = next(one for one in shown if len(one["text"].split()) > 1)
+    words = mistake["text"].split()
+    left = [" ".join(words[:n] + words[n + 1 :]) for n in range(len(words))]
+    write_csv(tmp_path / "left.csv", [[text] for text in left], header=["text"])
+    assert predict(folder, "--test_file", str(tmp_path / "left.csv"))[0] == 0
+    table = pd.read_csv(tmp_path / "predicted" / "predictions.csv")
+    without = table[f"probability_{mistake['predicted']}"]
+    expected = mistake["confidence"] - without.to_numpy()
+    assert [word for word, _ in mistake["words"]] == words
+    np.testing.assert_allclose([fall for _, fall in mistake["words"]], expected, atol=1e-4)
+    assert "<mark style" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_without_test_labels_the_page_shows_the_validation_file(run, tmp_path):

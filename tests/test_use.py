@@ -87,7 +87,9 @@ def test_texts_of_the_command_line_are_labelled_without_files(run, monkeypatch, 
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(row["text"] for row in rows[:2])))
     assert main.main([*argv, "-"]) == 0
     assert capsys.readouterr().out == printed
-    first = printed.splitlines()[:2]
+    lines = printed.splitlines()
+    assert sum("without the word: " in line for line in lines) == 2  # each text has two words
+    first = lines[:2]
     assert first[0] == rows[0]["text"]
     assert first[1].split()[1] == rows[0]["predicted"]
     assert float(first[1].split()[0]) == pytest.approx(float(rows[0]["confidence"]), abs=1e-4)
