@@ -151,6 +151,9 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--ema_decay", value(number(float, 0, 0.999999), "D"), 0.99,
      "decay of the moving average of the weights, which is evaluated and saved; 0: off [0.99]"),
     ("--gradient_checkpointing", SWITCH, False, "recompute activations: less memory, more time"),
+    ("--class_weights", value(metavar="balanced|FILE"), None,
+     "weights of the labels in the loss: the inverse of their frequency, or a JSON file such as "
+     "{\"spam\": 5}; all others have 1 [all 1]"),
     ("--max_train_samples", INT, None, "train on N rows drawn at random with --seed [all]"),
     ("--logging_steps", INT, 50, "steps between lines of metrics.jsonl [%(default)s]"),
     ("--report_to", choice("none", "tensorboard"), "none", "also log to TensorBoard [none]"),

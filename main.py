@@ -35,6 +35,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 import logging
 import signal
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -192,6 +193,8 @@ def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedT
     # schedule: as the training texts suggest, unless flags set it
     if args.do_train:
         settings |= fill_schedule(args, data.train.repeated)
+        args.class_weights = trainer.class_weights(data.train, args.class_weights, data.names)
+        settings |= {"class_weights": args.class_weights}
         start.set_dropout(args)
 
     # record: describe everything the results depend on
@@ -250,6 +253,8 @@ def tune(
         logger.warning("warning: %s", warning)
     is_main, length = machine.group.is_main, start.config.max_seq_length
     train_set = encode(tokenizer, data.train, length).for_each_prefix(args.num_prefixes)
+    if args.class_weights:
+        train_set = replace(train_set, label_weights=[*args.class_weights.values()])
     eval_set = encode(tokenizer, data.eval, length) if args.eval_strategy == "epoch" else None
     train_words_in_use(model, train_set.token_ids)
 

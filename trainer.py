@@ -3,13 +3,18 @@
 import logging
 import math
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from msgspec import Meta
 from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from dataset import Split
 from evaluation.metrics import compute_metrics, prefixed
 from model.classifier import predict
 from model.predictions import Predictions
@@ -17,7 +22,7 @@ from model.sequence_classification import classification_loss, divergence
 from model.tuning import method_of
 from runtime.batches import Encoded, chunks, padding_share, training_batches
 from runtime.checkpoint import Checkpoint, Tensors
-from runtime.files import UserError
+from runtime.files import UserError, read_json
 from runtime.machine import Machine
 from runtime.training_state import Progress, TrainingState
 
@@ -32,7 +37,7 @@ class Stopped(Exception):
     """Training was stopped by a signal and saved. Arguments: the step and the signal number."""
 
 
-# ------------------------------------------------------------------------- optimizer, schedule
+# ------------------------------------------------------------------ optimizer, schedule, weights
 
 
 def build_optimizer(model: nn.Module, args: Namespace) -> torch.optim.AdamW:
@@ -74,6 +79,33 @@ def set_learning_rate(optimizer: torch.optim.AdamW, progress: Progress, args: Na
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
     """Return the dropout seed of a step; a resumed run draws the same, without random state."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def class_weights(train: Split, choice: str | None, names: list[str]) -> dict[str, float] | None:
+    """Return the weight of each label in the loss, by name; None if all weigh the same.
+
+    "balanced": all labels have the same sum of weights; with several labels a row, rows that have
+    a label have the same sum as those that lack it. Otherwise `choice` is a JSON file. Then
+    single-label weights are scaled to a mean of 1 over the training rows, which keeps the learning
+    rate right.
+
+    Raises: UserError if the file is not usable or names an unknown label.
+    """
+    if choice is None:
+        return None
+    counts = Counter(name for labels in train.labels for name in labels)
+    if choice == "balanced":
+        weights = {name: (len(train) - counts[name] * train.multi_label) / max(counts[name], 1)
+                   for name in names}  # fmt: skip
+    else:
+        given = read_json(Path(choice), dict[str, Annotated[float, Meta(gt=0, le=1e6)]])
+        if unknown := sorted(given.keys() - set(names)):
+            raise UserError(f"--class_weights: {choice} names '{unknown[0]}', which is no label")
+        weights = {name: given.get(name, 1.0) for name in names}
+    if train.multi_label:
+        return weights
+    mean = sum(weights[name] * count for name, count in counts.items()) / len(train)
+    return {name: weight / mean for name, weight in weights.items()}
 
 
 # ------------------------------------------------------------------------------------ training
@@ -200,13 +232,15 @@ def training_step(
     # forward and backward over micro-batches, with a dropout seed for this step
     torch.manual_seed(step_seed(args.seed, step, machine.group.rank))
     loss = torch.zeros((), device=machine.device)
+    weights = train_set.label_weights
+    weights = None if weights is None else torch.tensor(weights, device=machine.device)
     mine = machine.group.share(rows)  # possibly none, and then there is nothing to cut
     for part in chunks(mine, args.per_device_train_batch_size) if len(mine) else ():
         if args.rdrop_alpha:  # every row twice, each time with another dropout mask
             part = np.tile(part, 2)
         logits = machine.logits(model, train_set, train_set.text_index[part])
         labels = torch.from_numpy(train_set.labels[part]).to(machine.device)
-        part_loss = classification_loss(logits, labels) / len(rows)
+        part_loss = classification_loss(logits, labels, weights) / len(rows)
         if args.rdrop_alpha:
             apart = divergence(logits, labels.is_floating_point()) / len(rows)
             part_loss = part_loss / 2 + args.rdrop_alpha * apart

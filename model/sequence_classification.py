@@ -175,14 +175,19 @@ def divergence(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
     return each.mean(dim=1).sum() if multi_label else each.sum()
 
 
-def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sum the losses of all rows of a batch, in float32.
 
     int64 labels [B]: cross-entropy. float labels [B, C]: binary cross-entropy, averaged over the
     classes (as in transformers). With a sum, micro-batches of any size add up to the batch.
+    weights: of the classes, [C]; with float labels, of the rows that have the label.
     """
     logits = logits.float()
     if labels.is_floating_point():
-        each = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        each = nn.functional.binary_cross_entropy_with_logits(
+            logits, labels, pos_weight=weights, reduction="none"
+        )
         return each.mean(dim=1).sum()
-    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return nn.functional.cross_entropy(logits, labels, weight=weights, reduction="sum")

@@ -55,6 +55,7 @@ class Encoded:
     rows: list[int]  # each row's number in its file, for messages
     pad_token_id: int
     prefix_index: np.ndarray | None = None  # [U], each text's prefix number
+    label_weights: list[float] | None = None  # [C], in the loss
 
     def __len__(self) -> int:
         return len(self.text_index)

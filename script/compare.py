@@ -59,7 +59,7 @@ STUDYS_OWN = set(  # flags that the study sets itself, or that would not reach t
     "--test_file --do_train --do_eval --do_predict --overwrite_output_dir --tuning_method --prefix "
     "--prefix_depth --resume_from_checkpoint".split()
 )
-QUICK = ["--num_train_epochs", "6"]
+QUICK = ["--num_train_epochs", "3"]
 COLUMNS = {  # of the table, with their keys in all_results.json
     "accuracy": "test_accuracy",
     "seen": "test_seen_share",

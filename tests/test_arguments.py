@@ -28,6 +28,7 @@ ORIGINAL = (
 # Scripts depend on these names: renaming or removing one breaks them.
 FLAGS = """
     --attention_probs_dropout_prob
+    --class_weights
     --csv_encoding
     --do_eval
     --do_predict

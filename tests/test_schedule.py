@@ -8,8 +8,9 @@ import torch
 
 import main
 from arguments import SCHEDULE, SCHEDULES
-from conftest import ROWS, write_csv
+from conftest import ROWS, one_line, write_csv
 from model.sequence_classification import divergence
+from runtime.files import read_json
 from test_main import load
 
 
@@ -51,3 +52,52 @@ def test_r_drop_needs_dropout_to_change_anything(run):
     ]
     assert (tables[0] - tables[1]).abs().max(axis=None) < 1e-5
     assert (tables[0] - tables[2]).abs().max(axis=None) > 1e-4
+
+
+def test_balanced_weights_make_all_labels_count_the_same(run, tmp_path, files):
+    """In the loss, a label with a third of the rows of another one has three times its weight."""
+    write_csv(Path(files[1]), [*ROWS[:2], *ROWS[4:10]])  # 2, 4 and 2 rows
+    folder = run("--class_weights", "balanced")
+    weights = load(folder, "run.json")["settings"]["class_weights"]
+    assert weights == pytest.approx({"0": 4 / 3, "1": 2 / 3, "2": 4 / 3})
+    path = tmp_path / "weights.json"
+    path.write_text('{"0": 2, "2": 2}')
+    same = run("--class_weights", str(path), name="same")
+    expected, found = (pd.read_csv(one / "predictions.csv") for one in (folder, same))
+    pd.testing.assert_frame_equal(found, expected, atol=1e-5)
+    plain = pd.read_csv(run(name="plain") / "predictions.csv")
+    assert (plain["confidence"] - found["confidence"]).abs().max() > 1e-4
+
+
+def test_a_weight_counts_as_so_many_rows(run, files, tmp_path):
+    """One step on the whole file: the gradient is that of a file with the label's rows doubled."""
+    flags = ("--per_device_train_batch_size", "32", "--num_train_epochs", "1", "--ema_decay", "0")
+    flags += ("--attention_probs_dropout_prob", "0", "--load_best_model_at_end", "False")
+    path = tmp_path / "weights.json"
+    path.write_text('{"1": 2}')
+    weighted = run("--class_weights", str(path), *flags, name="weighted")
+    write_csv(Path(files[1]), [*ROWS, *ROWS[4:8]])
+    doubled = run(*flags, name="doubled")
+    line, other = (
+        read_json(folder / "metrics.jsonl", lines=True)[0] for folder in (weighted, doubled)
+    )
+    assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_weights_of_unknown_labels_are_refused(run, files, tmp_path, capsys, several):
+    flags = ["--class_weights", str(tmp_path / "weights.json")]
+    if several:
+        for path in files[1::2]:
+            write_csv(Path(path), [(text, f"{label}|9") for text, label in ROWS])
+        flags += ["--problem_type", "multi_label_classification"]
+    for content, expected in (('{"x": 2}', "names 'x', which is no label"), ('{"0": -1}', "0")):
+        (tmp_path / "weights.json").write_text(content)
+        capsys.readouterr()
+        run(*flags, status=2)
+        assert expected in one_line((2, capsys.readouterr().err))
+    if several:
+        folder = run("--class_weights", "balanced", *flags[2:], name="several")
+        weights = load(folder, "run.json")["settings"]["class_weights"]
+        assert weights == pytest.approx({"0": 7 / 4, "1": 7 / 4, "2": 8 / 3, "9": 0}, abs=1e-9)
