@@ -151,6 +151,8 @@ def fork_main(argv: list[str], folder: Path, death: tuple | None, log: Path, **e
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
+        # pytest's own streams are files, which cannot grow on a full disk
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         watch_operations(folder, log, arm(death))
         status = main.main(argv)
     except SystemExit as error:
