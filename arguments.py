@@ -32,21 +32,23 @@ TUNING_DEFAULTS = {
 }  # fmt: skip
 # The schedule depends on the training file. If at least half of its rows repeat the text of an
 # earlier row, the test file probably repeats them too, and what counts is to memorise them. Else
-# every text is new: a long training makes the model overconfident, and dropout and R-Drop help.
+# every text is new: a long training makes the model overconfident, dropout and R-Drop help, and the
+# last epoch is a better choice than the best one on a small validation file (results/LOG.md).
 SCHEDULE = (
     "num_train_epochs",
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "rdrop_alpha",
+    "load_best_model_at_end",
 )
 SCHEDULES = {
-    #                   texts repeat       texts are new
-    "full":             ((8, 0, 0.1, 0),  (4, 0.1, 0.1, 1)),
-    "prefix":           ((12, 0, 0, 0),   (8, 0.1, 0, 1)),
-    "projected prefix": ((12, 0, 0, 0),   (12, 0, 0, 0)),
-    "input prefix":     ((12, 0, 0, 0),   (12, 0, 0, 0)),
-    "probe":            ((12, 0, 0, 0),   (12, 0, 0, 0)),
-    "bias":             ((8, 0, 0, 0),    (8, 0, 0, 0)),
+    #                   texts repeat            texts are new
+    "full":             ((8, 0, 0.1, 0, True),  (4, 0.1, 0.1, 1, False)),
+    "prefix":           ((12, 0, 0, 0, True),   (8, 0.1, 0, 1, False)),
+    "projected prefix": ((12, 0, 0, 0, True),   (12, 0, 0, 0, True)),
+    "input prefix":     ((12, 0, 0, 0, True),   (12, 0, 0, 0, True)),
+    "probe":            ((12, 0, 0, 0, True),   (12, 0, 0, 0, True)),
+    "bias":             ((8, 0, 0, 0, True),    (8, 0, 0, 0, True)),
 }  # fmt: skip
 REPEATED = 0.5  # share of the training rows
 METHODS = tuple(name for name in TUNING_DEFAULTS if " " not in name)  # others: kinds of prefix
@@ -160,7 +162,8 @@ GROUPS = {  # each flag: name, kind, default and help
 ),
 "evaluation and choice of the best epoch": (
     ("--eval_strategy --evaluation_strategy", choice("no", "epoch"), None, "[epoch if --do_eval]"),
-    ("--load_best_model_at_end", SWITCH, None, "keep the best epoch's weights [True if evaluated]"),
+    ("--load_best_model_at_end", SWITCH, None, "keep the best epoch's weights, else the last's "
+     "[full and prefix: True if texts repeat, False if not; other methods: True]"),
     ("--metric_for_best_model", choice("accuracy", "macro_f1", "micro_f1", "loss"), None,
      "on the validation file [accuracy; multi-label: micro_f1]"),
     ("--early_stopping_patience", COUNT, 0, "stop after N evaluations without improvement; 0: off"),
@@ -337,7 +340,10 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
         needs = ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model")
         if given := [name for name in needs if getattr(args, name)]:
             parser.error(f"--{given[0]} needs --do_eval and --eval_strategy epoch")
-    fill(args, {"load_best_model_at_end": args.eval_strategy == "epoch"})
+    if args.eval_strategy == "no":
+        args.load_best_model_at_end = False
+    elif args.metric_for_best_model or args.early_stopping_patience:  # a choice was asked for
+        fill(args, {"load_best_model_at_end": True})
     fill(args, {"metric_for_best_model": "micro_f1" if multi_label else "accuracy"})
     if args.metric_for_best_model == "micro_f1" and not multi_label:
         parser.error("--metric_for_best_model: micro_f1 is for multi-label data, else use accuracy")
@@ -371,9 +377,12 @@ def defaults_name(args: argparse.Namespace) -> str:
 def fill_schedule(args: argparse.Namespace, repeated: float) -> dict:
     """Fill in and return the `SCHEDULE`, given the share of training rows that repeat a text."""
     defaults = SCHEDULES[defaults_name(args)][repeated < REPEATED]
-    fill(args, dict(zip(SCHEDULE[:-1], defaults, strict=False)))
-    has_dropout = args.hidden_dropout_prob or args.attention_probs_dropout_prob
-    fill(args, {"rdrop_alpha": defaults[-1] if has_dropout else 0})
+    chosen = dict(zip(SCHEDULE, defaults, strict=True))
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        fill(args, {name: chosen[name]})
+    if not (args.hidden_dropout_prob or args.attention_probs_dropout_prob):
+        chosen["rdrop_alpha"] = 0  # two equal predictions
+    fill(args, chosen)
     return {name: getattr(args, name) for name in SCHEDULE}
 
 

@@ -104,6 +104,8 @@ def run(backbone, files, tmp_path):
         argv += ["--precision", "fp32", "--max_seq_length", "16"]
         argv += ["--hidden_dropout_prob", "0"] if "--rdrop_alpha" not in flags else []
         argv += ["--rdrop_alpha", "0"]
+        if not {"--load_best_model_at_end", "--eval_strategy"} & {*flags}:
+            argv += ["--load_best_model_at_end"]
         argv += ["--pre_seq_len", "3"] if "--prefix" in flags else []
         assert main.main([*argv, *flags]) == status
         return folder

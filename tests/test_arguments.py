@@ -123,6 +123,8 @@ def test_defaults_depend_on_the_tuning_method_and_on_repeated_texts():
     args = parse_args([*TASK, "--num_train_epochs", "3", "--hidden_dropout_prob", "0.3"])
     assert fill_schedule(args, 0.0)["num_train_epochs"] == args.num_train_epochs == 3
     assert (args.hidden_dropout_prob, args.rdrop_alpha) == (0.3, 1)
+    for flags in (["--early_stopping_patience", "2"], ["--metric_for_best_model", "loss"]):
+        assert fill_schedule(parse_args(TASK + flags), 0.0)["load_best_model_at_end"]
     args = parse_args([*TASK, "--prefix", "--hidden_dropout_prob", "0"])
     assert fill_schedule(args, 0.0)["rdrop_alpha"] == 0  # two equal predictions
     args = parse_args([*TASK, "--learning_rate", "0.02"])
@@ -219,7 +221,7 @@ def test_help_shows_the_defaults():
     text = " ".join(build_parser().format_help().split())
     for method, (rate, *_) in TUNING_DEFAULTS.items():
         assert f"{method} {rate:g}" in text
-        for old, new in zip(*SCHEDULES[method], strict=True):
+        for old, new in zip(*(column[:-1] for column in SCHEDULES[method]), strict=True):
             assert f"{method} {old:g}/{new:g}" in text
     assert len(SCHEDULE) == len(SCHEDULES["full"][0])
 

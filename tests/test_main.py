@@ -323,6 +323,7 @@ def test_neither_a_closed_pipe_nor_the_locale_changes_the_results(run, backbone,
     command += ["--num_train_epochs", "2", "--per_device_train_batch_size", "4"]
     command += ["--precision", "fp32", "--max_seq_length", "16"]
     command += ["--hidden_dropout_prob", "0", "--rdrop_alpha", "0"]
+    command += ["--load_best_model_at_end"]
     shell = f"{shlex.join(command)} | true; exit ${{PIPESTATUS[0]}}"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env=env)

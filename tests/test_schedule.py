@@ -21,8 +21,9 @@ def test_the_schedule_depends_on_the_repeated_texts(backbone, files, tmp_path, f
     argv = ["--do_train", *files[:2], "--model_name_or_path", backbone, "--max_seq_length", "16"]
     assert main.main([*argv, *flags, "--output_dir", str(tmp_path / "out")]) == 0
     settings = load(tmp_path / "out", "run.json")["settings"]
-    expected = SCHEDULES["prefix" if flags else "full"][repeats == 1]
-    assert tuple(settings[name] for name in SCHEDULE) == expected
+    *expected, _ = SCHEDULES["prefix" if flags else "full"][repeats == 1]
+    found = [settings[name] for name in SCHEDULE]
+    assert found == [*expected, False]  # without a validation file, no epoch is the best
     steps = load(tmp_path / "out", "all_results.json")["train_steps"]
     assert steps == settings["num_train_epochs"]
 
