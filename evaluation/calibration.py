@@ -31,12 +31,16 @@ def calibration_rows(data: Data) -> np.ndarray:
 def fit_temperature(logits: torch.Tensor, label_ids: np.ndarray) -> float:
     """Return the temperature that minimises the log loss of `logits` / temperature.
 
+    A weak prior, normal for the logarithm with a standard deviation of 1, keeps it near 1 if there
+    are only a few rows.
+
     logits: float32 [K, N, C], of the members of an ensemble, whose probabilities are averaged; K is
     1 for a single model. label_ids: as in `Counts.add`.
     """
 
     def loss(log_temperature: float) -> float:
-        return figures(logits / float(np.exp(log_temperature)), label_ids)["loss"]
+        each = figures(logits / float(np.exp(log_temperature)), label_ids)["loss"]
+        return len(label_ids) * each + log_temperature**2 / 2
 
     return float(np.exp(minimize_scalar(loss, bounds=np.log(LIMITS), method="bounded").x))
 
