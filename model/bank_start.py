@@ -26,6 +26,8 @@ def find_start(args: Namespace) -> Start:
     paths = args.prefix_paths or ensemble_folders(Path(args.model_name_or_path))
     if not paths:
         return Start(args)
+    if args.prefix_paths and not args.prefix_column:  # a folder may have several prefixes
+        paths = [one for path in paths for one in ensemble_folders(Path(path)) or [path]]
     if args.do_train:
         raise UserError(
             f"{args.model_name_or_path} contains {len(paths)} prefixes, which cannot be tuned "
@@ -46,6 +48,10 @@ def open_bank(
     configs: list[BertConfig] = []
     checksums = {one: backbone_sha256(one) for one in {source.backbone for source in sources}}
     for path, source in zip(paths, sources, strict=True):
+        if ensemble_folders(Path(path)):
+            raise UserError(
+                f"--prefix_paths: {path} has several prefixes: --prefix_column needs one of them"
+            )
         config, tuned_by = read_model_config(source)
         if tuned_by is not method:
             raise UserError(f"--prefix_paths: {path} is not the adapter folder of a prefix")
@@ -107,6 +113,10 @@ class BankStart(Start):
 
     def __init__(self, args: Namespace, paths: list[str]) -> None:
         self.bank, self.sources, labels = open_bank(paths, args.max_seq_length)
+        if not args.prefix_paths and (size := self.bank.config.ensemble_size) != len(paths):
+            raise UserError(
+                f"{args.model_name_or_path} has {len(paths)} of {size} prefixes: copy the others"
+            )
         self.config, self.labels_by_prefix = self.bank.config, labels
         self.source, self.method = self.sources[0], TUNING["prefix"]
         self.config.problem_type = problem_type(self.config, args.problem_type)

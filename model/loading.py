@@ -53,6 +53,7 @@ class BertSettings(TypedDict, total=False):
     max_seq_length: Annotated[int, Meta(ge=3)] | None
     backbone_sha256: str | None
     pooling: Literal["cls", "mean"]
+    num_prefixes: Size
 
 
 def read_config(folder: Path) -> BertConfig:

@@ -170,7 +170,7 @@ class Prefix(AdapterMethod):
     # of depth all and input, with the usual pooling and with the mean; PEFT can load the first
     peft_types = ("PREFIX_TUNING", "INPUT_PREFIX", "MEAN_PREFIX", "MEAN_INPUT_PREFIX")
     # a reparametrised prefix is stored as the MLP's output
-    stored: ClassVar[dict] = {"prefix_projection": False, "num_prefixes": 1}
+    stored: ClassVar[dict] = {"prefix_projection": False}
 
     def title(self, config: BertConfig) -> str:
         where = "in every layer" if config.prefix_depth == "all" else "at the input only"
@@ -300,6 +300,8 @@ class Prefix(AdapterMethod):
             raise UserError(f"{path}: num_virtual_tokens is {config.pre_seq_len}, not 1 or more")
         config.prefix_depth = "input" if "INPUT" in settings["peft_type"] else "all"
         config.prefix_projection = False
+        # a folder has one prefix, whatever the ensemble that it belongs to
+        config.ensemble_size, config.num_prefixes = getattr(config, "num_prefixes", 1), 1
         wanted = self.settings(config)
         for name in (
             "num_attention_heads",

@@ -52,6 +52,7 @@ METHODS = {
     "prefix": SMALL_PREFIX,
     "probe": "--tuning_method probe",
     "bias": "--tuning_method bias",
+    "two prefixes": f"{SMALL_PREFIX} --num_prefixes 2",
     "projected prefix": f"{SMALL_PREFIX} --prefix_projection --prefix_hidden_size 4",
     "input prefix, bfloat16": f"{SMALL_PREFIX} --prefix_depth input --precision bf16",
     "full, stopped early": "--early_stopping_patience 1 --learning_rate 1e-9",

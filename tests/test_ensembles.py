@@ -1,5 +1,6 @@
 """Ensembles of prefixes and of runs, and calibrated confidence."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,8 @@ def test_an_ensemble_averages_its_prefixes_and_loads_everywhere(
         assert predict(member)[0] == 0
         each.append(probabilities(tmp_path / "predicted"))
     np.testing.assert_allclose(np.mean(each, axis=0), mean, atol=2e-6)
+    assert predict(folder, "--prefix_paths", str(folder))[0] == 0
+    np.testing.assert_allclose(probabilities(tmp_path / "predicted"), mean, atol=2e-6)
     text = pd.read_csv(folder / "predictions.csv")["text"][1]
     found = load_model(folder, "fp32")(text)[0]["probabilities"]
     np.testing.assert_allclose(list(found.values()), mean[1], atol=2e-6)
@@ -67,6 +70,9 @@ def test_an_ensemble_averages_its_prefixes_and_loads_everywhere(
     with torch.no_grad():
         logits = peer(**AutoTokenizer.from_pretrained(backbone)(text, return_tensors="pt")).logits
     np.testing.assert_allclose(logits.softmax(1)[0], each[1][1], atol=2e-6)
+    shutil.copytree(folder, tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / "prefix-3")
+    assert "has 2 of 3 prefixes" in one_line(predict(tmp_path / "part"))
     assert 'subfolder="prefix-1"' in (folder / "README.md").read_text()
     argv = ["--do_train", "--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "no")]
     capsys.readouterr()

@@ -106,7 +106,7 @@ def test_a_second_signal_ends_the_run_at_once_and_safely(backbone, files, tmp_pa
     assert main.main([*argv, "--resume_from_checkpoint", "auto"]) == 0
 
 
-@pytest.mark.parametrize("method", ["full", "prefix", "probe", "bias"])
+@pytest.mark.parametrize("method", ["full", "prefix", "probe", "two prefixes"])
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(backbone, files, tmp_path, method):
     """See tests/killing.py, which does this hundreds of times."""
     argv = command(backbone, files, method)
