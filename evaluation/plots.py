@@ -6,6 +6,7 @@ To add a plot of a run, write a function that returns its pictures and give it a
 
 import io
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import cycle, repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -184,12 +185,12 @@ PANELS = {
 }
 
 
-def by_method(axis: Axes, rows: list[dict]) -> str:
+def by_method(axis: Axes, rows: list[dict], names: list[str]) -> str:
     """Draw each method's test accuracy on seen and unseen texts, with its spread over runs.
 
-    Returns a description in words, as `curves_by_method` does.
+    names: the methods of all panels, which share an axis. Returns a description in words, as
+    `curves_by_method` does.
     """
-    names = [row["method"] for row in rows]
     words = []
     for column, color, mark in (("on seen", BLUE, "s"), ("on unseen", ORANGE, "o")):
         some = [row for row in rows if row[column] is not None]
@@ -235,7 +236,8 @@ def curves_by_method(axis: Axes, runs: list[dict]) -> str:
 def study_figures(runs: list[dict], rows: list[dict]) -> Iterator[tuple[str, Figure, str]]:
     """Draw the plots of a study, a panel per protocol: name, figure and description of each."""
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
-    for name, draw, things in (("accuracy", by_method, rows), ("curves", curves_by_method, runs)):
+    draw_rows = partial(by_method, names=list(dict.fromkeys(row["method"] for row in rows)))
+    for name, draw, things in (("accuracy", draw_rows, rows), ("curves", curves_by_method, runs)):
         figure = Figure(figsize=(4.3 * len(protocols), 3.4))
         axes = figure.subplots(1, len(protocols), sharey=name == "accuracy", squeeze=False)[0]
         words, marks = [], {}
