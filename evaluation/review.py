@@ -52,5 +52,5 @@ def read_margins(folders: list[Path], training_keys: set[str]) -> pd.DataFrame:
 
 def least_plausible(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     """Return the rows of negative margin, the least plausible first; each text and label once."""
-    found = pd.concat(tables).sort_values("margin", kind="stable")
+    found = pd.concat([pd.DataFrame(columns=COLUMNS), *tables]).sort_values("margin", kind="stable")
     return found[found["margin"] < 0].drop_duplicates(["text", "label"]).head(LISTED)

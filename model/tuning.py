@@ -326,7 +326,7 @@ class Probe(AdapterMethod):
         return "linear probing"
 
     def may_lack(self, config: BertConfig) -> tuple[str, ...]:
-        return (POOLER,)  # mean pooling does not use it
+        return () if config.pooling == "cls" else (POOLER,)  # mean pooling does not use it
 
     def is_trainable(self, name: str) -> bool:
         return self.is_head(name)
