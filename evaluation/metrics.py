@@ -202,17 +202,20 @@ class Score:
                 counts, bootstrap = self.parts[part]
                 right = counts.add(found.take(rows), label_ids[rows])
                 bootstrap.add(list(compress(keys, rows)), right)
+        right = found.is_right(label_ids)
         kept = found.confidence >= self.reject_below
         self.kept += int(kept.sum())
-        self.kept_hits += int(found.is_right(label_ids)[kept].sum())
+        self.kept_hits += int(right[kept].sum())
         if not self.multi_label:
             self.pairs.update(zip(label_ids.tolist(), found.label.tolist(), strict=True))
-        self.add_mistakes(found, label_ids, texts)
+        self.add_mistakes(found, label_ids, texts, right)
         return self
 
-    def add_mistakes(self, found: Predictions, label_ids: np.ndarray, texts: list[str]) -> None:
+    def add_mistakes(
+        self, found: Predictions, label_ids: np.ndarray, texts: list[str], right: np.ndarray
+    ) -> None:
         """Keep the most confident wrong predictions, each text once."""
-        wrong = np.flatnonzero(~found.is_right(label_ids))
+        wrong = np.flatnonzero(~right)
         rows: dict[str, int] = {}  # by text
         for row in wrong[np.argsort(-found.confidence[wrong], kind="stable")]:
             rows.setdefault(texts[row], row)

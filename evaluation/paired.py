@@ -40,19 +40,20 @@ def read_run(folder: str | Path) -> tuple[dict, Split]:
 
 
 def read_predictions(folder: str | Path) -> pd.DataFrame:
-    """Read a run's predictions, as columns text (key), labels, answer (as written) and right.
+    """Read a run's predictions, see `read_run` and `answers`."""
+    return answers(read_run(folder)[1])
 
-    Raises: UserError if the folder has no finished run or its predictions have no labels.
-    """
-    _, split = read_run(folder)
+
+def answers(split: Split) -> pd.DataFrame:
+    """Return predictions as columns text (key), labels, answer (as written) and right."""
     labels = [frozenset(names) for names in split.labels]
-    answers = split.table["predicted"]
+    given = split.table["predicted"]
     found = [
         set(filter(None, answer.split(LABEL_SEPARATOR))) if split.multi_label else {answer}
-        for answer in answers
+        for answer in given
     ]
     right = [names == answer for names, answer in zip(labels, found, strict=True)]
-    return pd.DataFrame({"text": split.keys, "labels": labels, "answer": answers, "right": right})
+    return pd.DataFrame({"text": split.keys, "labels": labels, "answer": given, "right": right})
 
 
 def paired_test(one: pd.DataFrame, other: pd.DataFrame) -> PairedTest | None:

@@ -4,12 +4,11 @@ N rows, C classes.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from evaluation.paired import read_run
+from dataset import Split
 
 COLUMNS = ["text", "label", "suggestion", "margin", "file", "row"]
 LISTED, SHOWN = 200, 20  # in the file, and in the report
@@ -31,14 +30,13 @@ def label_margins(
     return probability[rows, own] - others[rows, best], [names[number] for number in best]
 
 
-def read_margins(folders: list[Path], training_keys: set[str]) -> pd.DataFrame:
+def file_margins(runs: list[tuple[dict, Split]], training_keys: set[str]) -> pd.DataFrame:
     """Average the test predictions of runs on the same file, and compute the margins of its labels.
 
-    Rows with a seen text are left out. Returns a table with `COLUMNS`.
+    runs: from `read_run`. Rows with a seen text are left out. Returns a table with `COLUMNS`.
     """
-    if not folders:
+    if not runs:
         return pd.DataFrame(columns=COLUMNS)
-    runs = [read_run(folder) for folder in folders]
     record, split = runs[0]
     names = record["labels"]
     columns = [f"probability_{name}" for name in names]

@@ -61,9 +61,13 @@ class TuningMethod:
         """Count the positions that virtual tokens occupy."""
         return 0
 
+    def unread(self, config: BertConfig) -> tuple[str, ...]:
+        """Return name prefixes of parameters that the pooling does not read."""
+        return () if config.pooling == "cls" else (POOLER,)
+
     def may_lack(self, config: BertConfig) -> tuple[str, ...]:
         """Return name prefixes of parameters, other than the head's, that a backbone may lack."""
-        return () if config.architectures == TUNED and config.pooling == "cls" else (POOLER,)
+        return self.unread(config) if config.architectures == TUNED else (POOLER,)
 
     def is_trainable(self, name: str) -> bool:
         """Whether the parameter of this name is trained."""
@@ -102,9 +106,9 @@ class TuningMethod:
             if fresh_head:
                 shapes |= {name: None for name in shapes if self.is_head(name)}
             put(model, adapter.read(source.adapter, shapes))
-        unused = () if config.pooling == "cls" else (POOLER,)
+        unread = self.unread(config)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.is_trainable(name) and not name.startswith(unused))
+            parameter.requires_grad_(self.is_trainable(name) and not name.startswith(unread))
         return model
 
     def initialise(
@@ -124,10 +128,10 @@ class TuningMethod:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path
     ) -> None:
         """Write a tuned model into `folder`. Raises: OSError if the disk is full."""
-        weights = model.state_dict()
-        if model.config.pooling == "mean":  # so transformers says that it does not fit its pooler
-            weights = {name: one for name, one in weights.items() if not name.startswith(POOLER)}
-        model.save_pretrained(folder, state_dict=weights)
+        # without a pooler that is not read, transformers says that the folder does not fit
+        unread = self.unread(model.config)
+        read = {n: one for n, one in model.state_dict().items() if not n.startswith(unread)}
+        model.save_pretrained(folder, state_dict=read)
         try:
             tokenizer.save_pretrained(folder)
         except Exception as error:  # tokenizers has no narrower exception
@@ -139,6 +143,9 @@ class AdapterMethod(TuningMethod):
 
     needs_backbone = True
     stored: ClassVar[dict] = {}  # config settings that differ in the stored config.json
+
+    def may_lack(self, config: BertConfig) -> tuple[str, ...]:
+        return self.unread(config)  # else the weights of a new pooler would stay random
 
     def settings(self, config: BertConfig) -> dict:
         """Return the method's own part of adapter_config.json."""
@@ -206,7 +213,7 @@ class Prefix(AdapterMethod):
         return config.pre_seq_len
 
     def may_lack(self, config: BertConfig) -> tuple[str, ...]:
-        return ("prefix_encoder.", *(() if config.pooling == "cls" else (POOLER,)))
+        return ("prefix_encoder.", *super().may_lack(config))
 
     def is_trainable(self, name: str) -> bool:
         return name.startswith(("prefix_encoder.", HEAD))
@@ -325,9 +332,6 @@ class Probe(AdapterMethod):
     def title(self, config: BertConfig) -> str:
         return "linear probing"
 
-    def may_lack(self, config: BertConfig) -> tuple[str, ...]:
-        return () if config.pooling == "cls" else (POOLER,)  # mean pooling does not use it
-
     def is_trainable(self, name: str) -> bool:
         return self.is_head(name)
 
@@ -343,10 +347,6 @@ class Bias(AdapterMethod):
 
     def title(self, config: BertConfig) -> str:
         return "bias tuning"
-
-    def may_lack(self, config: BertConfig) -> tuple[str, ...]:
-        # with the usual pooling, the weights of a new pooler would stay random
-        return () if config.pooling == "cls" else (POOLER,)
 
     def is_trainable(self, name: str) -> bool:
         return self.is_head(name) or name.endswith(".bias") or "LayerNorm" in name

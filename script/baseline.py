@@ -10,7 +10,6 @@ same, and TF-IDF of 2 to 5 characters within words; embeddings: the mean of the 
 last states (--model_name_or_path); combined: all of these.
 """
 
-import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from runtime.files import UserError
 from runtime.machine import pick_machine
 from runtime.output_folder import opened
 from runtime.record import describe_run
+from script.command import reported
 
 FEATURES = {  # of the methods that fit a logistic regression
     "tfidf": ("words",),
@@ -194,13 +194,7 @@ def main(argv: list[str]) -> int:
         print(f"error: --{unused[0]} has no effect on a baseline: omit it", file=sys.stderr)
         return 2
     args = parse_args(["--do_train", "--do_eval", "--do_predict", *argv[1:]])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        run(argv[0], args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return reported(run, argv[0], args)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ import pandas as pd
 import arguments
 from dataset import Split, read_split, reading_options
 from evaluation import pages, plots
-from evaluation.paired import read_predictions
-from evaluation.review import SHOWN, least_plausible, read_margins
+from evaluation.paired import answers, read_run
+from evaluation.review import SHOWN, file_margins, least_plausible
 from runtime.columns import split_columns
 from runtime.files import UserError, read_json, sha256
 from runtime.record import RUN_FILE, read_record
@@ -179,13 +179,14 @@ def read(run: dict) -> dict:
     results = read_json(run["folder"] / "all_results.json")
     weights = run["folder"].rglob("*model.safetensors")  # an ensemble of prefixes has several
     results["stored_bytes"] = sum(path.stat().st_size for path in weights)
-    record = read_record(run["folder"] / RUN_FILE)
+    record, split = read_run(run["folder"])
     return run | {
         "results": results,
         "records": read_json(run["folder"] / "metrics.jsonl", lines=True),
         "commit": record["commit"],
         "synthetic": record.get("synthetic"),
-        "predictions": read_predictions(run["folder"]),
+        "scored": (record, split),
+        "predictions": answers(split),
     }
 
 
@@ -308,7 +309,7 @@ def main() -> None:
     keys = {data: set(read_file(data, "train").keys) for data in {run["data"] for run in main_runs}}
     rows, tests = summarise(main_runs), test_pairs(main_runs, keys)
     review = least_plausible(
-        read_margins([run["folder"] for run in main_runs if is_reviewer(run, data)], keys[data])
+        file_margins([run["scored"] for run in main_runs if is_reviewer(run, data)], keys[data])
         for data in args.unseen
     )
     notes = caveats(runs, args.quick, args.train_sizes[-1]) + against_free(main_runs, tests)

@@ -32,6 +32,7 @@ from runtime.csv_reader import read_table
 from runtime.files import UserError
 from runtime.output_folder import opened
 from runtime.record import RUN_FILE, describe_run, differences, read_record
+from script.command import reported
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ def read_runs(folders: Sequence[str]) -> list[dict]:
 
     Raises: UserError if one is not finished or cannot be combined with the first.
     """
+    if not folders:
+        raise UserError("no runs: pass their output folders before the flags")
     records = []
     for folder in folders:
         record = read_record(Path(folder) / RUN_FILE)
@@ -169,15 +172,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {unused[0]} has no effect on an ensemble: omit it", file=sys.stderr)
         return 2
     args = parse_args(["--do_train", "--do_eval", "--do_predict", *argv[flags:]])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        if not flags:
-            raise UserError("no runs: pass their output folders before the flags")
-        run(argv[:flags], args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return reported(run, argv[:flags], args)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ METHODS = {  # of the headline table, by their names in the studies
     "input prefix": "prefix, 16 tokens at the input",
     "bias": "bias tuning",
     "probe": "linear probing",
+    "ensemble": "both and linear models, averaged",
 }
 
 
@@ -32,11 +33,11 @@ def headline_rows() -> dict[str, list[str]]:
 
 
 def study_rows() -> dict[str, list[str]]:
-    """The same cells, from the files of the two studies and of the single runs."""
-    read = (
-        json.loads((ROOT / "results" / f"{n}.json").read_text()) for n in ("study", "study_raw")
-    )
-    study, raw = ({(r["protocol"], r["method"]): r for r in one["summary"]} for one in read)
+    """The same cells, from the files of the studies and of the single runs."""
+    names = ("study", "study_raw", "study_new_texts")
+    read = (json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in names)
+    study, raw, new = ({(r["protocol"], r["method"]): r for r in one["summary"]} for one in read)
+    raw |= new
     singles = pd.read_csv(ROOT / "results" / "published_split.csv").set_index("command")
 
     def percent(row: dict, digits: int) -> str:
@@ -50,13 +51,15 @@ def study_rows() -> dict[str, list[str]]:
         command = f"script/run_og.sh --tuning_method {method} --seed 42"
         if ("original", method) in study:
             published = study["original", method]
+        elif method == "ensemble":  # not run there
+            published = None
         else:
             published = {"accuracy": singles.loc[command, "test_accuracy"], "accuracy sd": None}
         trained, size = unseen["trained"], unseen["bytes"]
         stored = f"{size / 1e3:.0f} kB" if size < 1e6 else f"{size / 1e6:.2g} MB"
         rows[title] = [
             f"{trained:,.0f}" if size else "",
-            percent(published, 2),
+            percent(published, 2) if published else "",
             percent(unseen, 1),
             stored if size else "",
         ]
