@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from runtime.flags import Parser, boolean, choice, column_names, number, value
+from runtime.flags import Parser, boolean, choice, column_names, contains, number, value
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -30,10 +30,10 @@ TUNING_DEFAULTS = {
     "probe":            (3e-3, 1e-4, 1e-1),
     "bias":             (3e-3, 2e-4, 3e-2),
 }  # fmt: skip
-# The schedule depends on the training file. If at least half of its rows repeat the text of an
-# earlier row, the test file probably repeats them too, and what counts is to memorise them. Else
-# every text is new: a long training makes the model overconfident, dropout and R-Drop help, and the
-# last epoch is a better choice than the best one on a small validation file (results/LOG.md).
+# The schedule depends on the validation file. If at least half of its texts are training texts, so
+# are those of the test file, and what counts is to memorise them. Else texts are new: long training
+# makes the model overconfident, dropout and R-Drop help, and the last epoch is a better choice than
+# the best one on a small validation file (results/LOG.md).
 SCHEDULE = (
     "num_train_epochs",
     "hidden_dropout_prob",
@@ -42,7 +42,7 @@ SCHEDULE = (
     "load_best_model_at_end",
 )
 SCHEDULES = {
-    #                   texts repeat            texts are new
+    #                   seen texts              new texts
     "full":             ((8, 0, 0.1, 0, True),  (4, 0.1, 0.1, 1, False)),
     "prefix":           ((12, 0, 0, 0, True),   (8, 0.1, 0, 1, False)),
     "projected prefix": ((12, 0, 0, 0, True),   (12, 0, 0, 0, True)),
@@ -50,7 +50,7 @@ SCHEDULES = {
     "probe":            ((12, 0, 0, 0, True),   (12, 0, 0, 0, True)),
     "bias":             ((8, 0, 0, 0, True),    (8, 0, 0, 0, True)),
 }  # fmt: skip
-REPEATED = 0.5  # share of the training rows
+MOSTLY_SEEN = 0.5  # share of the validation rows
 METHODS = tuple(name for name in TUNING_DEFAULTS if " " not in name)  # others: kinds of prefix
 USES = {"train": "train", "validation": "val", "test": "test"}
 FILES = {f"{use}_file": f"csv/{name}_simple.csv" for use, name in USES.items()}
@@ -68,7 +68,7 @@ INT, COUNT = value(number(int, 1, INF)), value(number(int, 0, INF))
 RATE = value(number(float, 0, 1e30, open_low=True), "LR")
 POSITIVE, STEPS = value(number(float, 0, INF, open_low=True), "X"), value(number(float, 0, INF))
 TOKENS, SEED = value(number(int, 3, 1e6)), value(number(int, 0, 2**32 - 1))
-PROBABILITY = value(number(float, 0, 0.99), "P")
+DROPOUT, PROBABILITY = (value(number(float, 0, high), "P") for high in (0.99, 1))
 
 
 def by_method(name: str) -> str:
@@ -87,7 +87,8 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--do_eval", SWITCH, False, "evaluate on the validation file"),
     ("--do_predict", SWITCH, False, "predict the test file; score it if it has labels"),
     ("--text", STR | {"nargs": "+"}, None,
-     "with --do_predict: label these texts and write no files; -: lines of standard input"),
+     "with --do_predict: label these texts, say why, and write no files; -: label the lines of "
+     "standard input"),
 ),
 "data": (
     *((f"--{name}", FILE, None, f"[{path}]") for name, path in FILES.items()),
@@ -100,7 +101,7 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--drop_empty", SWITCH, False, "drop rows with a blank text instead of stopping"),
     ("--safe_csv", SWITCH, False, "put an ' before formulas in predictions.csv, for spreadsheets"),
     ("--reject_below", PROBABILITY, 0.0,
-     "leave the predicted label blank where its confidence is below P [0: never]"),
+     "mark predictions of a confidence below P as rejected, in a column [0: no column]"),
 ),
 "model and machine": (
     ("--model_name_or_path", NAME, DEFAULT_BACKBONE,
@@ -132,7 +133,7 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--pooling", choice("cls", "mean"), None,
      "what the head reads: BERT's pooler over [CLS], or the mean of the tokens, which transformers "
      f"and PEFT cannot load [cls; probe mean, {TUNED_FOLDER}]"),
-    ("--num_train_epochs", INT, None, "if at least half of the training rows repeat a text/if not "
+    ("--num_train_epochs", INT, None, "if at least half of the validation texts are seen/if not "
      f"[{by_method('num_train_epochs')}]"),
     ("--per_device_train_batch_size", INT, 32, "rows, shared among processes [%(default)s]"),
     ("--gradient_accumulation_steps", INT, 1, "batches accumulated per optimizer step [1]"),
@@ -143,9 +144,9 @@ GROUPS = {  # each flag: name, kind, default and help
      "AdamW's weight decay; none for biases, LayerNorm and the prefix [%(default)s]"),
     ("--max_grad_norm", POSITIVE, 1.0, "clip the gradient to this norm [%(default)s]"),
     ("--warmup_steps", STEPS, 0.06, "linear warm-up steps; below 1: a share of all steps [0.06]"),
-    ("--hidden_dropout_prob", PROBABILITY, None,
+    ("--hidden_dropout_prob", DROPOUT, None,
      f"dropout of hidden layers and head input [{by_method('hidden_dropout_prob')}]"),
-    ("--attention_probs_dropout_prob", PROBABILITY, None,
+    ("--attention_probs_dropout_prob", DROPOUT, None,
      f"dropout of attention weights [{by_method('attention_probs_dropout_prob')}]"),
     ("--rdrop_alpha", STEPS | {"metavar": "A"}, None,
      "R-Drop: train each row with two dropout masks, and weigh the divergence of the two "
@@ -163,7 +164,7 @@ GROUPS = {  # each flag: name, kind, default and help
 "evaluation and choice of the best epoch": (
     ("--eval_strategy --evaluation_strategy", choice("no", "epoch"), None, "[epoch if --do_eval]"),
     ("--load_best_model_at_end", SWITCH, None, "keep the best epoch's weights, else the last's "
-     "[full and prefix: True if texts repeat, False if not; other methods: True]"),
+     "[full and prefix: True if most texts are seen, False if not; other methods: True]"),
     ("--metric_for_best_model", choice("accuracy", "macro_f1", "micro_f1", "loss"), None,
      "on the validation file [accuracy; multi-label: micro_f1]"),
     ("--early_stopping_patience", COUNT, 0, "stop after N evaluations without improvement; 0: off"),
@@ -230,6 +231,10 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("nothing to do: pass --do_train, --do_eval or --do_predict")
     if args.prefix_column and not args.prefix_paths:
         parser.error("--prefix_column needs --prefix_paths")
+    if args.reject_below and not (args.do_eval or args.do_predict):
+        parser.error("--reject_below needs --do_predict or --do_eval")
+    if args.text and args.prefix_paths:
+        parser.error("--text takes one folder: pass it as --model_name_or_path")
     for name in ("prefix_paths", "text"):
         if getattr(args, name) and (args.do_train or args.do_eval):
             parser.error(f"--{name} works only with --do_predict")
@@ -267,8 +272,8 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
     if not (args.output_dir or args.text):
         parser.error("--output_dir is missing: name a folder for the results")
     for model in (args.model_name_or_path, *(args.prefix_paths or ())):
-        if args.output_dir and os.path.realpath(args.output_dir) == os.path.realpath(model):
-            parser.error(f"--output_dir is the folder of the model {model}: choose another one")
+        if args.output_dir and contains(args.output_dir, model):
+            parser.error(f"--output_dir contains the model {model}: choose another one")
 
 
 def refuse_training_flags(parser: Parser, args: argparse.Namespace, argv: list[str]) -> None:
@@ -374,9 +379,9 @@ def defaults_name(args: argparse.Namespace) -> str:
     return "input prefix" if args.prefix_depth == "input" else args.tuning_method
 
 
-def fill_schedule(args: argparse.Namespace, repeated: float) -> dict:
-    """Fill in and return the `SCHEDULE`, given the share of training rows that repeat a text."""
-    defaults = SCHEDULES[defaults_name(args)][repeated < REPEATED]
+def fill_schedule(args: argparse.Namespace, seen_share: float) -> dict:
+    """Fill in and return the `SCHEDULE`, see `dataset.Data.seen_share`."""
+    defaults = SCHEDULES[defaults_name(args)][seen_share < MOSTLY_SEEN]
     chosen = dict(zip(SCHEDULE, defaults, strict=True))
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         fill(args, {name: chosen[name]})

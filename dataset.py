@@ -53,11 +53,6 @@ class Split:
         """The `text_key` of each row."""
         return [text_key(text) for text in self.texts]
 
-    @property
-    def repeated(self) -> float:
-        """The share of rows that repeat the text of an earlier row."""
-        return 1 - len(set(self.keys)) / len(self)
-
     def describe(self) -> dict:
         """Return the entry for run.json."""
         return {"path": self.path, "rows": len(self), "sha256": self.sha256}
@@ -215,6 +210,16 @@ class Data:
     eval: Split | None
     test: Stream | None
     training_keys: frozenset[str] | None  # of the training texts; None without a training file
+
+    @property
+    def seen_share(self) -> float:
+        """The share of validation rows with a training text.
+
+        Without a validation file: the share of training rows that repeat the text of another row.
+        """
+        if self.eval is None:
+            return 1 - len(self.training_keys) / len(self.train)
+        return float(seen_texts(self.training_keys, self.eval.keys).mean())
 
     def describe(self) -> dict[str, dict]:
         """Return path, number of rows and checksum of each file, for run.json."""

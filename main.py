@@ -7,6 +7,7 @@ the usual ways to start it.
 import os
 import sys
 from importlib.util import find_spec
+from itertools import zip_longest
 
 from arguments import fill_schedule, learning_rate_warning, parse_args
 
@@ -187,12 +188,17 @@ def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedT
     if args.do_train:
         start.set_labels(dataset.label_names(splits["train"], args.label_names))
     data = dataset.prepare(args, settings, splits, start.labels, start.labels_by_prefix)
-    check_columns(data)
+    check_columns(data, args.reject_below)
     tokenizer = start.tokenizer()
 
-    # schedule: as the training texts suggest, unless flags set it
+    # schedule: for texts that repeat or for new ones, unless flags set it
     if args.do_train:
-        settings |= fill_schedule(args, data.train.repeated)
+        schedule = fill_schedule(args, data.seen_share)
+        shown = ", ".join(f"{name} {value}" for name, value in schedule.items())
+        logger.info("schedule for %.0f %% seen texts: %s", 100 * data.seen_share, shown)
+        if args.rdrop_alpha and not (args.hidden_dropout_prob or args.attention_probs_dropout_prob):
+            raise UserError("--rdrop_alpha needs dropout: pass --hidden_dropout_prob 0.1")
+        settings |= schedule
         args.class_weights = trainer.class_weights(data.train, args.class_weights, data.names)
         settings |= {"class_weights": args.class_weights}
         start.set_dropout(args)
@@ -205,10 +211,10 @@ def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedT
 def label_texts(args: Namespace) -> None:
     """Print each text's labels, the most probable first, and why; write no files."""
     classify = load(args.model_name_or_path, args.precision, args.per_device_eval_batch_size)
-    lines = map(str.strip, sys.stdin) if args.text == ["-"] else args.text
-    texts = list(filter(None, lines))
-    why = word_importance(classify.logits, texts, classify.multi_label)
-    for text, found, words in zip(texts, classify(texts), why, strict=True):
+    many = args.text == ["-"]
+    texts = list(filter(None, map(str.strip, sys.stdin) if many else args.text))
+    why = word_importance(classify.logits, [] if many else texts, classify.multi_label)
+    for text, found, words in zip_longest(texts, classify(texts), why, fillvalue=()):
         order = sorted(found["probabilities"].items(), key=lambda one: -one[1])
         lines = [text, *(f"{share:8.4f}  {label}" for label, share in order)]
         if found["confidence"] < args.reject_below:

@@ -95,12 +95,15 @@ def class_weights(train: Split, choice: str | None, names: list[str]) -> dict[st
         return None
     counts = Counter(name for labels in train.labels for name in labels)
     if choice == "balanced":
-        weights = {name: (len(train) - counts[name] * train.multi_label) / max(counts[name], 1)
-                   for name in names}  # fmt: skip
+        others = {name: len(train) - counts[name] * train.multi_label for name in names}
+        weights = {name: max(others[name], 1) / max(counts[name], 1) for name in names}
+    elif not Path(choice).is_file():
+        raise UserError(f"--class_weights: '{choice}' is neither 'balanced' nor a file")
     else:
         given = read_json(Path(choice), dict[str, Annotated[float, Meta(gt=0, le=1e6)]])
         if unknown := sorted(given.keys() - set(names)):
-            raise UserError(f"--class_weights: {choice} names '{unknown[0]}', which is no label")
+            labels = ", ".join(map(repr, names))
+            raise UserError(f"--class_weights: {choice} has '{unknown[0]}'; labels are {labels}")
         weights = {name: given.get(name, 1.0) for name in names}
     if train.multi_label:
         return weights
@@ -212,7 +215,8 @@ def evaluate_epoch(
         better = state.best.update(state.model, epoch, metrics)
     write_metrics({"step": step, "epoch": epoch, **prefixed("eval", metrics)})
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    logger.info("epoch %d: validation %s%s", epoch, shown, " (best)" * better)
+    best = " (best)" * (better and args.load_best_model_at_end)
+    logger.info("epoch %d: validation %s%s", epoch, shown, best)
 
 
 def training_step(

@@ -15,8 +15,8 @@ from model.predictions import Predictions, average
 
 logger = logging.getLogger(__name__)
 
-ENOUGH_ROWS = 100  # unseen validation rows; with fewer, all rows are used
-LIMITS = (0.1, 10.0)  # of the temperature
+ENOUGH_ROWS = 20  # unseen validation rows; with fewer, all rows are used
+LOWEST, HIGHEST = 0.1, 10.0  # temperature
 
 
 def calibration_rows(data: Data) -> np.ndarray:
@@ -28,21 +28,23 @@ def calibration_rows(data: Data) -> np.ndarray:
     return unseen if unseen.sum() >= ENOUGH_ROWS else every
 
 
-def fit_temperature(logits: torch.Tensor, label_ids: np.ndarray) -> float:
+def fit_temperature(logits: torch.Tensor, label_ids: np.ndarray, lowest: float) -> float:
     """Return the temperature that minimises the log loss of `logits` / temperature.
 
     A weak prior, normal for the logarithm with a standard deviation of 1, keeps it near 1 if there
     are only a few rows.
 
     logits: float32 [K, N, C], of the members of an ensemble, whose probabilities are averaged; K is
-    1 for a single model. label_ids: as in `Counts.add`.
+    1 for a single model. label_ids: as in `Counts.add`. lowest: limit of the temperature.
     """
+
+    limits = np.log([lowest, HIGHEST])
 
     def loss(log_temperature: float) -> float:
         each = figures(logits / float(np.exp(log_temperature)), label_ids)["loss"]
         return len(label_ids) * each + log_temperature**2 / 2
 
-    return float(np.exp(minimize_scalar(loss, bounds=np.log(LIMITS), method="bounded").x))
+    return float(np.exp(minimize_scalar(loss, bounds=limits, method="bounded").x))
 
 
 def figures(logits: torch.Tensor, label_ids: np.ndarray) -> dict[str, float]:
@@ -58,8 +60,11 @@ def calibrate(logits: torch.Tensor, data: Data) -> dict:
     logits: float32 [K, N, C], of the validation file.
     """
     rows = calibration_rows(data)
+    unseen_only = rows.sum() < len(rows)
+    # seen texts are easy: the confidence in them must not become the confidence in new ones
+    is_mixed = not unseen_only and data.training_keys is not None and data.seen_share > 0
     logits, label_ids = logits[:, rows], data.eval.label_ids[rows]
-    temperature = fit_temperature(logits, label_ids)
+    temperature = fit_temperature(logits, label_ids, 1.0 if is_mixed else LOWEST)
     before, after = figures(logits, label_ids), figures(logits / temperature, label_ids)
     logger.info(
         "calibrated on %d validation rows: temperature %.2f, log loss %.3f -> %.3f, calibration "
@@ -69,7 +74,7 @@ def calibrate(logits: torch.Tensor, data: Data) -> dict:
     return {
         "temperature": temperature,
         "calibration_rows": int(rows.sum()),
-        "calibration_unseen_only": bool(rows.sum() < len(rows)),
+        "calibration_unseen_only": bool(unseen_only),
         **{f"calibration_{name}_before": value for name, value in before.items()},
         **{f"calibration_{name}_after": value for name, value in after.items()},
     }

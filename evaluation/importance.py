@@ -32,7 +32,8 @@ def word_importance(
     ]
     if not shorter:
         return [[] for _ in texts]
-    probability = Predictions.of(classify(rows_of([*texts, *shorter])), multi_label).probability
+    logits = classify(rows_of([*texts, *shorter], path=""))
+    probability = Predictions.of(logits, multi_label).probability
     whole, rest = probability[: len(texts)], iter(probability[len(texts) :])
 
     def confidence(one: np.ndarray, full: np.ndarray) -> float:

@@ -16,15 +16,16 @@ FILES = {"test": "predictions.csv", "eval": "validation_predictions.csv"}
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
-def added_columns(names: list[str]) -> list[str]:
+def added_columns(names: list[str], reject_below: float = 0.0) -> list[str]:
     """Return the columns that are added to the input's columns."""
-    return ["predicted", "confidence", *(f"probability_{name}" for name in names)]
+    rejected = ["rejected"] if reject_below else []
+    return ["predicted", "confidence", *rejected, *(f"probability_{name}" for name in names)]
 
 
-def check_columns(data: Data) -> None:
+def check_columns(data: Data, reject_below: float = 0.0) -> None:
     """Check the files. Raises: UserError if one has a column that the predictions add."""
     for file in filter(None, (data.eval, data.test)):
-        if clash := set(file.columns).intersection(added_columns(data.names)):
+        if clash := set(file.columns).intersection(added_columns(data.names, reject_below)):
             raise UserError(
                 f"{file.path} has a column '{min(clash)}', which the predictions would add: "
                 "rename it"
@@ -39,7 +40,8 @@ def prediction_writer(
 
     A row has the input's `columns` and the `added_columns`. Strings are quoted, to keep any text.
     safe: put an apostrophe before text that a spreadsheet would execute as a formula
-    (https://owasp.org/www-community/attacks/CSV_Injection). reject_below: see `Predictions.named`.
+    (https://owasp.org/www-community/attacks/CSV_Injection). reject_below: if it is not 0, the
+    column `rejected` says whether the confidence is lower, as True or False.
     """
 
     def cell(text: str) -> str:
@@ -47,13 +49,16 @@ def prediction_writer(
 
     with writing(path), open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        writer.writerow(map(cell, [*columns, *added_columns(names)]))
+        writer.writerow(map(cell, [*columns, *added_columns(names, reject_below)]))
 
         def add(table: pd.DataFrame, found: Predictions) -> None:
             figures = np.hstack([found.confidence[:, None], found.probability]).astype(float)
             values = np.round(figures, 6).tolist()
-            labels = found.named(names, reject_below)
-            for row, label, rest in zip(table.to_numpy(), labels, values, strict=True):
-                writer.writerow([*map(cell, [*row, label]), *rest])
+            labels, rejected = found.named(names), found.confidence < reject_below
+            for row, label, unsure, (confidence, *rest) in zip(
+                table.to_numpy(), labels, rejected, values, strict=True
+            ):
+                marked = [bool(unsure)] if reject_below else []
+                writer.writerow([*map(cell, [*row, label]), confidence, *marked, *rest])
 
         yield add

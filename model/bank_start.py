@@ -113,10 +113,6 @@ class BankStart(Start):
 
     def __init__(self, args: Namespace, paths: list[str]) -> None:
         self.bank, self.sources, labels = open_bank(paths, args.max_seq_length)
-        if not args.prefix_paths and (size := self.bank.config.ensemble_size) != len(paths):
-            raise UserError(
-                f"{args.model_name_or_path} has {len(paths)} of {size} prefixes: copy the others"
-            )
         self.config, self.labels_by_prefix = self.bank.config, labels
         self.source, self.method = self.sources[0], TUNING["prefix"]
         self.config.problem_type = problem_type(self.config, args.problem_type)

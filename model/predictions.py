@@ -59,14 +59,8 @@ class Predictions:
         right = self.label == label_ids
         return right.all(axis=1) if label_ids.ndim == 2 else right
 
-    def named(self, names: list[str], reject_below: float = 0.0) -> list[str]:
-        """Return the predicted label of each row by name; several are joined as in the input.
-
-        It is blank where the confidence is below `reject_below`.
-        """
+    def named(self, names: list[str]) -> list[str]:
+        """Return the predicted label of each row by name; several are joined as in the input."""
         if self.label.ndim == 2:
-            found = [LABEL_SEPARATOR.join(compress(names, row)) for row in self.label]
-        else:
-            found = [names[number] for number in self.label]
-        kept = self.confidence >= reject_below
-        return [label if keep else "" for label, keep in zip(found, kept, strict=True)]
+            return [LABEL_SEPARATOR.join(compress(names, row)) for row in self.label]
+        return [names[number] for number in self.label]

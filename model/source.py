@@ -7,7 +7,6 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import count, takewhile
 from pathlib import Path
 from typing import TypedDict
 
@@ -44,6 +43,12 @@ class AdapterSettings(TypedDict, total=False):
     token_dim: int | None
 
 
+class MemberConfig(TypedDict, total=False):
+    """The entry of an ensemble member's config.json that is used before the model is loaded."""
+
+    num_prefixes: int
+
+
 @dataclass(frozen=True)
 class Source:
     """The folders of a model."""
@@ -64,9 +69,20 @@ class Source:
 
 
 def ensemble_folders(folder: Path) -> list[str]:
-    """List the adapter folders of an ensemble of prefixes, in order; of other models, none."""
-    every = (folder / ENSEMBLE_FOLDER.format(number) for number in count(1))
-    return [str(one) for one in takewhile(lambda one: (one / ADAPTER_CONFIG).is_file(), every)]
+    """List the adapter folders of an ensemble of prefixes, in order; of other models, none.
+
+    Raises: UserError if some of them are missing.
+    """
+    adapters = folder.glob(ENSEMBLE_FOLDER.format("*/" + ADAPTER_CONFIG))
+    found = {path.parent.name for path in adapters if path.parent.name[7:].isdigit()}
+    if not found:
+        return []
+    config = folder / min(found) / "config.json"  # names the number of prefixes
+    size = read_json(config, MemberConfig).get("num_prefixes", 1) if config.is_file() else 1
+    names = [ENSEMBLE_FOLDER.format(number) for number in range(1, max(size, len(found)) + 1)]
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"{folder} lacks {', '.join(missing)}: copy the whole folder")
+    return [str(folder / name) for name in names]
 
 
 def sha256_of(folders: list[Path]) -> str:

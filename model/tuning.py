@@ -53,8 +53,16 @@ class TuningMethod:
         """Write the method and its settings into the config.
 
         tuned: whether the model was tuned before; then it keeps its pooling if no flag is given.
+        Raises: UserError if it has no pooler, and the flags ask for one.
         """
-        pooling = config.pooling if tuned and config.tuning_method == self.name else self.pooling
+        lacks_pooler = tuned and config.tuning_method == "full" and config.pooling == "mean"
+        if lacks_pooler and args.pooling == "cls":
+            raise UserError(
+                f"--pooling cls: {args.model_name_or_path} was tuned with --pooling mean, so it "
+                "has no pooler: omit the flag"
+            )
+        keeps = tuned and (lacks_pooler or config.tuning_method == self.name)
+        pooling = config.pooling if keeps else self.pooling
         config.tuning_method, config.pooling = self.name, args.pooling or pooling
 
     def virtual_tokens(self, config: BertConfig) -> int:
@@ -122,7 +130,12 @@ class TuningMethod:
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the tensors to store in a model or adapter folder, by parameter name."""
-        return {name: one for name, one in model.named_parameters() if self.is_trainable(name)}
+        unread = self.unread(model.config)
+        return {
+            name: one
+            for name, one in model.named_parameters()
+            if self.is_trainable(name) and not name.startswith(unread)
+        }
 
     def save(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: Source, folder: Path
@@ -307,8 +320,7 @@ class Prefix(AdapterMethod):
             raise UserError(f"{path}: num_virtual_tokens is {config.pre_seq_len}, not 1 or more")
         config.prefix_depth = "input" if "INPUT" in settings["peft_type"] else "all"
         config.prefix_projection = False
-        # a folder has one prefix, whatever the ensemble that it belongs to
-        config.ensemble_size, config.num_prefixes = getattr(config, "num_prefixes", 1), 1
+        config.num_prefixes = 1  # in a folder, whatever the ensemble that it belongs to
         wanted = self.settings(config)
         for name in (
             "num_attention_heads",

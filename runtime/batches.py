@@ -33,16 +33,16 @@ CHARACTERS_PER_TOKEN = 100
 class TextRows(Protocol):
     """The fields of a `dataset.Split` that are used here."""
 
-    path: str
+    path: str  # blank: no warning about texts that are cut
     table: pd.DataFrame
     texts: list[str]
     rows: list[int]
     label_ids: np.ndarray | None
 
 
-def rows_of(texts: list[str]) -> TextRows:
-    """Return texts that come from no file as rows without labels."""
-    return SimpleNamespace(path="texts", texts=texts, rows=range(len(texts)), label_ids=None)
+def rows_of(texts: list[str], path: str = "texts") -> TextRows:
+    """Return texts that come from no file as rows without labels; path: their name in messages."""
+    return SimpleNamespace(path=path, texts=texts, rows=range(len(texts)), label_ids=None)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def encode(
             whole = tokenizer([text], **options)
             token_ids[number], encodings[number] = whole["input_ids"][0], whole.encodings[0]
     cut = np.array([bool(encoding.overflowing) for encoding in encodings])[text_index]
-    if cut.any():
+    if cut.any() and split.path:
         message = "%s: %d of %d texts are longer than %d tokens and were cut (--max_seq_length)"
         logger.warning(message, split.path, cut.sum(), len(cut), max_length)
     return Encoded(

@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import os
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -51,6 +53,11 @@ def column_names(text: str) -> list[str]:
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"'{text}' names a column twice")
     return found
+
+
+def contains(folder: str, other: str) -> bool:
+    """Whether `other` is `folder` or lies in it."""
+    return Path(os.path.realpath(other)).is_relative_to(os.path.realpath(folder))
 
 
 def value(kind=str, metavar: str = "N", **options) -> dict:

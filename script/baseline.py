@@ -155,7 +155,7 @@ def run(method: str, args: Namespace) -> None:
         data = dataset.prepare(
             args, settings, splits, dataset.label_names(splits["train"], args.label_names)
         )
-        check_columns(data)
+        check_columns(data, args.reject_below)
         model = {"backbone": method, "weights_sha256": None, "method": f"baseline {method}"}
         source = None
         if "embeddings" in FEATURES.get(method, ()):

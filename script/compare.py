@@ -30,6 +30,7 @@ import arguments
 from dataset import Split, read_split, reading_options
 from evaluation import pages, plots
 from evaluation.paired import answers, read_run
+from evaluation.predictions import FILES
 from evaluation.review import SHOWN, file_margins, least_plausible
 from runtime.columns import split_columns
 from runtime.files import UserError, read_json, sha256
@@ -137,8 +138,10 @@ def is_finished(run: dict) -> bool:
     record = read_record(run["folder"] / RUN_FILE)
     if record.get("command") != run["line"]:
         return False
-    files = record["data"].values()
-    return all(Path(f["path"]).exists() and sha256(f["path"]) == f["sha256"] for f in files)
+    files = {Path(one["path"]): one["sha256"] for one in record["data"].values()}
+    runs = record["settings"].get("runs", {})  # of an ensemble
+    files |= {Path(one) / FILES["eval"]: checksum for one, checksum in runs.items()}
+    return all(path.exists() and sha256(path) == found for path, found in files.items())
 
 
 def execute(runs: list[dict]) -> None:

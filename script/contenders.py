@@ -41,7 +41,7 @@ def prepared(data: str, *flags: str):
     splits = dataset.read_splits(args, settings)
     start.set_labels(dataset.label_names(splits["train"], args.label_names))
     files = dataset.prepare(args, settings, splits, start.labels)
-    fill_schedule(args, files.train.repeated)
+    fill_schedule(args, files.seen_share)
     start.set_dropout(args)
     tokenizer = start.tokenizer()
     rows = encode(tokenizer, files.train, start.config.max_seq_length)

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 import dataset
@@ -29,7 +30,8 @@ from evaluation.predictions import FILES, check_columns
 from evaluation.scoring import publish, score
 from model.predictions import to_logits
 from runtime.csv_reader import read_table
-from runtime.files import UserError
+from runtime.files import UserError, sha256
+from runtime.flags import contains
 from runtime.output_folder import opened
 from runtime.record import RUN_FILE, describe_run, differences, read_record
 from script.command import reported
@@ -63,7 +65,10 @@ def read_runs(folders: Sequence[str]) -> list[dict]:
         records.append(record)
     for folder, record in zip(folders, records, strict=True):
         if other := differences(comparable(records[0]), comparable(record)):
-            raise UserError(f"{folder} and {folders[0]} have different {', '.join(other)}")
+            raise UserError(
+                f"{folder} and {folders[0]} have different {', '.join(other)}: pass runs on the "
+                "same files"
+            )
     return records
 
 
@@ -79,15 +84,22 @@ def comparable(record: dict) -> dict:
     }
 
 
-def read_probabilities(folder: str, name: str, labels: list[str], rows: int) -> np.ndarray:
+def texts_of(table: pd.DataFrame, columns: list[str]) -> list[list[str]]:
+    """Return the cells of these columns, without the apostrophes that --safe_csv may have added."""
+    return [[cell.lstrip("'") for cell in table[name]] for name in columns]
+
+
+def read_probabilities(
+    folder: str, name: str, labels: list[str], text_columns: list[str], texts: list[list[str]]
+) -> np.ndarray:
     """Read a run's predictions of a file: probabilities [N, C], in the order of `labels`.
 
-    Raises: UserError if the file was changed.
+    texts: `texts_of` the file. Raises: UserError if the predictions were changed.
     """
     path, columns = Path(folder) / FILES[name], [f"probability_{label}" for label in labels]
-    table = read_table(path, "utf-8", columns)
-    if len(table) != rows:
-        raise UserError(f"{path} has {len(table)} rows instead of {rows}: repeat that run")
+    table = read_table(path, "utf-8", [*text_columns, *columns])
+    if texts_of(table, text_columns) != texts:
+        raise UserError(f"{path} has other rows than the file it predicts: repeat that run")
     try:
         found = table[columns].to_numpy(dtype=float)
     except ValueError:
@@ -122,16 +134,20 @@ def run(folders: list[str], args: Namespace) -> None:
     settings = {name: records[0]["settings"].get(name) for name in DATA_SETTINGS}
     names, multi_label = records[0]["labels"], settings["problem_type"].startswith("multi")
     vars(args).update(settings | {"prefix_column": None, "prefix_paths": None})
+    for folder in folders:
+        if contains(args.output_dir, folder):
+            raise UserError(f"--output_dir contains the run {folder}: choose another one")
     with opened(args) as output:
         data = dataset.prepare(args, settings, dataset.read_splits(args, settings), names)
         for name, described in data.describe().items():
             if described["sha256"] != records[0]["data"][name]["sha256"]:
                 raise UserError(f"{described['path']} has changed since {folders[0]} used it")
-        check_columns(data)
-        found = {
-            name: np.stack([read_probabilities(f, name, names, len(file)) for f in folders])
-            for name, file in (("eval", data.eval), ("test", data.test))
-        }
+        check_columns(data, args.reject_below)
+        columns, found = settings["text_column_names"], {}
+        for name, parts in (("eval", [data.eval]), ("test", data.test)):
+            texts = texts_of(pd.concat(part.table for part in parts), columns)
+            each = [read_probabilities(one, name, names, columns, texts) for one in folders]
+            found[name] = np.stack(each)
         rows = calibration_rows(data)
         counts = select(found["eval"][:, rows], data.eval.label_ids[rows])
         weights = counts / counts.sum()
@@ -140,7 +156,8 @@ def run(folders: list[str], args: Namespace) -> None:
         used = {f: round(float(w), 6) for f, w in zip(folders, weights, strict=True) if w}
         model = {"backbone": ", ".join(used), "weights_sha256": None}
         model["method"] = f"ensemble of {len(used)} runs"
-        settings |= {"output_dir": args.output_dir, "runs": list(folders), "weights": used}
+        runs = {one: sha256(Path(one) / FILES["eval"]) for one in folders}
+        settings |= {"output_dir": args.output_dir, "runs": runs, "weights": used}
         record = describe_run(settings, model, names, data.describe())
         output.start(record)
 

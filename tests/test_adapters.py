@@ -279,6 +279,14 @@ def test_mean_pooling_is_stored_and_resumed(run, files, predict, tmp_path, stop_
         moved = further(folder, files, tmp_path)
         assert load(moved, "run.json")["settings"]["pooling"] == "mean"
     if not flags[:-2]:
+        assert (
+            load(further(folder, files, tmp_path, *BIAS, name="biases"), "run.json")["settings"][
+                "pooling"
+            ]
+            == "mean"
+        )
+        argv = ["--do_train", *files[:2], "--model_name_or_path", str(folder), "--pooling", "cls"]
+        assert main.main([*argv, "--output_dir", str(tmp_path / "no")]) == 2
         _, report = AutoModelForSequenceClassification.from_pretrained(
             folder, output_loading_info=True
         )

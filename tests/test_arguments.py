@@ -117,8 +117,8 @@ def test_defaults_depend_on_the_tuning_method_and_on_repeated_texts():
         args = parse_args(TASK + flags)
         assert args.head_learning_rate == args.learning_rate == TUNING_DEFAULTS[method][0]
         assert learning_rate_warning(args) is None
-        for repeated, column in ((0.0, 1), (0.49, 1), (0.5, 0), (0.9, 0)):
-            found = fill_schedule(parse_args(TASK + flags), repeated)
+        for seen, column in ((0.0, 1), (0.49, 1), (0.5, 0), (0.9, 0)):
+            found = fill_schedule(parse_args(TASK + flags), seen)
             assert tuple(found.values()) == SCHEDULES[method][column]
     args = parse_args([*TASK, "--num_train_epochs", "3", "--hidden_dropout_prob", "0.3"])
     assert fill_schedule(args, 0.0)["num_train_epochs"] == args.num_train_epochs == 3
@@ -174,7 +174,8 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
         (["--metric_for_best_model", "micro_f1"], "micro_f1 is for multi-label data"),
         (["--text_column_names", "a,,b"], "'a,,b' contains an empty column name"),
         (["--csv_encoding", "utf-9"], "Python cannot read files in 'utf-9'"),
-        (["--model_name_or_path", "./out"], "--output_dir is the folder of the model"),
+        (["--model_name_or_path", "./out"], "--output_dir contains the model ./out"),
+        (["--model_name_or_path", "out/a/b"], "--output_dir contains the model out/a/b"),
         (["--eval_strategy", "no", "--metric_for_best_model", "loss"], "--metric_for_best_model n"),
         (["--warmup_steps", "inf"], "--warmup_steps: 'inf' is not a number"),
         (["--warmup_steps", "2.5"], "--warmup_steps must be a whole number"),

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import main
 from conftest import ROWS, one_line, write_csv
+from dataset import Data
 from evaluation.calibration import calibrate, figures
 from evaluation.metrics import Counts
 from evaluation.predictions import FILES
@@ -71,8 +72,10 @@ def test_an_ensemble_averages_its_prefixes_and_loads_everywhere(
         logits = peer(**AutoTokenizer.from_pretrained(backbone)(text, return_tensors="pt")).logits
     np.testing.assert_allclose(logits.softmax(1)[0], each[1][1], atol=2e-6)
     shutil.copytree(folder, tmp_path / "part")
-    shutil.rmtree(tmp_path / "part" / "prefix-3")
-    assert "has 2 of 3 prefixes" in one_line(predict(tmp_path / "part"))
+    for number, flags in ((3, ()), (1, ("--prefix_paths", str(tmp_path / "part")))):
+        shutil.rmtree(tmp_path / "part" / f"prefix-{number}")
+        assert f"part lacks prefix-{number}" in one_line(predict(tmp_path / "part", *flags))
+        shutil.copytree(folder / f"prefix-{number}", tmp_path / "part" / f"prefix-{number}")
     assert 'subfolder="prefix-1"' in (folder / "README.md").read_text()
     argv = ["--do_train", "--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "no")]
     capsys.readouterr()
@@ -100,11 +103,8 @@ def test_calibration_finds_the_temperature(members, multi_label):
         label_ids = np.array(drawn)
     logits = 3 * logits.expand(members, -1, -1)
 
-    class Data:
-        training_keys = None
-        eval = type("Split", (), {"label_ids": label_ids, "__len__": lambda self: 4000})()
-
-    found = calibrate(logits, Data)
+    rows = type("Split", (), {"label_ids": label_ids, "__len__": lambda self: 4000})()
+    found = calibrate(logits, Data(["0", "1", "2"], None, rows, None, None))
     assert found["temperature"] == pytest.approx(3, rel=0.1)
     assert found["calibration_ece_before"] > 0.1 and found["calibration_ece_after"] < 0.04
     assert found["calibration_loss_after"] < found["calibration_loss_before"]
@@ -114,18 +114,27 @@ def test_calibration_finds_the_temperature(members, multi_label):
 
 
 def test_calibration_uses_unseen_rows_if_there_are_enough(run, tmp_path):
-    """Half of the validation rows are seen; the 100 others decide if there are that many."""
+    """99 validation rows are seen; the others decide if there are 20 or more."""
     unseen = [(" ".join(ROWS[n % 11][0].split() + ["red"] * (n + 1)), ROWS[n % 11][1])
-              for n in range(101)]  # fmt: skip
-    for count in (99, 101):
+              for n in range(20)]  # fmt: skip
+    for count in (19, 20):
         val = write_csv(tmp_path / "more.csv", [*ROWS * 9, *unseen[:count]])
         results = load(
             run("--validation_file", val, "--max_seq_length", "60", name=f"{count}"),
             "all_results.json",
         )
-        rows = count if count == 101 else 99 + count
-        assert results["calibration_rows"] == rows
-        assert results["calibration_unseen_only"] == (count == 101)
+        assert results["calibration_rows"] == (count if count == 20 else 99 + count)
+        assert results["calibration_unseen_only"] == (count == 20)
+
+
+def test_seen_texts_cannot_make_a_model_surer():
+    """Every prediction is right, but all texts are seen, so that is no reason for confidence."""
+    label_ids = np.arange(300) % 3
+    logits = torch.nn.functional.one_hot(torch.from_numpy(label_ids)).float()[None]
+    rows = {"label_ids": label_ids, "keys": ["seen"] * 300, "__len__": lambda self: 300}
+    for keys, lowest, highest in ((frozenset(["seen"]), 0.99, 1.01), (None, 0.1, 0.2)):
+        data = Data(["0", "1", "2"], None, type("Split", (), rows)(), None, keys)
+        assert lowest <= calibrate(logits, data)["temperature"] <= highest
 
 
 @pytest.mark.parametrize("flags", [(), ("--prefix",), PROBE])
@@ -141,14 +150,15 @@ def test_stored_models_are_calibrated(run, predict, tmp_path, flags):
     )
 
 
-def test_unsure_predictions_are_left_blank_on_request(run, predict, tmp_path):
+def test_unsure_predictions_are_marked_on_request(run, predict, tmp_path):
     folder = run()
     table = pd.read_csv(folder / "predictions.csv")
     limit = float(table["confidence"].median())
     assert predict(folder, "--reject_below", str(limit))[0] == 0
     found = pd.read_csv(tmp_path / "predicted" / "predictions.csv")
     kept = table["confidence"] >= limit
-    assert found["predicted"].isna().tolist() == (~kept).tolist() and 0 < kept.sum() < len(kept)
+    assert found["rejected"].tolist() == (~kept).tolist() and 0 < kept.sum() < len(kept)
+    pd.testing.assert_frame_equal(found.drop(columns="rejected"), table)
     results = load(tmp_path / "predicted", "all_results.json")
     assert results["test_rejected_share"] == 1 - kept.mean()
     right = table["predicted"] == table["label"]
@@ -178,7 +188,7 @@ def two_runs(run, files, backbone, tmp_path) -> list[str]:
     return [str(tuned), str(tfidf)]
 
 
-def test_an_ensemble_of_runs_is_their_weighted_average(two_runs, tmp_path):
+def test_an_ensemble_of_runs_is_their_weighted_average(two_runs, tmp_path, capsys):
     folder = tmp_path / "both"
     assert ensemble.main([*two_runs, "--output_dir", str(folder)]) == 0
     training = {"metrics.jsonl", "README.md"}
@@ -193,7 +203,11 @@ def test_an_ensemble_of_runs_is_their_weighted_average(two_runs, tmp_path):
         np.testing.assert_allclose(probabilities(folder, name), expected, atol=1e-4)
     assert results["test_seen_share"] == 0.5
     assert ensemble.main([*two_runs, "--output_dir", str(folder)]) == 2  # must not be replaced
-    assert ensemble.main([*two_runs, "--output_dir", str(folder), "--overwrite_output_dir"]) == 0
+    overwrite = "--overwrite_output_dir"
+    assert ensemble.main([*two_runs, "--output_dir", str(folder), overwrite]) == 0
+    for place in (two_runs[0], str(tmp_path)):  # nor may a run of its own
+        assert ensemble.main([*two_runs, "--output_dir", place, overwrite]) == 2
+        assert f"contains the run {two_runs[0]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
@@ -224,8 +238,10 @@ def test_runs_that_do_not_belong_together_are_refused(two_runs, run, files, tmp_
     Path(two_runs[1], "validation_predictions.csv").unlink()
     assert "lacks validation_predictions.csv" in refused(*two_runs)
     path = Path(two_runs[0], "predictions.csv")
-    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
-    assert "has 3 rows instead of 4" in refused(two_runs[0])
+    head, *lines = path.read_text().splitlines()
+    for changed in (lines[:-1], lines[::-1]):
+        path.write_text("\n".join([head, *changed]) + "\n")
+        assert "has other rows than the file it predicts" in refused(two_runs[0])
     write_csv(Path(files[5]), ROWS[:4])
     assert "has changed since" in refused(two_runs[0])
     assert ensemble.main([*two_runs, "--seed", "1", "--output_dir", "no"]) == 2

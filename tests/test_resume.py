@@ -34,7 +34,15 @@ RESUMED = {
     "bias": ("--tuning_method", "bias", "--hidden_dropout_prob", "0.1"),
     "early stopping": ("--early_stopping_patience", "1", "--learning_rate", "1e-9"),
     "no average": ("--ema_decay", "0"),
-    "last epoch": ("--load_best_model_at_end", "False"),
+    "new texts": (
+        "--rdrop_alpha",
+        "1",
+        "--hidden_dropout_prob",
+        "0.1",
+        "--load_best_model_at_end",
+        "False",
+    ),
+    "class weights": ("--class_weights", "balanced"),
     "no evaluation": ("--eval_strategy", "no"),
     "checkpointing": ("--prefix", "--gradient_checkpointing", "--hidden_dropout_prob", "0.1"),
 }

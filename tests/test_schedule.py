@@ -26,6 +26,13 @@ def test_the_schedule_depends_on_the_repeated_texts(backbone, files, tmp_path, f
     assert found == [*expected, False]  # without a validation file, no epoch is the best
     steps = load(tmp_path / "out", "all_results.json")["train_steps"]
     assert steps == settings["num_train_epochs"]
+    # with a validation file, its texts decide
+    write_csv(Path(files[3]), [("new", "0"), *ROWS[:1] * (repeats == 1)])
+    argv += ["--do_eval", *files[2:4]]
+    assert main.main([*argv, *flags, "--output_dir", str(tmp_path / "other")]) == 0
+    settings = load(tmp_path / "other", "run.json")["settings"]
+    expected = SCHEDULES["prefix" if flags else "full"][repeats == 3]
+    assert [settings[name] for name in SCHEDULE] == [*expected]
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
@@ -43,9 +50,12 @@ def test_the_divergence_of_two_predictions_is_symmetric_and_zero_if_they_agree(m
     torch.testing.assert_close(found, both.mean(dim=1).sum() if multi_label else both.sum())
 
 
-def test_r_drop_needs_dropout_to_change_anything(run):
+def test_r_drop_needs_dropout_to_change_anything(run, capsys):
     flags = ("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0")
-    plain, same = run(*flags, name="plain"), run(*flags, "--rdrop_alpha", "5", name="same")
+    nothing = ("--hidden_dropout_prob", "1e-9", *flags[2:], "--rdrop_alpha", "5")
+    plain, same = run(*flags, name="plain"), run(*nothing, name="same")
+    run(*flags, "--rdrop_alpha", "5", name="no", status=2)
+    assert "--rdrop_alpha needs dropout" in one_line((2, capsys.readouterr().err))
     other = run("--rdrop_alpha", "5", "--hidden_dropout_prob", "0.1", name="other")
     tables = [
         pd.read_csv(folder / "predictions.csv").filter(like="probability_")
@@ -93,7 +103,10 @@ def test_weights_of_unknown_labels_are_refused(run, files, tmp_path, capsys, sev
         for path in files[1::2]:
             write_csv(Path(path), [(text, f"{label}|9") for text, label in ROWS])
         flags += ["--problem_type", "multi_label_classification"]
-    for content, expected in (('{"x": 2}', "names 'x', which is no label"), ('{"0": -1}', "0")):
+    for content, expected in (
+        ('{"x": 2}', "has 'x'; labels are '0', '1', '2'"),
+        ('{"0": -1}', "0"),
+    ):
         (tmp_path / "weights.json").write_text(content)
         capsys.readouterr()
         run(*flags, status=2)
@@ -101,4 +114,4 @@ def test_weights_of_unknown_labels_are_refused(run, files, tmp_path, capsys, sev
     if several:
         folder = run("--class_weights", "balanced", *flags[2:], name="several")
         weights = load(folder, "run.json")["settings"]["class_weights"]
-        assert weights == pytest.approx({"0": 7 / 4, "1": 7 / 4, "2": 8 / 3, "9": 0}, abs=1e-9)
+        assert weights == pytest.approx({"0": 7 / 4, "1": 7 / 4, "2": 8 / 3, "9": 1 / 11})

@@ -37,7 +37,7 @@ def data(tmp_path) -> Encoded:
 
 def arguments(*flags):
     args = parse_args(["--do_train", "--do_eval", "--output_dir", "out", *flags])
-    fill_schedule(args, repeated=1.0)
+    fill_schedule(args, seen_share=1.0)
     return args
 
 
