@@ -93,8 +93,15 @@ def predict(model: nn.Module, data: Encoded, batch_size: int, machine: Machine) 
     text_logits = torch.zeros(len(data.token_ids), model.config.num_labels)  # [U, C]
     no_bar = None if group.is_main else True  # None: no bar if the output is not a terminal
     bar = {"desc": "predict", "unit": "batch", "leave": False, "dynamic_ncols": True}
-    for texts in tqdm(mine, disable=no_bar, **bar):
-        text_logits[texts] = machine.logits(model, data, texts).cpu()
+
+    def classify(texts: np.ndarray) -> torch.Tensor:
+        with torch.inference_mode():  # of this thread
+            return machine.logits(model, data, texts).cpu()
+
+    found = machine.in_streams(classify, mine)
+    shown = tqdm(found, total=len(mine), disable=no_bar, **bar)
+    for texts, logits in zip(mine, shown, strict=True):
+        text_logits[texts] = logits
     if group.size > 1:
         text_logits = text_logits.to(machine.device)
         group.all_reduce_sum([text_logits])

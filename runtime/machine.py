@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from torch import nn
 
 from runtime.batches import Encoded
 from runtime.processes import ALONE, Group
+from runtime.streams import in_streams
 
 CGROUP = Path("/sys/fs/cgroup")
+MOST_STREAMS = 8  # Python's lock would keep more waiting
 
 
 @dataclass(frozen=True)
@@ -22,16 +25,22 @@ class Machine:
     device: torch.device
     precision: str  # "fp32", or "bf16": matrix products in bfloat16, trainable weights in float32
     group: Group = ALONE  # of processes; the main one shows progress
+    streams: int = 1  # batches that are scored at once
 
     def __str__(self) -> str:
         several = f", {self.group.size} processes that share each batch" * (self.group.size > 1)
         threads = f", {torch.get_num_threads()} threads" * (self.device.type == "cpu")
+        threads += f", scoring in {self.streams} streams" * (self.streams > 1)
         return f"device {self.device}{threads}, precision {self.precision}{several}"
 
     def describe(self) -> dict:
         """Return the machine's part of a run's settings."""
         size = self.group.size
         return {"device": str(self.device), "precision": self.precision, "processes": size}
+
+    def in_streams(self, function: Callable, items: Iterable) -> Iterator:
+        """Yield the result for each item, in order, see `runtime.streams`."""
+        return in_streams(function, items, self.streams)
 
     def place(self, model: nn.Module) -> None:
         """Move a model to the device.
@@ -80,6 +89,7 @@ def pick_machine(precision: str, group: Group = ALONE) -> Machine:
     name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu" and torch.backends.mps.is_available() and group.size == 1:  # gloo has no MPS
         name = "mps"
+    streams = min(torch.get_num_threads(), MOST_STREAMS) if name == "cpu" else 1
     if precision == "auto":
         if name == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -87,4 +97,4 @@ def pick_machine(precision: str, group: Group = ALONE) -> Machine:
             has = torch.cpu.get_capabilities()
             fast = name == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16"))
         precision = "bf16" if fast else "fp32"
-    return Machine(torch.device(name), precision, group)
+    return Machine(torch.device(name), precision, group, streams)

@@ -1,0 +1,45 @@
+"""Streams: the same figures as without them."""
+
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from model.classifier import predict
+from runtime.machine import pick_machine
+from runtime.streams import in_streams
+from test_trainer import FP32, data  # noqa: F401 - a fixture
+
+
+def test_two_streams_predict_the_same_bits(make_model, data):  # noqa: F811
+    model, two = make_model("--prefix").requires_grad_(False), dataclasses.replace(FP32, streams=2)
+    one, other = (predict(model, data, 3, machine) for machine in (FP32, two))
+    assert torch.equal(one, other)
+
+
+def test_results_come_in_order_and_an_error_ends_the_rest():
+    started = []
+
+    def work(number: int) -> int:
+        started.append(number)
+        time.sleep(0.02 * (number % 2))
+        if number == 5:
+            raise ValueError("five")
+        return number
+
+    assert list(in_streams(work, range(5), 2)) == [0, 1, 2, 3, 4]
+    started.clear()
+    with pytest.raises(ValueError, match="five"):
+        list(in_streams(work, range(100), 2))
+    time.sleep(0.1)
+    assert max(started) < 20
+
+
+def test_a_run_in_two_streams_has_the_same_bytes(run, monkeypatch):
+    expected = run(name="one")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert "2 threads, scoring in 2 streams" in str(pick_machine("fp32"))
+    found = run(name="two")
+    for name in ("predictions.csv", "validation_predictions.csv", "model.safetensors"):
+        assert (found / name).read_bytes() == (expected / name).read_bytes()
