@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -70,6 +71,9 @@ def by_layer(flat: torch.Tensor, config: BertConfig) -> tuple[torch.Tensor, ...]
     return slots.permute(1, 2, 3, 4, 0, 5).unbind()
 
 
+LONG = 2**14  # products of query and key in a row and head
+
+
 def attend(
     module: nn.Module,
     query: torch.Tensor,
@@ -96,6 +100,14 @@ def attend(
     for each prefix, some of them empty, and `place`, int64 [B], is each row's place among the G*R.
     Returns [B, T, H, D].
     """
+    # under autocast the text is bfloat16, but the prefix may not be
+    slots = None if prefix is None else prefix(module.layer_idx).to(key.dtype)
+    virtual, length = (0 if slots is None else slots.shape[3]), key.shape[2]
+    if query.shape[2] * (virtual + length) > LONG:
+        if slots is not None:
+            key, value = (prepend(slots[n], x, places) for n, x in enumerate((key, value)))
+        return attend_long(query, key, value, attention_mask, scaling, dropout), None
+
     # heads first: [B, H, T, D] -> [H, B, T, D]
     query, key, value = (x.transpose(0, 1) for x in (query * scaling, key, value))
 
@@ -111,23 +123,62 @@ def attend(
         return found if places is None else found[:, place]
 
     scores = query @ key.mT  # [H, B, T, T]
-    virtual, length = 0, key.shape[2]
-    if prefix is not None:
-        # under autocast the text is bfloat16, but the prefix may not be
-        slots = prefix(module.layer_idx).to(key.dtype)
-        virtual = slots.shape[3]
+    if slots is not None:
         scores = torch.cat([over_prefix(query, slots[0].mT), scores], dim=3)  # [H, B, T, P+T]
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask.transpose(0, 1), -torch.inf)
+    mask = None if attention_mask is None else attention_mask.transpose(0, 1)
+    weights = softmax(scores, mask, dropout)
+    out = weights[..., virtual : virtual + length] @ value
+    if slots is not None:
+        out = out + over_prefix(weights[..., :virtual], slots[1])
+    return out.permute(1, 2, 0, 3), None  # [H, B, T, D] -> [B, T, H, D]
+
+
+def softmax(scores: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    """Turn scores into attention weights, in float32: [..., N] -> [..., N, or 16 if N is less]."""
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     # torch's softmax over fewer than 16 numbers takes several times as long as over 16
     if (missing := 16 - scores.shape[3]) > 0:
         scores = nn.functional.pad(scores, (0, missing), value=-torch.inf)
     weights = scores.softmax(dim=3, dtype=torch.float32)
-    weights = nn.functional.dropout(weights, dropout).to(value.dtype)
-    out = weights[..., virtual : virtual + length] @ value
-    if prefix is not None:
-        out = out + over_prefix(weights[..., :virtual], slots[1])
-    return out.permute(1, 2, 0, 3), None  # [H, B, T, D] -> [B, T, H, D]
+    return nn.functional.dropout(weights, dropout).to(scores.dtype)
+
+
+def prepend(
+    slots: torch.Tensor, text: torch.Tensor, places: tuple[torch.Tensor, int] | None
+) -> torch.Tensor:
+    """Put each row's prefix before its text: [H, G, P, D] and [B, H, T, D] -> [B, H, P+T, D]."""
+    slots = slots.transpose(0, 1)
+    rows = slots.expand(len(text), -1, -1, -1) if places is None else slots[places[0] // places[1]]
+    return torch.cat([rows, text], dim=2)
+
+
+def attend_long(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> torch.Tensor:
+    """Attend without storing all weights for the backward pass; shapes as in `attend`.
+
+    torch's flash attention (Dao et al. 2022, https://arxiv.org/abs/2205.14135) has no dropout on
+    the CPU. So with dropout the weights are computed again, for one row at a time.
+    """
+    if not dropout:
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling
+        ).transpose(1, 2)
+
+    def attend_row(query, key, value, mask=None) -> torch.Tensor:
+        weights = softmax(query * scaling @ key.mT, mask, dropout)
+        return weights[..., : key.shape[2]] @ value
+
+    tensors = [x for x in (query, key, value, attention_mask) if x is not None]
+    rows = zip(*(x.split(1) for x in tensors), strict=True)
+    each = [checkpoint(attend_row, *row, use_reentrant=False) for row in rows]
+    return torch.cat(each).transpose(1, 2)
 
 
 # Used by every classifier here; without `prefix` it is ordinary attention.

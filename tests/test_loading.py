@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from model import prefix_encoder
 from model import source as model_source
 from model.bank_start import open_bank
 from model.loading import list_labels, load_tokenizer, set_labels, set_max_seq_length
@@ -35,11 +36,13 @@ def tuned(make_model, backbone, tmp_path):
 @pytest.mark.parametrize(
     "prefix_index", [(0, 1, 2), (2, 0, 2), (1, 1, 1), (2, 0, 0, 0, 1, 0, 2, 0, 2), (0,) * 8 + (1,)]
 )
-def test_each_row_of_a_batch_has_its_own_prefix(tuned, mask, prefix_index):
+@pytest.mark.parametrize("long", [False, True])
+def test_each_row_of_a_batch_has_its_own_prefix(tuned, monkeypatch, mask, prefix_index, long):
     paths, models = tuned
     bank, *_ = open_bank(paths)
     names = list_labels(bank.config)
     assert names == list("abcdxy")
+    monkeypatch.setattr(prefix_encoder, "LONG", 0 if long else prefix_encoder.LONG)
     times = len(prefix_index) // len(IDS)
     ids, masks = IDS.repeat(times, 1), MASKS[mask].repeat(times, 1)
     with torch.no_grad():

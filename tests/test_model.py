@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from arguments import parse_args
 from conftest import without_dropout
+from model import prefix_encoder
 from model.loading import load_tokenizer
 from model.sequence_classification import classification_loss
 from model.source import locate
@@ -107,10 +108,18 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("long", [None, 0.0, 1e-9])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients_equal_the_reference_written_out(make_model, kind, mask):
+def test_logits_and_gradients_equal_the_reference_written_out(
+    make_model, monkeypatch, kind, mask, long
+):
+    """long: attend as for long texts, with this dropout."""
     model, gradients = without_dropout(make_model(*KINDS[kind])), []
+    if long is not None:
+        monkeypatch.setattr(prefix_encoder, "LONG", 0)
+        for layer in model.train().bert.encoder.layer:
+            layer.attention.self.dropout.p = long
     trainable = {name: one for name, one in model.named_parameters() if one.requires_grad}
     logits = model(IDS, attention_mask=MASKS[mask]).logits
     expected = reference_logits(model, IDS, MASKS[mask], **written_out(model))
