@@ -148,9 +148,11 @@ def prepend(
     slots: torch.Tensor, text: torch.Tensor, places: tuple[torch.Tensor, int] | None
 ) -> torch.Tensor:
     """Put each row's prefix before its text: [H, G, P, D] and [B, H, T, D] -> [B, H, P+T, D]."""
-    slots = slots.transpose(0, 1)
-    rows = slots.expand(len(text), -1, -1, -1) if places is None else slots[places[0] // places[1]]
-    return torch.cat([rows, text], dim=2)
+    slots = slots.transpose(0, 1)  # [G, H, P, D]
+    if places is None:
+        return torch.cat([slots.expand(text.shape[0], -1, -1, -1), text], dim=2)
+    place, size = places
+    return torch.cat([slots[place // size], text], dim=2)
 
 
 def attend_long(

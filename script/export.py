@@ -1,0 +1,146 @@
+"""Write a tuned model as ONNX, for onnxruntime, OpenVINO, ONNX.js and others.
+
+    bash script/export.sh FOLDER [--output_dir DIR]
+
+FOLDER is a model folder, or an adapter folder, whose backbone then becomes part of the file. DIR
+[FOLDER/onnx] gets model.onnx and tokenizer.json. The inputs are `input_ids` and `attention_mask`,
+int64 [batch, tokens] of any size; the output is `logits`, float32 [batch, labels], calibrated as
+the folder is. The file's metadata has `labels` (a JSON list, in the order of the logits),
+`problem_type` and `max_seq_length`, the number of tokens to cut texts to.
+
+Before it appears, the file is run by onnxruntime: its logits must be those of the model.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from model import load, prefix_encoder
+from model.classifier import Classifier
+from model.prefix_bank import PrefixBank
+from runtime.files import UserError
+from script.command import reported
+
+logger = logging.getLogger(__name__)
+
+INPUTS = ("input_ids", "attention_mask")
+SHAPES = ((1, 3), (2, 16), (5, 9))  # batch and tokens, to compare
+LARGEST_DIFFERENCE = 1e-3  # of a logit
+
+
+class Logits(torch.nn.Module):
+    """A classifier that returns its logits alone."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Map int64 [B, T] tokens and mask to logits [B, C]."""
+        return self.model(input_ids, attention_mask).logits
+
+
+def example(classifier: Classifier, batch: int, tokens: int) -> dict[str, torch.Tensor]:
+    """Draw inputs of this shape, the first row padded unless it is alone."""
+    random = np.random.default_rng([batch, tokens])
+    ids = torch.from_numpy(random.integers(0, len(classifier.tokenizer), (batch, tokens)))
+    mask = torch.ones_like(ids)
+    if batch > 1:
+        mask[0, -2:] = 0
+    return dict(zip(INPUTS, (ids, mask), strict=True))
+
+
+def write(classifier: Classifier, path: Path) -> None:
+    """Write the model to `path` as ONNX."""
+    import onnx
+
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    for name in ("onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # about names of axes
+        # one attention for texts of every length
+        stack.enter_context(mock.patch.object(prefix_encoder, "LONG", -1))
+        torch.onnx.export(
+            Logits(classifier.model).eval(),
+            tuple(example(classifier, *SHAPES[1]).values()),
+            path,
+            dynamo=True,
+            external_data=False,
+            input_names=INPUTS,
+            output_names=["logits"],
+            dynamic_shapes=dict.fromkeys(INPUTS, sizes),
+        )
+    model = onnx.load(path)
+    kind = "multi" if classifier.multi_label else "single"
+    onnx.helper.set_model_props(
+        model,
+        {
+            "labels": json.dumps(classifier.labels),
+            "problem_type": f"{kind}_label_classification",
+            "max_seq_length": str(classifier.max_seq_length),
+        },
+    )
+    onnx.save(model, path)
+
+
+@torch.no_grad()
+def difference(classifier: Classifier, path: Path) -> float:
+    """Return the largest difference of a logit between onnxruntime and the model."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = []
+    for shape in SHAPES:
+        inputs = example(classifier, *shape)
+        expected = classifier.model(**inputs).logits.numpy()
+        (logits,) = session.run(None, {name: one.numpy() for name, one in inputs.items()})
+        found.append(np.abs(logits - expected).max())
+    return float(max(found))
+
+
+def run(folder: str, output_dir: Path) -> None:
+    """Export the model in `folder`. Raises: UserError if that is not possible."""
+    classifier = load(folder, "fp32")
+    if isinstance(classifier.model, PrefixBank):
+        raise UserError(f"{folder} has several prefixes: export each of them, such as prefix-1")
+    classifier.model.cpu()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir) as staging:
+        path = Path(staging) / "model.onnx"
+        write(classifier, path)
+        apart = difference(classifier, path)
+        if not apart <= LARGEST_DIFFERENCE:
+            raise UserError(f"the exported model differs by {apart:.2g} in a logit: not written")
+        classifier.tokenizer.save_pretrained(staging)
+        for name in ("tokenizer.json", "model.onnx"):
+            (Path(staging) / name).replace(output_dir / name)
+    size = (output_dir / "model.onnx").stat().st_size / 1e6
+    print(f"{output_dir}/model.onnx: {size:.1f} MB, {len(classifier.labels)} labels")
+    print(f"onnxruntime gives the same logits within {apart:.0e}")
+
+
+def main(argv: list[str]) -> int:
+    """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="[FOLDER/onnx]")
+    args = parser.parse_args(argv)
+    return reported(run, args.folder, args.output_dir or Path(args.folder) / "onnx")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
