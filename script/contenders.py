@@ -1,4 +1,4 @@
-"""Contenders of the benchmark: our loop, HF Trainer, PEFT and pipeline, set up once, then timed.
+"""Contenders of the benchmark: ours, HF Trainer, PEFT, pipeline and OpenVINO, set up, then timed.
 
 A tuning contender takes a data file and a number of steps; a scoring contender takes a data file,
 a number of texts and the folder of the models (see `make_folders`). Each returns a function that
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 BATCH = 32  # rows of a training step, for every contender
+CALIBRATION_TEXTS = 300  # of int8
 
 Measure = Callable[[], float]  # examples per second
 
@@ -131,8 +132,14 @@ def hf_trainer(
 
 
 def make_folders(data: str, parent: str, names: set[str]) -> None:
-    """Write untrained models: PARENT/full, and with a prefix PARENT/0, PARENT/1, ..."""
-    for name in sorted(names):
+    """Write untrained models: PARENT/full, and with a prefix PARENT/0, PARENT/1, ...
+
+    PARENT/onnx and PARENT/int8 have the first one for OpenVINO, with weights of 32 and of 8 bits.
+    """
+    for name in sorted(names):  # so "full" comes before those that are made from it
+        if name in ("int8", "onnx"):
+            write_openvino(data, parent, name)
+            continue
         flags = [] if name == "full" else ["--prefix", "--seed", name]
         args, start, files, tokenizer, _ = prepared(data, *flags)
         model = start.build(args)
@@ -140,6 +147,27 @@ def make_folders(data: str, parent: str, names: set[str]) -> None:
         folder = Path(parent) / name
         folder.mkdir()
         start.save(model, tokenizer, folder)
+
+
+def write_openvino(data: str, parent: str, name: str) -> None:
+    """Write PARENT/full for OpenVINO as PARENT/NAME/model.xml, quantized if `name` is "int8"."""
+    import nncf
+    import numpy as np
+    import openvino
+
+    from model import load
+    from script import export
+
+    classifier, path = load(f"{parent}/full", "fp32"), Path(parent) / f"{name}.onnx"
+    export.write(classifier, path)
+    model = openvino.Core().read_model(path)
+    if name == "int8":
+        texts = distinct(data, CALIBRATION_TEXTS).texts
+        encoded = [classifier.tokenizer(text, truncation=True, max_length=128) for text in texts]
+        rows = [{key: np.array([one[key]]) for key in export.INPUTS} for one in encoded]
+        options = {"model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(rows)}
+        model = nncf.quantize(model, nncf.Dataset(rows), **options)
+    openvino.save_model(model, Path(parent) / name / "model.xml", compress_to_fp16=False)
 
 
 def distinct(data: str, count: int):
@@ -206,6 +234,40 @@ def hf_pipeline(data: str, count: int, parent: str, names: list[str]) -> Measure
     return measure
 
 
+def openvino_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure:
+    """Time OpenVINO in its throughput mode, with batches of texts of similar length in flight."""
+    import numpy as np
+    import openvino
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(f"{parent}/full/tokenizer.json")
+    tokenizer.enable_truncation(128)
+    settings = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "bf16"}
+    compiled = openvino.Core().compile_model(f"{parent}/{names[-1]}/model.xml", "CPU", settings)
+    texts = distinct(data, count).texts
+
+    def measure() -> float:
+        began = time.perf_counter()
+        queue, found = openvino.AsyncInferQueue(compiled), {}
+
+        def keep(request, number: int) -> None:
+            found[number] = request.get_output_tensor(0).data.copy()
+
+        queue.set_callback(keep)
+        rows = sorted((one.ids for one in tokenizer.encode_batch(texts)), key=len)
+        for first in range(0, len(rows), 64):
+            batch = rows[first : first + 64]
+            ids = np.zeros((len(batch), len(batch[-1])), dtype=np.int64)
+            for row, words in zip(ids, batch, strict=True):
+                row[: len(words)] = words
+            queue.start_async({"input_ids": ids, "attention_mask": (ids > 0).astype(int)}, first)
+        queue.wait_all()
+        assert sum(map(len, found.values())) == len(texts)
+        return len(texts) / (time.perf_counter() - began)
+
+    return measure
+
+
 BEST = {"bf16": True, "train_sampling_strategy": "group_by_length"}
 MIXED = [str(number) for number in range(16)]
 # name: (contender, rivals listed above it that it is compared with)
@@ -223,7 +285,11 @@ TUNING = {
 }
 SCORING = {
     "HF pipeline": (partial(hf_pipeline, names=["full"]), []),
-    "ours, full": (partial(our_scoring, names=["full"]), ["HF pipeline"]),
+    "OpenVINO, bf16": (partial(openvino_scoring, names=["full", "onnx"]), []),
+    "OpenVINO, int8": (partial(openvino_scoring, names=["full", "int8"]), []),
+    "ours, full": (
+        partial(our_scoring, names=["full"]), ["HF pipeline", "OpenVINO, bf16", "OpenVINO, int8"]
+    ),
     "ours, prefix 128": (partial(our_scoring, names=["0"]), ["HF pipeline"]),
     "ours, 16 prefixes mixed": (
         partial(our_scoring, names=MIXED), ["HF pipeline", "ours, prefix 128"]
