@@ -1,5 +1,6 @@
 """Adapters in whole runs: what they store, tuning them further, several in one file."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,11 @@ import pandas as pd
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import main
-from conftest import ROWS, write_csv
+from conftest import ROWS, one_line, write_csv
 from test_main import ADAPTER, BIAS, PROBE, RESULTS, load
 
 
@@ -291,3 +292,23 @@ def test_mean_pooling_is_stored_and_resumed(run, files, predict, tmp_path, stop_
             folder, output_loading_info=True
         )
         assert report["missing_keys"] == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+
+
+def test_a_probe_over_cls_reads_the_pooler_of_its_backbone(
+    run, backbone, predict, tmp_path, capsys
+):
+    """Not a random one, so that the reloaded probe predicts the same."""
+    folder = run(*PROBE, "--pooling", "cls")
+    assert predict(folder)[0] == 0
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "predicted" / "predictions.csv"),
+        pd.read_csv(folder / "predictions.csv"),
+        atol=2e-6,
+    )
+    bare = tmp_path / "bare"
+    shutil.copytree(backbone, bare)
+    weights = load_file(bare / "model.safetensors")
+    kept = {name: one for name, one in weights.items() if "pooler" not in name}
+    save_file(kept, bare / "model.safetensors", {"format": "pt"})
+    run(*PROBE, "--pooling", "cls", "--model_name_or_path", str(bare), name="no", status=2)
+    assert "pooler" in one_line((2, capsys.readouterr().err))

@@ -109,6 +109,22 @@ def test_a_study_shows_caveats(study, tmp_path):
     assert not compare.caveats([run | {"tuned": False}], quick=False)
 
 
+def test_a_study_of_the_original_protocol_alone_ends_well(study, tmp_path):
+    """It has no texts to review."""
+    assert "in " in study("--unseen").splitlines()[-1]
+    assert not (tmp_path / "study" / "label_review.csv").exists()
+
+
+def test_an_ensemble_is_stale_once_a_member_is(study, tmp_path):
+    methods = ("--seeds", "1", "--methods", "TF-IDF, linear", "prefix", "ensemble")
+    study(*methods)
+    assert "9 of them already finished" in study(*methods)
+    path = tmp_path / "study" / "unseen-prefix-0" / "validation_predictions.csv"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(SystemExit, match="unseen-ensemble-0 contains a run with different"):
+        study(*methods)
+
+
 def test_a_failed_run_ends_the_study_with_the_last_line_of_its_log(folders, tmp_path):
     """Here each run is a process of its own."""
     write_csv(tmp_path / "fold 0" / "train_simple.csv", [("one", "1"), ("two", "1")])
