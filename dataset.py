@@ -211,7 +211,7 @@ class Data:
     test: Stream | None
     training_keys: frozenset[str] | None  # of the training texts; None without a training file
 
-    @property
+    @cached_property
     def seen_share(self) -> float:
         """The share of validation rows with a training text.
 

@@ -37,7 +37,6 @@ def fit_temperature(logits: torch.Tensor, label_ids: np.ndarray, lowest: float) 
     logits: float32 [K, N, C], of the members of an ensemble, whose probabilities are averaged; K is
     1 for a single model. label_ids: as in `Counts.add`. lowest: limit of the temperature.
     """
-
     limits = np.log([lowest, HIGHEST])
 
     def loss(log_temperature: float) -> float:

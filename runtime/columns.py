@@ -15,6 +15,7 @@ from msgspec import Meta
 from arguments import fill
 from runtime.files import UserError, read_json, sha256
 
+ENSEMBLE_FOLDER = "prefix-{}"  # of each prefix of an ensemble, in one folder
 DEFAULTS = {
     "text_column_names": ["text"],
     "text_column_delimiter": " [SEP] ",  # BERT's own separator (results/LOG.md)
@@ -86,12 +87,17 @@ def fill_columns(args: Namespace) -> None:
         raise UserError(f"--text_column_names: '{args.label_column_name}' is the label column")
 
 
+def is_member(name: str) -> bool:
+    """Whether a folder has the name of one prefix of an ensemble."""
+    return re.fullmatch(ENSEMBLE_FOLDER.format(r"\d+"), name) is not None
+
+
 def remembered_columns(folder: Path) -> Columns:
     """Return the columns that a tuned model or one of its checkpoints remembers; {} if none.
 
     Raises: UserError if its record has other types.
     """
-    if re.fullmatch(r"prefix-\d+", folder.name) and not (folder / "run.json").is_file():
+    if is_member(folder.name) and not (folder / "run.json").is_file():
         folder = folder.parent  # one prefix of an ensemble
     if (folder / "run.json").is_file():
         return read_json(folder / "run.json", TrainedRun).get("settings", {})

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from torch import nn
 
 from runtime.batches import Encoded
 from runtime.processes import ALONE, Group
-from runtime.streams import in_streams
 
 CGROUP = Path("/sys/fs/cgroup")
 MOST_STREAMS = 8  # Python's lock would keep more waiting
@@ -25,7 +23,7 @@ class Machine:
     device: torch.device
     precision: str  # "fp32", or "bf16": matrix products in bfloat16, trainable weights in float32
     group: Group = ALONE  # of processes; the main one shows progress
-    streams: int = 1  # batches that are scored at once
+    streams: int = 1  # batches that are scored at once, see `runtime.streams`
 
     def __str__(self) -> str:
         several = f", {self.group.size} processes that share each batch" * (self.group.size > 1)
@@ -37,10 +35,6 @@ class Machine:
         """Return the machine's part of a run's settings."""
         size = self.group.size
         return {"device": str(self.device), "precision": self.precision, "processes": size}
-
-    def in_streams(self, function: Callable, items: Iterable) -> Iterator:
-        """Yield the result for each item, in order, see `runtime.streams`."""
-        return in_streams(function, items, self.streams)
 
     def place(self, model: nn.Module) -> None:
         """Move a model to the device.

@@ -139,7 +139,7 @@ def is_finished(run: dict) -> bool:
     if record.get("command") != run["line"]:
         return False
     files = {Path(one["path"]): one["sha256"] for one in record["data"].values()}
-    runs = record["settings"].get("runs", {})  # of an ensemble
+    runs = record["settings"].get("runs_sha256", {})  # of an ensemble
     files |= {Path(one) / FILES["eval"]: checksum for one, checksum in runs.items()}
     return all(path.exists() and sha256(path) == found for path, found in files.items())
 

@@ -156,8 +156,8 @@ def run(folders: list[str], args: Namespace) -> None:
         used = {f: round(float(w), 6) for f, w in zip(folders, weights, strict=True) if w}
         model = {"backbone": ", ".join(used), "weights_sha256": None}
         model["method"] = f"ensemble of {len(used)} runs"
-        runs = {one: sha256(Path(one) / FILES["eval"]) for one in folders}
-        settings |= {"output_dir": args.output_dir, "runs": runs, "weights": used}
+        settings |= {"output_dir": args.output_dir, "runs": list(folders), "weights": used}
+        settings["runs_sha256"] = {one: sha256(Path(one) / FILES["eval"]) for one in folders}
         record = describe_run(settings, model, names, data.describe())
         output.start(record)
 

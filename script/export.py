@@ -31,8 +31,6 @@ from model.prefix_bank import PrefixBank
 from runtime.files import UserError
 from script.command import reported
 
-logger = logging.getLogger(__name__)
-
 INPUTS = ("input_ids", "attention_mask")
 SHAPES = ((1, 3), (2, 16), (5, 9))  # batch and tokens, to compare
 LARGEST_DIFFERENCE = 1e-3  # of a logit

@@ -30,7 +30,6 @@ from model.classifier import Classifier
 from model.predictions import Predictions
 from runtime.columns import fill_columns
 from runtime.files import UserError
-from runtime.machine import pick_machine
 from script.command import reported
 
 FORMATS = (".csv", ".parquet")
@@ -42,13 +41,8 @@ class Predictor:
     def __init__(self, argv: list[str]) -> None:
         self.args = args = parse_args(argv)
         fill_columns(args)
-        self.start = find_start(args)
-        machine, model = pick_machine(args.precision), self.start.build(args)
-        machine.place(model)
-        self.settings = self.start.settings(args)
-        self.classifier = Classifier(
-            self.start, model, self.start.tokenizer(), machine, args.per_device_eval_batch_size
-        )
+        start = find_start(args)
+        self.classifier, self.settings = Classifier.of(start, args), start.settings(args)
 
     def __call__(self, row: dict[str, str]) -> dict[str, str | int]:
         """Predict the file row["path"] into row["output"]; returns the rows, or the error."""
@@ -58,7 +52,7 @@ class Predictor:
                 path, rows = as_csv(Path(row["path"]), Path(staging)), 0
                 new = Path(staging) / "predictions.csv"
                 args = Namespace(**vars(self.args) | {"test_file": str(path)})
-                names, multi_label = self.start.labels, self.start.multi_label
+                names, multi_label = self.classifier.labels, self.classifier.multi_label
                 file = dataset.open_stream(args, self.settings, names, None)
                 options = file.columns, names, args.safe_csv, args.reject_below
                 with prediction_writer(new, *options) as write:
