@@ -35,6 +35,7 @@ class Classifier:
     ) -> None:
         self.labels, self.multi_label = start.labels, start.multi_label
         self.max_seq_length = start.config.max_seq_length
+        self.title = start.method.title(start.config)
         self.model, self.tokenizer, self.machine = model, tokenizer, machine
         self.batch_size = batch_size
 

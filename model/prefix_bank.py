@@ -4,6 +4,9 @@ K prefixes, P length of the longest (of all, or in a batch), G prefixes in a bat
 tokens, L layers, H heads, D head size (HD the hidden size), C classes (the labels of all prefixes).
 """
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -109,6 +112,54 @@ class PrefixBank(nn.Module):
         logits = self(*rows, index).logits.view(count, batch, -1)  # [K, B, C]
         several = self.config.problem_type == "multi_label_classification"
         return SequenceClassifierOutput(logits=average(logits, several))
+
+
+@dataclass(frozen=True)
+class TunedPrefix:
+    """A tuned prefix with its head, in the layout that scoring needs."""
+
+    slots: torch.Tensor  # [L, 2, H, P, D]
+    weight: torch.Tensor  # [C, HD]
+    bias: torch.Tensor  # [C]
+
+    @classmethod
+    def of(
+        cls, config: BertConfig, flat: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> Self:
+        """flat: [P, 2LHD]."""
+        slots = flat.view(len(flat), config.num_hidden_layers, 2, config.num_attention_heads, -1)
+        return cls(slots.permute(1, 2, 3, 0, 4).contiguous(), weight, bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(tensor.nbytes for tensor in vars(self).values())
+
+
+class FrozenBank(PrefixBank):
+    """A bank of just the prefixes that a batch needs; building one takes a single copy of them."""
+
+    def __init__(self, bert: BertModel, config: BertConfig, tuned: list[TunedPrefix]) -> None:
+        nn.Module.__init__(self)
+        self.bert, self.config, self.dropout = bert, config, nn.Identity()
+        self.lengths = torch.tensor([one.slots.shape[3] for one in tuned])  # [K]
+        weight = pad_sequence([one.weight for one in tuned], batch_first=True)
+        bias = pad_sequence([one.bias for one in tuned], batch_first=True, padding_value=UNKNOWN)
+        self.classifier = Stacked(weight=weight, bias=bias)
+        longest = int(self.lengths.max())
+        padded = (
+            nn.functional.pad(one.slots, (0, 0, 0, longest - one.slots.shape[3]))
+            if one.slots.shape[3] < longest
+            else one.slots
+            for one in tuned
+        )
+        # [L, 2, H, K, P, D]; no copy of a single one
+        self.ready = (
+            torch.stack(list(padded), dim=3) if len(tuned) > 1 else tuned[0].slots.unsqueeze(3)
+        )
+
+    def slots(self, device: str) -> torch.Tensor:
+        return self.ready
 
 
 def place_rows(group: torch.Tensor) -> tuple[torch.Tensor, int]:

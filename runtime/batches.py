@@ -114,17 +114,8 @@ def encode(
     text_index, distinct = pd.factorize(keys)
     if index is not None:
         distinct, index = zip(*distinct, strict=True)
-    options = {"truncation": True, "max_length": max_length}
-    options |= {"return_attention_mask": False, "return_token_type_ids": False}
-    # the tokenizer would take minutes and gigabytes for texts of megabytes
-    limit = CHARACTERS_PER_TOKEN * max_length
-    tokens = tokenizer([text[:limit] for text in distinct], **options)
-    token_ids, encodings = tokens["input_ids"], tokens.encodings
-    for number, text in enumerate(distinct):
-        if len(text) > limit and not ends_before_last_word(encodings[number]):
-            whole = tokenizer([text], **options)
-            token_ids[number], encodings[number] = whole["input_ids"][0], whole.encodings[0]
-    cut = np.array([bool(encoding.overflowing) for encoding in encodings])[text_index]
+    token_ids, is_cut = tokenize(tokenizer, list(distinct), max_length)
+    cut = np.array(is_cut)[text_index]
     if cut.any() and split.path:
         message = "%s: %d of %d texts are longer than %d tokens and were cut (--max_seq_length)"
         logger.warning(message, split.path, cut.sum(), len(cut), max_length)
@@ -136,6 +127,23 @@ def encode(
         pad_token_id=tokenizer.pad_token_id,
         prefix_index=None if index is None else np.array(index),
     )
+
+
+def tokenize(
+    tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_length: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Return the token ids of each text, cut to `max_length` of them, and whether it was cut."""
+    options = {"truncation": True, "max_length": max_length}
+    options |= {"return_attention_mask": False, "return_token_type_ids": False}
+    # the tokenizer would take minutes and gigabytes for texts of megabytes
+    limit = CHARACTERS_PER_TOKEN * max_length
+    tokens = tokenizer([text[:limit] for text in texts], **options)
+    token_ids, encodings = tokens["input_ids"], tokens.encodings
+    for number, text in enumerate(texts):
+        if len(text) > limit and not ends_before_last_word(encodings[number]):
+            whole = tokenizer([text], **options)
+            token_ids[number], encodings[number] = whole["input_ids"][0], whole.encodings[0]
+    return token_ids, [bool(encoding.overflowing) for encoding in encodings]
 
 
 def ends_before_last_word(encoding: "Encoding") -> bool:

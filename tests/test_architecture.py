@@ -20,7 +20,7 @@ def copy_source(folder: Path) -> set[str]:
     for name, path in modules.items():
         (folder / name).mkdir()
         shutil.copy(path, folder / name / "__init__.py")
-    for name in ("evaluation", "model", "runtime", "script"):
+    for name in ("evaluation", "model", "runtime", "script", "serving"):
         shutil.copytree(ROOT / name, folder / name)
         (folder / name / "__init__.py").touch()
     return set(modules)

@@ -1,0 +1,174 @@
+"""Serve tuned models over HTTP, with a page to try them at the address that is printed.
+
+    bash script/serve.sh [MODEL...] [flags]
+
+MODEL is a model or adapter folder, or a folder of such folders [checkpoints]. Prefixes of depth
+`all` on the same backbone share it and their requests share batches; other models have a backbone
+each. serving/README.md describes the interface.
+"""
+
+import argparse
+import logging
+import os
+import resource
+import socket
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see main.py
+
+import uvicorn
+
+from runtime.files import UserError
+from runtime.flags import Parser, number, value
+from runtime.machine import pick_machine
+from script.command import reported
+from serving.app import Settings, create_app
+from serving.models import Registry, find_models
+
+logger = logging.getLogger("serve")
+
+MOST_CONNECTIONS = 20_000  # more are answered with 503
+SHUTDOWN_SECONDS = 60  # for requests in flight
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(
+        "serve.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    count, defaults = number(int, 1, float("inf")), Settings()
+    size = number(float, 0, float("inf"), open_low=True)
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL")
+    add("--host", default="127.0.0.1", help="address to listen on [%(default)s]")
+    add("--port", default=8000, **value(number(int, 0, 65535)), help="0: any free one [8000]")
+    add(
+        "--allowed_hosts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="further names by which clients call this server, such as example.org; '*': any",
+    )
+    add("--api_key_file", metavar="FILE", help="its content is the key that clients must send")
+    add(
+        "--allow_updates",
+        metavar="FOLDER",
+        help="let /v1/load_adapter and /v1/unload_adapter change what is served, from below FOLDER",
+    )
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    add(
+        "--cache_gib",
+        default=1.0,
+        **value(size, "GIB"),
+        help="memory for prefixes; those used last stay [%(default)s]",
+    )
+    add(
+        "--max_batch_tokens",
+        default=defaults.max_batch_tokens,
+        **value(count),
+        help="[%(default)s]",
+    )
+    add(
+        "--max_queue",
+        default=defaults.max_queue,
+        **value(count),
+        help="texts that may wait; more get 429 [%(default)s]",
+    )
+    add(
+        "--max_texts",
+        default=defaults.max_texts,
+        **value(count),
+        help="texts of one request [%(default)s]",
+    )
+    add(
+        "--max_body_mib",
+        default=defaults.max_body / 2**20,
+        **value(size, "MIB"),
+        help="size of one request [%(default)s]",
+    )
+    return parser.parse_args(argv)  # fmt: skip
+
+
+def read_key(path: str | None) -> str | None:
+    """Read the API key. Raises: UserError if the file is unreadable, or the key is not plain."""
+    if path is None:
+        return None
+    try:
+        key = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--api_key_file {path} cannot be read: {error}") from None
+    if not key.isascii() or not key.isprintable() or len(key) < 8 or " " in key:
+        raise UserError(f"--api_key_file {path} must contain a word of 8 or more ASCII characters")
+    return key
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load all models, then serve them until a signal. Raises: UserError."""
+    began = time.perf_counter()
+    raise_open_files()
+    paths = args.models or ["checkpoints"]
+    if not args.models and not Path("checkpoints").is_dir():
+        raise UserError("there is no folder checkpoints: name a model, or train one first")
+    updates = Path(args.allow_updates) if args.allow_updates else None
+    if updates and not updates.is_dir():
+        raise UserError(f"--allow_updates: folder {updates} does not exist")
+    settings = Settings(
+        max_batch_tokens=args.max_batch_tokens,
+        max_queue=args.max_queue,
+        max_texts=args.max_texts,
+        max_body=int(args.max_body_mib * 2**20),
+        allowed_hosts=("127.0.0.1", "localhost", args.host, *args.allowed_hosts),
+        api_key=read_key(args.api_key_file),
+        updates_from=updates,
+    )
+    listener = listen(args.host, args.port)
+    registry = Registry(pick_machine(args.precision), int(args.cache_gib * 2**30))
+    found = find_models(paths)
+    for name, folder in found.items():
+        registry.add(name, folder)
+    app = create_app(registry, settings)
+    own = sum(not model.adapters for model in registry.models.values())
+    shared = len(found) - own
+    logger.info(
+        "%s; %d models: %d on %d shared backbones, %d on their own",
+        registry.machine, len(found), shared, len(registry.backbones), own,
+    )  # fmt: skip
+    shown = ", ".join([*found][:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+    logger.info("serving %s", shown)
+    host, port = listener.getsockname()[:2]
+    logger.info("ready after %.1f s: http://%s:%d", time.perf_counter() - began, host, port)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        backlog=4096,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        server_header=False,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+    logger.info("stopped")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the socket before models load, so that a port in use is reported at once."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from None
+    return listener
+
+
+def raise_open_files() -> None:
+    """Allow as many open files as the system lets us: each connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+if __name__ == "__main__":
+    sys.exit(reported(run, parse(sys.argv[1:])))

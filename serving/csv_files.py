@@ -1,0 +1,56 @@
+"""Label the rows of an uploaded CSV file, as `main.py --do_predict` does, byte for byte."""
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from dataset import CHUNK_ROWS, read_chunks
+from evaluation.predictions import added_columns, prediction_writer
+from model.predictions import Predictions
+from runtime.batches import TextRows
+from runtime.columns import DEFAULTS
+from runtime.files import UserError
+from runtime.flags import column_names
+from serving.models import Model
+
+
+def predict_csv(
+    classify: Callable[[TextRows], torch.Tensor],
+    model: Model,
+    content: bytes,
+    folder: Path,
+    columns: str,
+    encoding: str,
+) -> Path:
+    """Predict each row; returns the file, in `folder`.
+
+    classify: rows -> logits [N, C]. columns: the text columns, separated by commas.
+    Raises: UserError for a bad file, which it calls "the file"; OSError if it cannot be stored.
+    """
+    path, output = folder / "upload.csv", folder / "predictions.csv"
+    path.write_bytes(content)
+    try:
+        options = {"text_columns": split_names(columns), "encoding": encoding}
+        options |= {"delimiter": DEFAULTS["text_column_delimiter"], "labels_required": False}
+        options |= {"multi_label": model.multi_label}
+        chunks = read_chunks(path, size=CHUNK_ROWS, **options)
+        first = next(chunks)
+        if clash := set(first.columns).intersection(added_columns(model.labels)):
+            raise UserError(f"the file has a column '{min(clash)}', which would be added")
+        with prediction_writer(output, first.columns, model.labels) as write:
+            for chunk in chain([first], chunks):
+                write(chunk.table, Predictions.of(classify(chunk), model.multi_label))
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), "the file")) from None
+    return output
+
+
+def split_names(columns: str) -> list[str]:
+    """Split column names at the commas. Raises: UserError if one is empty or there twice."""
+    try:
+        return column_names(columns)
+    except ArgumentTypeError as error:
+        raise UserError(str(error)) from None

@@ -1,0 +1,89 @@
+"""What the endpoints take and return, as OpenAPI shows it."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+
+class ClassifyRequest(BaseModel):
+    """What /v1/classify takes."""
+
+    model: str | None = Field(None, description="A served model; optional if there is one only.")
+    input: str | list[str] = Field(description="A text, or several.")
+    top_k: int | None = Field(None, ge=1, description="Also return the k likeliest labels.")
+    explain: bool = Field(False, description="Also return what each word contributes.")
+
+
+class PredictRequest(BaseModel):
+    """What /predict takes: a text, a pair of texts, or a list of lists of one text or two."""
+
+    inputs: str | list[str] | list[list[str]]
+    model: str | None = None
+    raw_scores: bool = Field(False, description="Logits instead of probabilities.")
+    truncate: bool = Field(True, description="Long texts are always cut.")
+
+
+class LoadRequest(BaseModel):
+    """What /v1/load_adapter takes."""
+
+    name: str = Field(min_length=1, max_length=200, pattern=r"^[^/\\\s]+$")
+    path: str = Field(min_length=1, description="Below the folder of --allow_updates.")
+
+
+class UnloadRequest(BaseModel):
+    """What /v1/unload_adapter takes."""
+
+    name: str
+
+
+class Score(BaseModel):
+    """A label and its probability."""
+
+    label: str
+    score: float
+
+
+class Classified(BaseModel):
+    """One text's prediction."""
+
+    index: int
+    label: str
+    confidence: float
+    probs: list[float]
+    num_classes: int
+    scores: list[Score] | None = None
+    words: list[tuple[str, float]] | None = None
+
+
+class Usage(BaseModel):
+    """The tokens of a request."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class ClassifyResponse(BaseModel):
+    """What /v1/classify returns."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Classified]
+    usage: Usage
+
+
+def refusals(*statuses: int) -> dict:
+    """Describe error answers for the schema."""
+    meanings = {
+        400: "not JSON, or an unknown host",
+        401: "the API key is missing or wrong",
+        403: "updates are not allowed",
+        404: "no such model",
+        408: "the body came too slowly",
+        413: "too many bytes or texts",
+        422: "the request is not valid",
+        429: "the queue is full: try again after Retry-After seconds",
+        503: "the model's folder has changed, or the server is stopping",
+    }
+    return {status: {"description": meanings[status]} for status in (400, 401, *statuses)}
