@@ -33,7 +33,7 @@ from runtime.batches import TextRows, tokenize
 from runtime.files import UserError
 from serving.batching import Batcher, Full, Job, Refused
 from serving.csv_files import predict_csv
-from serving.guards import TOO_LARGE, Guards, error_body
+from serving.guards import Guards, error_body
 from serving.metrics import Metrics
 from serving.models import Model, Registry
 from serving.schemas import (
@@ -217,7 +217,6 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        max_body_size=settings.max_body,
     )
     app.state.server = server
     app.add_middleware(Guards, max_body=settings.max_body, api_key=settings.api_key)
@@ -244,10 +243,8 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
-        kind, message = "validation", str(error.detail)
-        if error.status_code == 413:  # a body of unknown length
-            kind, message = "too_large", TOO_LARGE.format(settings.max_body)
-        response = answer(request, error.status_code, message, kind)
+        kind = {404: "not_found", 408: "timeout", 413: "too_large"}.get(error.status_code)
+        response = answer(request, error.status_code, str(error.detail), kind or "validation")
         response.headers.update(error.headers or {})
         return response
 

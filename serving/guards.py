@@ -4,12 +4,13 @@ import asyncio
 import hmac
 import time
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 PUBLIC = ("/", "/health", "/page.css", "/page.js")  # without a key: the page asks for it
 BODY_SECONDS = 30  # for a client to send its body
-TOO_LARGE = "the body has more than {:,} bytes: send fewer texts at a time"
+CLOSE = {"connection": "close"}  # rather than read the rest of the body
 
 POLICY = (  # nothing from elsewhere, no inline code
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -33,12 +34,8 @@ def error_body(path: str, status: int, message: str, kind: str) -> dict:
     return {"error": {"message": message, "type": kind, "code": status}}
 
 
-class TooSlow(Exception):
-    """The body did not arrive in time."""
-
-
 class Guards:
-    """ASGI middleware: the key, the time for a body, and headers for browsers."""
+    """ASGI middleware: the key, the size of a body and its time, and headers for browsers."""
 
     def __init__(self, app: ASGIApp, max_body: int, api_key: str | None) -> None:
         self.app, self.max_body = app, max_body
@@ -49,44 +46,36 @@ class Guards:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        deadline, arrived, started = time.monotonic() + BODY_SECONDS, False, False
+        deadline, received, is_whole = time.monotonic() + BODY_SECONDS, 0, False
 
         async def send_guarded(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 message = message | {"headers": [*message["headers"], *BROWSER_HEADERS]}
             await send(message)
 
-        async def receive_in_time() -> Message:
-            nonlocal arrived
-            if arrived:  # then this waits until the client leaves, however long
+        async def receive_guarded() -> Message:
+            nonlocal received, is_whole
+            if is_whole:  # this waits until the client leaves, however long
                 return await receive()
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     message = await receive()
             except TimeoutError:
-                raise TooSlow from None
-            arrived = not message.get("more_body")
+                text = f"the body took more than {BODY_SECONDS} s"
+                raise HTTPException(408, text, CLOSE) from None
+            received += len(message.get("body", b""))
+            if received > self.max_body:
+                text = f"the body has more than {self.max_body:,} bytes: send fewer texts at a time"
+                raise HTTPException(413, text, CLOSE)
+            is_whole = not message.get("more_body")
             return message
 
-        async def refuse(status: int, message: str, kind: str) -> None:
-            headers = {"www-authenticate": "Bearer"} if status == 401 else {"connection": "close"}
-            content = error_body(scope["path"], status, message, kind)
-            await JSONResponse(content, status, headers)(scope, receive, send_guarded)
-
-        headers = dict(scope["headers"])
-        given = headers.get(b"authorization", b"")
-        open_to_all = not self.expected or scope["path"] in PUBLIC
-        if not (open_to_all or hmac.compare_digest(given, self.expected)):
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        is_open = not self.expected or scope["path"] in PUBLIC
+        if not (is_open or hmac.compare_digest(given, self.expected)):
             message = "pass the API key: Authorization: Bearer KEY"
-            await refuse(401, message, "unauthorized")
+            content = error_body(scope["path"], 401, message, "unauthorized")
+            answer = JSONResponse(content, 401, {"www-authenticate": "Bearer"})
+            await answer(scope, receive, send_guarded)
             return
-        if int(headers.get(b"content-length", 0)) > self.max_body:
-            await refuse(413, TOO_LARGE.format(self.max_body), "too_large")
-            return
-        try:
-            await self.app(scope, receive_in_time, send_guarded)
-        except TooSlow:
-            if not started:
-                await refuse(408, f"the body took more than {BODY_SECONDS} s", "timeout")
+        await self.app(scope, receive_guarded, send_guarded)

@@ -92,23 +92,27 @@ def files(tmp_path) -> list[str]:
     return make_files(tmp_path)
 
 
+def train(backbone: str, files: list[str], folder: Path, *flags: str) -> int:
+    """Train, evaluate and predict on the small files with main; returns its status."""
+    argv = ["--do_train", "--do_eval", "--do_predict", *files]
+    argv += ["--model_name_or_path", backbone, "--output_dir", str(folder)]
+    argv += ["--num_train_epochs", "2", "--per_device_train_batch_size", "4"]
+    argv += ["--precision", "fp32", "--max_seq_length", "16"]
+    argv += ["--hidden_dropout_prob", "0"] if "--rdrop_alpha" not in flags else []
+    argv += ["--rdrop_alpha", "0"]
+    if not {"--load_best_model_at_end", "--eval_strategy"} & {*flags}:
+        argv += ["--load_best_model_at_end"]
+    argv += ["--pre_seq_len", "3"] if "--prefix" in flags else []
+    return main.main([*argv, *flags])
+
+
 @pytest.fixture
 def run(backbone, files, tmp_path):
-    """Train, evaluate and predict on the small files with main; returns the output folder."""
+    """Train as `train` does; returns the output folder."""
 
     def call(*flags: str, name: str = "out", status: int = 0) -> Path:
-        folder = tmp_path / name
-        argv = ["--do_train", "--do_eval", "--do_predict", *files]
-        argv += ["--model_name_or_path", backbone, "--output_dir", str(folder)]
-        argv += ["--num_train_epochs", "2", "--per_device_train_batch_size", "4"]
-        argv += ["--precision", "fp32", "--max_seq_length", "16"]
-        argv += ["--hidden_dropout_prob", "0"] if "--rdrop_alpha" not in flags else []
-        argv += ["--rdrop_alpha", "0"]
-        if not {"--load_best_model_at_end", "--eval_strategy"} & {*flags}:
-            argv += ["--load_best_model_at_end"]
-        argv += ["--pre_seq_len", "3"] if "--prefix" in flags else []
-        assert main.main([*argv, *flags]) == status
-        return folder
+        assert train(backbone, files, tmp_path / name, *flags) == status
+        return tmp_path / name
 
     return call
 

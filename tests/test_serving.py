@@ -1,0 +1,424 @@
+"""The server: main's answers, whatever else is in the queue; limits; models that change."""
+
+import asyncio
+import contextlib
+import random
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import uvicorn
+
+from conftest import ROWS, make_files, train, within, write_csv
+from model import load
+from runtime.batches import rows_of
+from runtime.machine import pick_machine
+from serving import batching
+from serving.app import Settings, create_app
+from serving.batching import Batcher, Full, by_length
+from serving.metrics import Metrics
+from serving.models import Registry, find_models
+
+TEXTS = [f"{text} {word}" for text, _ in ROWS for word in ("cat", "song", "goal of the band", "")]
+TEXTS = [text.strip() for text in TEXTS] + ["the " * 40]
+
+
+@contextlib.contextmanager
+def serving(registry: Registry, **limits):
+    """Serve in a thread, on a real socket; yields the base URL and the application."""
+    app = create_app(registry, Settings(**limits))
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        with within(30):
+            while not server.started:
+                time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", app
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def registry_of(folders: dict[str, Path], cache_bytes: int = 2**30) -> Registry:
+    registry = Registry(pick_machine("fp32"), cache_bytes)
+    for name, folder in folders.items():
+        registry.add(name, folder)
+    return registry
+
+
+@pytest.fixture(scope="module")
+def folders(backbone, tmp_path_factory) -> dict[str, Path]:
+    """A full model, two prefixes of different lengths, an ensemble, and one at the input."""
+    root = tmp_path_factory.mktemp("served")
+    files = make_files(root)
+    flags = {
+        "full": [],
+        "short": ["--prefix"],
+        "long": ["--prefix", "--pre_seq_len", "5", "--seed", "7"],
+        "several": ["--prefix", "--num_prefixes", "2"],
+        "input": ["--prefix", "--prefix_depth", "input"],
+    }
+    for name, given in flags.items():
+        assert train(backbone, files, root / "models" / name, *given) == 0
+    return {name: root / "models" / name for name in flags}
+
+
+@pytest.fixture(scope="module")
+def right(folders) -> dict[str, dict[str, np.ndarray]]:
+    """The logits of `model.load`, which are main's, by model and text."""
+    found = {}
+    for name, folder in folders.items():
+        logits = load(folder, "fp32").logits(rows_of(TEXTS, path="")).numpy()
+        found[name] = dict(zip(TEXTS, logits, strict=True))
+    return found
+
+
+def logits_in(answer: list[dict]) -> np.ndarray:
+    """The raw scores of /predict, in the order of the labels."""
+    return np.array([one["score"] for one in sorted(answer, key=lambda one: one["label"])])
+
+
+def flood(base: str, names: list[str], requests: int) -> list[tuple[str, list[str], list]]:
+    """Send many requests of mixed models at once; returns (model, texts, answers)."""
+    draw = random.Random(0)
+    plan = [
+        (draw.choice(names), draw.choices(TEXTS, k=draw.randint(1, 9))) for _ in range(requests)
+    ]
+
+    async def all_of_them():
+        async with httpx.AsyncClient(base_url=base, timeout=60) as client:
+
+            async def one(name, texts):
+                body = {"model": name, "inputs": [[text] for text in texts], "raw_scores": True}
+                answer = await client.post("/predict", json=body)
+                assert answer.status_code == 200, answer.text
+                return name, texts, answer.json()
+
+            return await asyncio.gather(*(one(*request) for request in plan))
+
+    return asyncio.run(all_of_them())
+
+
+@pytest.mark.parametrize("cache_bytes", [2**30, 1])
+def test_every_answer_is_mains_however_requests_are_mixed(folders, right, cache_bytes):
+    """With a cache of one byte, every prefix is read again and again."""
+    registry = registry_of(folders, cache_bytes)
+    with serving(registry, max_batch_tokens=64) as (base, app):
+        answers = flood(base, [*folders], 150)
+    assert len(answers) == 150
+    for name, texts, found in answers:
+        for text, one in zip(texts, found, strict=True):
+            np.testing.assert_allclose(logits_in(one), right[name][text], atol=1e-5)
+    assert len(registry.backbones) == 1  # of four prefixes
+    assert registry.prefixes.bytes <= max(cache_bytes, 2000)
+    sizes = app.state.server.metrics.batch_size
+    assert sizes._sum.get() == sum(len(texts) for _, texts, _ in answers)
+    assert max(place for place, one in enumerate(sizes._buckets) if one.get()) > 2  # batches grew
+
+
+def test_the_interface_follows_vllm_and_text_embeddings_inference(folders):
+    names = {name: folders[name] for name in ("full", "short")}
+    wanted_data = load(folders["short"], "fp32")(["a small cat", "the band"])
+    with serving(registry_of(names)) as (base, _), httpx.Client(base_url=base) as client:
+        body = {"model": "short", "input": ["a small cat", "the band"], "top_k": 2, "explain": True}
+        answer = client.post("/v1/classify", json=body)
+        found = answer.json()
+        assert {*found} == {"id", "object", "created", "model", "data", "usage"}
+        assert found["usage"] == {"prompt_tokens": 9, "total_tokens": 9}
+        for number, (one, wanted) in enumerate(zip(found["data"], wanted_data, strict=True)):
+            assert (one["index"], one["label"], one["num_classes"]) == (number, wanted["label"], 3)
+            assert one["probs"] == pytest.approx([*wanted["probabilities"].values()], abs=1e-5)
+            best = sorted(wanted["probabilities"].items(), key=lambda pair: -pair[1])[:2]
+            assert [score["label"] for score in one["scores"]] == [label for label, _ in best]
+        assert [word for word, _ in found["data"][0]["words"]] == ["a", "small", "cat"]
+        for header in ("x-total-time", "x-queue-time", "x-inference-time"):
+            assert float(answer.headers[header]) >= 0
+        one = client.post("/predict", json={"model": "full", "inputs": "a cat"}).json()
+        assert [*one[0]] == ["label", "score"] and sum(s["score"] for s in one) == pytest.approx(1)
+        pair = client.post("/predict", json={"model": "full", "inputs": [["a", "cat"]]}).json()
+        joined = client.post("/predict", json={"model": "full", "inputs": "a [SEP] cat"}).json()
+        assert pair == [joined]
+        models = client.get("/v1/models").json()["data"]
+        assert [(one["id"], one["labels"]) for one in models] == [
+            ("full", ["0", "1", "2"]), ("short", ["0", "1", "2"])
+        ]  # fmt: skip
+        assert models[0]["scores"]["test_accuracy"] <= 1 and models[1]["stored_bytes"] < 10_000
+        assert client.get("/health").json() == {"status": "ok"}
+        assert client.get("/info").json()["max_client_batch_size"] == 1000
+        metrics = client.get("/metrics").text
+        assert 'te_request_count_total{method="classify"} 1.0' in metrics
+        assert 'te_model_texts_total{model="full"} 3.0' in metrics
+        page = client.get("/")
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert "<script src" in page.text and "http" not in page.text
+
+
+BAD = {
+    "no JSON": ("/v1/classify", b"{", 400, "the body is not JSON"),
+    "not UTF-8": ("/v1/classify", b'{"input": "\xff"}', 400, "parsing the body"),
+    "half a character": (
+        "/v1/classify",
+        rb'{"input": "\ud800"}',
+        422,
+        "text 0 is not valid Unicode",
+    ),
+    "no input": ("/v1/classify", b"{}", 422, "input: Field required"),
+    "a number": ("/v1/classify", b'{"input": 3}', 422, "valid string"),
+    "nothing": ("/v1/classify", b'{"input": []}', 422, "there is no text"),
+    "blank": ("/v1/classify", b'{"input": ["a", " "]}', 422, "text 1 is blank"),
+    "unknown model": ("/v1/classify", b'{"model": "x", "input": "a"}', 404, "see /v1/models"),
+    "many texts": ("/v1/classify", b'{"input": ["a", "a", "a", "a"]}', 413, "more than 3 texts"),
+    "long text": ("/v1/classify", b'{"input": "%s"}' % (b"a" * 60), 413, "more than 50 characters"),
+    "large body": (
+        "/v1/classify",
+        b'{"input": "%s"}' % (b"a" * 2000),
+        413,
+        "more than 1,000 bytes",
+    ),
+    "top_k": ("/v1/classify", b'{"input": "a", "top_k": 0}', 422, "top_k"),
+    "three": ("/predict", b'{"inputs": [["a", "b", "c"]]}', 422, "a text or a pair"),
+    "no update": ("/v1/load_adapter", b'{"name": "x", "path": "y"}', 403, "--allow_updates"),
+    "no column": ("/v1/predict_csv", b"title\na cat\n", 422, "the file has no column 'text'"),
+    "open quote": ("/v1/predict_csv", b'text\n"a cat\n', 422, "the file"),
+    "two columns": ("/v1/predict_csv", b"text,predicted\na,b\n", 422, "'predicted'"),
+    "nowhere": ("/v1/nothing", b"{}", 405, "Method Not Allowed"),
+}
+
+
+def test_bad_requests_get_a_clear_error(folders):
+    """No status but the expected one, no path of the machine; afterwards all is well."""
+    folder = folders["short"]
+    limits = {"max_texts": 3, "max_characters": 50, "max_body": 1000, "api_key": "a secret word"}
+    with serving(registry_of({"one": folder}), **limits) as (base, _):
+        key = {"authorization": "Bearer a secret word", "content-type": "application/json"}
+        with httpx.Client(base_url=base, headers=key) as client:
+            for what, (path, body, status, message) in BAD.items():
+                answer = client.post(path, content=body)
+                said = answer.json()["error"]
+                said = said if path == "/predict" else said["message"]
+                assert (answer.status_code, message in said) == (status, True), (what, said)
+                assert str(folder.parent) not in answer.text and "/tmp" not in answer.text
+            chunks = iter([b'{"input": "', b"a" * 2000, b'"}'])  # of unknown length
+            answer = client.post("/v1/classify", content=chunks)
+            assert answer.status_code == 413 and "1,000 bytes" in answer.text
+            answer = client.get("/v1/models", headers={"host": "evil.example"})
+            assert answer.status_code == 400
+            assert client.post("/v1/classify", json={"input": "a cat"}).status_code == 200
+            assert client.get("/page.js/../../app.py").status_code == 404
+        for wrong in ({}, {"authorization": "Bearer a secret wore"}):
+            assert httpx.get(f"{base}/v1/models", headers=wrong).status_code == 401
+            assert httpx.get(f"{base}/", headers=wrong).status_code == 200
+
+
+def test_a_csv_file_gets_the_bytes_that_main_writes(folders, predict, tmp_path):
+    folder, texts = folders["short"], tmp_path / "texts.csv"
+    write_csv(texts, [("=1+1", "a cat", "é"), ('"', "the, band", "x")], ("id", "text", "other"))
+    assert predict(folder, "--test_file", str(texts))[0] == 0
+    with serving(registry_of({"one": folder})) as (base, _):
+        answer = httpx.post(f"{base}/v1/predict_csv", content=texts.read_bytes())
+    assert answer.content == (tmp_path / "predicted" / "predictions.csv").read_bytes()
+
+
+class Slow:
+    """A backend that notes its batches and waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.batches, self.go = [], threading.Event()
+
+    def prepare(self, model):
+        if model.name == "broken":
+            raise OSError("no such file")
+
+    def logits(self, token_ids, prepared):
+        self.batches.append(token_ids)
+        self.go.wait(20)
+        return [torch.tensor([[float(ids[0]), 0.0]]) for ids in token_ids]
+
+
+class Named:
+    """A model of a queue test."""
+
+    def __init__(self, name, backend):
+        self.name, self.backend, self.adapters, self.multi_label = name, backend, [], False
+
+
+@pytest.fixture
+def queue():
+    """A queue with one worker, which is busy with a first text."""
+    machine = pick_machine("fp32")
+    assert machine.streams == 1  # tests compute with one thread
+    backend, queue = Slow(), Batcher(machine, 8, 100, Metrics())
+    queue.start()
+    queue.submit(Named("first", backend), [[0, 0]])
+    with within(10):
+        while not backend.batches:
+            time.sleep(0.001)
+    yield queue, backend
+    backend.go.set()
+    queue.close()
+
+
+def test_a_model_that_floods_the_queue_does_not_starve_others(queue):
+    queue, backend = queue
+    flooding = queue.submit(Named("flood", backend), [[1, number] for number in range(60)])
+    other = queue.submit(Named("other", backend), [[2, 0]])
+    with pytest.raises(Full) as full:  # 61 wait, and 40 more are too many
+        queue.submit(Named("third", backend), [[3, 0]] * 40)
+    assert full.value.args[0] >= 1
+    backend.go.set()
+    assert other.future.result(20).tolist() == [[2, 0]]
+    flooding.future.result(20)
+    assert [2, 0] in backend.batches[1]  # the very next batch
+    assert all(len(batch) <= 4 for batch in backend.batches)  # of 2 tokens each, 8 in all
+
+
+def test_equal_texts_are_scored_once_and_those_of_clients_that_left_never(queue):
+    queue, backend = queue
+    model = Named("one", backend)
+    twice = [queue.submit(model, [[1, 1]]) for _ in range(2)]
+    left = queue.submit(model, [[9, 9]])
+    left.future.cancel()
+    broken = queue.submit(Named("broken", backend), [[5, 5]])
+    backend.go.set()
+    assert [job.future.result(20).tolist() for job in twice] == [[[1, 0]]] * 2
+    with pytest.raises(batching.Refused):
+        broken.future.result(20)
+    scored = [ids for batch in backend.batches for ids in batch]
+    assert scored.count([1, 1]) == 1 and [9, 9] not in scored and [5, 5] not in scored
+
+
+def test_texts_of_a_batch_have_similar_lengths():
+    rows = [("model", (0,) * length) for length in (3, 40, 5, 21, 10, 19)]
+    lengths = [[len(ids) for _, ids in part] for part in by_length(rows)]
+    assert lengths == [[40, 21], [19, 10], [5, 3]]
+
+
+def test_a_client_that_leaves_frees_its_place(folders):
+    """It is noticed while its texts wait."""
+    with serving(registry_of({"one": folders["short"]})) as (base, app):
+        server = app.state.server
+        held, go = server.batcher.score, threading.Event()
+        server.batcher.score = lambda batch, now: (go.wait(20), held(batch, now))
+        with contextlib.suppress(httpx.ReadTimeout):
+            httpx.post(f"{base}/v1/classify", json={"input": "a cat"}, timeout=0.5)
+        with contextlib.suppress(httpx.ReadTimeout):
+            httpx.post(f"{base}/v1/classify", json={"input": "a dog"}, timeout=0.5)
+        with within(10):
+            while not all(
+                item.job.future.cancelled()
+                for turn in server.batcher.turns.values()
+                for item in turn
+            ):
+                time.sleep(0.01)  # fmt: skip
+        go.set()
+        assert httpx.post(f"{base}/v1/classify", json={"input": "a cat"}).status_code == 200
+
+
+def test_models_come_and_go_and_a_bad_folder_changes_nothing(folders, right, tmp_path):
+    updates = tmp_path / "updates"
+    for name in ("short", "several", "full"):
+        shutil.copytree(folders[name], updates / name)
+    damaged, foreign = updates / "damaged", updates / "foreign"
+    shutil.copytree(folders["long"], damaged)
+    weights = damaged / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    shutil.copytree(folders["long"], foreign)
+    config = (foreign / "adapter_config.json").read_text()
+    base_name = folders["full"]  # a model of another name as its backbone
+    (foreign / "adapter_config.json").write_text(
+        config.replace('"base_model_name_or_path": "', f'"base_model_name_or_path": "{base_name}')
+    )
+    registry = registry_of({"one": folders["short"]})
+    with (
+        serving(registry, updates_from=updates) as (base, _),
+        httpx.Client(base_url=base) as client,
+    ):
+
+        def load_adapter(name, path):
+            return client.post("/v1/load_adapter", json={"name": name, "path": path})
+
+        def ask(name):
+            body = {"model": name, "inputs": TEXTS[0], "raw_scores": True}
+            return logits_in(client.post("/predict", json=body).json())
+
+        for path in (
+            "damaged",
+            "foreign",
+            "full",
+            "nothing",
+            "..",
+            ".",
+            "../short",
+            "/etc",
+            "a\0b",
+        ):
+            answer = load_adapter("one", path)
+            assert answer.status_code == 422, path
+            assert str(tmp_path) not in answer.text
+        np.testing.assert_allclose(ask("one"), right["short"][TEXTS[0]], atol=1e-5)
+        assert load_adapter("two", "several").json()["method"].endswith("2 averaged")
+        np.testing.assert_allclose(ask("two"), right["several"][TEXTS[0]], atol=1e-5)
+        assert load_adapter("one", "several").status_code == 200  # replaced
+        np.testing.assert_allclose(ask("one"), right["several"][TEXTS[0]], atol=1e-5)
+        assert client.post("/v1/unload_adapter", json={"name": "two"}).json()["deleted"]
+        answer = client.post("/v1/classify", json={"model": "two", "input": "a"})
+        assert answer.status_code == 404
+        assert len(registry.prefixes.found) == 2  # those of `one`
+
+
+def test_a_model_replaced_under_load_is_the_old_or_the_new_one(folders, right):
+    registry = registry_of({"one": folders["short"]})
+    stop = threading.Event()
+
+    def replace():
+        while not stop.is_set():
+            for name in ("long", "short"):
+                registry.add("one", folders[name])
+                time.sleep(0.005)
+
+    with serving(registry, max_batch_tokens=64) as (base, _):
+        thread = threading.Thread(target=replace)
+        thread.start()
+        answers = flood(base, ["one"], 100)
+        stop.set()
+        thread.join()
+    seen = set()
+    for _, texts, found in answers:  # all texts of a request by the same model
+        logits = np.array([logits_in(one) for one in found])
+        fits = [
+            name
+            for name in ("short", "long")
+            if np.allclose(logits, [right[name][text] for text in texts], atol=1e-5)
+        ]
+        assert len(fits) == 1
+        seen.add(fits[0])
+    assert seen == {"short", "long"}
+
+
+def test_a_folder_that_changed_is_refused_rather_than_served(folders, tmp_path):
+    """It is noticed when the prefix is read again; the old one is no longer on the disk."""
+    one = shutil.copytree(folders["short"], tmp_path / "one")
+    registry = registry_of({"one": one, "two": folders["long"]}, cache_bytes=1)
+    with serving(registry) as (base, _), httpx.Client(base_url=base) as client:
+        shutil.copy(folders["long"] / "adapter_model.safetensors", one)
+        for name, status in (("two", 200), ("one", 503), ("two", 200)):
+            answer = client.post("/v1/classify", json={"model": name, "input": "a cat"})
+            assert answer.status_code == status
+        assert (
+            "has changed"
+            in client.post("/v1/classify", json={"model": "one", "input": "a cat"}).text
+        )
+
+
+def test_models_are_found_in_folders_of_folders(folders):
+    found = find_models([str(folders["full"].parent)])
+    assert found == {name: folder.resolve() for name, folder in folders.items()}
