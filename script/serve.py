@@ -29,6 +29,7 @@ from serving.models import Registry, find_models
 
 logger = logging.getLogger("serve")
 
+BACKLOG = 4096  # connections that wait to be accepted
 MOST_CONNECTIONS = 20_000  # more are answered with 503
 SHUTDOWN_SECONDS = 60  # for requests in flight
 
@@ -143,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
         app,
         log_level="warning",
         access_log=False,
-        backlog=4096,
+        backlog=BACKLOG,
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         server_header=False,
@@ -159,6 +160,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen(BACKLOG)  # from now on connections wait instead of being refused
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from None
     return listener
@@ -170,5 +172,10 @@ def raise_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def main(argv: list[str]) -> int:
+    """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
+    return reported(run, parse(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(reported(run, parse(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
@@ -436,7 +436,7 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
             "auto_truncate": True,
         }
 
-    @app.get("/metrics", response_model=None, responses=refusals())
+    @app.get("/metrics", response_class=PlainTextResponse, responses=refusals())
     async def show_metrics() -> Response:
         """Metrics for Prometheus."""
         metrics.served.set(len(registry.models))
