@@ -21,6 +21,8 @@ from serving.models import Changed, Model
 
 logger = logging.getLogger(__name__)
 
+MOST_PADDING = 64  # tokens, about what another call of the model costs
+
 
 class Full(Exception):
     """The queue is full. Argument: the seconds after which a client may try again."""
@@ -199,13 +201,16 @@ class Batcher:
 
 
 def by_length(rows: list[tuple]) -> list[list[tuple]]:
-    """Cut rows into batches in which no text is shorter than half of the longest."""
+    """Cut rows into parts of similar length, so that none has more than `MOST_PADDING` tokens."""
     parts: list[list[tuple]] = []
+    padding = 0
     for row in sorted(rows, key=lambda row: -len(row[1])):
-        if parts and 2 * len(row[1]) >= len(parts[-1][0][1]):
+        padding += len(parts[-1][0][1]) - len(row[1]) if parts else 0
+        if parts and padding <= MOST_PADDING:
             parts[-1].append(row)
         else:
             parts.append([row])
+            padding = 0
     return parts
 
 

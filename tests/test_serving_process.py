@@ -196,9 +196,9 @@ def test_the_page_classifies_compares_uploads_and_explains_errors(folders, tmp_p
         page.route("**/v1/classify", lambda route: held.append(route))
         page.get_by_role("button", name="Classify", exact=True).click()
         page.get_by_text("waiting … 1 s").wait_for()
-        page.unroute("**/v1/classify")
         for route in held:
             route.continue_()
+        page.unroute("**/v1/classify")
         page.get_by_text("waiting").wait_for(state="hidden")
         process.kill()
         page.get_by_role("button", name="Classify", exact=True).click()
