@@ -1,19 +1,32 @@
-"""What locust runs: users who send the bodies in $BODIES, one every $INTERVAL seconds each."""
+"""What locust runs: users who send one of the bodies in $BODIES every $INTERVAL seconds on average.
+
+The times between two requests of a user are random (exponential), so all of them together arrive as
+a Poisson process, however long the answers take.
+"""
 
 import os
 import random
+import time
 from pathlib import Path
 
-from locust import FastHttpUser, constant_pacing, task
+from locust import FastHttpUser, task
 
 BODIES = Path(os.environ["BODIES"]).read_text(encoding="utf-8").splitlines()
 HEADERS = {"content-type": "application/json"}
 
 
 class User(FastHttpUser):
-    """Sends a request at fixed times, however long the last one took."""
+    """Sends requests at times that do not depend on the answers."""
 
-    wait_time = constant_pacing(float(os.environ["INTERVAL"]))
+    def on_start(self) -> None:
+        """Begin at a time of its own: the first task runs at once."""
+        self.due = time.time()
+        time.sleep(self.wait_time())
+
+    def wait_time(self) -> float:
+        """Return the seconds until the next request is due."""
+        self.due += random.expovariate(1 / float(os.environ["INTERVAL"]))
+        return max(0.0, self.due - time.time())
 
     @task
     def classify(self) -> None:

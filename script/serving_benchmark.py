@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 PORT = 8765
 CONNECTIONS = 64  # of wrk
-USERS = 50  # of locust
+USERS = 100  # of locust
 BODIES = 5_000
 LUA = """
 local bodies = {}

@@ -19,7 +19,7 @@ from conftest import ROWS, make_files, train, within, write_csv
 from model import load
 from runtime.batches import rows_of
 from runtime.machine import pick_machine
-from serving import batching
+from serving import batching, guards
 from serving.app import Settings, create_app
 from serving.batching import Batcher, Full, by_length
 from serving.metrics import Metrics
@@ -422,3 +422,34 @@ def test_a_folder_that_changed_is_refused_rather_than_served(folders, tmp_path):
 def test_models_are_found_in_folders_of_folders(folders):
     found = find_models([str(folders["full"].parent)])
     assert found == {name: folder.resolve() for name, folder in folders.items()}
+
+
+def test_a_full_disk_fails_an_upload_and_nothing_else(folders, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "/secret/place")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with serving(registry_of({"one": folders["short"]})) as (base, _):
+        answer = httpx.post(f"{base}/v1/predict_csv", content=b"text\na cat\n")
+        assert answer.status_code == 503 and "secret" not in answer.text
+        assert httpx.post(f"{base}/v1/classify", json={"input": "a cat"}).status_code == 200
+
+
+def test_a_slow_body_is_cut_off(folders, monkeypatch):
+    monkeypatch.setattr(guards, "BODY_SECONDS", 0.5)
+    with serving(registry_of({"one": folders["short"]})) as (base, _):
+        host, port = base.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as slow:
+            slow.sendall(
+                b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n"
+                b"Content-Type: application/json\r\n\r\n{"
+            )
+            assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_a_full_queue_answers_429(folders):
+    with serving(registry_of({"one": folders["short"]}), max_queue=4) as (base, _):
+        answer = httpx.post(f"{base}/v1/classify", json={"input": ["a cat"] * 5})
+        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["type"] == "overloaded"
+        assert httpx.post(f"{base}/v1/classify", json={"input": ["a cat"] * 4}).status_code == 200
