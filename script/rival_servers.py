@@ -10,6 +10,7 @@ on one thread each. lora: COUNT LoRA adapters of rank 8 on the backbone of MODEL
 import asyncio
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from fastapi import FastAPI
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from runtime.machine import pick_machine
-from serving.app import Settings, create_app
+from serving.app import create_app
+from serving.engine import Settings
 from serving.models import Model, Registry
 from serving.schemas import ClassifyRequest
 
@@ -74,7 +76,8 @@ def lora(folder: str, count: int) -> FastAPI:
     model = get_peft_model(base, config, adapter_name="m0")
     for number in range(1, count):
         model.add_adapter(f"m{number}", config)
-    registry = Registry(pick_machine("fp32"), 1)
+    # PEFT hooks the adapters of a batch into the model, so there is one batch at a time
+    registry = Registry(replace(pick_machine("fp32"), streams=1), 1)
     backend = LoraBackbone(model.eval(), tokenizer.pad_token_id)
     labels = [base.config.id2label[number] for number in range(base.config.num_labels)]
     for name in map(str, range(count)):

@@ -24,7 +24,8 @@ from runtime.files import UserError
 from runtime.flags import Parser, number, value
 from runtime.machine import pick_machine
 from script.command import reported
-from serving.app import Settings, create_app
+from serving.app import create_app
+from serving.engine import Settings
 from serving.models import Registry, find_models
 
 logger = logging.getLogger("serve")

@@ -103,12 +103,16 @@ class Batcher:
         for worker in self.workers:
             worker.join()
 
+    def check_room(self, count: int) -> None:
+        """Raises: Full if there is no room for so many texts."""
+        if self.closed or self.size + count > self.max_queue:
+            raise Full(max(1, round(self.size / self.speed)))
+
     def submit(self, model: Model, token_ids: list[list[int]]) -> Job:
         """Put a request's texts into the queue. Raises: Full if there is no room for all."""
         job = Job(model, token_ids)
         with self.changed:
-            if self.closed or self.size + len(token_ids) > self.max_queue:
-                raise Full(max(1, round(self.size / self.speed)))
+            self.check_room(len(token_ids))
             waiting = self.turns.setdefault(model, deque())
             waiting.extend(Item(job, number) for number in range(len(token_ids)))
             self.size += len(token_ids)

@@ -119,12 +119,15 @@ class PrefixCache:
             while self.bytes > self.max_bytes and len(self.found) > 1:
                 self.bytes -= self.found.popitem(last=False)[1].nbytes
 
-    def drop(self, adapters: list[Adapter]) -> None:
-        """Forget the prefixes of a model that is no longer served."""
+    def retire(self, adapters: list[Adapter]) -> None:
+        """Let the prefixes of a model that is no longer served leave first.
+
+        Its last requests may still need them, and the folder may have changed.
+        """
         with self.lock:
             for one in adapters:
-                if tuned := self.found.pop(one, None):
-                    self.bytes -= tuned.nbytes
+                if one in self.found:
+                    self.found.move_to_end(one, last=False)
 
 
 class SharedBackbone:
@@ -201,6 +204,7 @@ class Model:
     adapters: list[Adapter] = field(default_factory=list)
     created: int = 0  # seconds since 1970
     stored_bytes: int = 0
+    scores: dict[str, float] = field(default_factory=dict)  # of its test
 
     def describe(self) -> dict[str, Any]:
         """Return the model's entry in /v1/models."""
@@ -214,7 +218,7 @@ class Model:
             "method": self.title,
             "max_seq_length": self.max_seq_length,
             "stored_bytes": self.stored_bytes,
-            "scores": read_scores(self.folder),
+            "scores": self.scores,
         }
 
 
@@ -300,6 +304,7 @@ class Registry:
             tokenizer=self.tokenizer(backend.source, config),
             backend=backend,
             adapters=[one for _, _, one, _ in opened],
+            scores=read_scores(folder),
             **stored(members),
         )
         for _, _, one, tuned in opened:
@@ -311,14 +316,14 @@ class Registry:
         old = self.models.get(model.name)
         self.models[model.name] = model
         if old:
-            self.prefixes.drop(old.adapters)
+            self.prefixes.retire(old.adapters)
         return model
 
     def remove(self, name: str) -> bool:
         """Stop serving a model; returns whether there was one."""
         old = self.models.pop(name, None)
         if old:
-            self.prefixes.drop(old.adapters)
+            self.prefixes.retire(old.adapters)
         return old is not None
 
     def open_prefix(
@@ -359,6 +364,7 @@ class Registry:
             title=classifier.title,
             tokenizer=classifier.tokenizer,
             backend=OwnBackbone(classifier),
+            scores=read_scores(folder),
             **stored([folder]),
         )
 

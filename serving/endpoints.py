@@ -1,0 +1,300 @@
+"""The endpoints. /v1/... follows vLLM and SGLang; /predict, /info and /metrics follow
+text-embeddings-inference.
+"""
+
+import asyncio
+import logging
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import FileResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.background import BackgroundTask
+
+from evaluation.importance import Words, word_importance
+from model.predictions import Predictions
+from runtime.files import UserError
+from serving.batching import Full, Job, Refused
+from serving.csv_files import predict_csv
+from serving.engine import ApiError, Engine
+from serving.models import Model
+from serving.schemas import (
+    ClassifyRequest,
+    ClassifyResponse,
+    LoadRequest,
+    PredictRequest,
+    Score,
+    UnloadRequest,
+    refusals,
+)
+
+logger = logging.getLogger(__name__)
+
+MOST_EXPLAINED = 32  # texts of a request, since each of their words is left out once
+PAIR = " [SEP] "  # joins two texts, as it joins two columns in training
+
+router = APIRouter()
+
+
+def engine_of(request: Request) -> Engine:
+    """Return what the endpoints share."""
+    return request.app.state.engine
+
+
+Shared = Annotated[Engine, Depends(engine_of)]
+
+# ------------------------------------------------------------------ classify
+
+
+@router.post(
+    "/v1/classify",
+    response_model=None,
+    responses={200: {"model": ClassifyResponse}, **refusals(404, 408, 413, 422, 429, 503)},
+)
+async def classify(body: ClassifyRequest, request: Request, engine: Shared) -> Response:
+    """Label texts with a tuned model."""
+    began = time.perf_counter()
+    engine.metrics.requests.labels("classify").inc()
+    model = engine.find(body.model)
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    if body.explain and len(texts) > MOST_EXPLAINED:
+        raise ApiError(413, f"explain: at most {MOST_EXPLAINED} texts", "batch_size")
+    job = await engine.score(request, model, texts)
+    words = await explain(engine, model, texts) if body.explain else []
+    found = Predictions.of(job.future.result(), model.multi_label)
+    tokens = sum(map(len, job.token_ids))
+    content = {
+        "id": f"classify-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": model.name,
+        "data": classified(model.labels, found, body.top_k, words),
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+    engine.finished("classify", began)
+    return timed(content, job, began)
+
+
+async def explain(engine: Engine, model: Model, texts: list[str]) -> list[Words]:
+    """Return the importance of each word of each text. Raises: ApiError."""
+
+    def score(rows):
+        return engine.logits(model, rows)
+
+    try:
+        return await asyncio.to_thread(word_importance, score, texts, model.multi_label)
+    except (Full, Refused) as error:
+        raise ApiError.of(error) from None
+
+
+def classified(
+    labels: list[str], found: Predictions, top_k: int | None, words: list[Words]
+) -> list[dict]:
+    """Return the entries of `ClassifyResponse.data`."""
+    data = [
+        {
+            "index": number,
+            "label": label,
+            "confidence": float(confidence),
+            "probs": probability.tolist(),
+            "num_classes": len(labels),
+        }
+        for number, (label, confidence, probability) in enumerate(
+            zip(found.named(labels), found.confidence, found.probability, strict=True)
+        )
+    ]
+    if top_k:
+        for one, probability in zip(data, found.probability, strict=True):
+            one["scores"] = ranked(labels, probability, top_k)
+    for one, why in zip(data, words, strict=False):
+        one["words"] = why
+    return data
+
+
+@router.post(
+    "/predict",
+    response_model=None,
+    responses={
+        200: {"model": list[Score] | list[list[Score]]},
+        **refusals(404, 408, 413, 422, 429, 503),
+    },
+)
+async def predict(body: PredictRequest, request: Request, engine: Shared) -> Response:
+    """Label texts, as in text-embeddings-inference."""
+    began = time.perf_counter()
+    engine.metrics.requests.labels("predict").inc()
+    model = engine.find(body.model)
+    several = isinstance(body.inputs, list) and isinstance(next(iter(body.inputs), ""), list)
+    rows = body.inputs if several else [body.inputs]
+    rows = [[row] if isinstance(row, str) else row for row in rows]
+    if any(len(row) not in (1, 2) for row in rows):
+        raise ApiError(422, "each input is a text or a pair of texts", "validation")
+    job = await engine.score(request, model, [PAIR.join(row) for row in rows])
+    logits = job.future.result()
+    scores = logits.numpy()
+    if not body.raw_scores:
+        scores = Predictions.of(logits, model.multi_label).probability
+    content = [ranked(model.labels, row) for row in scores]
+    engine.finished("predict", began)
+    return timed(content if several else content[0], job, began)
+
+
+def ranked(labels: list[str], scores: np.ndarray, count: int | None = None) -> list[dict]:
+    """Return labels with their scores, the highest first."""
+    order = np.argsort(-scores, kind="stable")[:count]
+    return [{"label": labels[place], "score": float(scores[place])} for place in order]
+
+
+def timed(content: dict | list, job: Job, began: float) -> Response:
+    """Answer with JSON, and with the times in headers, in milliseconds."""
+    times = {
+        "x-total-time": time.perf_counter() - began,
+        "x-queue-time": job.queue_seconds,
+        "x-inference-time": job.inference_seconds,
+    }
+    headers = {name: f"{1000 * seconds:.2f}" for name, seconds in times.items()}
+    return Response(msgspec.json.encode(content), media_type="application/json", headers=headers)
+
+
+@router.post(
+    "/v1/predict_csv",
+    response_model=None,
+    responses={
+        200: {"content": {"text/csv": {}}, "description": "the rows with their predictions"},
+        **refusals(404, 408, 413, 422, 429, 503),
+    },
+    openapi_extra={"requestBody": {"required": True, "content": {"text/csv": {}}}},
+)
+async def classify_csv(
+    request: Request,
+    engine: Shared,
+    model: str | None = None,
+    text_column_names: Annotated[str, Query(description="Separated by commas.")] = "text",
+    csv_encoding: str = "utf-8",
+) -> Response:
+    """Label the rows of a CSV file, as `main.py --do_predict` does."""
+    began = time.perf_counter()
+    engine.metrics.requests.labels("predict_csv").inc()
+    found, body = engine.find(model), await request.body()
+    folder = tempfile.TemporaryDirectory(prefix="predictions-")
+
+    def work() -> Path:
+        place, columns = Path(folder.name), (text_column_names, csv_encoding)
+        return predict_csv(lambda rows: engine.logits(found, rows), found, body, place, *columns)
+
+    try:
+        output = await asyncio.to_thread(work)
+    except BaseException as error:
+        folder.cleanup()
+        if isinstance(error, UserError):
+            raise ApiError(422, str(error), "validation") from None
+        if isinstance(error, Full | Refused):
+            raise ApiError.of(error) from None
+        if isinstance(error, OSError):
+            logger.error("a CSV file could not be stored: %s", error)
+            raise ApiError(503, "the server cannot store the file", "unavailable") from None
+        raise
+    engine.finished("predict_csv", began)
+    return FileResponse(
+        output,
+        media_type="text/csv",
+        filename="predictions.csv",
+        background=BackgroundTask(folder.cleanup),
+    )
+
+
+# ------------------------------------------------------------------ models
+
+
+@router.get("/v1/models", responses=refusals())
+async def models(engine: Shared) -> dict:
+    """List the served models: labels, sizes and test scores."""
+    served = [*engine.registry.models.values()]
+    return {"object": "list", "data": [one.describe() for one in served]}
+
+
+@router.post("/v1/load_adapter", responses=refusals(403, 408, 413, 422))
+async def load_adapter(body: LoadRequest, engine: Shared) -> dict:
+    """Serve a prefix, or replace one; a damaged or unfitting folder changes nothing."""
+    folder = below(updates_of(engine), body.path)
+    async with engine.loading:
+        try:
+            model = await asyncio.to_thread(engine.registry.add, body.name, folder, True)
+        except (UserError, OSError) as error:
+            logger.warning("not loaded: %s", error)
+            message = "refused: it is damaged, no prefix, or tuned on another backbone"
+            raise ApiError(422, f"path: {message} (see the server's log)", "refused") from None
+    logger.info("loaded %s", body.name)
+    return model.describe()
+
+
+@router.post("/v1/unload_adapter", responses=refusals(403, 404, 408, 413, 422))
+async def unload_adapter(body: UnloadRequest, engine: Shared) -> dict:
+    """Stop serving a model."""
+    updates_of(engine)
+    if not engine.registry.remove(body.name):
+        raise ApiError(404, "no such model: see /v1/models", "not_found")
+    logger.info("unloaded %s", body.name)
+    return {"id": body.name, "object": "model", "deleted": True}
+
+
+def updates_of(engine: Engine) -> Path:
+    """Return the folder that models may be loaded from. Raises: ApiError if there is none."""
+    if engine.settings.updates_from is None:
+        raise ApiError(403, "updates are off: start with --allow_updates FOLDER", "forbidden")
+    return engine.settings.updates_from.resolve()
+
+
+def below(root: Path, path: str) -> Path:
+    """Return the folder that a path names. Raises: ApiError if it is not below `root`."""
+    try:
+        folder = (root / path).resolve()
+    except (OSError, ValueError):
+        raise ApiError(422, "path: not a path", "validation") from None
+    if folder == root or not folder.is_relative_to(root):
+        raise ApiError(422, "path: it must be below the folder of updates", "validation")
+    return folder
+
+
+# ------------------------------------------------------------------ state
+
+
+@router.get("/health", responses=refusals())
+async def health(engine: Shared) -> dict:
+    """Whether the workers run."""
+    if not all(worker.is_alive() for worker in engine.batcher.workers):
+        raise ApiError(503, "a worker has ended: restart the server", "unhealthy")
+    return {"status": "ok"}
+
+
+@router.get("/info", responses=refusals())
+async def info(engine: Shared) -> dict:
+    """The limits, as in text-embeddings-inference."""
+    settings, registry = engine.settings, engine.registry
+    return {
+        "model_id": next(iter(registry.models), None),
+        "models": len(registry.models),
+        "model_dtype": "bfloat16" if registry.machine.precision == "bf16" else "float32",
+        "max_batch_tokens": settings.max_batch_tokens,
+        "max_client_batch_size": settings.max_texts,
+        "max_queue_texts": settings.max_queue,
+        "max_characters": settings.max_characters,
+        "max_body_bytes": settings.max_body,
+        "auto_truncate": True,
+    }
+
+
+@router.get("/metrics", response_class=PlainTextResponse, responses=refusals())
+async def metrics(engine: Shared) -> Response:
+    """Metrics for Prometheus."""
+    shown, registry = engine.metrics, engine.registry
+    shown.served.set(len(registry.models))
+    shown.cached_bytes.set(registry.prefixes.bytes)
+    shown.reads.set(registry.prefixes.reads)
+    return Response(generate_latest(shown.registry), media_type=CONTENT_TYPE_LATEST)
