@@ -4,8 +4,11 @@ import csv
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see main.py
 
 import pytest
 import torch
+import uvicorn
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import main
@@ -24,6 +28,10 @@ import trainer
 from arguments import parse_args
 from model.start import Start
 from runtime import checkpoint
+from runtime.machine import pick_machine
+from serving.app import create_app
+from serving.engine import Settings
+from serving.models import Registry
 
 torch.set_num_threads(1)
 
@@ -238,3 +246,47 @@ def stopped(run, stop_at):
     stop_at(None)
     assert set(checkpoint.steps(folder)) == {3, 5}
     return folder
+
+
+@contextmanager
+def serving(registry, **limits):
+    """Serve in a thread, on a real socket; yields the base URL and the application."""
+    app = create_app(registry, Settings(**limits))
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        with within(30):
+            while not server.started:
+                time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", app
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def registry_of(folders: dict[str, Path], cache_bytes: int = 2**30) -> Registry:
+    """Load models to serve."""
+    registry = Registry(pick_machine("fp32"), cache_bytes)
+    for name, folder in folders.items():
+        registry.add(name, folder)
+    return registry
+
+
+@pytest.fixture(scope="session")
+def served(backbone, tmp_path_factory) -> dict[str, Path]:
+    """A full model, two prefixes of different lengths, an ensemble, and one at the input."""
+    root = tmp_path_factory.mktemp("served")
+    files = make_files(root)
+    flags = {
+        "full": [],
+        "short": ["--prefix"],
+        "long": ["--prefix", "--pre_seq_len", "5", "--seed", "7"],
+        "several": ["--prefix", "--num_prefixes", "2"],
+        "input": ["--prefix", "--prefix_depth", "input"],
+    }
+    for name, given in flags.items():
+        assert train(backbone, files, root / "models" / name, *given) == 0
+    return {name: root / "models" / name for name in flags}

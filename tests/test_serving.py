@@ -12,72 +12,22 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import torch
-import uvicorn
 
-from conftest import ROWS, make_files, train, within, write_csv
+from conftest import ROWS, registry_of, serving, within, write_csv
 from model import load
 from runtime.batches import rows_of
-from runtime.machine import pick_machine
-from serving import batching, guards
-from serving.app import create_app
-from serving.batching import Batcher, Full, by_length
-from serving.engine import Settings
-from serving.metrics import Metrics
-from serving.models import Registry, find_models
+from serving import guards
+from serving.models import find_models
 
 TEXTS = [f"{text} {word}" for text, _ in ROWS for word in ("cat", "song", "goal of the band", "")]
 TEXTS = [text.strip() for text in TEXTS] + ["the " * 40]
 
 
-@contextlib.contextmanager
-def serving(registry: Registry, **limits):
-    """Serve in a thread, on a real socket; yields the base URL and the application."""
-    app = create_app(registry, Settings(**limits))
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        with within(30):
-            while not server.started:
-                time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", app
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def registry_of(folders: dict[str, Path], cache_bytes: int = 2**30) -> Registry:
-    registry = Registry(pick_machine("fp32"), cache_bytes)
-    for name, folder in folders.items():
-        registry.add(name, folder)
-    return registry
-
-
 @pytest.fixture(scope="module")
-def folders(backbone, tmp_path_factory) -> dict[str, Path]:
-    """A full model, two prefixes of different lengths, an ensemble, and one at the input."""
-    root = tmp_path_factory.mktemp("served")
-    files = make_files(root)
-    flags = {
-        "full": [],
-        "short": ["--prefix"],
-        "long": ["--prefix", "--pre_seq_len", "5", "--seed", "7"],
-        "several": ["--prefix", "--num_prefixes", "2"],
-        "input": ["--prefix", "--prefix_depth", "input"],
-    }
-    for name, given in flags.items():
-        assert train(backbone, files, root / "models" / name, *given) == 0
-    return {name: root / "models" / name for name in flags}
-
-
-@pytest.fixture(scope="module")
-def right(folders) -> dict[str, dict[str, np.ndarray]]:
+def right(served) -> dict[str, dict[str, np.ndarray]]:
     """The logits of `model.load`, which are main's, by model and text."""
     found = {}
-    for name, folder in folders.items():
+    for name, folder in served.items():
         logits = load(folder, "fp32").logits(rows_of(TEXTS, path="")).numpy()
         found[name] = dict(zip(TEXTS, logits, strict=True))
     return found
@@ -110,11 +60,11 @@ def flood(base: str, names: list[str], requests: int) -> list[tuple[str, list[st
 
 
 @pytest.mark.parametrize("cache_bytes", [2**30, 1])
-def test_every_answer_is_mains_however_requests_are_mixed(folders, right, cache_bytes):
+def test_every_answer_is_mains_however_requests_are_mixed(served, right, cache_bytes):
     """With a cache of one byte, every prefix is read again and again."""
-    registry = registry_of(folders, cache_bytes)
+    registry = registry_of(served, cache_bytes)
     with serving(registry, max_batch_tokens=64) as (base, app):
-        answers = flood(base, [*folders], 150)
+        answers = flood(base, [*served], 150)
     assert len(answers) == 150
     for name, texts, found in answers:
         for text, one in zip(texts, found, strict=True):
@@ -126,9 +76,9 @@ def test_every_answer_is_mains_however_requests_are_mixed(folders, right, cache_
     assert max(place for place, one in enumerate(sizes._buckets) if one.get()) > 2  # batches grew
 
 
-def test_the_interface_follows_vllm_and_text_embeddings_inference(folders):
-    names = {name: folders[name] for name in ("full", "short")}
-    wanted_data = load(folders["short"], "fp32")(["a small cat", "the band"])
+def test_the_interface_follows_vllm_and_text_embeddings_inference(served):
+    names = {name: served[name] for name in ("full", "short")}
+    wanted_data = load(served["short"], "fp32")(["a small cat", "the band"])
     with serving(registry_of(names)) as (base, _), httpx.Client(base_url=base) as client:
         body = {"model": "short", "input": ["a small cat", "the band"], "top_k": 2, "explain": True}
         answer = client.post("/v1/classify", json=body)
@@ -195,9 +145,9 @@ BAD = {
 }
 
 
-def test_bad_requests_get_a_clear_error(folders):
+def test_bad_requests_get_a_clear_error(served):
     """No status but the expected one, no path of the machine; afterwards all is well."""
-    folder = folders["short"]
+    folder = served["short"]
     limits = {"max_texts": 3, "max_characters": 50, "max_body": 1000, "api_key": "a secret word"}
     with serving(registry_of({"one": folder}), **limits) as (base, _):
         key = {"authorization": "Bearer a secret word", "content-type": "application/json"}
@@ -220,8 +170,8 @@ def test_bad_requests_get_a_clear_error(folders):
             assert httpx.get(f"{base}/", headers=wrong).status_code == 200
 
 
-def test_a_csv_file_gets_the_bytes_that_main_writes(folders, predict, tmp_path):
-    folder, texts = folders["short"], tmp_path / "texts.csv"
+def test_a_csv_file_gets_the_bytes_that_main_writes(served, predict, tmp_path):
+    folder, texts = served["short"], tmp_path / "texts.csv"
     write_csv(texts, [("=1+1", "a cat", "é"), ('"', "the, band", "x")], ("id", "text", "other"))
     assert predict(folder, "--test_file", str(texts))[0] == 0
     with serving(registry_of({"one": folder})) as (base, _):
@@ -229,83 +179,9 @@ def test_a_csv_file_gets_the_bytes_that_main_writes(folders, predict, tmp_path):
     assert answer.content == (tmp_path / "predicted" / "predictions.csv").read_bytes()
 
 
-class Slow:
-    """A backend that notes its batches and waits until it may go on."""
-
-    def __init__(self) -> None:
-        self.batches, self.go = [], threading.Event()
-
-    def prepare(self, model):
-        if model.name == "broken":
-            raise OSError("no such file")
-
-    def logits(self, token_ids, prepared):
-        self.batches.append(token_ids)
-        self.go.wait(20)
-        return [torch.tensor([[float(ids[0]), 0.0]]) for ids in token_ids]
-
-
-class Named:
-    """A model of a queue test."""
-
-    def __init__(self, name, backend):
-        self.name, self.backend, self.adapters, self.multi_label = name, backend, [], False
-
-
-@pytest.fixture
-def queue():
-    """A queue with one worker, which is busy with a first text."""
-    machine = pick_machine("fp32")
-    assert machine.streams == 1  # tests compute with one thread
-    backend, queue = Slow(), Batcher(machine, 8, 100, Metrics())
-    queue.start()
-    queue.submit(Named("first", backend), [[0, 0]])
-    with within(10):
-        while not backend.batches:
-            time.sleep(0.001)
-    yield queue, backend
-    backend.go.set()
-    queue.close()
-
-
-def test_a_model_that_floods_the_queue_does_not_starve_others(queue):
-    queue, backend = queue
-    flooding = queue.submit(Named("flood", backend), [[1, number] for number in range(60)])
-    other = queue.submit(Named("other", backend), [[2, 0]])
-    with pytest.raises(Full) as full:  # 61 wait, and 40 more are too many
-        queue.submit(Named("third", backend), [[3, 0]] * 40)
-    assert full.value.args[0] >= 1
-    backend.go.set()
-    assert other.future.result(20).tolist() == [[2, 0]]
-    flooding.future.result(20)
-    assert [2, 0] in backend.batches[1]  # the very next batch
-    assert all(len(batch) <= 4 for batch in backend.batches)  # of 2 tokens each, 8 in all
-
-
-def test_equal_texts_are_scored_once_and_those_of_clients_that_left_never(queue):
-    queue, backend = queue
-    model = Named("one", backend)
-    twice = [queue.submit(model, [[1, 1]]) for _ in range(2)]
-    left = queue.submit(model, [[9, 9]])
-    left.future.cancel()
-    broken = queue.submit(Named("broken", backend), [[5, 5]])
-    backend.go.set()
-    assert [job.future.result(20).tolist() for job in twice] == [[[1, 0]]] * 2
-    with pytest.raises(batching.Refused):
-        broken.future.result(20)
-    scored = [ids for batch in backend.batches for ids in batch]
-    assert scored.count([1, 1]) == 1 and [9, 9] not in scored and [5, 5] not in scored
-
-
-def test_texts_of_a_batch_have_similar_lengths():
-    rows = [("model", (0,) * length) for length in (3, 128, 5, 120, 10, 60, 19, 64)]
-    lengths = [[len(ids) for _, ids in part] for part in by_length(rows)]
-    assert lengths == [[128, 120], [64, 60, 19], [10, 5, 3]]
-
-
-def test_a_client_that_leaves_frees_its_place(folders):
+def test_a_client_that_leaves_frees_its_place(served):
     """It is noticed while its texts wait."""
-    with serving(registry_of({"one": folders["short"]})) as (base, app):
+    with serving(registry_of({"one": served["short"]})) as (base, app):
         engine = app.state.engine
         held, go = engine.batcher.score, threading.Event()
         engine.batcher.score = lambda batch, now: (go.wait(20), held(batch, now))
@@ -324,21 +200,21 @@ def test_a_client_that_leaves_frees_its_place(folders):
         assert httpx.post(f"{base}/v1/classify", json={"input": "a cat"}).status_code == 200
 
 
-def test_models_come_and_go_and_a_bad_folder_changes_nothing(folders, right, tmp_path):
+def test_models_come_and_go_and_a_bad_folder_changes_nothing(served, right, tmp_path):
     updates = tmp_path / "updates"
     for name in ("short", "several", "full"):
-        shutil.copytree(folders[name], updates / name)
+        shutil.copytree(served[name], updates / name)
     damaged, foreign = updates / "damaged", updates / "foreign"
-    shutil.copytree(folders["long"], damaged)
+    shutil.copytree(served["long"], damaged)
     weights = damaged / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    shutil.copytree(folders["long"], foreign)
+    shutil.copytree(served["long"], foreign)
     config = (foreign / "adapter_config.json").read_text()
-    base_name = folders["full"]  # a model of another name as its backbone
+    base_name = served["full"]  # a model of another name as its backbone
     (foreign / "adapter_config.json").write_text(
         config.replace('"base_model_name_or_path": "', f'"base_model_name_or_path": "{base_name}')
     )
-    registry = registry_of({"one": folders["short"]})
+    registry = registry_of({"one": served["short"]})
     with (
         serving(registry, updates_from=updates) as (base, _),
         httpx.Client(base_url=base) as client,
@@ -375,14 +251,14 @@ def test_models_come_and_go_and_a_bad_folder_changes_nothing(folders, right, tmp
         assert answer.status_code == 404
 
 
-def test_a_model_replaced_under_load_is_the_old_or_the_new_one(folders, right):
-    registry = registry_of({"one": folders["short"]})
+def test_a_model_replaced_under_load_is_the_old_or_the_new_one(served, right):
+    registry = registry_of({"one": served["short"]})
     stop = threading.Event()
 
     def replace():
         while not stop.is_set():
             for name in ("long", "short"):
-                registry.add("one", folders[name])
+                registry.add("one", served[name])
                 time.sleep(0.005)
 
     with serving(registry, max_batch_tokens=64) as (base, _):
@@ -404,12 +280,12 @@ def test_a_model_replaced_under_load_is_the_old_or_the_new_one(folders, right):
     assert seen == {"short", "long"}
 
 
-def test_a_folder_that_changed_is_refused_rather_than_served(folders, tmp_path):
+def test_a_folder_that_changed_is_refused_rather_than_served(served, tmp_path):
     """It is noticed when the prefix is read again; the old one is no longer on the disk."""
-    one = shutil.copytree(folders["short"], tmp_path / "one")
-    registry = registry_of({"one": one, "two": folders["long"]}, cache_bytes=1)
+    one = shutil.copytree(served["short"], tmp_path / "one")
+    registry = registry_of({"one": one, "two": served["long"]}, cache_bytes=1)
     with serving(registry) as (base, _), httpx.Client(base_url=base) as client:
-        shutil.copy(folders["long"] / "adapter_model.safetensors", one)
+        shutil.copy(served["long"] / "adapter_model.safetensors", one)
         for name, status in (("two", 200), ("one", 503), ("two", 200)):
             answer = client.post("/v1/classify", json={"model": name, "input": "a cat"})
             assert answer.status_code == status
@@ -419,25 +295,25 @@ def test_a_folder_that_changed_is_refused_rather_than_served(folders, tmp_path):
         )
 
 
-def test_models_are_found_in_folders_of_folders(folders):
-    found = find_models([str(folders["full"].parent)])
-    assert found == {name: folder.resolve() for name, folder in folders.items()}
+def test_models_are_found_in_folders_of_folders(served):
+    found = find_models([str(served["full"].parent)])
+    assert found == {name: folder.resolve() for name, folder in served.items()}
 
 
-def test_a_full_disk_fails_an_upload_and_nothing_else(folders, monkeypatch):
+def test_a_full_disk_fails_an_upload_and_nothing_else(served, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "/secret/place")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with serving(registry_of({"one": folders["short"]})) as (base, _):
+    with serving(registry_of({"one": served["short"]})) as (base, _):
         answer = httpx.post(f"{base}/v1/predict_csv", content=b"text\na cat\n")
         assert answer.status_code == 503 and "secret" not in answer.text
         assert httpx.post(f"{base}/v1/classify", json={"input": "a cat"}).status_code == 200
 
 
-def test_a_slow_body_is_cut_off(folders, monkeypatch):
+def test_a_slow_body_is_cut_off(served, monkeypatch):
     monkeypatch.setattr(guards, "BODY_SECONDS", 0.5)
-    with serving(registry_of({"one": folders["short"]})) as (base, _):
+    with serving(registry_of({"one": served["short"]})) as (base, _):
         host, port = base.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as slow:
             slow.sendall(
@@ -447,8 +323,8 @@ def test_a_slow_body_is_cut_off(folders, monkeypatch):
             assert slow.recv(1000).startswith(b"HTTP/1.1 408")
 
 
-def test_a_full_queue_answers_429(folders):
-    with serving(registry_of({"one": folders["short"]}), max_queue=4) as (base, _):
+def test_a_full_queue_answers_429(served):
+    with serving(registry_of({"one": served["short"]}), max_queue=4) as (base, _):
         answer = httpx.post(f"{base}/v1/classify", json={"input": ["a cat"] * 5})
         assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
         assert answer.json()["error"]["type"] == "overloaded"

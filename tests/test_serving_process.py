@@ -1,8 +1,6 @@
-"""The server as a process, and its page in a real browser."""
+"""The server as a process, its page in a real browser, and whatever its schema allows."""
 
 import contextlib
-import json
-import os
 import resource
 import shutil
 import signal
@@ -16,36 +14,26 @@ from pathlib import Path
 import httpx
 import pytest
 
-from conftest import ROOT, make_files, train, within
+from conftest import ROOT, registry_of, serving, within
 from script import serve
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WITHOUT_CHROMIUM = pytest.mark.skipif(
     not CHROMIUM, reason="no Chromium is installed (apt install chromium)"
 )
-
-
-@pytest.fixture(scope="module")
-def folders(backbone, tmp_path_factory) -> list[str]:
-    """Two prefixes on one backbone."""
-    root = tmp_path_factory.mktemp("served")
-    files, found = make_files(root), []
-    for seed in ("1", "2"):
-        found.append(str(root / f"seed{seed}"))
-        assert train(backbone, files, Path(found[-1]), "--prefix", "--seed", seed) == 0
-    return found
+OPEN_FILES = 200
+KEY = {"authorization": "Bearer correct-horse"}
 
 
 @contextlib.contextmanager
-def server(*argv: str, files: int | None = None):
-    """Start script.serve on a free port; yields the process and its address."""
-    limit = (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))) if files else None
+def server(*argv: str):
+    """Start script.serve with few open files; yields the process and its address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "script.serve", *argv, "--port", "0", "--precision", "fp32"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=limit,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES)),
     )
     try:
         with within(60):
@@ -60,31 +48,42 @@ def server(*argv: str, files: int | None = None):
         process.wait()
 
 
-def ask(base: str, text: str = "a cat", **options) -> httpx.Response:
-    body = {"model": "seed1", "input": text}
+def ask(base: str, **options) -> httpx.Response:
+    body = {"model": "short", "input": "a cat"}
     return httpx.post(f"{base}/v1/classify", json=body, timeout=30, **options)
 
 
-def test_it_starts_says_what_it_serves_and_ends_after_what_is_in_flight(folders, tmp_path):
+def test_a_process_survives_too_many_clients_and_ends_after_what_is_in_flight(served, tmp_path):
+    """Connections beyond the limit of open files wait; when others close, they are served."""
     key = tmp_path / "key"
     key.write_text("correct-horse\n")
-    with server(*folders, "--api_key_file", str(key), "--max_batch_tokens", "8") as found:
-        process, base = found
-        headers = {"authorization": "Bearer correct-horse"}
+    argv = [str(served["short"]), str(served["long"]), "--max_batch_tokens", "8"]
+    with server(*argv, "--api_key_file", str(key)) as (process, base):
+        host, port = base.removeprefix("http://").split(":")
         assert ask(base).status_code == 401
-        assert ask(base, headers=headers).json()["data"][0]["label"] in "012"
-        answers = []
-        body = {"model": "seed2", "input": [f"cat {'dog ' * n}" for n in range(1000)]}
+        idle = [socket.create_connection((host, int(port))) for _ in range(60)]
+        for one in idle:
+            one.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n")
+        assert ask(base, headers=KEY).json()["data"][0]["label"] in "012"
+        more = [socket.create_connection((host, int(port))) for _ in range(OPEN_FILES + 100)]
+        for one in [*idle, *more]:
+            one.close()
+        with within(30):
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    assert ask(base, headers=KEY).status_code == 200
+                    break
 
-        def slow():
-            answers.append(
-                httpx.post(f"{base}/v1/classify", json=body, headers=headers, timeout=60)
-            )
+        answers, body = [], {"model": "long", "input": [f"cat {'dog ' * n}" for n in range(1000)]}
 
-        thread = threading.Thread(target=slow)
+        def wait_for_many():
+            url = f"{base}/v1/classify"
+            answers.append(httpx.post(url, json=body, headers=KEY, timeout=60))
+
+        thread = threading.Thread(target=wait_for_many)
         thread.start()
         with within(30):
-            while "te_queue_size 0.0" in httpx.get(f"{base}/metrics", headers=headers).text:
+            while "te_queue_size 0.0" in httpx.get(f"{base}/metrics", headers=KEY).text:
                 time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) in (0, -signal.SIGTERM)
@@ -104,56 +103,30 @@ def test_it_starts_says_what_it_serves_and_ends_after_what_is_in_flight(folders,
 )
 def test_user_errors_are_one_line(argv, said, capsys):
     with pytest.raises(SystemExit) as end:
-        sys.exit(serve.main([*argv]))
+        sys.exit(serve.main(argv))
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
 
 
-def test_a_port_in_use_is_one_line(folders, capsys):
+def test_a_port_in_use_is_one_line(served, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert serve.main([*folders, "--port", port]) == 2
+        assert serve.main([str(served["short"]), "--port", port]) == 2
     assert "in use" in capsys.readouterr().err
 
 
-def test_slow_clients_and_too_many_of_them_do_not_stop_the_others(folders):
-    """Connections beyond the limit of open files wait; when others close, they are served."""
-    with server(*folders, files=200) as (_, base):
-        host, port = base.removeprefix("http://").split(":")
-        idle = [socket.create_connection((host, int(port))) for _ in range(60)]
-        for one in idle:
-            one.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n")
-        assert ask(base).status_code == 200
-        more = [socket.create_connection((host, int(port))) for _ in range(300)]
-        for one in [*idle, *more]:
-            one.close()
-        with within(30):
-            while True:
-                with contextlib.suppress(httpx.HTTPError):
-                    assert ask(base).status_code == 200
-                    break
-
-
-def test_kill_9_leaves_nothing_that_disturbs_the_next_start(folders):
-    before = {path: Path(path).stat().st_mtime_ns for path in folders}
-    with server(*folders) as (process, base):
-        process.send_signal(signal.SIGKILL)
-        with pytest.raises(httpx.HTTPError):
-            ask(base)
-    with server(*folders) as (_, base):
-        assert ask(base).status_code == 200
-    assert before == {path: Path(path).stat().st_mtime_ns for path in folders}
-
-
 @WITHOUT_CHROMIUM
-def test_the_page_classifies_compares_uploads_and_explains_errors(folders, tmp_path):
-    sync_api = pytest.importorskip("playwright.sync_api")
+def test_the_page_classifies_compares_uploads_and_explains_errors(served, tmp_path):
+    from playwright.sync_api import sync_playwright
+
     texts = tmp_path / "titles.csv"
     texts.write_text("title\na cat\nthe band\n")
-    with server(*folders) as (process, base), sync_api.sync_playwright() as play:
+    registry = registry_of({name: served[name] for name in ("short", "long")})
+    with contextlib.ExitStack() as running, sync_playwright() as play:
+        base, _ = running.enter_context(serving(registry))
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 390, "height": 844})
         problems = []
@@ -162,12 +135,12 @@ def test_the_page_classifies_compares_uploads_and_explains_errors(folders, tmp_p
         page.goto(base)
 
         # type, with the keyboard alone, and compare two models
-        page.get_by_label("seed1").wait_for()
+        page.get_by_label("short").wait_for()
         page.get_by_label("Texts, one per line").focus()
         page.keyboard.type("a cat\n<b>the</b> band")
         page.keyboard.press("Control+Enter")
         page.locator("article").nth(1).wait_for()
-        assert page.locator("article h3").all_inner_texts() == ["seed1", "seed2"] * 2
+        assert page.locator("article h3").all_inner_texts() == ["short", "long"] * 2
         assert page.locator("article h2").nth(1).inner_text() == "<b>the</b> band"  # not as HTML
         right = ask(base).json()["data"][0]
         shown = page.locator(".prediction").first.inner_text()
@@ -188,8 +161,7 @@ def test_the_page_classifies_compares_uploads_and_explains_errors(folders, tmp_p
         assert download.value.suggested_filename == "titles-predictions.csv"
         lines = download.value.path().read_text().splitlines()
         assert len(lines) == 3 and lines[0].startswith('"title","predicted","confidence"')
-        problems = [one for one in problems if "422" not in one]  # the browser logs the status
-        assert problems == []
+        assert [one for one in problems if "422" not in one] == []  # the browser logs the status
 
         # a slow answer shows that it waits; then the server is gone
         held = []
@@ -200,23 +172,19 @@ def test_the_page_classifies_compares_uploads_and_explains_errors(folders, tmp_p
             route.continue_()
         page.unroute("**/v1/classify")
         page.get_by_text("waiting").wait_for(state="hidden")
-        process.kill()
+        running.close()
         page.get_by_role("button", name="Classify", exact=True).click()
         page.get_by_text("The server does not answer").wait_for()
         browser.close()
 
 
-def test_the_interface_survives_a_fuzz_by_its_own_schema(folders, tmp_path):
-    """Schemathesis: no 5xx, only documented statuses and answers that fit the schema."""
-    command = Path(sys.executable).with_name("schemathesis")
-    with server(*folders, "--allow_updates", str(tmp_path)) as (_, base):
-        found = subprocess.run(
-            [command, "run", f"{base}/openapi.json", "--max-examples", "25", "--seed", "1",
-             "--phases", "examples,coverage,fuzzing",
-             "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,"
-             "response_schema_conformance"],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300,
-            env=os.environ | {"COLUMNS": "100"},
-        )  # fmt: skip
+def test_the_interface_survives_a_fuzz_by_its_own_schema(served, tmp_path):
+    """Schemathesis: no 5xx, only documented statuses, and answers that fit the schema."""
+    with serving(registry_of({"one": served["short"]}), updates_from=tmp_path) as (base, _):
+        command = [Path(sys.executable).with_name("schemathesis"), "run", f"{base}/openapi.json"]
+        command += ["--max-examples", "25", "--seed", "1", "--phases", "coverage,fuzzing"]
+        command += ["--checks", "not_a_server_error,status_code_conformance,"
+                    "content_type_conformance,response_schema_conformance"]  # fmt: skip
+        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert found.returncode == 0, found.stdout[-3000:]
-        assert json.loads(httpx.get(f"{base}/v1/models").text)["data"]
+        assert httpx.get(f"{base}/health").status_code == 200

@@ -1,0 +1,86 @@
+"""The queue of the server: turns, texts that are equal, clients that left, and lengths."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from conftest import within
+from runtime.machine import pick_machine
+from serving.batching import Batcher, Full, Refused, by_length
+from serving.metrics import Metrics
+
+
+class Slow:
+    """A backend that notes its batches and waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.batches, self.go = [], threading.Event()
+
+    def prepare(self, model):
+        if model.name == "broken":
+            raise OSError("no such file")
+
+    def logits(self, token_ids, prepared):
+        self.batches.append(token_ids)
+        self.go.wait(20)
+        return [torch.tensor([[float(ids[0]), 0.0]]) for ids in token_ids]
+
+
+class Named:
+    """A model of a queue test."""
+
+    def __init__(self, name, backend):
+        self.name, self.backend, self.adapters, self.multi_label = name, backend, [], False
+
+
+@pytest.fixture
+def queue():
+    """A queue with one worker, which is busy with a first text."""
+    machine = pick_machine("fp32")
+    assert machine.streams == 1  # tests compute with one thread
+    backend, queue = Slow(), Batcher(machine, 8, 100, Metrics())
+    queue.start()
+    queue.submit(Named("first", backend), [[0, 0]])
+    with within(10):
+        while not backend.batches:
+            time.sleep(0.001)
+    yield queue, backend
+    backend.go.set()
+    queue.close()
+
+
+def test_a_model_that_floods_the_queue_does_not_starve_others(queue):
+    queue, backend = queue
+    flooding = queue.submit(Named("flood", backend), [[1, number] for number in range(60)])
+    other = queue.submit(Named("other", backend), [[2, 0]])
+    with pytest.raises(Full) as full:  # 61 wait, and 40 more are too many
+        queue.submit(Named("third", backend), [[3, 0]] * 40)
+    assert full.value.args[0] >= 1
+    backend.go.set()
+    assert other.future.result(20).tolist() == [[2, 0]]
+    flooding.future.result(20)
+    assert [2, 0] in backend.batches[1]  # the very next batch
+    assert all(len(batch) <= 4 for batch in backend.batches)  # of 2 tokens each, 8 in all
+
+
+def test_equal_texts_are_scored_once_and_those_of_clients_that_left_never(queue):
+    queue, backend = queue
+    model = Named("one", backend)
+    twice = [queue.submit(model, [[1, 1]]) for _ in range(2)]
+    left = queue.submit(model, [[9, 9]])
+    left.future.cancel()
+    broken = queue.submit(Named("broken", backend), [[5, 5]])
+    backend.go.set()
+    assert [job.future.result(20).tolist() for job in twice] == [[[1, 0]]] * 2
+    with pytest.raises(Refused):
+        broken.future.result(20)
+    scored = [ids for batch in backend.batches for ids in batch]
+    assert scored.count([1, 1]) == 1 and [9, 9] not in scored and [5, 5] not in scored
+
+
+def test_texts_of_a_batch_have_similar_lengths():
+    rows = [("model", (0,) * length) for length in (3, 128, 5, 120, 10, 60, 19, 64)]
+    lengths = [[len(ids) for _, ids in part] for part in by_length(rows)]
+    assert lengths == [[128, 120], [64, 60, 19], [10, 5, 3]]
