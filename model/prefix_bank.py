@@ -99,8 +99,11 @@ class PrefixBank(nn.Module):
         )
         pooled = POOLINGS[self.config.pooling](outputs, attention_mask)
         weight, bias = self.classifier.weight[prefix_index], self.classifier.bias[prefix_index]
-        logits = torch.einsum("bcd,bd->bc", weight, self.dropout(pooled).float())
-        return SequenceClassifierOutput(logits=logits + bias)
+        return SequenceClassifierOutput(logits=self.head(self.dropout(pooled), weight, bias))
+
+    def head(self, pooled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Apply each row's head, [B, C, HD] and [B, C], to [B, HD]: logits [B, C]."""
+        return torch.einsum("bcd,bd->bc", weight, pooled.float()) + bias
 
     def average(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
@@ -128,7 +131,8 @@ class TunedPrefix:
     ) -> Self:
         """flat: [P, 2LHD]."""
         slots = flat.view(len(flat), config.num_hidden_layers, 2, config.num_attention_heads, -1)
-        return cls(slots.permute(1, 2, 3, 0, 4).contiguous(), weight, bias)
+        slots = slots.permute(1, 2, 3, 0, 4).clone(memory_format=torch.contiguous_format)
+        return cls(slots, weight.clone(), bias.clone())  # copies do not depend on the file
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +146,8 @@ class FrozenBank(PrefixBank):
     def __init__(self, bert: BertModel, config: BertConfig, tuned: list[TunedPrefix]) -> None:
         nn.Module.__init__(self)
         self.bert, self.config, self.dropout = bert, config, nn.Identity()
-        self.lengths = torch.tensor([one.slots.shape[3] for one in tuned])  # [K]
+        device = tuned[0].slots.device
+        self.lengths = torch.tensor([one.slots.shape[3] for one in tuned], device=device)  # [K]
         weight = pad_sequence([one.weight for one in tuned], batch_first=True)
         bias = pad_sequence([one.bias for one in tuned], batch_first=True, padding_value=UNKNOWN)
         self.classifier = Stacked(weight=weight, bias=bias)
@@ -160,6 +165,13 @@ class FrozenBank(PrefixBank):
 
     def slots(self, device: str) -> torch.Tensor:
         return self.ready
+
+    def head(self, pooled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Round as the head of a single prefix does: in bfloat16, its logits are bfloat16 too."""
+        dtype = self.ready.dtype
+        with torch.autocast(pooled.device.type, enabled=False):
+            pooled, weight, bias = (x.to(dtype).float() for x in (pooled, weight, bias))
+            return super().head(pooled, weight, bias).to(dtype)
 
 
 def place_rows(group: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from runtime.machine import pick_machine
+from runtime.machine import Machine, pick_machine
 from serving.app import create_app
 from serving.engine import Settings
 from serving.models import Model, Registry
@@ -30,8 +30,9 @@ def pipelines(folder: str, count: int) -> FastAPI:
     app, streams = FastAPI(), pick_machine("auto").streams
     threads = torch.get_num_threads() // streams
     pool = ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(threads,))
+    dtype = torch.bfloat16 if pick_machine("auto").precision == "bf16" else torch.float32
     pipes = [
-        pipeline("text-classification", model=folder, top_k=None, truncation=True)
+        pipeline("text-classification", model=folder, top_k=None, truncation=True, dtype=dtype)
         for _ in range(count)
     ]
 
@@ -46,8 +47,8 @@ def pipelines(folder: str, count: int) -> FastAPI:
 class LoraBackbone:
     """PEFT's batches of mixed adapters, in place of our mixed prefixes."""
 
-    def __init__(self, model, pad: int) -> None:
-        self.model, self.pad = model, pad
+    def __init__(self, model, pad: int, machine: Machine) -> None:
+        self.model, self.pad, self.machine = model, pad, machine
 
     def prepare(self, model: Model) -> str:
         """Return the adapter's name."""
@@ -61,8 +62,9 @@ class LoraBackbone:
         )
         lengths = torch.tensor([len(one) for one in token_ids])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        names = [f"m{name}" for name in prepared]
-        found = self.model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
+        names, bf16 = [f"m{name}" for name in prepared], self.machine.precision == "bf16"
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            found = self.model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
         return list(found.float()[:, None])
 
 
@@ -77,8 +79,9 @@ def lora(folder: str, count: int) -> FastAPI:
     for number in range(1, count):
         model.add_adapter(f"m{number}", config)
     # PEFT hooks the adapters of a batch into the model, so there is one batch at a time
-    registry = Registry(replace(pick_machine("fp32"), streams=1), 1)
-    backend = LoraBackbone(model.eval(), tokenizer.pad_token_id)
+    machine = replace(pick_machine("auto"), streams=1)
+    registry = Registry(machine, 1)
+    backend = LoraBackbone(model.eval(), tokenizer.pad_token_id, machine)
     labels = [base.config.id2label[number] for number in range(base.config.num_labels)]
     for name in map(str, range(count)):
         registry.models[name] = Model(

@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
         registry.add(name, folder)
     app = create_app(registry, settings)
     # Python looks for garbage in all objects, and the libraries have a million of them. That took
-    # four fifths of the main thread's time, in which no other could run. From now on they are left out.
+    # four fifths of the main thread's time, while no other thread could run. So leave these out.
     gc.collect()
     gc.freeze()
     own = sum(not model.adapters for model in registry.models.values())
@@ -155,6 +156,8 @@ def run(args: argparse.Namespace) -> None:
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         server_header=False,
     )
+    for one in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it again at its end
+        signal.signal(one, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listener])
     logger.info("stopped")
 
@@ -162,8 +165,7 @@ def run(args: argparse.Namespace) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Open the socket before models load, so that a port in use is reported at once."""
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family)
+        listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(BACKLOG)  # from now on connections wait instead of being refused

@@ -3,21 +3,18 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.staticfiles import StaticFiles
 
 from serving.endpoints import router
 from serving.engine import ApiError, Engine, Settings
 from serving.guards import Guards, error_body
 from serving.models import Registry
 
-PAGE = Path(__file__).parent / "page"
 KINDS = {404: "not_found", 408: "timeout", 413: "too_large"}  # of errors of the framework
 
 
@@ -39,7 +36,6 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
     for error, handler in HANDLERS.items():
         app.add_exception_handler(error, handler)
     app.include_router(router)
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
 
 

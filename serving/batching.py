@@ -21,6 +21,7 @@ from serving.models import Changed, Model
 
 logger = logging.getLogger(__name__)
 
+MOST_PREFIXES = 32  # of a batch, since it has a copy of each
 MOST_PADDING = 64  # tokens, about what another call of the model costs
 
 
@@ -29,18 +30,18 @@ class Full(Exception):
 
 
 class Refused(Exception):
-    """The model of a request cannot be used any more. Argument: why."""
+    """A request cannot be answered at all. Argument: why."""
 
 
 class Job:
     """The texts of one request; `future` gets their logits, float32 [N, C]."""
 
-    def __init__(self, model: Model, token_ids: list[list[int]]) -> None:
+    def __init__(self, model: Model, token_ids: list[list[int]], arrived: float) -> None:
         self.model, self.token_ids = model, token_ids
         self.future: Future[Tensor] = Future()
         self.logits: list[Tensor | None] = [None] * len(token_ids)
         self.missing = len(token_ids)
-        self.arrived = time.perf_counter()
+        self.arrived = arrived
         self.taken: float | None = None  # when the first text left the queue
         self.done: float | None = None
 
@@ -103,21 +104,28 @@ class Batcher:
         for worker in self.workers:
             worker.join()
 
-    def check_room(self, count: int) -> None:
-        """Raises: Full if there is no room for so many texts."""
-        if self.closed or self.size + count > self.max_queue:
+    def check_room(self, model: Model, count: int) -> None:
+        """Check that there is room for so many texts of a model.
+
+        A model may have as many texts in the queue as are still free, so others always find room
+        (Choudhury and Hahne 1998, "Dynamic queue length thresholds for shared-memory packet
+        switches"). Raises: Full; Refused if the server is stopping.
+        """
+        if self.closed:
+            raise Refused("the server is stopping")
+        if len(self.turns.get(model, ())) + count > self.max_queue - self.size:
             raise Full(max(1, round(self.size / self.speed)))
 
-    def submit(self, model: Model, token_ids: list[list[int]]) -> Job:
-        """Put a request's texts into the queue. Raises: Full if there is no room for all."""
-        job = Job(model, token_ids)
+    def submit(self, model: Model, token_ids: list[list[int]], arrived: float) -> Job:
+        """Put a request's texts into the queue. Raises: see `check_room`."""
+        job = Job(model, token_ids, arrived)
         with self.changed:
-            self.check_room(len(token_ids))
+            self.check_room(model, len(token_ids))
             waiting = self.turns.setdefault(model, deque())
             waiting.extend(Item(job, number) for number in range(len(token_ids)))
             self.size += len(token_ids)
             self.metrics.queue_size.set(self.size)
-            self.changed.notify()
+            self.changed.notify_all()  # a large request has work for all
         return job
 
     def take(self) -> list[Item]:
@@ -133,22 +141,26 @@ class Batcher:
                 self.changed.wait()
             backend = next(iter(self.turns)).backend
             batch: list[Item] = []
+            prefixes: dict[Model, int] = {}
             room = self.max_batch_tokens
             while room > 0 and (
                 models := [model for model in self.turns if model.backend is backend]
             ):
                 for model in models:
-                    waiting, share = self.turns[model], self.max_batch_tokens // 4
+                    waiting, share = self.turns[model], max(1, self.max_batch_tokens // 4)
+                    prefixes[model] = len(model.adapters)
                     while waiting and room > 0 and share > 0:
                         item = waiting.popleft()
                         self.size -= 1
-                        if not item.job.future.cancelled():  # else the client has gone
+                        if not item.job.future.done():  # else the client has gone, or it failed
                             batch.append(item)
                             room, share = room - item.cost, share - item.cost
                     if waiting:
                         self.turns.move_to_end(model)
                     else:
                         del self.turns[model]
+                    if sum(prefixes.values()) >= MOST_PREFIXES:
+                        room = 0
                     if room <= 0:
                         break
             self.metrics.queue_size.set(self.size)
@@ -161,7 +173,11 @@ class Batcher:
             batch = self.take()
             if batch:
                 began = time.perf_counter()
-                self.score(batch, began)
+                try:
+                    self.score(batch, began)
+                except Exception as error:  # a worker must not end
+                    logger.exception("a batch failed")
+                    fail(batch, error)
                 seconds = time.perf_counter() - began
                 self.speed += 0.05 * (len(batch) * len(self.workers) / seconds - self.speed)
             elif self.closed and not self.turns:
@@ -185,19 +201,16 @@ class Batcher:
                     logger.exception("model %s cannot be read", model.name)
                 refused[model] = Refused(f"the folder of model '{model.name}' has changed")
         for part in by_length([row for row in rows if row[0] in prepared]):
-            try:
-                found = backend.logits(
-                    [list(ids) for _, ids in part], [prepared[model] for model, _ in part]
-                )
-            except Exception as error:
-                logger.exception("a batch failed")
-                for row in part:
-                    fail(rows[row], error)
-                continue
+            found = backend.logits(
+                [list(ids) for _, ids in part], [prepared[model] for model, _ in part]
+            )
             for (model, ids), logits in zip(part, found, strict=True):
-                averaged = average(logits[:, None], model.multi_label)[0]
-                for item in rows[model, ids]:
-                    finish(item, averaged)
+                averaged = average(logits[:, None].float(), model.multi_label)[0]
+                if averaged.isfinite().all():
+                    for item in rows[model, ids]:
+                        finish(item, averaged)
+                else:
+                    refused[model] = Refused(f"model '{model.name}' has diverged: train it again")
         for model, error in refused.items():
             for row, items in rows.items():
                 if row[0] is model:

@@ -11,7 +11,6 @@ from dataset import CHUNK_ROWS, read_chunks
 from evaluation.predictions import added_columns, prediction_writer
 from model.predictions import Predictions
 from runtime.batches import TextRows
-from runtime.columns import DEFAULTS
 from runtime.files import UserError
 from runtime.flags import column_names
 from serving.models import Model
@@ -22,20 +21,21 @@ def predict_csv(
     model: Model,
     content: bytes,
     folder: Path,
-    columns: str,
+    columns: str | None,
     encoding: str,
 ) -> Path:
     """Predict each row; returns the file, in `folder`.
 
-    classify: rows -> logits [N, C]. columns: the text columns, separated by commas.
+    classify: rows -> logits [N, C]. columns: the text columns, separated by commas [the model's].
     Raises: UserError for a bad file, which it calls "the file"; OSError if it cannot be stored.
     """
     path, output = folder / "upload.csv", folder / "predictions.csv"
     path.write_bytes(content)
     try:
-        options = {"text_columns": split_names(columns), "encoding": encoding}
-        options |= {"delimiter": DEFAULTS["text_column_delimiter"], "labels_required": False}
-        options |= {"multi_label": model.multi_label}
+        names = split_names(columns) if columns else model.columns["text_column_names"]
+        options = {"text_columns": names, "encoding": check_encoding(encoding)}
+        options |= {"delimiter": model.columns["text_column_delimiter"]}
+        options |= {"labels_required": False, "multi_label": model.multi_label}
         chunks = read_chunks(path, size=CHUNK_ROWS, **options)
         first = next(chunks)
         if clash := set(first.columns).intersection(added_columns(model.labels)):
@@ -44,6 +44,8 @@ def predict_csv(
             for chunk in chain([first], chunks):
                 write(chunk.table, Predictions.of(classify(chunk), model.multi_label))
     except UserError as error:
+        if isinstance(error.__context__, OSError):  # of `prediction_writer`: the disk is full
+            raise error.__context__ from None
         raise UserError(str(error).replace(str(path), "the file")) from None
     return output
 
@@ -54,3 +56,12 @@ def split_names(columns: str) -> list[str]:
         return column_names(columns)
     except ArgumentTypeError as error:
         raise UserError(str(error)) from None
+
+
+def check_encoding(name: str) -> str:
+    """Return the name of an encoding of text. Raises: UserError if there is none of that name."""
+    try:
+        b"a".decode(name)
+    except (LookupError, ValueError):
+        raise UserError("there is no such csv_encoding") from None
+    return name

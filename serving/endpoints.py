@@ -20,10 +20,9 @@ from starlette.background import BackgroundTask
 from evaluation.importance import Words, word_importance
 from model.predictions import Predictions
 from runtime.files import UserError
-from serving.batching import Full, Job, Refused
+from serving.batching import Job
 from serving.csv_files import predict_csv
 from serving.engine import ApiError, Engine
-from serving.models import Model
 from serving.schemas import (
     ClassifyRequest,
     ClassifyResponse,
@@ -36,8 +35,8 @@ from serving.schemas import (
 
 logger = logging.getLogger(__name__)
 
+PAGE = Path(__file__).parent / "page"
 MOST_EXPLAINED = 32  # texts of a request, since each of their words is left out once
-PAIR = " [SEP] "  # joins two texts, as it joins two columns in training
 
 router = APIRouter()
 
@@ -66,7 +65,11 @@ async def classify(body: ClassifyRequest, request: Request, engine: Shared) -> R
     if body.explain and len(texts) > MOST_EXPLAINED:
         raise ApiError(413, f"explain: at most {MOST_EXPLAINED} texts", "batch_size")
     job = await engine.score(request, model, texts)
-    words = await explain(engine, model, texts) if body.explain else []
+    words: list[Words] = []
+    if body.explain:
+        words = await engine.in_thread(
+            request, model, lambda score: word_importance(score, texts, model.multi_label)
+        )
     found = Predictions.of(job.future.result(), model.multi_label)
     tokens = sum(map(len, job.token_ids))
     content = {
@@ -79,18 +82,6 @@ async def classify(body: ClassifyRequest, request: Request, engine: Shared) -> R
     }
     engine.finished("classify", began)
     return timed(content, job, began)
-
-
-async def explain(engine: Engine, model: Model, texts: list[str]) -> list[Words]:
-    """Return the importance of each word of each text. Raises: ApiError."""
-
-    def score(rows):
-        return engine.logits(model, rows)
-
-    try:
-        return await asyncio.to_thread(word_importance, score, texts, model.multi_label)
-    except (Full, Refused) as error:
-        raise ApiError.of(error) from None
 
 
 def classified(
@@ -135,7 +126,8 @@ async def predict(body: PredictRequest, request: Request, engine: Shared) -> Res
     rows = [[row] if isinstance(row, str) else row for row in rows]
     if any(len(row) not in (1, 2) for row in rows):
         raise ApiError(422, "each input is a text or a pair of texts", "validation")
-    job = await engine.score(request, model, [PAIR.join(row) for row in rows])
+    joined = [model.columns["text_column_delimiter"].join(row) for row in rows]
+    job = await engine.score(request, model, joined, body.truncate)
     logits = job.future.result()
     scores = logits.numpy()
     if not body.raw_scores:
@@ -175,27 +167,27 @@ async def classify_csv(
     request: Request,
     engine: Shared,
     model: str | None = None,
-    text_column_names: Annotated[str, Query(description="Separated by commas.")] = "text",
+    text_column_names: Annotated[
+        str | None, Query(description="Separated by commas; else those of the model.")
+    ] = None,
     csv_encoding: str = "utf-8",
 ) -> Response:
     """Label the rows of a CSV file, as `main.py --do_predict` does."""
     began = time.perf_counter()
     engine.metrics.requests.labels("predict_csv").inc()
     found, body = engine.find(model), await request.body()
-    folder = tempfile.TemporaryDirectory(prefix="predictions-")
-
-    def work() -> Path:
-        place, columns = Path(folder.name), (text_column_names, csv_encoding)
-        return predict_csv(lambda rows: engine.logits(found, rows), found, body, place, *columns)
-
+    folder = None
     try:
-        output = await asyncio.to_thread(work)
+        folder = tempfile.TemporaryDirectory(prefix="predictions-")
+        place, options = Path(folder.name), (text_column_names, csv_encoding)
+        output = await engine.in_thread(
+            request, found, lambda score: predict_csv(score, found, body, place, *options)
+        )
     except BaseException as error:
-        folder.cleanup()
+        if folder:
+            folder.cleanup()
         if isinstance(error, UserError):
             raise ApiError(422, str(error), "validation") from None
-        if isinstance(error, Full | Refused):
-            raise ApiError.of(error) from None
         if isinstance(error, OSError):
             logger.error("a CSV file could not be stored: %s", error)
             raise ApiError(503, "the server cannot store the file", "unavailable") from None
@@ -298,3 +290,21 @@ async def metrics(engine: Shared) -> Response:
     shown.cached_bytes.set(registry.prefixes.bytes)
     shown.reads.set(registry.prefixes.reads)
     return Response(generate_latest(shown.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+# ------------------------------------------------------------------ the page
+
+
+def page_file(path: str, name: str) -> None:
+    """Serve a file of the page."""
+    router.add_api_route(
+        path,
+        lambda: FileResponse(PAGE / name),
+        response_class=FileResponse,
+        include_in_schema=False,
+    )
+
+
+page_file("/", "index.html")
+page_file("/page.css", "page.css")
+page_file("/page.js", "page.js")

@@ -1,10 +1,13 @@
 """From texts to logits: checks, tokens, the queue, and clients that leave."""
 
 import asyncio
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from fastapi import Request
@@ -13,6 +16,12 @@ from runtime.batches import TextRows, tokenize
 from serving.batching import Batcher, Full, Job, Refused
 from serving.metrics import Metrics
 from serving.models import Model, Registry
+
+TOKENIZED = 128  # texts at a time
+WAITING = 8  # CSV files and explanations at a time; more of them wait
+
+Classify = Callable[[TextRows], torch.Tensor]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,11 @@ class ApiError(Exception):
         return cls(429, "too many texts are waiting: try again", "overloaded", error.args[0])
 
 
+def gone() -> ApiError:
+    """Return what ends the work for a client that has left; nobody reads it."""
+    return ApiError(499, "the client has gone", "gone")
+
+
 class Engine:
     """The models, the queue and the limits: all that endpoints need."""
 
@@ -54,6 +68,7 @@ class Engine:
             registry.machine, settings.max_batch_tokens, settings.max_queue, self.metrics
         )
         self.tokenizing = ThreadPoolExecutor(1, "tokenize")  # tokenizers are not thread-safe
+        self.waiting = ThreadPoolExecutor(WAITING, "wait")  # threads that wait for the queue
         self.loading = asyncio.Lock()  # one model at a time
 
     def find(self, name: str | None) -> Model:
@@ -70,10 +85,11 @@ class Engine:
     def check(self, texts: list[str]) -> None:
         """Check the texts of a request. Raises: ApiError."""
         limit = self.settings.max_characters
+        most = min(self.settings.max_texts, self.settings.max_queue)
         if not texts:
             raise ApiError(422, "there is no text", "validation")
-        if len(texts) > self.settings.max_texts:
-            message = f"more than {self.settings.max_texts} texts: send fewer at a time"
+        if len(texts) > most:
+            message = f"more than {most} texts: send fewer at a time"
             raise ApiError(413, message, "batch_size")
         for number, text in enumerate(texts):
             if not text.strip():
@@ -81,27 +97,35 @@ class Engine:
             if len(text) > limit:
                 message = f"text {number} has more than {limit:,} characters"
                 raise ApiError(413, message, "too_large")
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise ApiError(422, f"text {number} is not valid Unicode", "tokenization")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                message = f"text {number} is not valid Unicode"
+                raise ApiError(422, message, "tokenization") from None
 
-    def submit(self, model: Model, texts: list[str]) -> Job:
-        """Tokenize texts and put them into the queue; in the tokenizing thread. Raises: Full."""
-        self.batcher.check_room(len(texts))  # rather than tokenize in vain
-        return self.batcher.submit(model, tokenize(model.tokenizer, texts, model.max_seq_length)[0])
-
-    async def score(self, request: Request, model: Model, texts: list[str]) -> Job:
+    async def score(
+        self, request: Request, model: Model, texts: list[str], truncate: bool = True
+    ) -> Job:
         """Score texts, unless the client leaves; returns the finished job. Raises: ApiError."""
+        arrived = time.perf_counter()
         self.check(texts)
         loop = asyncio.get_running_loop()
         try:
-            job = await loop.run_in_executor(self.tokenizing, self.submit, model, texts)
+            self.batcher.check_room(model, len(texts))  # rather than tokenize in vain
+            token_ids: list[list[int]] = []
+            for part in parts(texts, TOKENIZED):  # in between it is the turn of other requests
+                ids, is_cut = await loop.run_in_executor(
+                    self.tokenizing, tokenize, model.tokenizer, part, model.max_seq_length
+                )
+                token_ids += ids
+                if any(is_cut) and not truncate:
+                    message = f"a text is longer than {model.max_seq_length} tokens"
+                    raise ApiError(422, message, "validation")
+            job = self.batcher.submit(model, token_ids, arrived)
             waiting = asyncio.wrap_future(job.future)
-            gone = asyncio.create_task(until_gone(request))
-            await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
-            gone.cancel()
-            if not waiting.done():
+            if not await first(waiting, request):
                 waiting.cancel()  # the workers leave it out
-                raise ApiError(499, "the client has gone", "gone")
+                raise gone()
             waiting.result()
         except (Full, Refused) as error:
             raise ApiError.of(error) from None
@@ -110,18 +134,42 @@ class Engine:
         self.metrics.inference.observe(job.inference_seconds)
         return job
 
-    def logits(self, model: Model, rows: TextRows) -> torch.Tensor:
-        """Score rows in a thread that may wait, a part at a time: float32 [N, C].
+    async def in_thread(
+        self, request: Request, model: Model, work: Callable[[Classify], Result]
+    ) -> Result:
+        """Call `work` in a thread, with a function that scores rows; end it if the client leaves.
 
-        Raises: Full or Refused.
+        The function waits for room in the queue. Raises: ApiError, and what `work` raises.
         """
-        found, texts = [], list(rows.texts)
-        for start in range(0, len(texts), self.settings.max_texts):
-            part = texts[start : start + self.settings.max_texts]
-            job = self.tokenizing.submit(self.submit, model, part).result()
-            found.append(job.future.result())
-            self.metrics.count_texts(model.name, len(part))
-        return torch.cat(found)
+        stop = threading.Event()
+
+        def classify(rows: TextRows) -> torch.Tensor:
+            """Return the logits, float32 [N, C], a part at a time."""
+            found = []
+            size = max(1, min(TOKENIZED, self.settings.max_queue // 4))  # leaves room for others
+            for part in parts(list(rows.texts), size):
+                arguments = model.tokenizer, part, model.max_seq_length
+                ids, _ = self.tokenizing.submit(tokenize, *arguments).result()
+                job = None
+                while job is None:
+                    if stop.is_set():
+                        raise gone()
+                    try:
+                        job = self.batcher.submit(model, ids, time.perf_counter())
+                    except Full:
+                        time.sleep(0.05)
+                found.append(job.future.result())
+                self.metrics.count_texts(model.name, len(part))
+            return torch.cat(found)
+
+        loop = asyncio.get_running_loop()
+        working = asyncio.ensure_future(loop.run_in_executor(self.waiting, work, classify))
+        if not await first(working, request):
+            stop.set()
+        try:
+            return await working
+        except Refused as error:
+            raise ApiError.of(error) from None
 
     def finished(self, method: str, began: float) -> None:
         """Count an answered request."""
@@ -129,7 +177,19 @@ class Engine:
         self.metrics.duration.observe(time.perf_counter() - began)
 
 
-async def until_gone(request: Request) -> None:
-    """Wait until the client closes the connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def first(future: asyncio.Future, request: Request) -> bool:
+    """Wait for a future or until the client leaves; returns whether the future is done."""
+
+    async def until_gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    leaving = asyncio.create_task(until_gone())
+    await asyncio.wait({future, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    leaving.cancel()
+    return future.done()
+
+
+def parts(texts: list[str], size: int) -> list[list[str]]:
+    """Cut texts into parts; the last one may be shorter."""
+    return [texts[start : start + size] for start in range(0, len(texts), size)]

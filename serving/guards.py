@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 PUBLIC = ("/", "/health", "/page.css", "/page.js")  # without a key: the page asks for it
 BODY_SECONDS = 30  # for a client to send its body
+MOST_BODIES = 16  # of the largest size, in memory at a time
 CLOSE = {"connection": "close"}  # rather than read the rest of the body
 
 POLICY = (  # nothing from elsewhere, no inline code
@@ -38,7 +39,7 @@ class Guards:
     """ASGI middleware: the key, the size of a body and its time, and headers for browsers."""
 
     def __init__(self, app: ASGIApp, max_body: int, api_key: str | None) -> None:
-        self.app, self.max_body = app, max_body
+        self.app, self.max_body, self.held = app, max_body, 0  # bytes of all bodies in memory
         self.expected = f"Bearer {api_key}".encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,6 +65,9 @@ class Guards:
                 text = f"the body took more than {BODY_SECONDS} s"
                 raise HTTPException(408, text, CLOSE) from None
             received += len(message.get("body", b""))
+            self.held += len(message.get("body", b""))
+            if self.held > MOST_BODIES * self.max_body:
+                raise HTTPException(503, "too many large requests at once: try again", CLOSE)
             if received > self.max_body:
                 text = f"the body has more than {self.max_body:,} bytes: send fewer texts at a time"
                 raise HTTPException(413, text, CLOSE)
@@ -78,4 +82,7 @@ class Guards:
             answer = JSONResponse(content, 401, {"www-authenticate": "Bearer"})
             await answer(scope, receive, send_guarded)
             return
-        await self.app(scope, receive_guarded, send_guarded)
+        try:
+            await self.app(scope, receive_guarded, send_guarded)
+        finally:
+            self.held -= received

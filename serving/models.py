@@ -6,16 +6,13 @@ a backbone of its own. Prefixes are small and may be many, so only those in use 
 P virtual tokens, L layers, H heads, D head size (HD the hidden size), C classes.
 """
 
-import os
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 from model import adapter
@@ -40,10 +37,15 @@ from model.source import (
 from model.start import check_backbone, read_model_config
 from model.tuning import TUNING
 from runtime.batches import Encoded
-from runtime.columns import is_member
+from runtime.columns import DEFAULTS, is_member, remembered_columns
 from runtime.files import UserError, read_json
 from runtime.machine import Machine
+from serving.prefixes import Adapter, Changed, PrefixCache, stamp_of
 
+OF_BACKBONE = (  # settings of a config that a prefix cannot choose
+    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
+    "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
+).split()
 SCORES = ("test_accuracy", "test_accuracy_unseen", "test_macro_f1", "test_loss", "test_ece")
 
 
@@ -55,79 +57,6 @@ class Results(TypedDict, total=False):
     test_macro_f1: float | None
     test_loss: float | None
     test_ece: float | None
-
-
-class Changed(Exception):
-    """A folder is not what it was when the model was loaded, so it cannot be read again."""
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """The adapter folder of one prefix; its weights are read when they are needed."""
-
-    folder: Path
-    config: BertConfig
-    stamp: tuple[int, ...]  # of the weights when the model was loaded
-
-    def read(self, dtype: torch.dtype) -> TunedPrefix:
-        """Read the weights. Raises: Changed or UserError if they are not those that were loaded."""
-        if stamp_of(self.folder) != self.stamp:
-            raise Changed
-        return self.read_first(dtype)
-
-    def read_first(self, dtype: torch.dtype) -> TunedPrefix:
-        """Read the weights for the first time."""
-        tensors = adapter.read(self.folder, TUNING["prefix"].shapes(self.config))
-        flat = tensors[adapter.PREFIX].to(dtype)
-        head = tensors["classifier.weight"], tensors["classifier.bias"]
-        return TunedPrefix.of(self.config, flat, *(one.clone() for one in head))
-
-
-def stamp_of(folder: Path) -> tuple[int, ...]:
-    """Return what changes if the weights in an adapter folder are replaced or written again."""
-    try:
-        found = os.stat(folder / adapter.WEIGHTS)
-    except OSError:
-        return ()
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
-
-
-class PrefixCache:
-    """The prefixes in memory: those that were used last, up to a number of bytes."""
-
-    def __init__(self, max_bytes: int, dtype: torch.dtype) -> None:
-        self.max_bytes, self.dtype, self.bytes, self.reads = max_bytes, dtype, 0, 0
-        self.found: OrderedDict[Adapter, TunedPrefix] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def get(self, one: Adapter) -> TunedPrefix:
-        """Return a prefix, from memory if possible. Raises: Changed or UserError."""
-        with self.lock:
-            if one in self.found:
-                self.found.move_to_end(one)
-                return self.found[one]
-        tuned = one.read(self.dtype)
-        self.put(one, tuned)
-        return tuned
-
-    def put(self, one: Adapter, tuned: TunedPrefix) -> None:
-        """Keep a prefix; those that were not used for longest leave."""
-        with self.lock:
-            if one not in self.found:
-                self.found[one] = tuned
-                self.bytes, self.reads = self.bytes + tuned.nbytes, self.reads + 1
-            while self.bytes > self.max_bytes and len(self.found) > 1:
-                self.bytes -= self.found.popitem(last=False)[1].nbytes
-
-    def retire(self, adapters: list[Adapter]) -> None:
-        """Let the prefixes of a model that is no longer served leave first.
-
-        Its last requests may still need them, and the folder may have changed.
-        """
-        with self.lock:
-            for one in adapters:
-                if one in self.found:
-                    self.found.move_to_end(one, last=False)
 
 
 class SharedBackbone:
@@ -205,6 +134,7 @@ class Model:
     created: int = 0  # seconds since 1970
     stored_bytes: int = 0
     scores: dict[str, float] = field(default_factory=dict)  # of its test
+    columns: dict[str, Any] = field(default_factory=lambda: DEFAULTS)  # that it was trained on
 
     def describe(self) -> dict[str, Any]:
         """Return the model's entry in /v1/models."""
@@ -217,6 +147,7 @@ class Model:
             "multi_label": self.multi_label,
             "method": self.title,
             "max_seq_length": self.max_seq_length,
+            "text_column_names": self.columns["text_column_names"],
             "stored_bytes": self.stored_bytes,
             "scores": self.scores,
         }
@@ -266,8 +197,7 @@ class Registry:
 
     def __init__(self, machine: Machine, cache_bytes: int) -> None:
         self.machine, self.models = machine, dict[str, Model]()
-        dtype = torch.bfloat16 if machine.precision == "bf16" else torch.float32
-        self.prefixes = PrefixCache(cache_bytes, dtype)
+        self.prefixes = PrefixCache(cache_bytes, machine)
         self.backbones: dict[tuple[Path, str], SharedBackbone] = {}
         self.locate, self.checksum = cache(locate), cache(backbone_sha256)
         self.tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
@@ -290,7 +220,8 @@ class Registry:
             return self.replace(self.open_whole(name, folder))
         backend, config = opened[0][:2]
         for other, other_config, *_ in opened[1:]:
-            if other is not backend or list_labels(other_config) != list_labels(config):
+            alike = (list_labels, lambda one: one.problem_type, lambda one: one.max_seq_length)
+            if other is not backend or any(of(other_config) != of(config) for of in alike):
                 raise UserError(f"the prefixes in {folder} do not belong together")
         title = TUNING["prefix"].title(config)
         title += f", {len(members)} averaged" * (len(members) > 1)
@@ -305,6 +236,7 @@ class Registry:
             backend=backend,
             adapters=[one for _, _, one, _ in opened],
             scores=read_scores(folder),
+            columns=DEFAULTS | remembered_columns(folder),
             **stored(members),
         )
         for _, _, one, tuned in opened:
@@ -343,18 +275,25 @@ class Registry:
         set_max_seq_length(config, method.virtual_tokens(config), None)
         key = (source.backbone.resolve(), config.pooling)
         if key not in self.backbones:
-            bert = method.build(source, config).requires_grad_(False).eval()
-            self.machine.place(bert)
+            built = method.build(source, config).requires_grad_(False).eval()
+            self.machine.place(built)
+            detach_from_files(built)
             self.backbones[key] = SharedBackbone(
-                source, config, bert.bert, self.machine, self.prefixes
+                source, config, built.bert, self.machine, self.prefixes
             )
-        one = Adapter(folder, config, stamp)
-        return self.backbones[key], config, one, one.read_first(self.prefixes.dtype)
+        backend, one = self.backbones[key], Adapter(folder, config, stamp)
+        for name in OF_BACKBONE:
+            if getattr(config, name) != getattr(backend.config, name):
+                raise UserError(f"{folder}/config.json: {name} differs from the backbone's")
+        try:
+            return backend, config, one, one.read(self.machine)
+        except Changed:
+            raise UserError(f"{folder} changed while it was read: load it again") from None
 
     def open_whole(self, name: str, folder: Path) -> Model:
         """Load a model that shares nothing."""
         classifier = Classifier.load(folder, self.machine.precision)
-        classifier.model.eval()
+        detach_from_files(classifier.model.eval())
         return Model(
             name=name,
             folder=folder,
@@ -365,6 +304,7 @@ class Registry:
             tokenizer=classifier.tokenizer,
             backend=OwnBackbone(classifier),
             scores=read_scores(folder),
+            columns=DEFAULTS | remembered_columns(folder),
             **stored([folder]),
         )
 
@@ -373,6 +313,12 @@ class Registry:
         if source.backbone not in self.tokenizers:
             self.tokenizers[source.backbone] = load_tokenizer(source, config)
         return self.tokenizers[source.backbone]
+
+
+def detach_from_files(model: nn.Module) -> None:
+    """Copy the weights, so that a change of the mapped file cannot change or stop the server."""
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
 
 
 def names_of(source: Source) -> set[str]:

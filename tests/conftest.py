@@ -267,9 +267,11 @@ def serving(registry, **limits):
         thread.join()
 
 
-def registry_of(folders: dict[str, Path], cache_bytes: int = 2**30) -> Registry:
+def registry_of(
+    folders: dict[str, Path], cache_bytes: int = 2**30, precision: str = "fp32"
+) -> Registry:
     """Load models to serve."""
-    registry = Registry(pick_machine("fp32"), cache_bytes)
+    registry = Registry(pick_machine(precision), cache_bytes)
     for name, folder in folders.items():
         registry.add(name, folder)
     return registry

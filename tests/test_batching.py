@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,10 @@ class Slow:
     def logits(self, token_ids, prepared):
         self.batches.append(token_ids)
         self.go.wait(20)
-        return [torch.tensor([[float(ids[0]), 0.0]]) for ids in token_ids]
+        if [6, 6] in token_ids:
+            raise RuntimeError("a bug")
+        scores = {7: float("nan")}
+        return [torch.tensor([[scores.get(ids[0], float(ids[0])), 0.0]]) for ids in token_ids]
 
 
 class Named:
@@ -35,6 +39,10 @@ class Named:
         self.name, self.backend, self.adapters, self.multi_label = name, backend, [], False
 
 
+def submit(queue, model, token_ids):
+    return queue.submit(model, token_ids, time.perf_counter())
+
+
 @pytest.fixture
 def queue():
     """A queue with one worker, which is busy with a first text."""
@@ -42,7 +50,7 @@ def queue():
     assert machine.streams == 1  # tests compute with one thread
     backend, queue = Slow(), Batcher(machine, 8, 100, Metrics())
     queue.start()
-    queue.submit(Named("first", backend), [[0, 0]])
+    submit(queue, Named("first", backend), [[0, 0]])
     with within(10):
         while not backend.batches:
             time.sleep(0.001)
@@ -53,11 +61,14 @@ def queue():
 
 def test_a_model_that_floods_the_queue_does_not_starve_others(queue):
     queue, backend = queue
-    flooding = queue.submit(Named("flood", backend), [[1, number] for number in range(60)])
-    other = queue.submit(Named("other", backend), [[2, 0]])
+    flood = Named("flood", backend)
+    flooding = submit(queue, flood, [[1, number] for number in range(60)])
+    other = submit(queue, Named("other", backend), [[2, 0]])
     with pytest.raises(Full) as full:  # 61 wait, and 40 more are too many
-        queue.submit(Named("third", backend), [[3, 0]] * 40)
+        submit(queue, Named("third", backend), [[3, 0]] * 40)
     assert full.value.args[0] >= 1
+    with pytest.raises(Full):  # a model may have no more texts than are still free
+        submit(queue, flood, [[1, 0]])
     backend.go.set()
     assert other.future.result(20).tolist() == [[2, 0]]
     flooding.future.result(20)
@@ -68,10 +79,10 @@ def test_a_model_that_floods_the_queue_does_not_starve_others(queue):
 def test_equal_texts_are_scored_once_and_those_of_clients_that_left_never(queue):
     queue, backend = queue
     model = Named("one", backend)
-    twice = [queue.submit(model, [[1, 1]]) for _ in range(2)]
-    left = queue.submit(model, [[9, 9]])
+    twice = [submit(queue, model, [[1, 1]]) for _ in range(2)]
+    left = submit(queue, model, [[9, 9]])
     left.future.cancel()
-    broken = queue.submit(Named("broken", backend), [[5, 5]])
+    broken = submit(queue, Named("broken", backend), [[5, 5]])
     backend.go.set()
     assert [job.future.result(20).tolist() for job in twice] == [[[1, 0]]] * 2
     with pytest.raises(Refused):
@@ -84,3 +95,36 @@ def test_texts_of_a_batch_have_similar_lengths():
     rows = [("model", (0,) * length) for length in (3, 128, 5, 120, 10, 60, 19, 64)]
     lengths = [[len(ids) for _, ids in part] for part in by_length(rows)]
     assert lengths == [[128, 120], [64, 60, 19], [10, 5, 3]]
+
+
+def test_a_batch_that_fails_and_numbers_that_are_not_finite_end_no_worker(queue):
+    queue, backend = queue
+    model = Named("one", backend)
+    backend.go.set()
+    with pytest.raises(RuntimeError):
+        submit(queue, model, [[6, 6]]).future.result(20)
+    with pytest.raises(Refused, match="diverged"):
+        submit(queue, model, [[7, 7]]).future.result(20)
+    assert submit(queue, model, [[1, 1]]).future.result(20).tolist() == [[1, 0]]
+
+
+def test_a_large_request_has_work_for_all_workers():
+    machine = replace(pick_machine("fp32"), streams=2)
+    backend, queue = Slow(), Batcher(machine, 8, 1000, Metrics())
+    queue.start()
+    job = submit(queue, Named("one", backend), [[1, number] for number in range(500)])
+    with within(10):
+        while len(backend.batches) < 2:  # none of them ends yet
+            time.sleep(0.001)
+    backend.go.set()
+    assert len(job.future.result(20)) == 500
+    queue.close()
+
+
+def test_the_smallest_batch_has_one_text():
+    backend, queue = Slow(), Batcher(pick_machine("fp32"), 1, 10, Metrics())
+    backend.go.set()
+    queue.start()
+    job = submit(queue, Named("one", backend), [[1, 1], [2, 2]])
+    assert job.future.result(20).tolist() == [[1, 0], [2, 0]]
+    queue.close()

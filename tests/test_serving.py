@@ -38,6 +38,10 @@ def logits_in(answer: list[dict]) -> np.ndarray:
     return np.array([one["score"] for one in sorted(answer, key=lambda one: one["label"])])
 
 
+def classify(base: str, texts: list[str]) -> httpx.Response:
+    return httpx.post(f"{base}/v1/classify", json={"input": texts}, timeout=30)
+
+
 def flood(base: str, names: list[str], requests: int) -> list[tuple[str, list[str], list]]:
     """Send many requests of mixed models at once; returns (model, texts, answers)."""
     draw = random.Random(0)
@@ -141,8 +145,18 @@ BAD = {
     "no column": ("/v1/predict_csv", b"title\na cat\n", 422, "the file has no column 'text'"),
     "open quote": ("/v1/predict_csv", b'text\n"a cat\n', 422, "the file"),
     "two columns": ("/v1/predict_csv", b"text,predicted\na,b\n", 422, "'predicted'"),
-    "nowhere": ("/v1/nothing", b"{}", 405, "Method Not Allowed"),
+    "nowhere": ("/v1/nothing", b"{}", 404, "Not Found"),
+    "cut": ("/predict", b'{"inputs": "%s", "truncate": false}' % (b"a " * 20), 422, "16 tokens"),
+    "an encoding": ("/v1/predict_csv?csv_encoding=a%00b", b"text\na cat\n", 422, "csv_encoding"),
 }
+
+
+def status_of(base: str, request: bytes) -> bytes:
+    """Send a request as it is, and return the status of the answer."""
+    host, port = base.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as client:
+        client.sendall(request + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        return client.recv(1000).split()[1]
 
 
 def test_bad_requests_get_a_clear_error(served):
@@ -164,7 +178,9 @@ def test_bad_requests_get_a_clear_error(served):
             answer = client.get("/v1/models", headers={"host": "evil.example"})
             assert answer.status_code == 400
             assert client.post("/v1/classify", json={"input": "a cat"}).status_code == 200
-            assert client.get("/page.js/../../app.py").status_code == 404
+            assert client.get("/v1/classify").status_code == 405
+            request = b"GET /page.js/../../app.py HTTP/1.1\r\nAuthorization: Bearer a secret word"
+            assert status_of(base, request) == b"404"
         for wrong in ({}, {"authorization": "Bearer a secret wore"}):
             assert httpx.get(f"{base}/v1/models", headers=wrong).status_code == 401
             assert httpx.get(f"{base}/", headers=wrong).status_code == 200
@@ -197,7 +213,7 @@ def test_a_client_that_leaves_frees_its_place(served):
             ):
                 time.sleep(0.01)  # fmt: skip
         go.set()
-        assert httpx.post(f"{base}/v1/classify", json={"input": "a cat"}).status_code == 200
+        assert classify(base, ["a cat"]).status_code == 200
 
 
 def test_models_come_and_go_and_a_bad_folder_changes_nothing(served, right, tmp_path):
@@ -251,20 +267,27 @@ def test_models_come_and_go_and_a_bad_folder_changes_nothing(served, right, tmp_
         assert answer.status_code == 404
 
 
-def test_a_model_replaced_under_load_is_the_old_or_the_new_one(served, right):
-    registry = registry_of({"one": served["short"]})
+def test_a_model_replaced_under_load_is_the_old_or_the_new_one(served, right, tmp_path):
+    """Its folder is replaced on the disk, as a new run does, and loaded again."""
+    folder = shutil.copytree(served["short"], tmp_path / "one")
+    registry = registry_of({"one": folder})
     stop = threading.Event()
 
-    def replace():
-        while not stop.is_set():
-            for name in ("long", "short"):
-                registry.add("one", served[name])
-                time.sleep(0.005)
+    def replace(base):
+        for number, name in enumerate(["long", "short"] * 1000):
+            if stop.is_set():
+                return
+            shutil.copytree(served[name], tmp_path / f"new{number}")
+            folder.rename(tmp_path / f"old{number}")
+            (tmp_path / f"new{number}").rename(folder)
+            body = {"name": "one", "path": "one"}
+            assert httpx.post(f"{base}/v1/load_adapter", json=body).status_code == 200
 
-    with serving(registry, max_batch_tokens=64) as (base, _):
-        thread = threading.Thread(target=replace)
+    limits = {"max_batch_tokens": 64, "updates_from": tmp_path}
+    with serving(registry, **limits) as (base, _):
+        thread = threading.Thread(target=replace, args=(base,))
         thread.start()
-        answers = flood(base, ["one"], 100)
+        answers = flood(base, ["one"], 150)
         stop.set()
         thread.join()
     seen = set()
@@ -308,7 +331,7 @@ def test_a_full_disk_fails_an_upload_and_nothing_else(served, monkeypatch):
     with serving(registry_of({"one": served["short"]})) as (base, _):
         answer = httpx.post(f"{base}/v1/predict_csv", content=b"text\na cat\n")
         assert answer.status_code == 503 and "secret" not in answer.text
-        assert httpx.post(f"{base}/v1/classify", json={"input": "a cat"}).status_code == 200
+        assert classify(base, ["a cat"]).status_code == 200
 
 
 def test_a_slow_body_is_cut_off(served, monkeypatch):
@@ -323,9 +346,58 @@ def test_a_slow_body_is_cut_off(served, monkeypatch):
             assert slow.recv(1000).startswith(b"HTTP/1.1 408")
 
 
-def test_a_full_queue_answers_429(served):
-    with serving(registry_of({"one": served["short"]}), max_queue=4) as (base, _):
-        answer = httpx.post(f"{base}/v1/classify", json={"input": ["a cat"] * 5})
-        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
-        assert answer.json()["error"]["type"] == "overloaded"
-        assert httpx.post(f"{base}/v1/classify", json={"input": ["a cat"] * 4}).status_code == 200
+def test_a_full_queue_answers_429_and_a_file_waits(served):
+    with serving(registry_of({"one": served["short"]}), max_queue=8) as (base, app):
+        engine = app.state.engine
+        content = "\n".join(["text", *(f"cat {row}" for row in range(30))])
+
+        def upload():
+            return httpx.post(f"{base}/v1/predict_csv", content=content, timeout=30)
+
+        held, go, taken = engine.batcher.score, threading.Event(), []
+        engine.batcher.score = lambda batch, now: (taken.append(1), go.wait(20), held(batch, now))
+        first = threading.Thread(target=classify, args=(base, ["a cat"]))
+        first.start()  # the only worker takes it, and waits
+        with within(10):
+            while not taken:
+                time.sleep(0.005)
+        answers = []
+        more = [threading.Thread(target=lambda: answers.append(classify(base, ["a dog"] * 4)))]
+        more += [threading.Thread(target=lambda: answers.append(upload()))]
+        for thread in more:
+            thread.start()
+            time.sleep(0.2)
+        refused = classify(base, ["a bird"] * 5)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "overloaded"
+        assert classify(base, ["a cat"] * 9).status_code == 413  # would never fit
+        go.set()
+        for thread in (first, *more):
+            thread.join()
+        assert sorted(len(answer.text.splitlines()) for answer in answers) == [1, 31]
+        assert [answer.status_code for answer in answers] == [200, 200]
+
+
+def test_predictions_in_bfloat16_are_mains(served):
+    with serving(registry_of(served, precision="bf16")) as (base, _):
+        for name, folder in served.items():
+            right = load(folder, "bf16")(TEXTS)
+            body = {"model": name, "input": TEXTS}
+            found = httpx.post(f"{base}/v1/classify", json=body).json()["data"]
+            assert [one["label"] for one in found] == [one["label"] for one in right]
+            for one, wanted in zip(found, right, strict=True):
+                assert one["confidence"] == pytest.approx(wanted["confidence"], abs=5e-3)
+
+
+def test_a_file_that_is_written_over_changes_no_answer(served, right, tmp_path):
+    """The weights are copies: a mapped file that shrinks would even end the process."""
+    folders = {name: shutil.copytree(served[name], tmp_path / name) for name in ("full", "short")}
+    with serving(registry_of(folders)) as (base, _):
+        for folder in folders.values():
+            for weights in folder.glob("*.safetensors"):
+                with open(weights, "r+b") as file:
+                    file.truncate(10)
+        for name in folders:
+            body = {"model": name, "inputs": TEXTS[0], "raw_scores": True}
+            found = httpx.post(f"{base}/predict", json=body).json()
+            np.testing.assert_allclose(logits_in(found), right[name][TEXTS[0]], atol=1e-5)

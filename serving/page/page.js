@@ -90,6 +90,13 @@ async function loadModels() {
   $("filter-label").hidden = models.length <= MOST_CHIPS;
   listModels();
   $("csv-model").replaceChildren(...models.map((one) => new Option(one.id)));
+  showColumns();
+}
+
+/** Suggest the columns that the chosen model was trained on. */
+function showColumns() {
+  const model = models.find((one) => one.id === $("csv-model").value);
+  if (model) $("columns").value = model.text_column_names.join(",");
 }
 
 function bars(one, labels) {
@@ -225,5 +232,6 @@ $("key-form").addEventListener("submit", (event) => {
   sessionStorage.setItem("key", $("key").value);
   loadModels();
 });
+$("csv-model").addEventListener("change", showColumns);
 $("filter").addEventListener("input", listModels);
 loadModels();

@@ -1,0 +1,92 @@
+"""The prefixes in memory. There may be many, so only those that were used last stay."""
+
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import BertConfig
+
+from model import adapter
+from model.prefix_bank import TunedPrefix
+from model.source import ADAPTER_CONFIG
+from model.tuning import TUNING
+from runtime.machine import Machine
+
+
+class Changed(Exception):
+    """A folder is not what it was when the model was loaded, so it cannot be read again."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """The adapter folder of one prefix; its weights are read when they are needed."""
+
+    folder: Path
+    config: BertConfig
+    stamp: list[tuple[int, ...]]  # of its files when the model was loaded
+
+    def read(self, machine: Machine) -> TunedPrefix:
+        """Read the weights. Raises: Changed or UserError if they are not those that were loaded."""
+        if stamp_of(self.folder) != self.stamp:
+            raise Changed
+        tensors = adapter.read(self.folder, TUNING["prefix"].shapes(self.config))
+        dtype = torch.bfloat16 if machine.precision == "bf16" else torch.float32
+        names = (adapter.PREFIX, "classifier.weight", "classifier.bias")
+        flat, *head = (tensors[name].to(machine.device) for name in names)
+        tuned = TunedPrefix.of(self.config, flat.to(dtype), *head)
+        if stamp_of(self.folder) != self.stamp:
+            raise Changed
+        return tuned
+
+
+def stamp_of(folder: Path) -> list[tuple[int, ...]]:
+    """Return what changes if a file of an adapter folder is replaced or written again."""
+    found = []
+    for name in (adapter.WEIGHTS, ADAPTER_CONFIG, "config.json"):
+        try:
+            one = os.stat(folder / name)
+            found.append((one.st_dev, one.st_ino, one.st_mtime_ns, one.st_size))
+        except OSError:
+            found.append(())
+    return found
+
+
+class PrefixCache:
+    """The prefixes in memory: those that were used last, up to a number of bytes."""
+
+    def __init__(self, max_bytes: int, machine: Machine) -> None:
+        self.max_bytes, self.machine, self.bytes, self.reads = max_bytes, machine, 0, 0
+        self.found: OrderedDict[Adapter, TunedPrefix] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, one: Adapter) -> TunedPrefix:
+        """Return a prefix, from memory if possible. Raises: Changed or UserError."""
+        with self.lock:
+            if one in self.found:
+                self.found.move_to_end(one)
+                return self.found[one]
+        tuned = one.read(self.machine)
+        self.put(one, tuned)
+        return tuned
+
+    def put(self, one: Adapter, tuned: TunedPrefix) -> None:
+        """Keep a prefix; those that were not used for longest leave."""
+        with self.lock:
+            if one not in self.found:
+                self.found[one] = tuned
+                self.bytes, self.reads = self.bytes + tuned.nbytes, self.reads + 1
+            while self.bytes > self.max_bytes and len(self.found) > 1:
+                self.bytes -= self.found.popitem(last=False)[1].nbytes
+
+    def retire(self, adapters: list[Adapter]) -> None:
+        """Let the prefixes of a model that is no longer served leave first.
+
+        Its last requests may still need them, and the folder may have changed.
+        """
+        with self.lock:
+            for one in adapters:
+                if one in self.found:
+                    self.found.move_to_end(one, last=False)
