@@ -41,7 +41,7 @@ MOST_EXPLAINED = 32  # texts of a request, since each of their words is left out
 router = APIRouter()
 
 
-def engine_of(request: Request) -> Engine:
+async def engine_of(request: Request) -> Engine:
     """Return what the endpoints share."""
     return request.app.state.engine
 

@@ -1,5 +1,7 @@
 """The prefixes in memory. There may be many, so only those that were used last stay."""
 
+import contextlib
+import ctypes
 import os
 import threading
 from collections import OrderedDict
@@ -14,6 +16,8 @@ from model.prefix_bank import TunedPrefix
 from model.source import ADAPTER_CONFIG
 from model.tuning import TUNING
 from runtime.machine import Machine
+
+READS_TO_TRIM = 200  # prefixes read until the heap is trimmed, which takes 30 ms
 
 
 class Changed(Exception):
@@ -54,6 +58,12 @@ def stamp_of(folder: Path) -> list[tuple[int, ...]]:
     return found
 
 
+def trim_heap() -> None:
+    """Return the gaps that prefixes left on the heap to the system, if the C library can."""
+    with contextlib.suppress(AttributeError):  # it is not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class PrefixCache:
     """The prefixes in memory: those that were used last, up to a number of bytes."""
 
@@ -74,12 +84,16 @@ class PrefixCache:
 
     def put(self, one: Adapter, tuned: TunedPrefix) -> None:
         """Keep a prefix; those that were not used for longest leave."""
+        trim = False
         with self.lock:
             if one not in self.found:
                 self.found[one] = tuned
                 self.bytes, self.reads = self.bytes + tuned.nbytes, self.reads + 1
+                trim = self.reads % READS_TO_TRIM == 0
             while self.bytes > self.max_bytes and len(self.found) > 1:
                 self.bytes -= self.found.popitem(last=False)[1].nbytes
+        if trim:
+            trim_heap()
 
     def retire(self, adapters: list[Adapter]) -> None:
         """Let the prefixes of a model that is no longer served leave first.
