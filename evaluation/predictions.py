@@ -25,11 +25,15 @@ def added_columns(names: list[str], reject_below: float = 0.0) -> list[str]:
 def check_columns(data: Data, reject_below: float = 0.0) -> None:
     """Check the files. Raises: UserError if one has a column that the predictions add."""
     for file in filter(None, (data.eval, data.test)):
-        if clash := set(file.columns).intersection(added_columns(data.names, reject_below)):
-            raise UserError(
-                f"{file.path} has a column '{min(clash)}', which the predictions would add: "
-                "rename it"
-            )
+        check_added(file.path, file.columns, data.names, reject_below)
+
+
+def check_added(path: str, columns: list[str], names: list[str], reject_below: float = 0.0) -> None:
+    """Check one file's columns. Raises: see `check_columns`."""
+    if clash := set(columns).intersection(added_columns(names, reject_below)):
+        raise UserError(
+            f"{path} has a column '{min(clash)}', which the predictions would add: rename it"
+        )
 
 
 @contextmanager

@@ -211,10 +211,9 @@ class Batcher:
                         finish(item, averaged)
                 else:
                     refused[model] = Refused(f"model '{model.name}' has diverged: train it again")
-        for model, error in refused.items():
-            for row, items in rows.items():
-                if row[0] is model:
-                    fail(items, error)
+        for (model, _), items in rows.items():
+            if model in refused:
+                fail(items, refused[model])
 
 
 def by_length(rows: list[tuple]) -> list[list[tuple]]:

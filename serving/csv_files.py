@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dataset import CHUNK_ROWS, read_chunks
-from evaluation.predictions import added_columns, prediction_writer
+from evaluation.predictions import check_added, prediction_writer
 from model.predictions import Predictions
 from runtime.batches import TextRows
 from runtime.files import UserError
@@ -38,8 +38,7 @@ def predict_csv(
         options |= {"labels_required": False, "multi_label": model.multi_label}
         chunks = read_chunks(path, size=CHUNK_ROWS, **options)
         first = next(chunks)
-        if clash := set(first.columns).intersection(added_columns(model.labels)):
-            raise UserError(f"the file has a column '{min(clash)}', which would be added")
+        check_added(str(path), first.columns, model.labels)
         with prediction_writer(output, first.columns, model.labels) as write:
             for chunk in chain([first], chunks):
                 write(chunk.table, Predictions.of(classify(chunk), model.multi_label))

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
@@ -46,7 +47,6 @@ OF_BACKBONE = (  # settings of a config that a prefix cannot choose
     "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
     "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
 ).split()
-SCORES = ("test_accuracy", "test_accuracy_unseen", "test_macro_f1", "test_loss", "test_ece")
 
 
 class Results(TypedDict, total=False):
@@ -111,11 +111,10 @@ def score(
     machine: Machine, module, token_ids: list[list[int]], pad: int, index: list[int] | None = None
 ) -> Tensor:
     """Score one batch: float32 [B, C], on the CPU. index: each row's prefix."""
-    rows = torch.arange(len(token_ids)).numpy()
-    numbers = None if index is None else torch.tensor(index).numpy()
-    return machine.logits(
-        module, Encoded(token_ids, rows, None, [], pad, prefix_index=numbers), rows
-    ).cpu()
+    rows = np.arange(len(token_ids))
+    prefix_index = None if index is None else np.array(index)
+    data = Encoded(token_ids, rows, None, [], pad, prefix_index)
+    return machine.logits(module, data, rows).cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +158,7 @@ def read_scores(folder: Path) -> dict[str, float]:
         results = read_json(folder / "all_results.json", Results)
     except UserError:
         return {}
-    return {name: results[name] for name in SCORES if results.get(name) is not None}
+    return {name: value for name, value in results.items() if value is not None}
 
 
 def is_model(folder: Path) -> bool:
@@ -235,9 +234,7 @@ class Registry:
             tokenizer=self.tokenizer(backend.source, config),
             backend=backend,
             adapters=[one for _, _, one, _ in opened],
-            scores=read_scores(folder),
-            columns=DEFAULTS | remembered_columns(folder),
-            **stored(members),
+            **stored(folder, members),
         )
         for _, _, one, tuned in opened:
             self.prefixes.put(one, tuned)
@@ -264,8 +261,7 @@ class Registry:
         """Open an adapter folder; None if it is not a prefix of depth `all`."""
         stamp = stamp_of(folder)
         base = read_json(folder / ADAPTER_CONFIG, AdapterSettings).get("base_model_name_or_path")
-        served = {name for one in self.backbones.values() for name in names_of(one.source)}
-        if not base or (known_backbone and base not in served):
+        if not base or (known_backbone and not self.is_served(base)):
             raise UserError(f"{folder} was tuned on a backbone that is not served: {base}")
         source = replace(self.locate(base), adapter=folder)
         config, method = read_model_config(source)
@@ -290,6 +286,14 @@ class Registry:
         except Changed:
             raise UserError(f"{folder} changed while it was read: load it again") from None
 
+    def is_served(self, backbone: str) -> bool:
+        """Whether models on a backbone of this name, or in this folder, are served."""
+        sources = [one.source for one in self.backbones.values()]
+        return any(
+            backbone in (one.name, str(one.backbone), str(one.backbone.resolve()))
+            for one in sources
+        )
+
     def open_whole(self, name: str, folder: Path) -> Model:
         """Load a model that shares nothing."""
         classifier = Classifier.load(folder, self.machine.precision)
@@ -303,9 +307,7 @@ class Registry:
             title=classifier.title,
             tokenizer=classifier.tokenizer,
             backend=OwnBackbone(classifier),
-            scores=read_scores(folder),
-            columns=DEFAULTS | remembered_columns(folder),
-            **stored([folder]),
+            **stored(folder, [folder]),
         )
 
     def tokenizer(self, source: Source, config: BertConfig) -> PreTrainedTokenizerBase:
@@ -321,16 +323,13 @@ def detach_from_files(model: nn.Module) -> None:
         weight.data = weight.data.clone()
 
 
-def names_of(source: Source) -> set[str]:
-    """Return the names by which adapters may refer to a backbone."""
-    return {source.name, str(source.backbone), str(source.backbone.resolve())}
-
-
-def stored(folders: list[Path]) -> dict[str, int]:
-    """Return when the weights in these folders were written, and their bytes."""
+def stored(folder: Path, members: list[Path]) -> dict[str, Any]:
+    """Return the fields of a `Model` that come from its folder; members: with weights."""
     names = (adapter.WEIGHTS, "model.safetensors")
-    files = [(one / name).stat() for one in folders for name in names if (one / name).is_file()]
+    files = [(one / name).stat() for one in members for name in names if (one / name).is_file()]
     return {
         "created": int(max(one.st_mtime for one in files)),
         "stored_bytes": sum(one.st_size for one in files),
+        "scores": read_scores(folder),
+        "columns": DEFAULTS | remembered_columns(folder),
     }
