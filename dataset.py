@@ -18,7 +18,7 @@ import pandas as pd
 from arguments import LABEL_SEPARATOR
 from runtime.batches import prefix_index
 from runtime.columns import sort_labels
-from runtime.csv_reader import canonical_label, read_tables, row_list, text_key
+from runtime.csv_reader import read_labels, read_tables, row_list, text_key
 from runtime.files import UserError
 
 logger = logging.getLogger(__name__)
@@ -313,37 +313,6 @@ def open_stream(
     if training_keys is not None:
         log_seen(path, rows, seen)
     return Stream(path, digest.hexdigest(), rows, chunk.columns, bool(first[True]), names, options)
-
-
-def read_labels(
-    path: str | Path,
-    table: pd.DataFrame,
-    rows: list[int],
-    column: str,
-    multi_label: bool,
-    required: bool,
-) -> list[list[str]] | None:
-    """Return the labels of each row, or None if they are missing and not required.
-
-    Raises: UserError for a row without a label (in multi-label data, a blank cell means that no
-        label applies).
-    """
-    if column not in table or (not required and not table[column].str.strip().any()):
-        return None
-    if multi_label:
-        cells = (cell.split(LABEL_SEPARATOR) if cell.strip() else [] for cell in table[column])
-        labels = [list(dict.fromkeys(canonical_label(part) for part in cell)) for cell in cells]
-    else:
-        labels = [[canonical_label(cell)] for cell in table[column]]
-    missing = [row for row, names in zip(rows, labels, strict=True) if "" in names]
-    if missing:
-        advice = "or, if a row may have several labels or none, pass "
-        advice += "--problem_type multi_label_classification"
-        if multi_label:
-            advice = f"or leave out the {LABEL_SEPARATOR} beside an empty label"
-        where = row_list(missing)
-        raise UserError(f"{path}: no '{column}' in {where}; fill it in, remove such rows, {advice}")
-    return labels
 
 
 def check_labels(

@@ -19,7 +19,7 @@ from model.source import (
     locate,
     sha256_of,
 )
-from model.tuning import TUNING, TuningMethod, count_parameters
+from model.tuning import TUNING, TuningMethod, method_of
 from runtime.files import UserError, read_json
 from runtime.training_state import WEIGHT
 
@@ -134,6 +134,27 @@ class Start:
     def save(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """Write the tuned model into an existing folder."""
         self.method.save(model, tokenizer, self.source, folder)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Count trainable, total and stored parameters; `..._without_head` leaves out the classifier.
+
+    As is customary, all word embeddings count as trainable if any are, although words that occur in
+    no training text keep their embeddings.
+    """
+    parameters, method = dict(model.named_parameters()), method_of(model.config)
+    counted = {
+        "trainable": {name: one for name, one in parameters.items() if one.requires_grad},
+        "total": parameters,
+        "stored": method.tensors(model),
+    }
+    counts = {}
+    for kind, tensors in counted.items():
+        sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+        head = sum(size for name, size in sizes.items() if method.is_head(name))
+        counts[f"{kind}_parameters"] = sum(sizes.values())
+        counts[f"{kind}_parameters_without_head"] = sum(sizes.values()) - head
+    return counts
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

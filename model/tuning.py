@@ -373,27 +373,6 @@ def method_of(config: BertConfig) -> TuningMethod:
     return TUNING[getattr(config, "tuning_method", "full")]
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Count trainable, total and stored parameters; `..._without_head` leaves out the classifier.
-
-    As is customary, all word embeddings count as trainable if any are, although words that occur in
-    no training text keep their embeddings.
-    """
-    parameters, method = dict(model.named_parameters()), method_of(model.config)
-    counted = {
-        "trainable": {name: one for name, one in parameters.items() if one.requires_grad},
-        "total": parameters,
-        "stored": method.tensors(model),
-    }
-    counts = {}
-    for kind, tensors in counted.items():
-        sizes = {name: tensor.numel() for name, tensor in tensors.items()}
-        head = sum(size for name, size in sizes.items() if method.is_head(name))
-        counts[f"{kind}_parameters"] = sum(sizes.values())
-        counts[f"{kind}_parameters_without_head"] = sum(sizes.values()) - head
-    return counts
-
-
 def put(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy tensors into the parameters of the same names."""
     with torch.no_grad():

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from tokenizers.normalizers import BertNormalizer
 
+from arguments import LABEL_SEPARATOR
 from runtime.files import UserError, check_regular
 
 NORMALIZER = BertNormalizer(lowercase=True)
@@ -232,3 +233,34 @@ def row_list(rows: np.ndarray | list[int], shown: int = 5) -> str:
         return f"row {rows[0]}"
     dots = ", ..." if len(rows) > shown else ""
     return f"{len(rows)} rows ({', '.join(map(str, rows[:shown]))}{dots})"
+
+
+def read_labels(
+    path: str | Path,
+    table: pd.DataFrame,
+    rows: list[int],
+    column: str,
+    multi_label: bool,
+    required: bool,
+) -> list[list[str]] | None:
+    """Return the labels of each row, or None if they are missing and not required.
+
+    Raises: UserError for a row without a label (in multi-label data, a blank cell means that no
+        label applies).
+    """
+    if column not in table or (not required and not table[column].str.strip().any()):
+        return None
+    if multi_label:
+        cells = (cell.split(LABEL_SEPARATOR) if cell.strip() else [] for cell in table[column])
+        labels = [list(dict.fromkeys(canonical_label(part) for part in cell)) for cell in cells]
+    else:
+        labels = [[canonical_label(cell)] for cell in table[column]]
+    missing = [row for row, names in zip(rows, labels, strict=True) if "" in names]
+    if missing:
+        advice = "or, if a row may have several labels or none, pass "
+        advice += "--problem_type multi_label_classification"
+        if multi_label:
+            advice = f"or leave out the {LABEL_SEPARATOR} beside an empty label"
+        where = row_list(missing)
+        raise UserError(f"{path}: no '{column}' in {where}; fill it in, remove such rows, {advice}")
+    return labels

@@ -1,8 +1,10 @@
 """The kinds of values that command-line flags take, and a parser with short errors."""
 
 import argparse
+import codecs
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -53,6 +55,17 @@ def column_names(text: str) -> list[str]:
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"'{text}' names a column twice")
     return found
+
+
+def encoding(text: str) -> str:
+    """Check that Python can read files in an encoding."""
+    found = None
+    with suppress(LookupError, UnicodeError):  # punycode, for one, cannot be read piece by piece
+        pieces = (bytes([byte]) for byte in "a,\n".encode(text))
+        found = "".join(codecs.iterdecode(pieces, text))
+    if found != "a,\n":
+        raise argparse.ArgumentTypeError(f"Python cannot read files in '{text}'")
+    return text
 
 
 def contains(folder: str, other: str) -> bool:

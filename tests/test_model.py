@@ -15,8 +15,8 @@ from model import prefix_encoder
 from model.loading import load_tokenizer
 from model.sequence_classification import classification_loss
 from model.source import locate
-from model.start import read_model_config
-from model.tuning import TUNING, count_parameters, method_of
+from model.start import count_parameters, read_model_config
+from model.tuning import TUNING, method_of
 from runtime.files import UserError
 
 LAYERS, HEADS, HIDDEN, CLASSES, PREFIX = 2, 2, 16, 3, 5
