@@ -60,7 +60,7 @@ def column_names(text: str) -> list[str]:
 def encoding(text: str) -> str:
     """Check that Python can read files in an encoding."""
     found = None
-    with suppress(LookupError, UnicodeError):  # punycode, for one, cannot be read piece by piece
+    with suppress(LookupError, ValueError):  # punycode, for one, cannot be read piece by piece
         pieces = (bytes([byte]) for byte in "a,\n".encode(text))
         found = "".join(codecs.iterdecode(pieces, text))
     if found != "a,\n":

@@ -4,6 +4,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from evaluation.predictions import check_added, prediction_writer
 from model.predictions import Predictions
 from runtime.batches import TextRows
 from runtime.files import UserError
-from runtime.flags import column_names
+from runtime.flags import column_names, encoding
 from serving.models import Model
 
 
@@ -22,7 +23,7 @@ def predict_csv(
     content: bytes,
     folder: Path,
     columns: str | None,
-    encoding: str,
+    csv_encoding: str,
 ) -> Path:
     """Predict each row; returns the file, in `folder`.
 
@@ -32,9 +33,11 @@ def predict_csv(
     path, output = folder / "upload.csv", folder / "predictions.csv"
     path.write_bytes(content)
     try:
-        names = split_names(columns) if columns else model.columns["text_column_names"]
-        options = {"text_columns": names, "encoding": check_encoding(encoding)}
-        options |= {"delimiter": model.columns["text_column_delimiter"]}
+        names = model.columns["text_column_names"]
+        if columns:
+            names = checked(column_names, "text_column_names", columns)
+        options = {"text_columns": names, "delimiter": model.columns["text_column_delimiter"]}
+        options |= {"encoding": checked(encoding, "csv_encoding", csv_encoding)}
         options |= {"labels_required": False, "multi_label": model.multi_label}
         chunks = read_chunks(path, size=CHUNK_ROWS, **options)
         first = next(chunks)
@@ -49,18 +52,9 @@ def predict_csv(
     return output
 
 
-def split_names(columns: str) -> list[str]:
-    """Split column names at the commas. Raises: UserError if one is empty or there twice."""
+def checked(kind: Callable[[str], Any], name: str, text: str) -> Any:
+    """Convert a parameter as the command line converts the flag. Raises: UserError."""
     try:
-        return column_names(columns)
+        return kind(text)
     except ArgumentTypeError as error:
-        raise UserError(str(error)) from None
-
-
-def check_encoding(name: str) -> str:
-    """Return the name of an encoding of text. Raises: UserError if there is none of that name."""
-    try:
-        b"a".decode(name)
-    except (LookupError, ValueError):
-        raise UserError("there is no such csv_encoding") from None
-    return name
+        raise UserError(f"{name}: {error}") from None
