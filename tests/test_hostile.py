@@ -217,8 +217,12 @@ SPECIAL = {
 
 
 def hostile(name: str, fields: list[str]) -> list[dict]:
-    """List changes to a JSON file; a change to None removes the field."""
-    wrong = [{field: value} for field in fields for value in WRONG]
+    """List changes to a JSON file; a change to None removes the field.
+
+    Each field gets a quarter of the wrong values, its neighbours another quarter: a prediction
+    with each would take a fifth of the time of all tests.
+    """
+    wrong = [{name: value} for n, name in enumerate(fields) for value in WRONG[n % 4 :: 4]]
     return wrong + SPECIAL.get(name, [])
 
 

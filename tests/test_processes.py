@@ -46,7 +46,7 @@ def losses(folder) -> np.ndarray:
     return np.array([one.get("loss", one.get("eval_loss")) for one in map(json.loads, lines)])
 
 
-@pytest.mark.parametrize("flags", [(), ("--prefix",), ("--prefix", "--num_prefixes", "3")])
+@pytest.mark.parametrize("flags", [(), ("--prefix", "--num_prefixes", "3")])
 def test_two_processes_learn_the_same_as_one(command, tmp_path, flags):
     flags += ("--pre_seq_len", "3") if "--prefix" in flags else ()
     flags += ("--hidden_dropout_prob", "0")  # its masks differ
@@ -81,8 +81,6 @@ def test_a_stopped_group_resumes_to_the_same_bytes(command, tmp_path):
     assert list(staging.glob("checkpoint-*")) and not (tmp_path / "out" / "run.json").exists()
     call(command("out", *flags, "--resume_from_checkpoint", "auto"))
     assert comparable(tmp_path / "out") == comparable(tmp_path / "whole")
-    again = call(command("out", *flags, "--resume_from_checkpoint", "auto"))
-    assert "this run has already finished" in again.stderr
     other = call(command("out", *flags, "--resume_from_checkpoint", "auto", processes=1), status=2)
     assert "error:" in other.stderr
 

@@ -194,10 +194,8 @@ def test_closed_streams_and_lone_variables_are_no_traceback(run, tmp_path, files
         )
         return done.returncode, done.stderr
 
-    status, said = shell(f"{call} --output_dir {tmp_path / 'closed'} <&- >&-")
-    assert status == 0 and "Traceback" not in said
-    assert (tmp_path / "closed" / "predictions.csv").exists()
-    assert shell(f"{call} --output_dir {tmp_path / 'silent'} >&- 2>&-") == (0, "")
+    assert shell(f"{call} --output_dir {tmp_path / 'silent'} <&- >&- 2>&-") == (0, "")
+    assert (tmp_path / "silent" / "predictions.csv").exists()
     said = one_line(shell(f"{call} --output_dir {tmp_path / 'alone'}", WORLD_SIZE="2"))
     assert "start several processes with torchrun" in said
     said = one_line(shell(f"{call} --output_dir {tmp_path / 'x'} --csv_encoding punycode"))
@@ -327,12 +325,19 @@ OPTIONAL = {"tensorboard", "datasets", "nbformat"}
 
 def test_openmp_threads_do_not_spin_for_long():
     """Defect 24, first remedy: set before torch loads, unless the user has set it."""
-    code = "import os, main; print(os.environ['GOMP_SPINCOUNT'])"
+    code = """
+import os, sys
+sys.modules["torch"] = None  # cannot be imported
+try:
+    import main
+except ImportError:
+    print(os.environ["GOMP_SPINCOUNT"])
+"""
     for given, expected in ((None, "5000"), ("7", "7")):
         env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
         env |= {"GOMP_SPINCOUNT": given} if given else {}
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
-        assert done.stdout.decode().strip() == expected, done.stderr
+        assert done.stdout.decode().split() == [expected], done.stderr
 
 
 def test_a_container_with_few_cores_gets_few_threads(tmp_path, monkeypatch):
