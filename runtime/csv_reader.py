@@ -1,4 +1,7 @@
-"""Read CSV files as text, strictly: a malformed file is rejected with row and line, not misread."""
+"""Read CSV files as text, strictly: a malformed file is rejected with row and line, not misread.
+
+Also what a cell means: when two texts are the same, and which labels a row has.
+"""
 
 import csv
 import hashlib
@@ -54,6 +57,26 @@ class HashedFile(io.FileIO):
         return count
 
 
+class Lines:
+    """The lines of a file, each repaired by `fix`; `last` is the newest one as it was."""
+
+    def __init__(self, file: TextIO, fix: Callable[[str], str]) -> None:
+        self.file, self.fix, self.last = file, fix, ""
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self.file:
+            self.last = line
+            yield self.fix(line)
+
+
+def header_end(path: str | Path, codec: str, fix_line: Callable[[str], str], delimiter: str) -> str:
+    """Return the characters that end the header's line: a line feed, a carriage return or both."""
+    with open(path, encoding=codec, newline="") as file:
+        lines = Lines(file, fix_line)
+        next(filter(None, csv.reader(lines, strict=True, delimiter=delimiter)), None)
+    return lines.last[len(lines.last.rstrip("\r\n")) :]
+
+
 def read_rows(
     path: str | Path,
     encoding: str = "utf-8",
@@ -77,21 +100,13 @@ def read_rows(
     csv.field_size_limit(2**31 - 1)
     # The "-sig" codec also accepts a file without the byte order mark.
     codec = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-    line, last = 1, ""
-
-    def lines(file: TextIO) -> Iterator[str]:
-        nonlocal last
-        for last in file:
-            yield fix_line(last)
-
+    line = 1
     try:
-        with open(path, encoding=codec, newline="") as file:
-            # afterwards `last` ends the header
-            next(filter(None, csv.reader(lines(file), strict=True, delimiter=delimiter)), None)
-        end = last[len(last.rstrip("\r\n")) :]
+        end = header_end(path, codec, fix_line, delimiter)
         raw = io.BufferedReader(HashedFile(path, digest))
         with io.TextIOWrapper(raw, codec, newline="" if end == "\r" else "\n") as file:
-            reader = csv.reader(lines(file), strict=True, delimiter=delimiter)
+            lines = Lines(file, fix_line)
+            reader = csv.reader(lines, strict=True, delimiter=delimiter)
             header = next(filter(None, reader), None)
             check_header(path, header)
             yield header
@@ -102,7 +117,7 @@ def read_rows(
                 if row:
                     number += 1
                     place = f"{path}, row {number} (line {line})"
-                    bare_return = end == "\n" and last.endswith(("\r\n", "\r"))
+                    bare_return = end == "\n" and lines.last.endswith(("\r\n", "\r"))
                     check_row(place, row, header, bare_return, delimiter)
                     yield row
                 line = reader.line_num + 1

@@ -222,7 +222,7 @@ def hostile(name: str, fields: list[str]) -> list[dict]:
     Each field gets a quarter of the wrong values, its neighbours another quarter: a prediction
     with each would take a fifth of the time of all tests.
     """
-    wrong = [{name: value} for n, name in enumerate(fields) for value in WRONG[n % 4 :: 4]]
+    wrong = [{field: value} for n, field in enumerate(fields) for value in WRONG[n % 4 :: 4]]
     return wrong + SPECIAL.get(name, [])
 
 

@@ -81,6 +81,8 @@ def test_a_stopped_group_resumes_to_the_same_bytes(command, tmp_path):
     assert list(staging.glob("checkpoint-*")) and not (tmp_path / "out" / "run.json").exists()
     call(command("out", *flags, "--resume_from_checkpoint", "auto"))
     assert comparable(tmp_path / "out") == comparable(tmp_path / "whole")
+    again = call(command("out", *flags, "--resume_from_checkpoint", "auto"))
+    assert "this run has already finished" in again.stderr
     other = call(command("out", *flags, "--resume_from_checkpoint", "auto", processes=1), status=2)
     assert "error:" in other.stderr
 

@@ -22,7 +22,7 @@ from runtime.training_state import MOMENTS
 from test_main import ADAPTER, FULL, RESULTS, hashes, load
 
 RESUMED = {
-    "full, dropout": ("--hidden_dropout_prob", "0.2"),
+    "full, bf16": ("--hidden_dropout_prob", "0.2", "--precision", "bf16"),
     "accumulation": ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
     "prefix": ("--prefix", "--attention_probs_dropout_prob", "0.1"),
     "prefix, bf16": ("--prefix", "--precision", "bf16"),
@@ -40,6 +40,8 @@ RESUMED = {
         "0.1",
         "--load_best_model_at_end",
         "False",
+        "--class_weights",
+        "balanced",
     ),
     "no evaluation": ("--eval_strategy", "no"),
     "checkpointing": ("--prefix", "--gradient_checkpointing", "--hidden_dropout_prob", "0.1"),

@@ -118,11 +118,12 @@ def test_the_benchmark_measures_all_contenders(tmp_path, capsys, monkeypatch):
     rows = [(f"some text of number {i}", i % 2) for i in range(160)]
     path = write_csv(tmp_path / "a.csv", rows)
     flags = ["--data", path, "--steps", "2", "--texts", "16", "--rounds", "1", "--output_dir"]
-    flags += [str(tmp_path / "out"), "--only", "20", "pipeline", "ours, full"]
+    flags += [str(tmp_path / "out"), "--only", "by length", "20", "pipeline", "ours, full"]
     monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
     benchmark.main()
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
-    assert found["tuning"].keys() == {"PEFT prefix 20", "ours, full", "ours, prefix 20"}
+    peers = {"HF Trainer, bf16, by length", "PEFT prefix 20"}
+    assert found["tuning"].keys() == peers | {"ours, full", "ours, prefix 20"}
     assert found["scoring distinct texts"].keys() == {"HF pipeline", "ours, full"}
     for one in (*found["tuning"].values(), *found["scoring distinct texts"].values()):
         assert min(one["rate"], one["peak_memory_bytes"], one["start_up"]) > 0

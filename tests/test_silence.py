@@ -194,8 +194,10 @@ def test_closed_streams_and_lone_variables_are_no_traceback(run, tmp_path, files
         )
         return done.returncode, done.stderr
 
-    assert shell(f"{call} --output_dir {tmp_path / 'silent'} <&- >&- 2>&-") == (0, "")
-    assert (tmp_path / "silent" / "predictions.csv").exists()
+    status, said = shell(f"{call} --output_dir {tmp_path / 'closed'} <&- >&-")
+    assert status == 0 and "Traceback" not in said
+    assert (tmp_path / "closed" / "predictions.csv").exists()
+    assert shell(f"{call} --output_dir {tmp_path / 'silent'} >&- 2>&-") == (0, "")
     said = one_line(shell(f"{call} --output_dir {tmp_path / 'alone'}", WORLD_SIZE="2"))
     assert "start several processes with torchrun" in said
     said = one_line(shell(f"{call} --output_dir {tmp_path / 'x'} --csv_encoding punycode"))
