@@ -1,9 +1,11 @@
-"""Compare this project's speed and memory with HF Trainer, PEFT and pipeline on this machine.
+"""Compare this project's speed and memory with its rivals' on this machine.
 
     bash script/benchmark.sh [--data FILE] [--rounds N] [--only NAME...]
+    bash script/benchmark.sh --tokens 128 --steps 5 --texts 128 [--neighbours 1]
 
-Each contender has its own process, and they run in turn, one at a time. Prints two tables, writes
-all figures to benchmark.json and plots the rates in benchmark.svg.
+The rivals are HF Trainer, PEFT, pipeline, OpenVINO and onnxruntime, each in its best precision on
+this machine. Each contender has its own process, and they run in turn, one at a time. Prints two
+tables, writes all figures to benchmark.json and plots the rates in benchmark.svg.
 """
 
 import argparse
@@ -35,6 +37,25 @@ def worker(pipe: Connection, spawned: float, contender, arguments: tuple) -> Non
     while pipe.recv():
         rate = measure()
         pipe.send((rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def run(function, *arguments) -> None:
+    """Call a function in a process of its own, which keeps its memory out of this one."""
+    process = SPAWN.Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(process.exitcode)
+
+
+def multiply() -> None:
+    """Keep a core busy with matrix products, as a neighbour on a shared machine would."""
+    import torch
+
+    torch.set_num_threads(1)
+    matrix = torch.eye(512)
+    while True:
+        matrix @ matrix
 
 
 def alternate(table: dict[str, tuple], arguments: tuple, rounds: int) -> dict[str, dict]:
@@ -105,6 +126,8 @@ def main() -> None:
     add("--steps", type=int, default=STEPS, help="training steps per measurement [%(default)s]")
     add("--texts", type=int, default=2048, help="texts scored per measurement [%(default)s]")
     add("--rounds", type=int, default=5, help="rounds, reported by their median [%(default)s]")
+    add("--tokens", type=int, help="tokens of every text; by default those of the data")
+    add("--neighbours", type=int, default=0, help="other busy processes [%(default)s]")
     add("--only", nargs="+", default=[""], help="contenders to run, by parts of their names")
     add("--output_dir", type=Path, default="checkpoints/benchmark")
     args = parser.parse_args()
@@ -112,22 +135,28 @@ def main() -> None:
         {name: table[name] for name in table if any(part in name for part in args.only)}
         for table in (contenders.TUNING, contenders.SCORING)
     )
+    if args.tokens:  # the recipe pads all texts to the same length
+        tuning.pop("original recipe", None)
     results = {}
     with tempfile.TemporaryDirectory() as parent:
+        data = args.data
+        if args.tokens:
+            data = f"{parent}/data.csv"
+            run(contenders.fill, args.data, args.tokens, data)
         names = {name for contender, _ in scoring.values() for name in contender.keywords["names"]}
-        call = (args.data, parent, names)
-        maker = SPAWN.Process(target=contenders.make_folders, args=call)
-        maker.start()
-        maker.join()
+        run(contenders.make_folders, data, parent, names)
+        for _ in range(args.neighbours):
+            SPAWN.Process(target=multiply, daemon=True).start()
         for title, table, arguments in (
-            ("tuning", tuning, (args.data, args.steps)),
-            ("scoring distinct texts", scoring, (args.data, args.texts, parent)),
+            ("tuning", tuning, (data, args.steps)),
+            ("scoring distinct texts", scoring, (data, args.texts, parent)),
         ):
             results[title] = alternate(table, arguments, args.rounds)
             print(format_table(title, results[title]), flush=True)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     draw(results, args.output_dir / "benchmark.svg")
-    figures = {"threads": THREADS, "data": args.data, "rounds": args.rounds, **results}
+    settings = {name: getattr(args, name) for name in ("data", "tokens", "neighbours", "rounds")}
+    figures = {"threads": THREADS, "precision": contenders.precision(), **settings, **results}
     path = args.output_dir / "benchmark.json"
     path.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"\nall figures: {path}")

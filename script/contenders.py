@@ -1,4 +1,4 @@
-"""Contenders of the benchmark: ours, HF Trainer, PEFT, pipeline and OpenVINO, set up, then timed.
+"""Contenders of the benchmark: ours and its rivals, set up, then timed.
 
 A tuning contender takes a data file and a number of steps; a scoring contender takes a data file,
 a number of texts and the folder of the models (see `make_folders`). Each returns a function that
@@ -11,11 +11,15 @@ must load only what it needs.
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 BATCH = 32  # rows of a training step, for every contender
+SCORING_BATCH = 64  # texts
+MOST_TOKENS = 384  # of a text; with a prefix of 128, BERT has no more positions
 CALIBRATION_TEXTS = 300  # of int8
 
 Measure = Callable[[], float]  # examples per second
@@ -33,6 +37,7 @@ def prepared(data: str, *flags: str):
     from runtime.columns import fill_columns
 
     fixed = "--num_train_epochs 1 --hidden_dropout_prob 0 --rdrop_alpha 0".split()
+    fixed += ["--max_seq_length", str(MOST_TOKENS)]
     args = parse_args(
         ["--do_train", "--train_file", data, "--output_dir", "unused", *fixed, *flags]
     )
@@ -47,6 +52,37 @@ def prepared(data: str, *flags: str):
     tokenizer = start.tokenizer()
     rows = encode(tokenizer, files.train, start.config.max_seq_length)
     return args, start, files, tokenizer, rows
+
+
+def fill(data: str, tokens: int, path: str) -> None:
+    """Write a data file of the same rows whose texts fill up to `tokens` tokens with whole words.
+
+    A text goes on with the words of the texts after it, so all are different.
+    """
+    import pandas as pd
+
+    tokenizer = prepared(data)[3]
+    table = pd.read_csv(data, dtype=str, keep_default_na=False)
+    texts = table["text"].str.split()
+    words = [word for text in texts for word in text]
+    costs = [len(ids) for ids in tokenizer(words, add_special_tokens=False)["input_ids"]]
+
+    def filled(first: int) -> str:
+        room = tokens - tokenizer.num_special_tokens_to_add()
+        for number in count(first):
+            room -= costs[number % len(words)]
+            if room < 0:
+                return " ".join(words[place % len(words)] for place in range(first, number))
+
+    table["text"] = (texts.str.len().cumsum() - texts.str.len()).map(filled)
+    table.to_csv(path, index=False)
+
+
+def precision() -> str:
+    """Return the precision in which this machine is fastest, "bf16" or "fp32"."""
+    from runtime.machine import pick_machine
+
+    return pick_machine("auto").precision
 
 
 def ours(data: str, steps: int, flags: Sequence[str] = ()) -> Measure:
@@ -115,6 +151,7 @@ def hf_trainer(
     options |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
     options |= {"use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
     options |= {"per_device_train_batch_size": BATCH, "optim": "adamw_torch_fused"}
+    options |= {"bf16": precision() == "bf16" and not pad_to}
     folder = tempfile.mkdtemp()
 
     def measure() -> float:
@@ -134,11 +171,11 @@ def hf_trainer(
 def make_folders(data: str, parent: str, names: set[str]) -> None:
     """Write untrained models: PARENT/full, and with a prefix PARENT/0, PARENT/1, ...
 
-    PARENT/onnx and PARENT/int8 have the first one for OpenVINO, with weights of 32 and of 8 bits.
+    PARENT/openvino, PARENT/int8 and PARENT/ort-int8 have the first one for other engines.
     """
     for name in sorted(names):  # so "full" comes before those that are made from it
-        if name in ("int8", "onnx"):
-            write_openvino(data, parent, name)
+        if name in ("int8", "openvino", "ort-int8"):
+            write_engine(data, parent, name)
             continue
         flags = [] if name == "full" else ["--prefix", "--seed", name]
         args, start, files, tokenizer, _ = prepared(data, *flags)
@@ -149,25 +186,33 @@ def make_folders(data: str, parent: str, names: set[str]) -> None:
         start.save(model, tokenizer, folder)
 
 
-def write_openvino(data: str, parent: str, name: str) -> None:
-    """Write PARENT/full for OpenVINO as PARENT/NAME/model.xml, quantized if `name` is "int8"."""
+def write_engine(data: str, parent: str, name: str) -> None:
+    """Write PARENT/full as PARENT/NAME/model.xml (OpenVINO) or .onnx, if "int8" then quantized."""
     import nncf
     import numpy as np
     import openvino
+    from onnxruntime.quantization import quantize_dynamic
 
     from model import load
     from script import export
 
     classifier, path = load(f"{parent}/full", "fp32"), Path(parent) / f"{name}.onnx"
     export.write(classifier, path)
+    folder = Path(parent) / name
+    folder.mkdir()
+    if name == "ort-int8":
+        # reduce_range: 8-bit products overflow on processors without VNNI
+        quantize_dynamic(path, folder / "model.onnx", per_channel=True, reduce_range=True)
+        return
     model = openvino.Core().read_model(path)
     if name == "int8":
         texts = distinct(data, CALIBRATION_TEXTS).texts
-        encoded = [classifier.tokenizer(text, truncation=True, max_length=128) for text in texts]
+        cut = {"truncation": True, "max_length": MOST_TOKENS}
+        encoded = [classifier.tokenizer(text, **cut) for text in texts]
         rows = [{key: np.array([one[key]]) for key in export.INPUTS} for one in encoded]
         options = {"model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(rows)}
         model = nncf.quantize(model, nncf.Dataset(rows), **options)
-    openvino.save_model(model, Path(parent) / name / "model.xml", compress_to_fp16=False)
+    openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
 
 
 def distinct(data: str, count: int):
@@ -213,7 +258,7 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure
 
 
 def hf_pipeline(data: str, count: int, parent: str, names: list[str]) -> Measure:
-    """Time `pipeline("text-classification")` at its fastest: bfloat16, eager attention."""
+    """Time `pipeline("text-classification")` at its fastest, with eager attention."""
     import torch
     import transformers
 
@@ -221,27 +266,39 @@ def hf_pipeline(data: str, count: int, parent: str, names: list[str]) -> Measure
         "text-classification",
         model=f"{parent}/{names[0]}",
         device="cpu",
-        dtype=torch.bfloat16,
+        dtype=torch.bfloat16 if precision() == "bf16" else torch.float32,
         model_kwargs={"attn_implementation": "eager"},
     )
     texts = distinct(data, count).texts
 
     def measure() -> float:
         began = time.perf_counter()
-        pipe(texts, batch_size=64)
+        pipe(texts, batch_size=SCORING_BATCH)
         return len(texts) / (time.perf_counter() - began)
 
     return measure
 
 
-def openvino_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure:
-    """Time OpenVINO in its throughput mode, with batches of texts of similar length in flight."""
+def batches(parent: str, texts: list[str]) -> Iterator[dict]:
+    """Tokenize texts for other engines, and yield batches of similar length."""
     import numpy as np
-    import openvino
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(f"{parent}/full/tokenizer.json")
-    tokenizer.enable_truncation(128)
+    tokenizer.enable_truncation(MOST_TOKENS)
+    rows = sorted((one.ids for one in tokenizer.encode_batch(texts)), key=len)
+    for first in range(0, len(rows), SCORING_BATCH):
+        batch = rows[first : first + SCORING_BATCH]
+        ids = np.zeros((len(batch), len(batch[-1])), dtype=np.int64)
+        for row, words in zip(ids, batch, strict=True):
+            row[: len(words)] = words
+        yield {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}
+
+
+def openvino_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure:
+    """Time OpenVINO in its throughput mode, with batches of texts of similar length in flight."""
+    import openvino
+
     settings = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "bf16"}
     compiled = openvino.Core().compile_model(f"{parent}/{names[-1]}/model.xml", "CPU", settings)
     texts = distinct(data, count).texts
@@ -254,13 +311,8 @@ def openvino_scoring(data: str, count: int, parent: str, names: list[str]) -> Me
             found[number] = request.get_output_tensor(0).data.copy()
 
         queue.set_callback(keep)
-        rows = sorted((one.ids for one in tokenizer.encode_batch(texts)), key=len)
-        for first in range(0, len(rows), 64):
-            batch = rows[first : first + 64]
-            ids = np.zeros((len(batch), len(batch[-1])), dtype=np.int64)
-            for row, words in zip(ids, batch, strict=True):
-                row[: len(words)] = words
-            queue.start_async({"input_ids": ids, "attention_mask": (ids > 0).astype(int)}, first)
+        for number, batch in enumerate(batches(parent, texts)):
+            queue.start_async(batch, number)
         queue.wait_all()
         assert sum(map(len, found.values())) == len(texts)
         return len(texts) / (time.perf_counter() - began)
@@ -268,14 +320,33 @@ def openvino_scoring(data: str, count: int, parent: str, names: list[str]) -> Me
     return measure
 
 
-BEST = {"bf16": True, "train_sampling_strategy": "group_by_length"}
+def onnxruntime_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure:
+    """Time onnxruntime with two batches of similar length in flight, on one thread each."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    path = f"{parent}/{names[-1]}/model.onnx"
+    session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+    texts, threads = distinct(data, count).texts, ThreadPoolExecutor(2)
+
+    def measure() -> float:
+        began = time.perf_counter()
+        found = list(threads.map(partial(session.run, None), batches(parent, texts)))
+        assert sum(len(logits) for (logits,) in found) == len(texts)
+        return len(texts) / (time.perf_counter() - began)
+
+    return measure
+
+
+BEST = {"train_sampling_strategy": "group_by_length"}
 MIXED = [str(number) for number in range(16)]
 # name: (contender, rivals listed above it that it is compared with)
 # fmt: off
 TUNING = {
     "original recipe": (partial(hf_trainer, pad_to=256), []),
-    "HF Trainer, bf16, by length": (partial(hf_trainer, **BEST), []),
-    "ours, full": (ours, ["original recipe", "HF Trainer, bf16, by length"]),
+    "HF Trainer, by length": (partial(hf_trainer, **BEST), []),
+    "ours, full": (ours, ["original recipe", "HF Trainer, by length"]),
     "PEFT prefix 20": (partial(hf_trainer, prefix=20, **BEST), []),
     "ours, prefix 20": (
         partial(ours, flags=["--prefix", "--pre_seq_len", "20"]), ["PEFT prefix 20", "ours, full"]
@@ -285,10 +356,12 @@ TUNING = {
 }
 SCORING = {
     "HF pipeline": (partial(hf_pipeline, names=["full"]), []),
-    "OpenVINO, bf16": (partial(openvino_scoring, names=["full", "onnx"]), []),
+    "OpenVINO": (partial(openvino_scoring, names=["full", "openvino"]), []),
     "OpenVINO, int8": (partial(openvino_scoring, names=["full", "int8"]), []),
+    "onnxruntime, int8": (partial(onnxruntime_scoring, names=["full", "ort-int8"]), []),
     "ours, full": (
-        partial(our_scoring, names=["full"]), ["HF pipeline", "OpenVINO, bf16", "OpenVINO, int8"]
+        partial(our_scoring, names=["full"]),
+        ["HF pipeline", "OpenVINO", "OpenVINO, int8", "onnxruntime, int8"],
     ),
     "ours, prefix 128": (partial(our_scoring, names=["0"]), ["HF pipeline"]),
     "ours, 16 prefixes mixed": (

@@ -11,7 +11,7 @@ from transformers import pipeline
 
 from conftest import REAL_DATA, ROOT, bash, write_csv
 from dataset import read_split
-from script import benchmark, folds, splits
+from script import benchmark, contenders, folds, splits
 
 SAMPLE = "csv/USvideos_sample.csv"
 
@@ -119,15 +119,26 @@ def test_the_benchmark_measures_all_contenders(tmp_path, capsys, monkeypatch):
     path = write_csv(tmp_path / "a.csv", rows)
     flags = ["--data", path, "--steps", "2", "--texts", "16", "--rounds", "1", "--output_dir"]
     flags += [str(tmp_path / "out"), "--only", "by length", "20", "pipeline", "ours, full"]
+    flags += ["--tokens", "20", "--neighbours", "1"]
     monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
     benchmark.main()
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
-    peers = {"HF Trainer, bf16, by length", "PEFT prefix 20"}
+    peers = {"HF Trainer, by length", "PEFT prefix 20"}
     assert found["tuning"].keys() == peers | {"ours, full", "ours, prefix 20"}
     assert found["scoring distinct texts"].keys() == {"HF pipeline", "ours, full"}
     for one in (*found["tuning"].values(), *found["scoring distinct texts"].values()):
         assert min(one["rate"], one["peak_memory_bytes"], one["start_up"]) > 0
     assert "x HF pipeline" in capsys.readouterr().out
+
+
+def test_texts_are_filled_to_a_length(tmp_path):
+    rows = [(f"some text of number {i}", i % 2) for i in range(30)]
+    contenders.fill(write_csv(tmp_path / "a.csv", rows), 40, str(tmp_path / "b.csv"))
+    found = pd.read_csv(tmp_path / "b.csv")
+    lengths = [len(text.split()) + 2 for text in found["text"]]  # each word is one token
+    assert set(lengths) == {40} and found["text"].is_unique
+    assert found["text"][29].startswith("some text of number 29 some text of number 0 some")
+    assert found["label"].tolist() == [label for _, label in rows]
 
 
 def test_flags_can_be_appended_and_errors_are_passed_on(clone):
