@@ -29,7 +29,7 @@ def workers(parent: int) -> list[int]:
 
 
 def test_workers_predict_what_main_does_even_if_one_is_killed(run, predict, tmp_path):
-    """Three files in CSV and Parquet, then many more; a damaged one is named."""
+    """Many files in CSV, one in Parquet; two that cannot be predicted are named or counted."""
     folder, texts, output = run("--prefix"), tmp_path / "texts", tmp_path / "predicted_by_ray"
     texts.mkdir()
     for number in range(FILES):
@@ -38,6 +38,7 @@ def test_workers_predict_what_main_does_even_if_one_is_killed(run, predict, tmp_
     table = pd.DataFrame(ROWS, columns=["text", "label"])
     table.to_parquet(texts / "table.parquet")
     (texts / "bad.csv").write_text('text,label\n"a cat,0\n')
+    (texts / "clash.csv").write_text("text,predicted\na cat,0\n")
     command = [sys.executable, "-m", "script.predict_ray", str(folder), str(texts)]
     command += ["--output_dir", str(output), "--workers", "2", "--precision", "fp32"]
     env = os.environ | {"RUN": f"ray_run_{os.getpid()}"}
@@ -52,7 +53,8 @@ def test_workers_predict_what_main_does_even_if_one_is_killed(run, predict, tmp_
             os.kill(killed, signal.SIGKILL)
     out, err = process.communicate(timeout=120)
     assert killed is not None, err
-    assert process.returncode == 2 and "bad.csv" in err.splitlines()[-1], err
+    last = err.splitlines()[-1]
+    assert process.returncode == 2 and "bad.csv" in last and "(and 1 more files)" in last, err
     assert f"{FILES * 20 * len(ROWS) + len(ROWS):,} rows in" in out
     assert {path.name for path in output.iterdir()} == {
         "table.csv", *(f"{number}.csv" for number in range(FILES))
@@ -66,6 +68,9 @@ def test_workers_predict_what_main_does_even_if_one_is_killed(run, predict, tmp_
     # what is finished is not predicted again
     (texts / "table.csv").unlink()
     (texts / "bad.csv").unlink()
+    clash = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "clash.csv has a column 'predicted', which the predictions would add" in clash.stderr
+    (texts / "clash.csv").unlink()
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == f"{FILES + 1} files, {FILES + 1} of them already finished\n"
