@@ -22,6 +22,7 @@ import pandas as pd
 
 from runtime.csv_reader import read_table
 from runtime.files import UserError
+from runtime.flags import Parser, encoding
 from script import splits
 
 FOLDS = 5  # with --variants
@@ -71,13 +72,11 @@ def make_variants(path: str, encoding: str, variants: list[str]) -> dict[str, pd
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--variants", nargs="+")
-    parser.add_argument("--csv_encoding", default="utf-8")
+    parser.add_argument("--csv_encoding", type=encoding, default="utf-8")
     args = parser.parse_args()
     try:
         if args.variants:

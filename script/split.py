@@ -32,6 +32,7 @@ from arguments import (
     Parser,
     choice,
     column_names,
+    encoding,
     number,
     value,
 )
@@ -57,7 +58,8 @@ SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 RUN_FLAGS = (  # as in main.py
     ("--text_column_names", value(column_names, "A,B"), ["text"], "columns [text]"),
     ("--label_column_name", NAME, "label", "[label]"),
-    ("--csv_encoding", NAME, "utf-8", "encoding of the file, e.g. cp1252 or utf-16 [utf-8]"),
+    ("--csv_encoding", value(encoding, "NAME"), "utf-8",
+     "encoding of the file, e.g. cp1252 or utf-16 [utf-8]"),
     ("--problem_type", choice(SINGLE, MULTI), SINGLE, "multi: labels are separated by | [single]"),
     ("--seed", SEED, 42, "seed of the shuffle [42]"),
 )  # fmt: skip

@@ -217,6 +217,7 @@ MANY = [(f"text {i}", "ab"[i % 2], "one group", "not a time") for i in range(40)
         ),
         (MANY, ["--val_share", "0.6", "--test_share", "0.5"], "leave no training rows"),
         (MANY, ["--folds", "1"], "--folds: 1 is out of range"),
+        (MANY, ["--csv_encoding", "1525"], "--csv_encoding: Python cannot read files in '1525'"),
         (MANY, ["--label_column_name", "text"], "'text' is the label column"),
         ([("", "x", "", "")], [], "no row has both a text and a label"),
     ],
