@@ -9,12 +9,12 @@ must load only what it needs.
 """
 
 import dataclasses
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 BATCH = 32  # rows of a training step, for every contender
@@ -69,7 +69,7 @@ def fill(data: str, tokens: int, path: str) -> None:
 
     def filled(first: int) -> str:
         room = tokens - tokenizer.num_special_tokens_to_add()
-        for number in count(first):
+        for number in itertools.count(first):
             room -= costs[number % len(words)]
             if room < 0:
                 return " ".join(words[place % len(words)] for place in range(first, number))

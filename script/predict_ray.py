@@ -54,7 +54,7 @@ class Predictor:
                 args = Namespace(**vars(self.args) | {"test_file": str(path)})
                 names, multi_label = self.classifier.labels, self.classifier.multi_label
                 file = dataset.open_stream(args, self.settings, names, None)
-                check_added(str(path), file.columns, names, args.reject_below)
+                check_added(row["path"], file.columns, names, args.reject_below)
                 options = file.columns, names, args.safe_csv, args.reject_below
                 with prediction_writer(new, *options) as write:
                     for chunk in file:
