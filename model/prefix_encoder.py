@@ -71,7 +71,25 @@ def by_layer(flat: torch.Tensor, config: BertConfig) -> tuple[torch.Tensor, ...]
     return slots.permute(1, 2, 3, 4, 0, 5).unbind()
 
 
-LONG = 2**14  # products of query and key in a row and head
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether to compute as suits a GPU: copies are cheap, and reading a value waits for it."""
+    return tensor.device.type != "cpu"
+
+
+SHORT, LONG = 2**8, 2**14  # pairs of query and key in a row and head
+
+
+def is_fused(query: torch.Tensor, virtual: int, length: int, dropout: float) -> bool:
+    """Whether torch's fused attention is faster, or weights too many to keep (results/LOG.md).
+
+    On the CPU it has no dropout, its backward pass is slow in bfloat16, and short texts are not
+    worth a copy of many virtual tokens for each.
+    """
+    pairs = query.shape[2] * (virtual + length)
+    if on_gpu(query) or pairs > LONG:
+        return True
+    slow = dropout or (query.dtype == torch.bfloat16 and torch.is_grad_enabled())
+    return pairs >= SHORT and virtual <= 4 * length and not slow
 
 
 def attend(
@@ -90,12 +108,11 @@ def attend(
     """Attend over [prefix; text], or text alone, as an attention function of transformers.
 
     Given a layer's number, `prefix` returns its keys and values, [2, H, G, P, D]. There are no
-    queries among them, so [CLS] stays the first output. One matrix product covers all rows that
-    share a prefix: a copy of the prefix for each row would dominate the step (with P = 128 and
-    B = 32 a training step took 2.7 times as long).
+    queries among them, so [CLS] stays the first output. torch's fused attention needs a copy of
+    the prefix for each row; else one matrix product covers all rows that share a prefix.
 
     query, key, value: [B, H, T, D]; with depth "input" T counts the virtual tokens too, and in the
-    last layer there is one query. attention_mask: bool [B, 1, T, P+T], True where to attend.
+    last layer there is one query. attention_mask: bool [B, 1, T or 1, P+T], True where to attend.
     places: None if all rows share one prefix, else (place, R): one product serves a table of R rows
     for each prefix, some of them empty, and `place`, int64 [B], is each row's place among the G*R.
     Returns [B, T, H, D].
@@ -103,10 +120,10 @@ def attend(
     # under autocast the text is bfloat16, but the prefix may not be
     slots = None if prefix is None else prefix(module.layer_idx).to(key.dtype)
     virtual, length = (0 if slots is None else slots.shape[3]), key.shape[2]
-    if query.shape[2] * (virtual + length) > LONG:
+    if is_fused(query, virtual, length, dropout):
         if slots is not None:
             key, value = (prepend(slots[n], x, places) for n, x in enumerate((key, value)))
-        return attend_long(query, key, value, attention_mask, scaling, dropout), None
+        return attend_fused(query, key, value, attention_mask, scaling, dropout), None
 
     # heads first: [B, H, T, D] -> [H, B, T, D]
     query, key, value = (x.transpose(0, 1) for x in (query * scaling, key, value))
@@ -155,7 +172,7 @@ def prepend(
     return torch.cat([slots[place // size], text], dim=2)
 
 
-def attend_long(
+def attend_fused(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -163,14 +180,14 @@ def attend_long(
     scaling: float,
     dropout: float,
 ) -> torch.Tensor:
-    """Attend without storing all weights for the backward pass; shapes as in `attend`.
+    """Attend without keeping the weights of all pairs for the backward pass; shapes as in `attend`.
 
     torch's flash attention (Dao et al. 2022, https://arxiv.org/abs/2205.14135) has no dropout on
     the CPU. So with dropout the weights are computed again, for one row at a time.
     """
-    if not dropout:
+    if not dropout or on_gpu(query):
         return nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=scaling
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
         ).transpose(1, 2)
 
     def attend_row(query, key, value, mask=None) -> torch.Tensor:
@@ -181,6 +198,14 @@ def attend_long(
     rows = zip(*(x.split(1) for x in tensors), strict=True)
     each = [checkpoint(attend_row, *row, use_reentrant=False) for row in rows]
     return torch.cat(each).transpose(1, 2)
+
+
+def ready_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Give BertModel a mask, [B, N], that it need not look into, [B, 1, 1, N], unless on the CPU.
+
+    It drops a mask that masks nothing, which saves time on a CPU, but it would wait for a GPU.
+    """
+    return mask[:, None, None].bool() if on_gpu(mask) else mask
 
 
 # Used by every classifier here; without `prefix` it is ordinary attention.

@@ -114,10 +114,10 @@ KINDS = {
 def test_logits_and_gradients_equal_the_reference_written_out(
     make_model, monkeypatch, kind, mask, long
 ):
-    """long: attend as for long texts, with this dropout."""
+    """long: use torch's fused attention, with this dropout; None: our own."""
     model, gradients = without_dropout(make_model(*KINDS[kind])), []
+    monkeypatch.setattr(prefix_encoder, "is_fused", lambda *_: long is not None)
     if long is not None:
-        monkeypatch.setattr(prefix_encoder, "LONG", 0)
         for layer in model.train().bert.encoder.layer:
             layer.attention.self.dropout.p = long
     trainable = {name: one for name, one in model.named_parameters() if one.requires_grad}

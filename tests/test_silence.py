@@ -342,6 +342,14 @@ except ImportError:
         assert done.stdout.decode().split() == [expected], done.stderr
 
 
+@pytest.mark.parametrize(("gain", "precision"), [(0.5, "fp32"), (2.0, "bf16")])
+def test_bfloat16_is_used_only_where_it_is_faster(monkeypatch, gain, precision):
+    """Some processors have its instructions, but take twice as long for them."""
+    monkeypatch.setattr(machine, "bfloat16_gain", lambda: gain)
+    assert machine.pick_machine("auto").precision == precision
+    assert machine.pick_machine("bf16").precision == "bf16"
+
+
 def test_a_container_with_few_cores_gets_few_threads(tmp_path, monkeypatch):
     """Defect 24: its quota was ignored."""
     assert machine.cpu_quota(tmp_path) == math.inf
