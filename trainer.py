@@ -161,7 +161,7 @@ def train(
                 loss, norm = training_step(
                     model, state.optimizer, train_set, rows, progress.done, args, machine
                 )
-                progress.step(len(rows), loss, norm, rate)
+                progress.step([train_set.rows[row] for row in rows], loss, norm, rate)
                 state.average.update(progress.done)
                 if progress.within_epoch:  # the last step of an epoch is saved after its evaluation
                     due = bool(args.save_steps) and progress.done % args.save_steps == 0
@@ -227,23 +227,26 @@ def training_step(
     step: int,
     args: Namespace,
     machine: Machine,
-) -> tuple[float, float]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Do optimizer step number `step` (from 0) on `rows`; return mean loss and gradient norm.
 
     Every row of a step weighs the same, however unequal the micro-batches or the processes' shares.
     So apart from dropout, accumulation and several processes reproduce one large batch.
+
+    A step whose loss or norm is not finite changes no weight. No value is read here, so that a GPU
+    is never waited for; `Progress` reads loss and norm, and fails if they are not finite.
     """
     # forward and backward over micro-batches, with a dropout seed for this step
     torch.manual_seed(step_seed(args.seed, step, machine.group.rank))
     loss = torch.zeros((), device=machine.device)
     weights = train_set.label_weights
-    weights = None if weights is None else torch.tensor(weights, device=machine.device)
+    weights = None if weights is None else machine.send(torch.tensor(weights))
     mine = machine.group.share(rows)  # possibly none, and then there is nothing to cut
     for part in chunks(mine, args.per_device_train_batch_size) if len(mine) else ():
         if args.rdrop_alpha:  # every row twice, each time with another dropout mask
             part = np.tile(part, 2)
         logits = machine.logits(model, train_set, train_set.text_index[part])
-        labels = torch.from_numpy(train_set.labels[part]).to(machine.device)
+        labels = machine.send(torch.from_numpy(train_set.labels[part]))
         part_loss = classification_loss(logits, labels, weights) / len(rows)
         if args.rdrop_alpha:
             apart = divergence(logits, labels.is_floating_point()) / len(rows)
@@ -258,19 +261,10 @@ def training_step(
             if parameter.grad is None:  # in a process whose share is empty
                 parameter.grad = torch.zeros_like(parameter)
         machine.group.all_reduce_sum([loss, *(parameter.grad for parameter in parameters)])
-    loss = loss.item()
 
-    # clip; fail while the weights are still good
-    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        numbers = ", ".join(str(train_set.rows[row]) for row in sorted(rows)[:8])
-        raise UserError(
-            f"the loss is {loss:g} and the gradient norm {norm:g}, at step {step + 1}, on "
-            f"the training file's rows {numbers}{', ...' if len(rows) > 8 else ''}; "
-            "the weights were not changed: lower --learning_rate"
-        )
-
-    # step
+    # clip, then step; fused AdamW does nothing if `found_inf` is 1
+    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm

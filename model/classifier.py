@@ -104,12 +104,12 @@ def predict(model: nn.Module, data: Encoded, batch_size: int, machine: Machine) 
 
     def classify(texts: np.ndarray) -> torch.Tensor:
         with torch.inference_mode():  # of this thread
-            return machine.logits(model, data, texts).cpu()
+            return machine.logits(model, data, texts)
 
     found = in_streams(classify, mine, machine.streams)
-    shown = tqdm(found, total=len(mine), disable=no_bar, **bar)
-    for texts, logits in zip(mine, shown, strict=True):
-        text_logits[texts] = logits
+    shown = list(tqdm(found, total=len(mine), disable=no_bar, **bar))
+    if mine:  # read once, since a GPU would be waited for after each batch
+        text_logits[np.concatenate(mine)] = torch.cat(shown).cpu()
     if group.size > 1:
         text_logits = text_logits.to(machine.device)
         group.all_reduce_sum([text_logits])

@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from model.predictions import average
+from model.prefix_encoder import on_gpu, ready_mask
 from model.sequence_classification import POOLINGS
 
 UNKNOWN = -1e4  # logit of a label that a prefix does not know
@@ -82,17 +83,17 @@ class PrefixBank(nn.Module):
             return self.average(input_ids, attention_mask)
         slots = self.slots(input_ids.device.type)
         lengths = self.lengths[prefix_index]  # [B]
-        longest = int(lengths.max())
+        if on_gpu(input_ids):  # each row has a copy, since finding what rows share would wait
+            longest, chosen = slots.shape[4], prefix_index
+            places = torch.arange(len(prefix_index), device=prefix_index.device), 1
+        else:
+            longest, (chosen, places) = int(lengths.max()), self.share(prefix_index)
         position = torch.arange(longest + input_ids.shape[1], device=input_ids.device)
         prefix_mask = position[:longest] < lengths[:, None]  # [B, P]
-        used, group = prefix_index.unique(return_inverse=True)  # [G]; each row's index into it, [B]
-        places = place_rows(group) if len(used) > 1 else None
-        chosen = used if len(used) < len(self.lengths) else slice(None)  # a slice needs no copy
-        if places is None:
-            chosen = slice(int(used), int(used) + 1)
+        mask = torch.cat([prefix_mask.to(attention_mask.dtype), attention_mask], dim=1)
         outputs = self.bert(
             input_ids,
-            attention_mask=torch.cat([prefix_mask.to(attention_mask.dtype), attention_mask], dim=1),
+            attention_mask=ready_mask(mask),
             position_ids=position[: input_ids.shape[1]] + lengths[:, None],
             prefix=lambda layer: slots[layer][:, :, chosen, :longest],  # [2, H, G, P, D]
             places=places,
@@ -100,6 +101,17 @@ class PrefixBank(nn.Module):
         pooled = POOLINGS[self.config.pooling](outputs, attention_mask)
         weight, bias = self.classifier.weight[prefix_index], self.classifier.bias[prefix_index]
         return SequenceClassifierOutput(logits=self.head(self.dropout(pooled), weight, bias))
+
+    def share(
+        self, prefix_index: torch.Tensor
+    ) -> tuple[torch.Tensor | slice, tuple[torch.Tensor, int] | None]:
+        """Return the prefixes that a batch needs, G of them, and `places`, see `attend`."""
+        used, group = prefix_index.unique(return_inverse=True)  # [G]; each row's index into it, [B]
+        if len(used) == 1:
+            return slice(int(used), int(used) + 1), None
+        # a slice needs no copy
+        chosen = used if len(used) < len(self.lengths) else slice(None)
+        return chosen, place_rows(group)
 
     def head(self, pooled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """Apply each row's head, [B, C, HD] and [B, C], to [B, HD]: logits [B, C]."""
@@ -151,7 +163,7 @@ class FrozenBank(PrefixBank):
         weight = pad_sequence([one.weight for one in tuned], batch_first=True)
         bias = pad_sequence([one.bias for one in tuned], batch_first=True, padding_value=UNKNOWN)
         self.classifier = Stacked(weight=weight, bias=bias)
-        longest = int(self.lengths.max())
+        longest = max(one.slots.shape[3] for one in tuned)
         padded = (
             nn.functional.pad(one.slots, (0, 0, 0, longest - one.slots.shape[3]))
             if one.slots.shape[3] < longest

@@ -12,7 +12,7 @@ from transformers import BertConfig
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 from transformers.models.bert.modeling_bert import BertCrossAttention, BertLayer
 
-from model.prefix_encoder import ATTENTION, PrefixEncoder, by_layer
+from model.prefix_encoder import ATTENTION, PrefixEncoder, by_layer, ready_mask
 
 
 def pool_cls(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
@@ -74,6 +74,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
 
     def classify(self, mask: torch.Tensor, **inputs) -> SequenceClassifierOutput:
         """Compute logits [B, C] from the inputs of BertModel; `mask` [B, T] marks the text."""
+        inputs["attention_mask"] = ready_mask(inputs["attention_mask"])
         pooled = POOLINGS[self.config.pooling](self.bert(**inputs), mask)
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
 

@@ -124,6 +124,8 @@ def joined() -> Iterator[Group]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     if torch.cuda.is_available():
+        if int(os.environ["LOCAL_RANK"]) >= (count := torch.cuda.device_count()):
+            raise UserError(f"more processes than GPUs: start {count} or fewer (--nproc_per_node)")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from runtime.checkpoint import Checkpoint, CheckpointError, Tensors
+from runtime.files import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ class Progress:
     examples: int = 0
     loss_sum: float = 0.0
     recent: list[tuple[int, float]] = field(default_factory=list)  # examples, loss sum of each step
+    unread: list[tuple] = field(default_factory=list)  # step, rows, loss and norm of each step
     start: float = field(default_factory=time.perf_counter)
 
     @property
@@ -219,6 +221,7 @@ class Progress:
 
     def state_dict(self) -> dict:
         """Return JSON-serialisable state; floats survive bit for bit."""
+        self.read()
         names = ("done", "examples", "loss_sum", "recent", "norm", "rate")
         state = {name: getattr(self, name) for name in names}
         return state | {"seconds": time.perf_counter() - self.start}
@@ -242,20 +245,46 @@ class Progress:
         return self
 
     def __exit__(self, kind, *rest) -> None:
-        if self.recent and kind is None:  # stopped early
-            self.report()
+        if kind is None:
+            self.read()
+            if self.recent:  # stopped early
+                self.report()
         self.bar.close()
 
-    def step(self, examples: int, loss: float, norm: float, rate: float) -> None:
-        """Count one step; report every `logging_steps` and at the end."""
+    def step(self, rows: list[int], loss: torch.Tensor, norm: torch.Tensor, rate: float) -> None:
+        """Count one step; report every `logging_steps` and at the end.
+
+        Loss and norm are read at once on the CPU, but only for a report on a GPU, which would be
+        waited for. rows: their numbers in the training file. Raises: UserError, see `read`.
+        """
         self.done += 1
-        self.examples += examples
-        self.loss_sum += examples * loss
-        self.recent.append((examples, examples * loss))
-        self.norm, self.rate = norm, rate
+        self.unread.append((self.done, rows, loss, norm))
+        self.rate = rate
+        due = self.done % self.logging_steps == 0 or self.done == self.total
+        if due or loss.device.type == "cpu":
+            self.read()
         self.bar.update()
-        if self.done % self.logging_steps == 0 or self.done == self.total:
+        if due:
             self.report()
+
+    def read(self) -> None:
+        """Read the losses and norms of the steps since the last call.
+
+        Raises: UserError if one is not finite; that step has changed no weight.
+        """
+        unread, self.unread = self.unread, []
+        for step, rows, *tensors in unread:
+            loss, self.norm = (tensor.item() for tensor in tensors)
+            if not (math.isfinite(loss) and math.isfinite(self.norm)):
+                numbers = ", ".join(map(str, sorted(rows)[:8])) + ", ..." * (len(rows) > 8)
+                raise UserError(
+                    f"the loss is {loss:g} and the gradient norm {self.norm:g}, at step {step}, "
+                    f"on the training file's rows {numbers}; the weights were not changed: lower "
+                    "--learning_rate"
+                )
+            self.examples += len(rows)
+            self.loss_sum += len(rows) * loss
+            self.recent.append((len(rows), len(rows) * loss))
 
     def report(self) -> None:
         """Record and show the mean loss since the last report."""

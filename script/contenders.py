@@ -78,11 +78,22 @@ def fill(data: str, tokens: int, path: str) -> None:
     table.to_csv(path, index=False)
 
 
-def precision() -> str:
-    """Return the precision in which this machine is fastest, "bf16" or "fp32"."""
+def best() -> tuple[bool, str, str]:
+    """Return how the rivals are fastest here: whether on a GPU, the precision, the attention."""
     from runtime.machine import pick_machine
 
-    return pick_machine("auto").precision
+    machine = pick_machine("auto")
+    on_gpu = machine.device.type == "cuda"
+    return on_gpu, machine.precision, "sdpa" if on_gpu else "eager"
+
+
+def now() -> float:
+    """Return the time in seconds, once a GPU has done what it was given."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def ours(data: str, steps: int, flags: Sequence[str] = ()) -> Measure:
@@ -102,7 +113,7 @@ def ours(data: str, steps: int, flags: Sequence[str] = ()) -> Measure:
         ends: list[float] = []
 
         def stop_requested() -> int:  # called after each step
-            ends.append(time.perf_counter())
+            ends.append(now() if len(ends) in (0, steps) else 0)
             return len(ends) > steps
 
         calls = {"write_metrics": lambda line: None, "save": lambda *state: None}
@@ -127,9 +138,9 @@ def hf_trainer(
 
     _, start, _, tokenizer, rows = prepared(data)
     transformers.utils.logging.set_verbosity_error()
-    # SDPA's backward pass is slow on CPUs in bfloat16: eager attention is fastest for these rivals
+    on_gpu, precision, attention = best()
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        start.source.backbone, num_labels=len(start.labels), attn_implementation="eager"
+        start.source.backbone, num_labels=len(start.labels), attn_implementation=attention
     )
     if prefix:
         import peft
@@ -140,7 +151,7 @@ def hf_trainer(
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:
-            ends.append(time.perf_counter())
+            ends.append(now() if len(ends) in (0, steps) else 0)
 
     examples = [
         {"input_ids": rows.token_ids[text], "labels": int(label)}
@@ -149,9 +160,9 @@ def hf_trainer(
     steps = 1 if pad_to else steps
     padding = {"padding": "max_length", "max_length": pad_to} if pad_to else {}
     options |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
-    options |= {"use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
+    options |= {"use_cpu": not on_gpu, "disable_tqdm": True, "dataloader_pin_memory": on_gpu}
     options |= {"per_device_train_batch_size": BATCH, "optim": "adamw_torch_fused"}
-    options |= {"bf16": precision() == "bf16" and not pad_to}
+    options |= {"bf16": precision == "bf16" and not pad_to}
     folder = tempfile.mkdtemp()
 
     def measure() -> float:
@@ -257,18 +268,23 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure
     return measure
 
 
-def hf_pipeline(data: str, count: int, parent: str, names: list[str]) -> Measure:
-    """Time `pipeline("text-classification")` at its fastest, with eager attention."""
+def hf_pipeline(
+    data: str, count: int, parent: str, names: list[str], *, compiled: bool = False
+) -> Measure:
+    """Time `pipeline("text-classification")` at its fastest."""
     import torch
     import transformers
 
+    on_gpu, precision, attention = best()
     pipe = transformers.pipeline(
         "text-classification",
         model=f"{parent}/{names[0]}",
-        device="cpu",
-        dtype=torch.bfloat16 if precision() == "bf16" else torch.float32,
-        model_kwargs={"attn_implementation": "eager"},
+        device="cuda" if on_gpu else "cpu",
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        model_kwargs={"attn_implementation": attention},
     )
+    if compiled:
+        pipe.model.forward = torch.compile(pipe.model.forward, dynamic=True)
     texts = distinct(data, count).texts
 
     def measure() -> float:
@@ -299,7 +315,8 @@ def openvino_scoring(data: str, count: int, parent: str, names: list[str]) -> Me
     """Time OpenVINO in its throughput mode, with batches of texts of similar length in flight."""
     import openvino
 
-    settings = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "bf16"}
+    hint = {"fp32": "f32"}.get(best()[1], "bf16")
+    settings = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": hint}
     compiled = openvino.Core().compile_model(f"{parent}/{names[-1]}/model.xml", "CPU", settings)
     texts = distinct(data, count).texts
 
@@ -340,6 +357,7 @@ def onnxruntime_scoring(data: str, count: int, parent: str, names: list[str]) ->
 
 
 BEST = {"train_sampling_strategy": "group_by_length"}
+CPU_ONLY = (openvino_scoring, onnxruntime_scoring)  # the packages that are pinned here
 MIXED = [str(number) for number in range(16)]
 # name: (contender, rivals listed above it that it is compared with)
 # fmt: off
@@ -356,12 +374,13 @@ TUNING = {
 }
 SCORING = {
     "HF pipeline": (partial(hf_pipeline, names=["full"]), []),
+    "HF pipeline, compiled": (partial(hf_pipeline, names=["full"], compiled=True), []),
     "OpenVINO": (partial(openvino_scoring, names=["full", "openvino"]), []),
     "OpenVINO, int8": (partial(openvino_scoring, names=["full", "int8"]), []),
     "onnxruntime, int8": (partial(onnxruntime_scoring, names=["full", "ort-int8"]), []),
     "ours, full": (
         partial(our_scoring, names=["full"]),
-        ["HF pipeline", "OpenVINO", "OpenVINO, int8", "onnxruntime, int8"],
+        ["HF pipeline", "HF pipeline, compiled", "OpenVINO", "OpenVINO, int8", "onnxruntime, int8"],
     ),
     "ours, prefix 128": (partial(our_scoring, names=["0"]), ["HF pipeline"]),
     "ours, 16 prefixes mixed": (

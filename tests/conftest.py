@@ -90,6 +90,19 @@ def make_files(folder: Path) -> list[str]:
     return ["--train_file", train, "--validation_file", val, "--test_file", test]
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
+
+
+def pytest_configure(config) -> None:
+    """Show the tests a GPU only with `--device cuda`; main.py uses one that it finds."""
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: PyTorch finds no CUDA GPU here")
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 that can be compared with a CPU's
+
+
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory) -> str:
     return make_backbone(tmp_path_factory.mktemp("backbone"))

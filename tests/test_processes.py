@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from conftest import ROOT
 from killing import comparable
+from runtime import processes
+from runtime.files import UserError
 from runtime.processes import Group
 from test_main import load
 
@@ -138,3 +141,14 @@ def test_each_row_belongs_to_exactly_one_process():
     assert sorted(np.concatenate(shares)) == rows.tolist()
     assert {len(share) for share in shares} == {3, 4}
     assert Group().share(rows) is not None and len(Group().share(rows)) == 11
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name in (*processes.SET_BY_TORCHRUN, "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="start 1 or fewer"), processes.joined():
+        pass

@@ -20,7 +20,7 @@ from model.sequence_classification import train_words_in_use
 from runtime import batches
 from runtime.batches import Encoded
 from runtime.files import UserError
-from runtime.machine import Machine
+from runtime.machine import Machine, pick_machine
 
 FP32 = Machine(torch.device("cpu"), "fp32")
 
@@ -45,11 +45,11 @@ def nowhere(state, tensors):
     """Save nothing."""
 
 
-def tune(model, data, *flags, eval_set=None, save=nowhere):
+def tune(model, data, *flags, eval_set=None, save=nowhere, machine=FP32):
     lines = []
     args = arguments("--logging_steps", "1", *flags)
     results = trainer.train(
-        model, data, eval_set, args, FP32, write_metrics=lines.append, save=save
+        model, data, eval_set, args, machine, write_metrics=lines.append, save=save
     )
     return results, lines
 
@@ -114,7 +114,10 @@ METHODS = {"full": (), "prefix": ("--prefix",), "projected": ("--prefix", "--pre
 def test_the_first_losses_are_as_expected(make_model, data, method):
     model = without_dropout(make_model(*METHODS[method]))
     flags = [*METHODS[method], "--learning_rate", "0.01", "--per_device_train_batch_size", "4"]
-    _, lines = tune(model, data, *flags, "--num_train_epochs", "2", "--warmup_steps", "0")
+    flags += ["--num_train_epochs", "2", "--warmup_steps", "0"]
+    machine = pick_machine("fp32")  # a GPU, if the tests are called with --device cuda
+    machine.place(model)
+    _, lines = tune(model, data, *flags, machine=machine)
     np.testing.assert_allclose([line["loss"] for line in lines], EXPECTED[method], atol=1e-4)
 
 
