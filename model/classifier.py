@@ -3,6 +3,7 @@
 K members of an ensemble, N texts, U distinct texts, C classes.
 """
 
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Self
@@ -97,7 +98,8 @@ def predict(model: nn.Module, data: Encoded, batch_size: int, machine: Machine) 
     """
     model.eval()
     group = machine.group
-    mine = group.share(length_batches(data, batch_size))
+    each = math.ceil(len(data.token_ids) / (group.size * machine.streams)) or 1  # all are busy
+    mine = group.share(length_batches(data, min(batch_size, each)))
     text_logits = torch.zeros(len(data.token_ids), model.config.num_labels)  # [U, C]
     no_bar = None if group.is_main else True  # None: no bar if the output is not a terminal
     bar = {"desc": "predict", "unit": "batch", "leave": False, "dynamic_ncols": True}

@@ -79,8 +79,13 @@ def alternate(table: dict[str, tuple], arguments: tuple, rounds: int) -> dict[st
         print(f"{name}: ready after {found[name]['start_up']:.1f} s", flush=True)
     for number in range(rounds + 1):
         for name, pipe in pipes.items():
-            pipe.send(True)
-            rate, found[name]["peak_memory_bytes"] = pipe.recv()
+            try:
+                pipe.send(True)
+                rate, found[name]["peak_memory_bytes"] = pipe.recv()
+            except (BrokenPipeError, EOFError):
+                raise SystemExit(
+                    f"error: {name} ended, probably out of memory: measure fewer at once (--only)"
+                ) from None
             if number:  # round 0 warms up
                 found[name]["rates"].append(rate)
         print(f"round {number} of {rounds} done", flush=True)

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from model import classifier
 from model.classifier import predict
 from runtime.machine import pick_machine
 from runtime.streams import in_streams
@@ -43,3 +44,18 @@ def test_a_run_in_two_streams_has_the_same_bytes(run, monkeypatch):
     found = run(name="two")
     for name in ("predictions.csv", "validation_predictions.csv", "model.safetensors"):
         assert (found / name).read_bytes() == (expected / name).read_bytes()
+
+
+def test_few_texts_keep_every_stream_busy(make_model, data, monkeypatch):  # noqa: F811
+    """One batch of all texts would leave all streams but one without work."""
+    sizes = []
+    usual = classifier.length_batches
+
+    def length_batches(*arguments):
+        found = usual(*arguments)
+        sizes.extend(map(len, found))
+        return found
+
+    monkeypatch.setattr(classifier, "length_batches", length_batches)
+    predict(make_model(), data, 64, dataclasses.replace(FP32, streams=4))
+    assert sizes == [3, 3, 3, 2]
