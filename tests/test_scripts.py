@@ -125,7 +125,8 @@ def test_the_benchmark_measures_all_contenders(tmp_path, capsys, monkeypatch):
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     peers = {"HF Trainer, by length", "PEFT prefix 20"}
     assert found["tuning"].keys() == peers | {"ours, full", "ours, prefix 20"}
-    assert found["scoring distinct texts"].keys() == {"HF pipeline", "ours, full"}
+    scored = {"HF pipeline", "HF pipeline, compiled", "ours, full"}
+    assert found["scoring distinct texts"].keys() == scored
     for one in (*found["tuning"].values(), *found["scoring distinct texts"].values()):
         assert min(one["rate"], one["peak_memory_bytes"], one["start_up"]) > 0
     assert "x HF pipeline" in capsys.readouterr().out
