@@ -45,9 +45,12 @@ class Predictor:
         self.classifier, self.settings = Classifier.of(start, args), start.settings(args)
 
     def __call__(self, row: dict[str, str]) -> dict[str, str | int]:
-        """Predict the file row["path"] into row["output"]; returns the rows, or the error."""
+        """Predict the file row["path"] into row["output"], by way of row["staging"].
+
+        Returns the rows, or the error.
+        """
         output = Path(row["output"])
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as staging:
+        with tempfile.TemporaryDirectory(dir=row["staging"]) as staging:
             try:
                 path, rows = as_csv(Path(row["path"]), Path(staging)), 0
                 new = Path(staging) / "predictions.csv"
@@ -103,13 +106,16 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     ray.init(num_cpus=args.workers, log_to_driver=False, configure_logging=False)
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
     began, workers = time.perf_counter(), min(len(left), int(ray.cluster_resources()["CPU"]))
-    items = ray.data.from_items(left, override_num_blocks=len(left))
-    done = items.map(
-        Predictor,
-        fn_constructor_args=([*argv, *flags],),
-        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-        num_cpus=1,
-    ).take_all()
+    with tempfile.TemporaryDirectory(dir=output_dir.resolve(), prefix=".") as staging:
+        # what a killed worker has begun there is removed with the folder
+        rows = [row | {"staging": staging} for row in left]
+        items = ray.data.from_items(rows, override_num_blocks=len(left))
+        done = items.map(
+            Predictor,
+            fn_constructor_args=([*argv, *flags],),
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+            num_cpus=1,
+        ).take_all()
     rows, seconds = sum(one["rows"] for one in done), time.perf_counter() - began
     print(f"{rows:,} rows in {seconds:.0f} s with {workers} workers: {rows / seconds:,.0f} rows/s")
     if failed := [one for one in done if one["error"]]:
