@@ -87,13 +87,13 @@ def best() -> tuple[bool, str, str]:
     return on_gpu, machine.precision, "sdpa" if on_gpu else "eager"
 
 
-def now() -> float:
-    """Return the time in seconds, once a GPU has done what it was given."""
+def note_step(ends: list[float], steps: int) -> None:
+    """Note the time after a step; at both ends of the timed steps a GPU is waited for."""
     import torch
 
-    if torch.cuda.is_available():
+    if len(ends) in (0, steps) and torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()
+    ends.append(time.perf_counter())
 
 
 def ours(data: str, steps: int, flags: Sequence[str] = ()) -> Measure:
@@ -113,7 +113,7 @@ def ours(data: str, steps: int, flags: Sequence[str] = ()) -> Measure:
         ends: list[float] = []
 
         def stop_requested() -> int:  # called after each step
-            ends.append(now() if len(ends) in (0, steps) else 0)
+            note_step(ends, steps)
             return len(ends) > steps
 
         calls = {"write_metrics": lambda line: None, "save": lambda *state: None}
@@ -151,7 +151,7 @@ def hf_trainer(
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:
-            ends.append(now() if len(ends) in (0, steps) else 0)
+            note_step(ends, steps)
 
     examples = [
         {"input_ids": rows.token_ids[text], "labels": int(label)}

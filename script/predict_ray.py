@@ -108,8 +108,8 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     began, workers = time.perf_counter(), min(len(left), int(ray.cluster_resources()["CPU"]))
     with tempfile.TemporaryDirectory(dir=output_dir.resolve(), prefix=".") as staging:
         # what a killed worker has begun there is removed with the folder
-        rows = [row | {"staging": staging} for row in left]
-        items = ray.data.from_items(rows, override_num_blocks=len(left))
+        todo = [row | {"staging": staging} for row in left]
+        items = ray.data.from_items(todo, override_num_blocks=len(left))
         done = items.map(
             Predictor,
             fn_constructor_args=([*argv, *flags],),
