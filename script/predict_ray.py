@@ -49,10 +49,11 @@ class Predictor:
 
         Returns the rows, or the error.
         """
-        output = Path(row["output"])
+        output, rows = Path(row["output"]), 0
         with tempfile.TemporaryDirectory(dir=row["staging"]) as staging:
+            path = Path(staging) / f"{Path(row['path']).stem}.csv"
             try:
-                path, rows = as_csv(Path(row["path"]), Path(staging)), 0
+                write_csv(Path(row["path"]), path)
                 new = Path(staging) / "predictions.csv"
                 args = Namespace(**vars(self.args) | {"test_file": str(path)})
                 names, multi_label = self.classifier.labels, self.classifier.multi_label
@@ -65,19 +66,21 @@ class Predictor:
                         write(chunk.table, found)
                         rows += len(chunk)
             except UserError as error:
-                return row | {"rows": 0, "error": str(error)}
+                return row | {"rows": 0, "error": str(error).replace(str(path), row["path"])}
             os.replace(new, output)
         return row | {"rows": rows, "error": ""}
 
 
-def as_csv(path: Path, folder: Path) -> Path:
-    """Return a CSV file with the content of `path`; one of Parquet is written into `folder`."""
+def write_csv(path: Path, converted: Path) -> None:
+    """Write the content of a file as CSV: a link, or converted from Parquet. Raises: UserError."""
     if path.suffix == ".csv":
-        return path
-    table = pd.read_parquet(path)
-    converted = folder / f"{path.stem}.csv"
+        converted.symlink_to(path)
+        return
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from None
     table.astype(object).where(table.notna(), "").astype(str).to_csv(converted, index=False)
-    return converted
 
 
 def shards(texts: Path, output_dir: Path) -> list[dict[str, str]]:

@@ -14,6 +14,25 @@ from conftest import ROOT, ROWS, write_csv
 FILES = 30
 
 
+def test_errors_name_the_file(run, tmp_path):
+    """One of Parquet is converted before it is read, and the error names the original."""
+    from script.predict_ray import Predictor
+
+    argv = ["--do_predict", "--model_name_or_path", str(run()), "--output_dir", "unused"]
+    predictor = Predictor(argv)
+    pd.DataFrame({"title": ["a cat"]}).to_parquet(tmp_path / "columns.parquet")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
+    (tmp_path / "quote.csv").write_text('text,label\n"a cat,0\n')
+    for name, fault in {
+        "columns.parquet": "no column 'text'",
+        "torn.parquet": "cannot be read as Parquet",
+        "quote.csv": "quote",
+    }.items():
+        row = {"path": str(tmp_path / name), "output": "unused", "staging": str(tmp_path)}
+        error = predictor(row)["error"]
+        assert error.startswith(str(tmp_path / name)) and fault in error, error
+
+
 def workers(parent: int) -> list[int]:
     """List the processes of Ray's workers that belong to this run."""
     found = []
