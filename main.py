@@ -152,8 +152,8 @@ def run(args: Namespace) -> None:
         batch_size = args.per_device_eval_batch_size
         classifier = Classifier(start, model, tokenizer, machine, batch_size)
         if args.do_train and data.eval is not None:
-            found = calibrate(classifier.member_logits(data.eval), data)
-            start.method.divide_logits(model, found["temperature"])
+            calibration, found = calibrate(classifier.member_logits(data.eval), data)
+            start.method.change_logits(model, calibration.temperature, calibration.biases)
             results |= found
         if args.do_train and group.is_main:
             with writing(output.staging):

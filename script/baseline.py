@@ -24,7 +24,7 @@ from sklearn.preprocessing import FunctionTransformer
 
 import dataset
 from arguments import parse_args
-from evaluation.calibration import calibrate
+from evaluation.calibration import Calibration, calibrate
 from evaluation.metrics import compute_metrics
 from evaluation.predictions import Predictions, check_columns
 from evaluation.scoring import publish, score
@@ -167,11 +167,12 @@ def run(method: str, args: Namespace) -> None:
         results = data.count_rows() | chosen
 
         def logits(split: dataset.Split) -> torch.Tensor:
-            found = to_logits(classify(split.texts), multi_label)
-            return found / results.get("temperature", 1.0)
+            return calibration(to_logits(classify(split.texts), multi_label))
 
+        calibration = Calibration()
         if method in FEATURES:
-            results |= calibrate(logits(data.eval)[None], data)
+            calibration, found = calibrate(logits(data.eval)[None], data)
+            results |= found
         results |= score(logits, data, multi_label, output, args)
         publish(output, record, results)
 

@@ -165,12 +165,13 @@ def run(folders: list[str], args: Namespace) -> None:
             name: to_logits(np.tensordot(weights, one, axes=1), multi_label)
             for name, one in found.items()
         }
-        results = data.count_rows() | calibrate(logits["eval"][None], data)
-        rest = iter(logits["test"] / results["temperature"])
+        calibration, calibrated = calibrate(logits["eval"][None], data)
+        results = data.count_rows() | calibrated
+        rest = iter(calibration(logits["test"]))
 
         def classify(split: dataset.Split) -> torch.Tensor:
             if split is data.eval:
-                return logits["eval"] / results["temperature"]
+                return calibration(logits["eval"])
             return torch.stack([next(rest) for _ in range(len(split))])
 
         results |= score(classify, data, multi_label, output, args, explain=False)

@@ -20,7 +20,7 @@ from evaluation.predictions import FILES
 from model import load as load_model
 from model.predictions import Predictions
 from script import baseline, ensemble
-from test_main import PROBE, RESULTS, load
+from test_main import PROBE, RESULTS, load, undo_calibration
 
 # two whole batches, since each row of a step weighs the same; the gradient is not clipped
 ALIKE = ("--max_train_samples", "8", "--max_grad_norm", "1e9", "--load_best_model_at_end", "False")
@@ -38,10 +38,10 @@ def test_prefixes_trained_side_by_side_are_those_trained_alone(run):
         load_file(folder / "adapter_model.safetensors")
         for folder in (together / "prefix-1", together / "prefix-2", alone)
     )
-    scale = [load(folder, "all_results.json")["temperature"] for folder in (together, alone)]
+    for folder, tensors in ((together, found), (together, other), (alone, expected)):
+        undo_calibration(tensors, folder)
     for name, tensor in expected.items():
-        factor = scale[0] / scale[1] if "classifier" in name else 1.0
-        torch.testing.assert_close(found[name] * factor, tensor, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-4)
         assert (other[name] - found[name]).abs().max() > 1e-3
     stored = [load(folder, "all_results.json")["stored_parameters"] for folder in (together, alone)]
     assert stored[0] == 2 * stored[1]
@@ -92,8 +92,8 @@ def test_some_prefixes_can_only_be_trained_alone(capsys, flags):
 
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("members", [1, 3])
-def test_calibration_finds_the_temperature(members, multi_label):
-    """Labels are drawn from the probabilities, then the logits are made too large."""
+def test_calibration_finds_temperature_and_biases(members, multi_label):
+    """Labels are drawn from the probabilities, then the logits are made too large and shifted."""
     random = np.random.default_rng(0)
     logits = torch.from_numpy(random.normal(0, 2, (1, 4000, 3))).float()
     if multi_label:
@@ -101,15 +101,17 @@ def test_calibration_finds_the_temperature(members, multi_label):
     else:
         drawn = [random.choice(3, p=row) for row in logits[0].double().softmax(1).numpy()]
         label_ids = np.array(drawn)
-    logits = 3 * logits.expand(members, -1, -1)
+    biases = torch.tensor([0.5, -0.4, -0.1])
+    logits = 3 * (logits - biases).expand(members, -1, -1)
 
     rows = type("Split", (), {"label_ids": label_ids, "__len__": lambda self: 4000})()
-    found = calibrate(logits, Data(["0", "1", "2"], None, rows, None, None))
+    calibration, found = calibrate(logits, Data(["0", "1", "2"], None, rows, None, None))
     assert found["temperature"] == pytest.approx(3, rel=0.1)
+    assert found["calibration_biases"] == pytest.approx(biases.tolist(), abs=0.1)
     assert found["calibration_ece_before"] > 0.1 and found["calibration_ece_after"] < 0.04
     assert found["calibration_loss_after"] < found["calibration_loss_before"]
     assert found["calibration_loss_after"] == pytest.approx(
-        figures(logits / found["temperature"], label_ids)["loss"]
+        figures(logits / found["temperature"] + calibration.biases, label_ids)["loss"]
     )
 
 
@@ -129,12 +131,14 @@ def test_calibration_uses_unseen_rows_if_there_are_enough(run, tmp_path):
 
 def test_seen_texts_cannot_make_a_model_surer():
     """Every prediction is right, but all texts are seen, so that is no reason for confidence."""
-    label_ids = np.arange(300) % 3
+    label_ids = np.arange(300) % 2
     logits = torch.nn.functional.one_hot(torch.from_numpy(label_ids)).float()[None]
     rows = {"label_ids": label_ids, "keys": ["seen"] * 300, "__len__": lambda self: 300}
     for keys, lowest, highest in ((frozenset(["seen"]), 0.99, 1.01), (None, 0.1, 0.2)):
         data = Data(["0", "1", "2"], None, type("Split", (), rows)(), None, keys)
-        assert lowest <= calibrate(logits, data)["temperature"] <= highest
+        calibration, _ = calibrate(logits, data)
+        assert lowest <= calibration.temperature <= highest
+        assert bool(calibration.biases.any()) == (keys is None)
 
 
 @pytest.mark.parametrize("flags", [(), ("--prefix",), PROBE])
@@ -199,6 +203,7 @@ def test_an_ensemble_of_runs_is_their_weighted_average(two_runs, tmp_path, capsy
     for name in FILES.values():
         each = np.stack([probabilities(Path(one), name) for one in two_runs])
         power = np.tensordot(weights, each, axes=1) ** (1 / results["temperature"])
+        power *= np.exp(results["calibration_biases"])
         expected = power / power.sum(axis=1, keepdims=True)
         np.testing.assert_allclose(probabilities(folder, name), expected, atol=1e-4)
     assert results["test_seen_share"] == 0.5

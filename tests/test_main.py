@@ -35,6 +35,16 @@ def load(folder: Path, name: str):
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
+def undo_calibration(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Change the tensors of a run's folder to what training left, before calibration."""
+    results = load(folder, "all_results.json")
+    for name in tensors:
+        if name.endswith("classifier.bias"):
+            tensors[name] = tensors[name] - torch.tensor(results["calibration_biases"])
+        if "classifier" in name:
+            tensors[name] = tensors[name] * results["temperature"]
+
+
 def hashes(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
