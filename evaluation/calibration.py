@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from dataset import Data, seen_texts
@@ -36,7 +36,7 @@ class Calibration:
 
 
 def calibration_rows(data: Data) -> np.ndarray:
-    """Return which validation rows to calibrate on, bool [N]: those with an unseen text."""
+    """Return the validation rows that choose the temperature, bool [N]: with an unseen text."""
     every = np.ones(len(data.eval), dtype=bool)
     if data.training_keys is None:
         return every
@@ -44,33 +44,43 @@ def calibration_rows(data: Data) -> np.ndarray:
     return unseen if unseen.sum() >= ENOUGH_ROWS else every
 
 
-def fit(logits: torch.Tensor, label_ids: np.ndarray, only_lower: bool) -> Calibration:
-    """Return the calibration that minimises the log loss.
+def fit_temperature(logits: torch.Tensor, label_ids: np.ndarray, lowest: float) -> float:
+    """Return the temperature that minimises the log loss of `logits` / temperature.
 
-    Normal priors keep it near none if there are only a few rows: with a standard deviation of 1 for
-    the logarithm of the temperature, and of `SPREAD` for the biases.
+    A weak prior, normal for the logarithm with a standard deviation of 1, keeps it near 1 if there
+    are only a few rows.
 
     logits: float32 [K, N, C], of the members of an ensemble, whose probabilities are averaged; K is
-    1 for a single model. label_ids: as in `Counts.add`. only_lower: allow no change that can raise
-    the confidence: a temperature of at least 1, and no biases.
+    1 for a single model. label_ids: as in `Counts.add`. lowest: limit of the temperature.
     """
-    multi_label, classes = label_ids.ndim == 2, logits.shape[2]
-    labels, logits = torch.from_numpy(label_ids), logits.double()
+    limits = np.log([lowest, HIGHEST])
+
+    def loss(log_temperature: float) -> float:
+        each = figures(logits / float(np.exp(log_temperature)), label_ids)["loss"]
+        return len(label_ids) * each + log_temperature**2 / 2
+
+    return float(np.exp(minimize_scalar(loss, bounds=limits, method="bounded").x))
+
+
+def fit_biases(logits: torch.Tensor, label_ids: np.ndarray) -> torch.Tensor:
+    """Return the biases, float32 [C], that minimise the log loss of `logits` + biases.
+
+    A normal prior with a standard deviation of `SPREAD` keeps them near 0 if there are only a few
+    rows. Arguments as in `fit_temperature`.
+    """
+    multi_label, logits, labels = label_ids.ndim == 2, logits.double(), torch.from_numpy(label_ids)
     criterion = binary_cross_entropy_with_logits if multi_label else cross_entropy
     labels = labels.double() if multi_label else labels.long()
 
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        x = torch.tensor(parameters, requires_grad=True)
-        found = average(logits / x[0].exp() + x[1:], multi_label)
-        total = criterion(found, labels, reduction="sum")
-        total = total + x[0] ** 2 / 2 + (x[1:] ** 2).sum() / (2 * SPREAD**2)
+    def loss(biases: np.ndarray) -> tuple[float, np.ndarray]:
+        biases = torch.tensor(biases, requires_grad=True)
+        total = criterion(average(logits + biases, multi_label), labels, reduction="sum")
+        total = total + (biases**2).sum() / (2 * SPREAD**2)
         total.backward()
-        return total.item(), x.grad.numpy()
+        return total.item(), biases.grad.numpy()
 
-    limits = [(np.log(1.0 if only_lower else LOWEST), np.log(HIGHEST))]
-    limits += [(0, 0) if only_lower else (None, None)] * classes
-    best = minimize(loss, np.zeros(1 + classes), jac=True, bounds=limits, method="L-BFGS-B").x
-    return Calibration(float(np.exp(best[0])), torch.from_numpy(best[1:]).float())
+    found = minimize(loss, np.zeros(logits.shape[2]), jac=True, method="L-BFGS-B")
+    return torch.from_numpy(found.x).float()
 
 
 def figures(logits: torch.Tensor, label_ids: np.ndarray) -> dict[str, float]:
@@ -89,8 +99,11 @@ def calibrate(logits: torch.Tensor, data: Data) -> tuple[Calibration, dict]:
     unseen_only = rows.sum() < len(rows)
     # seen texts are easy: the confidence in them must not become the confidence in new ones
     is_mixed = not unseen_only and data.training_keys is not None and data.seen_share > 0
-    logits, label_ids = logits[:, rows], data.eval.label_ids[rows]
-    calibration = fit(logits, label_ids, only_lower=is_mixed)
+    every, logits, label_ids = logits, logits[:, rows], data.eval.label_ids[rows]
+    temperature = fit_temperature(logits, label_ids, 1.0 if is_mixed else LOWEST)
+    # all rows choose the biases, since these also change the labels of seen texts
+    biases = fit_biases(every / temperature, data.eval.label_ids)
+    calibration = Calibration(temperature, torch.zeros_like(biases) if is_mixed else biases)
     before, after = figures(logits, label_ids), figures(calibration(logits), label_ids)
     logger.info(
         "calibrated on %d validation rows: temperature %.2f, log loss %.3f -> %.3f, calibration "

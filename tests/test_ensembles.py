@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import main
 from conftest import ROWS, one_line, write_csv
 from dataset import Data
-from evaluation.calibration import calibrate, figures
+from evaluation.calibration import calibrate, figures, fit_biases
 from evaluation.metrics import Counts
 from evaluation.predictions import FILES
 from model import load as load_model
@@ -92,8 +92,8 @@ def test_some_prefixes_can_only_be_trained_alone(capsys, flags):
 
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("members", [1, 3])
-def test_calibration_finds_temperature_and_biases(members, multi_label):
-    """Labels are drawn from the probabilities, then the logits are made too large and shifted."""
+def test_calibration_finds_the_temperature_and_biases(members, multi_label):
+    """Labels are drawn from the probabilities, then the logits are made too large, or shifted."""
     random = np.random.default_rng(0)
     logits = torch.from_numpy(random.normal(0, 2, (1, 4000, 3))).float()
     if multi_label:
@@ -102,12 +102,14 @@ def test_calibration_finds_temperature_and_biases(members, multi_label):
         drawn = [random.choice(3, p=row) for row in logits[0].double().softmax(1).numpy()]
         label_ids = np.array(drawn)
     biases = torch.tensor([0.5, -0.4, -0.1])
-    logits = 3 * (logits - biases).expand(members, -1, -1)
+    shifted = (logits - biases).expand(members, -1, -1)
+    torch.testing.assert_close(fit_biases(shifted, label_ids), biases, rtol=0, atol=0.1)
+    logits = 3 * logits.expand(members, -1, -1)
 
     rows = type("Split", (), {"label_ids": label_ids, "__len__": lambda self: 4000})()
     calibration, found = calibrate(logits, Data(["0", "1", "2"], None, rows, None, None))
     assert found["temperature"] == pytest.approx(3, rel=0.1)
-    assert found["calibration_biases"] == pytest.approx(biases.tolist(), abs=0.1)
+    assert found["calibration_biases"] == pytest.approx([0, 0, 0], abs=0.1)
     assert found["calibration_ece_before"] > 0.1 and found["calibration_ece_after"] < 0.04
     assert found["calibration_loss_after"] < found["calibration_loss_before"]
     assert found["calibration_loss_after"] == pytest.approx(
@@ -132,13 +134,13 @@ def test_calibration_uses_unseen_rows_if_there_are_enough(run, tmp_path):
 def test_seen_texts_cannot_make_a_model_surer():
     """Every prediction is right, but all texts are seen, so that is no reason for confidence."""
     label_ids = np.arange(300) % 2
-    logits = torch.nn.functional.one_hot(torch.from_numpy(label_ids)).float()[None]
+    logits = torch.nn.functional.one_hot(torch.from_numpy(label_ids), 3).float()[None]
     rows = {"label_ids": label_ids, "keys": ["seen"] * 300, "__len__": lambda self: 300}
     for keys, lowest, highest in ((frozenset(["seen"]), 0.99, 1.01), (None, 0.1, 0.2)):
         data = Data(["0", "1", "2"], None, type("Split", (), rows)(), None, keys)
         calibration, _ = calibrate(logits, data)
         assert lowest <= calibration.temperature <= highest
-        assert bool(calibration.biases.any()) == (keys is None)
+        assert keys is None or not calibration.biases.any()
 
 
 @pytest.mark.parametrize("flags", [(), ("--prefix",), PROBE])
