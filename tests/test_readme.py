@@ -34,10 +34,10 @@ def headline_rows() -> dict[str, list[str]]:
 
 def study_rows() -> dict[str, list[str]]:
     """The same cells, from the files of the studies and of the single runs."""
-    names = ("study", "study_raw", "study_new_texts")
-    read = (json.loads((ROOT / "results" / f"{name}.json").read_text()) for name in names)
-    study, raw, new = ({(r["protocol"], r["method"]): r for r in one["summary"]} for one in read)
-    raw |= new
+    study = {}  # the newest of each protocol and method
+    for name in ("study", "study_published", "study_raw", "study_new_texts"):
+        read = json.loads((ROOT / "results" / f"{name}.json").read_text())
+        study |= {(row["protocol"], row["method"]): row for row in read["summary"]}
     singles = pd.read_csv(ROOT / "results" / "published_split.csv").set_index("command")
 
     def percent(row: dict, digits: int) -> str:
@@ -47,19 +47,17 @@ def study_rows() -> dict[str, list[str]]:
 
     rows = {}
     for method, title in METHODS.items():
-        unseen = raw["unseen", method]
+        unseen = study["unseen", method]
         command = f"script/run_og.sh --tuning_method {method} --seed 42"
         if ("original", method) in study:
             published = study["original", method]
-        elif method == "ensemble":  # not run there
-            published = None
         else:
             published = {"accuracy": singles.loc[command, "test_accuracy"], "accuracy sd": None}
         trained, size = unseen["trained"], unseen["bytes"]
         stored = f"{size / 1e3:.0f} kB" if size < 1e6 else f"{size / 1e6:.2g} MB"
         rows[title] = [
             f"{trained:,.0f}" if size else "",
-            percent(published, 2) if published else "",
+            percent(published, 2),
             percent(unseen, 1),
             stored if size else "",
         ]
