@@ -95,25 +95,28 @@ def calibrate(logits: torch.Tensor, data: Data) -> tuple[Calibration, dict]:
 
     logits: float32 [K, N, C], of the validation file.
     """
-    rows = calibration_rows(data)
+    rows, label_ids = calibration_rows(data), data.eval.label_ids
     unseen_only = rows.sum() < len(rows)
     # seen texts are easy: the confidence in them must not become the confidence in new ones
     is_mixed = not unseen_only and data.training_keys is not None and data.seen_share > 0
-    every, logits, label_ids = logits, logits[:, rows], data.eval.label_ids[rows]
-    temperature = fit_temperature(logits, label_ids, 1.0 if is_mixed else LOWEST)
-    # all rows choose the biases, since these also change the labels of seen texts
-    biases = fit_biases(every / temperature, data.eval.label_ids)
-    calibration = Calibration(temperature, torch.zeros_like(biases) if is_mixed else biases)
-    before, after = figures(logits, label_ids), figures(calibration(logits), label_ids)
+    lowest = 1.0 if is_mixed else LOWEST
+    temperature = fit_temperature(logits[:, rows], label_ids[rows], lowest)
+    if is_mixed:
+        biases = torch.zeros(logits.shape[2])
+    else:  # all rows choose them, since they also change the labels of seen texts
+        biases = fit_biases(logits / temperature, label_ids)
+    calibration = Calibration(temperature, biases)
+    before, after = (
+        figures(one[:, rows], label_ids[rows]) for one in (logits, calibration(logits))
+    )
     logger.info(
         "calibrated on %d validation rows: temperature %.2f, log loss %.3f -> %.3f, calibration "
         "error %.3f -> %.3f",
-        *(rows.sum(), calibration.temperature, before["loss"], after["loss"]),
-        *(before["ece"], after["ece"]),
+        *(rows.sum(), temperature, before["loss"], after["loss"], before["ece"], after["ece"]),
     )
     return calibration, {
-        "temperature": calibration.temperature,
-        "calibration_biases": [round(bias, 6) for bias in calibration.biases.tolist()],
+        "temperature": temperature,
+        "calibration_biases": biases.tolist(),
         "calibration_rows": int(rows.sum()),
         "calibration_unseen_only": bool(unseen_only),
         **{f"calibration_{name}_before": value for name, value in before.items()},

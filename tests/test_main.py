@@ -35,14 +35,20 @@ def load(folder: Path, name: str):
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
-def undo_calibration(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Change the tensors of a run's folder to what training left, before calibration."""
-    results = load(folder, "all_results.json")
-    for name in tensors:
-        if name.endswith("classifier.bias"):
-            tensors[name] = tensors[name] - torch.tensor(results["calibration_biases"])
-        if "classifier" in name:
-            tensors[name] = tensors[name] * results["temperature"]
+def recalibrated(
+    name: str, tensor: torch.Tensor, after: Path, before: Path | None = None
+) -> torch.Tensor:
+    """Return a tensor as the calibration of a run leaves it; before: the run whose is undone."""
+    if "classifier" not in name:
+        return tensor
+    is_bias = name.endswith("bias")
+    if before:
+        results = load(before, "all_results.json")
+        tensor = tensor - torch.tensor(results["calibration_biases"]) if is_bias else tensor
+        tensor = tensor * results["temperature"]
+    results = load(after, "all_results.json")
+    tensor = tensor / results["temperature"]
+    return tensor + torch.tensor(results["calibration_biases"]) if is_bias else tensor
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -37,7 +37,9 @@ def study_rows() -> dict[str, list[str]]:
     study = {}  # the newest of each protocol and method
     for name in ("study", "study_published", "study_raw", "study_new_texts"):
         read = json.loads((ROOT / "results" / f"{name}.json").read_text())
-        study |= {(row["protocol"], row["method"]): row for row in read["summary"]}
+        rows = {(row["protocol"], row["method"]): row for row in read["summary"]}
+        # of the first, unseen titles are cleaned ones
+        study |= {key: row for key, row in rows.items() if name != "study" or key[0] == "original"}
     singles = pd.read_csv(ROOT / "results" / "published_split.csv").set_index("command")
 
     def percent(row: dict, digits: int) -> str:
