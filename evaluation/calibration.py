@@ -5,11 +5,12 @@ https://arxiv.org/abs/1901.06852. K members of an ensemble, N rows, C classes.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from dataset import Data, seen_texts
@@ -44,43 +45,52 @@ def calibration_rows(data: Data) -> np.ndarray:
     return unseen if unseen.sum() >= ENOUGH_ROWS else every
 
 
-def fit_temperature(logits: torch.Tensor, label_ids: np.ndarray, lowest: float) -> float:
-    """Return the temperature that minimises the log loss of `logits` / temperature.
+def fit(
+    change: Callable[[torch.Tensor], torch.Tensor],
+    label_ids: np.ndarray,
+    size: int,
+    spread: float,
+    limits: tuple[float, float] = (-np.inf, np.inf),
+) -> np.ndarray:
+    """Return the numbers, float64 [size], for which `change` makes logits of the lowest log loss.
 
-    A weak prior, normal for the logarithm with a standard deviation of 1, keeps it near 1 if there
-    are only a few rows.
+    All in double precision, to the last digits: a loss is flat around its minimum, where rounding
+    would decide.
 
-    logits: float32 [K, N, C], of the members of an ensemble, whose probabilities are averaged; K is
-    1 for a single model. label_ids: as in `Counts.add`. lowest: limit of the temperature.
+    change: from numbers to logits, float64 [K, N, C], of the members of an ensemble, whose
+    probabilities are averaged; K is 1 for a single model. label_ids: as in `Counts.add`. spread:
+    standard deviation of a normal prior that keeps the numbers near 0 if there are only a few rows.
+    limits: of every number.
     """
-    limits = np.log([lowest, HIGHEST])
-
-    def loss(log_temperature: float) -> float:
-        each = figures(logits / float(np.exp(log_temperature)), label_ids)["loss"]
-        return len(label_ids) * each + log_temperature**2 / 2
-
-    return float(np.exp(minimize_scalar(loss, bounds=limits, method="bounded").x))
-
-
-def fit_biases(logits: torch.Tensor, label_ids: np.ndarray) -> torch.Tensor:
-    """Return the biases, float32 [C], that minimise the log loss of `logits` + biases.
-
-    A normal prior with a standard deviation of `SPREAD` keeps them near 0 if there are only a few
-    rows. Arguments as in `fit_temperature`.
-    """
-    multi_label, logits, labels = label_ids.ndim == 2, logits.double(), torch.from_numpy(label_ids)
+    multi_label, labels = label_ids.ndim == 2, torch.from_numpy(label_ids)
     criterion = binary_cross_entropy_with_logits if multi_label else cross_entropy
     labels = labels.double() if multi_label else labels.long()
 
-    def loss(biases: np.ndarray) -> tuple[float, np.ndarray]:
-        biases = torch.tensor(biases, requires_grad=True)
-        total = criterion(average(logits + biases, multi_label), labels, reduction="sum")
-        total = total + (biases**2).sum() / (2 * SPREAD**2)
+    def loss(numbers: np.ndarray) -> tuple[float, np.ndarray]:
+        numbers = torch.tensor(numbers, requires_grad=True)
+        total = criterion(average(change(numbers), multi_label), labels, reduction="sum")
+        total = total + (numbers**2).sum() / (2 * spread**2)
         total.backward()
-        return total.item(), biases.grad.numpy()
+        return total.item(), numbers.grad.numpy()
 
-    found = minimize(loss, np.zeros(logits.shape[2]), jac=True, method="L-BFGS-B")
-    return torch.from_numpy(found.x).float()
+    options = {"jac": True, "bounds": [limits] * size, "options": {"ftol": 0, "gtol": 1e-9}}
+    return minimize(loss, np.zeros(size), method="L-BFGS-B", **options).x
+
+
+def fit_temperature(logits: torch.Tensor, label_ids: np.ndarray, lowest: float) -> float:
+    """Return the temperature, from `lowest` on, whose log loss of `logits` / temperature is lowest.
+
+    logits: float32 [K, N, C]. label_ids: see `fit`; its number is the temperature's logarithm.
+    """
+    logits, limits = logits.double(), (np.log(lowest), np.log(HIGHEST))
+    return float(np.exp(fit(lambda log: logits / log.exp(), label_ids, 1, 1.0, limits)[0]))
+
+
+def fit_biases(logits: torch.Tensor, label_ids: np.ndarray) -> torch.Tensor:
+    """Return the biases, float32 [C], whose log loss of `logits` + biases is lowest; see `fit`."""
+    logits = logits.double()
+    found = fit(lambda biases: logits + biases, label_ids, logits.shape[2], SPREAD)
+    return torch.from_numpy(found).float()
 
 
 def figures(logits: torch.Tensor, label_ids: np.ndarray) -> dict[str, float]:

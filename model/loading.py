@@ -223,4 +223,7 @@ def load_weights(
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{folder}: {name} has values that are not finite: the model is broken")
+        # a copy outside the mapped file, which may change, and where weights start at any byte:
+        # some kernels round otherwise there
+        parameter.data = parameter.data.clone()
     return model

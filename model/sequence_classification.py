@@ -40,7 +40,8 @@ class LastLayer(BertLayer):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *_, **options
     ) -> torch.Tensor:
         """Map states [B, T, HD] to [B, 1, HD]; the mask is [B, 1, T, T or P+T], or None."""
-        first = hidden_states[:, :1]
+        # contiguous, else PyTorch multiplies row by row if weights are frozen: other rounding
+        first = hidden_states[:, :1].contiguous()
         if attention_mask is not None:
             attention_mask = attention_mask[:, :, :1]
         options.pop("encoder_attention_mask", None)

@@ -52,9 +52,6 @@ class Machine:
                     for weight in module.parameters():
                         if not weight.requires_grad:
                             weight.data = weight.data.to(torch.bfloat16)
-            for weight in model.parameters():
-                if not weight.requires_grad:  # a clone does not keep the weight file mapped
-                    weight.data = weight.data.clone()
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor to the device; a GPU takes it from pinned memory while Python goes on."""

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 from model import adapter
@@ -273,7 +273,6 @@ class Registry:
         if key not in self.backbones:
             built = method.build(source, config).requires_grad_(False).eval()
             self.machine.place(built)
-            detach_from_files(built)
             self.backbones[key] = SharedBackbone(
                 source, config, built.bert, self.machine, self.prefixes
             )
@@ -297,7 +296,7 @@ class Registry:
     def open_whole(self, name: str, folder: Path) -> Model:
         """Load a model that shares nothing."""
         classifier = Classifier.load(folder, self.machine.precision)
-        detach_from_files(classifier.model.eval())
+        classifier.model.eval()
         return Model(
             name=name,
             folder=folder,
@@ -315,12 +314,6 @@ class Registry:
         if source.backbone not in self.tokenizers:
             self.tokenizers[source.backbone] = load_tokenizer(source, config)
         return self.tokenizers[source.backbone]
-
-
-def detach_from_files(model: nn.Module) -> None:
-    """Copy the weights, so that a change of the mapped file cannot change or stop the server."""
-    for weight in model.parameters():
-        weight.data = weight.data.clone()
 
 
 def stored(folder: Path, members: list[Path]) -> dict[str, Any]:

@@ -114,6 +114,10 @@ def test_calibration_finds_the_temperature_and_biases(members, multi_label):
     assert found["calibration_loss_after"] == pytest.approx(
         figures(logits / found["temperature"] + calibration.biases, label_ids)["loss"]
     )
+    rounded = logits * (1 + 1e-7 * torch.from_numpy(random.normal(size=(4000, 3))))
+    again, _ = calibrate(rounded.float(), Data(["0", "1", "2"], None, rows, None, None))
+    assert again.temperature == pytest.approx(calibration.temperature, abs=1e-7)
+    torch.testing.assert_close(again.biases, calibration.biases, rtol=0, atol=1e-7)
 
 
 def test_calibration_uses_unseen_rows_if_there_are_enough(run, tmp_path):
