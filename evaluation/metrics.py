@@ -33,6 +33,7 @@ TITLES = {
     "micro_f1": "micro F1",
     "loss": "log loss",
     "ece": "calibration error",
+    "ece_by_chance": "if perfectly calibrated",
     "rejected_share": "share of rejected rows",
     "accuracy_kept": "accuracy on kept rows",
     "seen_share": "share of seen texts",
@@ -40,6 +41,29 @@ TITLES = {
     "accuracy_unseen": "accuracy on unseen texts",
     "accuracy_unseen_interval": "unseen, 95 % interval",
 }
+
+
+def confidence_counts(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Count rows and hits, and sum confidence, by confidence: float64 [3, FINE_BINS]."""
+    place = np.minimum((confidence * FINE_BINS).astype(int), FINE_BINS - 1)
+    weights = (np.ones(len(right)), right, confidence)
+    return np.stack([np.bincount(place, weight, FINE_BINS) for weight in weights])
+
+
+def calibration_error(fine: np.ndarray) -> dict[str, float]:
+    """Return the expected calibration error, and what it is by chance without any miscalibration.
+
+    The error is the mean gap between confidence and accuracy over bins of equal width (Guo et al.
+    2017, https://arxiv.org/abs/1706.04599). Were every row right with the probability that its
+    confidence says, the hits of a bin would still vary around their mean: about normally, so by
+    sqrt(2 / pi) standard deviations on average. fine: see `confidence_counts`.
+    """
+    rows, hits, confidence = fine.reshape(3, BINS, -1).sum(axis=2)
+    variance = (fine[2] * (1 - fine[2] / np.maximum(fine[0], 1))).reshape(BINS, -1).sum(axis=1)
+    return {
+        "ece": float(np.abs(hits - confidence).sum() / rows.sum()),
+        "ece_by_chance": float(np.sqrt(2 / np.pi * variance).sum() / rows.sum()),
+    }
 
 
 class Counts:
@@ -68,9 +92,7 @@ class Counts:
             parts = (label_ids[right], found.label, label_ids)
             counted = [np.bincount(part, minlength=classes) for part in parts]
         self.classes += np.stack(counted)
-        place = np.minimum((found.confidence * FINE_BINS).astype(int), FINE_BINS - 1)
-        weights = (np.ones(len(right)), right, found.confidence)
-        self.fine += [np.bincount(place, weight, FINE_BINS) for weight in weights]
+        self.fine += confidence_counts(found.confidence, right)
         return right
 
     def merge(self, other: "Counts") -> None:
@@ -123,17 +145,11 @@ class Counts:
         return [[at / FINE_BINS, rows[at] / rows[0], hits[at] / rows[at]] for at in places]
 
     def more_metrics(self) -> dict[str, float]:
-        """Compute F1 weighted by class support, and the expected calibration error.
-
-        The latter is the mean gap between confidence and accuracy over bins of equal width (Guo et
-        al. 2017, https://arxiv.org/abs/1706.04599).
-        """
+        """Compute F1 weighted by class support, and the `calibration_error`."""
         each = self.per_class()
-        rows, hits, confidence = self.bins
-        return {
-            "weighted_f1": float(np.average(each["f1"], weights=np.maximum(each["support"], 1e-9))),
-            "ece": float(np.abs(hits - confidence).sum() / rows.sum()),
-        }
+        weights = np.maximum(each["support"], 1e-9)
+        weighted = float(np.average(each["f1"], weights=weights))
+        return {"weighted_f1": weighted} | calibration_error(self.fine)
 
 
 def compute_metrics(found: Predictions, label_ids: np.ndarray) -> dict[str, float]:

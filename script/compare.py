@@ -29,6 +29,7 @@ import pandas as pd
 import arguments
 from dataset import Split, read_split, reading_options
 from evaluation import pages, plots
+from evaluation.metrics import calibration_error, confidence_counts
 from evaluation.paired import answers, read_run
 from evaluation.predictions import FILES
 from evaluation.review import SHOWN, file_margins, least_plausible
@@ -69,6 +70,8 @@ COLUMNS = {  # of the table, with their keys in all_results.json
     "macro F1": "test_macro_f1",
     "log loss": "test_loss",
     "ECE": "test_ece",
+    "by chance": "test_ece_by_chance",
+    "pooled ECE": "pooled_ece",  # of the rows of all runs together
     "trained": "trainable_parameters",
     "bytes": "stored_bytes",
     "seconds": "train_runtime",
@@ -221,14 +224,27 @@ def summarise(runs: list[dict]) -> list[dict]:
     """Compute mean and standard deviation of each column, by protocol and method."""
     rows = []
     for protocol, method in dict.fromkeys((run["protocol"], run["method"]) for run in runs):
-        ours = [r["results"] for r in runs if (r["protocol"], r["method"]) == (protocol, method)]
+        ours = [run for run in runs if (run["protocol"], run["method"]) == (protocol, method)]
         row = {"protocol": protocol, "method": method, "runs": len(ours)}
         for column, key in COLUMNS.items():
-            values = [one[key] for one in ours if one.get(key) is not None]
+            values = [run["results"][key] for run in ours if run["results"].get(key) is not None]
             row[column] = float(np.mean(values)) if values else None
             row[f"{column} sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        row["pooled ECE"] = pooled_error(ours)
         rows.append(row)
     return rows
+
+
+def pooled_error(runs: list[dict]) -> float:
+    """Compute the calibration error of the test rows of all runs together.
+
+    With more rows, less of it is chance; errors in opposite directions cancel.
+    """
+    counts = 0
+    for run in runs:
+        confidence = run["scored"][1].table["confidence"].to_numpy(dtype=float)
+        counts += confidence_counts(confidence, run["predictions"]["right"].to_numpy())
+    return calibration_error(counts)["ece"]
 
 
 def format_cell(row: dict, column: str) -> str:

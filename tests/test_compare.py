@@ -5,6 +5,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -196,11 +197,20 @@ def test_the_study_lists_the_least_plausible_labels(study, folders, tmp_path):
 
 
 def test_the_table_has_mean_and_standard_deviation():
+    """Pooled: half of the rows are right, with confidence 0.6: all in one run, none in one."""
+    split = SimpleNamespace(table=pd.DataFrame({"confidence": ["0.6", "0.6"]}))
     runs = [
-        {"protocol": "p", "method": "m", "results": {"test_accuracy": value}}
-        for value in (0.5, 0.7)
+        {
+            "protocol": "p",
+            "method": "m",
+            "results": {"test_accuracy": value},
+            "scored": ({}, split),
+            "predictions": pd.DataFrame({"right": [right, right]}),
+        }
+        for value, right in ((0.5, True), (0.7, False))
     ]
     (row,) = compare.summarise(runs)
+    assert row["pooled ECE"] == pytest.approx(0.1)
     assert row["accuracy"] == pytest.approx(0.6)
     assert row["accuracy sd"] == pytest.approx(0.1414, 1e-3)
     assert row["on unseen"] is None and compare.format_cell(row, "on unseen") == "-"

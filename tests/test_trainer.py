@@ -13,7 +13,14 @@ from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_
 import trainer
 from arguments import fill_schedule, parse_args
 from conftest import ROWS, without_dropout
-from evaluation.metrics import Bootstrap, Counts, Score, compute_metrics
+from evaluation.metrics import (
+    Bootstrap,
+    Counts,
+    Score,
+    calibration_error,
+    compute_metrics,
+    confidence_counts,
+)
 from model.classifier import predict
 from model.predictions import Predictions
 from model.sequence_classification import train_words_in_use
@@ -335,6 +342,8 @@ def test_calibration_error_matches_a_hand_calculation():
     counts = Counts(multi_label=False)
     counts.add(Predictions.of(logits, multi_label=False), np.array([0, 1, 0, 0]))
     assert counts.more_metrics()["ece"] == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
+    by_chance = np.sqrt(2 / np.pi * np.array([2 * 0.9 * 0.1, 2 * 0.6 * 0.4])).sum() / 4
+    assert counts.more_metrics()["ece_by_chance"] == pytest.approx(by_chance)
     assert counts.bins[0].sum() == 4
 
 
@@ -391,6 +400,19 @@ def test_labels_drawn_from_their_probabilities_are_calibrated():
     counts = Counts(multi_label=True)
     counts.add(Predictions.of(logits, multi_label=True), labels)
     assert counts.more_metrics()["ece"] < 0.015
+
+
+def test_a_perfectly_calibrated_file_has_the_calibration_error_of_chance():
+    """On average over many files of 150 rows, whose labels are drawn from the confidence."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(400):
+        confidence = random.uniform(0.3, 1, 150)
+        right = random.random(150) < confidence
+        found.append(calibration_error(confidence_counts(confidence, right)))
+    error, by_chance = (np.mean([one[name] for one in found]) for name in found[0])
+    assert by_chance == pytest.approx(error, rel=0.05)
+    assert error > 0.07
 
 
 def test_records_are_plain_json_and_complete(make_model, data):
