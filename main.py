@@ -121,7 +121,7 @@ def run(args: Namespace) -> None:
     """Execute one run, from checked arguments to published results."""
     with processes.joined() as group, opened(args, group.is_main) as output:
         # prepare: machine, model, data and record, the same in all processes
-        machine = pick_machine(args.precision, group)
+        machine = pick_machine(group.from_main(output.precision(args.precision)), group)
         start, data, tokenizer, record = group.agree(
             lambda: prepare(args, machine), compared=lambda prepared: identity(prepared[-1])
         )

@@ -138,6 +138,11 @@ class OutputFolder:
                 "auto, or start over with --overwrite_output_dir"
             )
 
+    def precision(self, choice: str) -> str:
+        """Return that of the run to resume, for "auto": measured again, it may differ."""
+        earlier = (self.unfinished or self.finished).get("settings", {})
+        return earlier.get("precision", choice) if self.auto and choice == "auto" else choice
+
     def is_finished(self, record: dict) -> bool:
         """Whether the run is to be resumed but its folder already contains all its results.
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import main
 import power
 from killing import Points, check_end, command, comparable, kill_until_done, visible
-from runtime import checkpoint, output_folder, swap
+from runtime import checkpoint, machine, output_folder, swap
 from runtime.output_folder import OutputFolder
 from runtime.training_state import MOMENTS
 from test_main import ADAPTER, FULL, RESULTS, hashes, load
@@ -46,6 +46,20 @@ RESUMED = {
     "no evaluation": ("--eval_strategy", "no"),
     "checkpointing": ("--prefix", "--gradient_checkpointing", "--hidden_dropout_prob", "0.1"),
 }
+
+
+def test_a_run_resumes_in_the_precision_that_it_started_in(run, stop_at, monkeypatch):
+    """Measured on a busy machine, bfloat16 may look slow that was fast before."""
+    auto = ("--precision", "auto", "--resume_from_checkpoint", "auto")
+    monkeypatch.setattr(machine, "bfloat16_gain", lambda: 2.0)
+    stop_at(4)
+    run(*auto, status=143)
+    stop_at(None)
+    monkeypatch.setattr(machine, "bfloat16_gain", lambda: 0.5)
+    folder = run(*auto)
+    assert load(folder, "run.json")["settings"]["precision"] == "bf16"
+    before = hashes(folder)
+    assert hashes(run(*auto)) == before  # it has already finished
 
 
 @pytest.mark.parametrize("case", RESUMED)
