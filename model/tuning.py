@@ -91,13 +91,13 @@ class TuningMethod:
         return parameter.ndim < 2
 
     @torch.no_grad()
-    def change_logits(self, model: nn.Module, temperature: float, biases: Tensor) -> None:
+    def change_logits(self, model: nn.Module, temperature: float, biases: Tensor | float) -> None:
         """Divide all logits by a temperature and add biases [C], by way of the head."""
         for name, parameter in model.named_parameters():
             if self.is_head(name):
                 parameter /= temperature
                 if name.endswith("bias"):
-                    parameter += biases.to(parameter.device)
+                    parameter += torch.as_tensor(biases, device=parameter.device)
 
     def build(
         self, source: Source, config: BertConfig, fresh_head: bool = False

@@ -1,4 +1,4 @@
-"""Baselines that run in seconds, scored like the tuned models: same splits, metrics and files.
+"""Baselines that tune no BERT, scored like the tuned models: same splits, metrics and files.
 
     .venv/bin/python -m script.baseline METHOD [data flags of main.py] --output_dir DIR
 
@@ -7,20 +7,25 @@ decides which label is the most frequent. lookup: the labels of the same text in
 for unseen texts as majority. The others are logistic regression on these features; the validation
 file chooses its regularisation strength. tfidf: TF-IDF of words and pairs of words; characters: the
 same, and TF-IDF of 2 to 5 characters within words; embeddings: the mean of the frozen backbone's
-last states (--model_name_or_path); combined: all of these.
+last states (--model_name_or_path); combined: all of these. tfidf-svm, characters-svm and so on:
+a linear support vector machine on the same features, whose margins calibration turns into
+probabilities.
 """
 
+import copy
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from sklearn.base import ClassifierMixin
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import FeatureUnion
 from sklearn.preprocessing import FunctionTransformer
+from sklearn.svm import LinearSVC
 
 import dataset
 from arguments import parse_args
@@ -38,24 +43,30 @@ from runtime.output_folder import opened
 from runtime.record import describe_run
 from script.command import reported
 
-FEATURES = {  # of the methods that fit a logistic regression
+FEATURES = {  # of the linear models
     "tfidf": ("words",),
     "characters": ("words", "characters"),
     "embeddings": ("embeddings",),
     "combined": ("words", "characters", "embeddings"),
 }
-METHODS = ("majority", "lookup", *FEATURES)
+SVM = "-svm"
+LINEAR = (*FEATURES, *(f"{name}{SVM}" for name in FEATURES))
+METHODS = ("majority", "lookup", *LINEAR)
 WEIGHTS = {"embeddings": 2}  # beside two TF-IDF vectors of length 1
 SETTINGS = (  # flags of main.py that apply to baselines
     "train_file validation_file test_file text_column_names text_column_delimiter "
     "label_column_name label_names problem_type csv_encoding drop_empty output_dir "
     "max_train_samples seed model_name_or_path safe_csv reject_below"
 ).split()
-STRENGTHS = (0.3, 1, 3, 10, 30, 100)  # C, the inverse of regularisation
+# C, the inverse of regularisation: dense embeddings may need little, and TF-IDF much.
+STRENGTHS = (0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+SVM_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 SMOOTHING = 0.01  # pseudo-rows of the label frequencies in each look-up: no probability is 0
 TIE = 1e-6  # weight of the validation file's label frequencies: they only break ties
+ABSENT = -20.0  # logit of a label without a training row, below the lowest of the others
 
 Probabilities = Callable[[list[str]], np.ndarray]  # N texts -> probabilities [N, C]
+Logits = Callable[[list[str]], torch.Tensor]  # N texts -> logits, float32 [N, C]
 
 
 def majority(share: np.ndarray) -> Probabilities:
@@ -75,74 +86,83 @@ def lookup(texts: list[str], one_hot: np.ndarray, share: np.ndarray) -> Probabil
     return lambda texts: np.stack([table.get(dataset.text_key(text), share) for text in texts])
 
 
-def vectorizer(method: str, texts: list[str], source: Source | None) -> FeatureUnion:
-    """Build the features of a method; source: the backbone of embeddings.
+def features_of(method: str) -> tuple[str, ...]:
+    """Return the features of a linear model; none for other baselines."""
+    return FEATURES.get(method.removesuffix(SVM), ())
 
-    Raises: UserError if it needs words and no text has one.
+
+def vectorizer(parts: tuple[str, ...], texts: list[str], source: Source | None) -> FeatureUnion:
+    """Build the features `parts`, float32; source: the backbone of embeddings.
+
+    Raises: UserError if they need words and no text has one.
     """
-    options = {"sublinear_tf": True}
+    options = {"sublinear_tf": True, "dtype": np.float32}
     words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", **options)
-    parts: dict = {"words": words}
-    if "words" in FEATURES[method] and not any(map(words.build_analyzer(), texts)):
+    if "words" in parts and not any(map(words.build_analyzer(), texts)):
         raise UserError("no text in the training file contains a word: use another baseline")
-    parts["characters"] = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), **options)
-    if "embeddings" in FEATURES[method]:
-        parts["embeddings"] = FunctionTransformer(embedder(source, pick_machine("auto")))
-    used = [(name, parts[name]) for name in FEATURES[method]]
-    weights = {name: weight for name, weight in WEIGHTS.items() if name in FEATURES[method]}
-    return FeatureUnion(used, transformer_weights=weights)
+    known: dict = {"words": words}
+    known["characters"] = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), **options)
+    if "embeddings" in parts:
+        known["embeddings"] = FunctionTransformer(embedder(source, pick_machine("auto")))
+    weights = {name: weight for name, weight in WEIGHTS.items() if name in parts}
+    return FeatureUnion([(name, known[name]) for name in parts], transformer_weights=weights)
 
 
-def linear(
-    features: FeatureUnion, vectors, label_ids: np.ndarray, classes: int, strength: float
-) -> Probabilities:
-    """Fit a logistic regression on vectors [N, F]; a label without a training row gets 0."""
-    model = LogisticRegression(C=strength, max_iter=2000)
-    if label_ids.ndim == 2:
-        model = OneVsRestClassifier(model)
-    model.fit(vectors, label_ids)
+def fit_linear(method: str, data: dataset.Data, source: Source | None) -> tuple[Logits, dict]:
+    """Fit a linear model with each strength; return the one with the best validation accuracy.
 
-    def classify(texts: list[str]) -> np.ndarray:
-        probability = np.zeros((len(texts), classes))
-        probability[:, model.classes_] = model.predict_proba(features.transform(texts))
-        return probability
-
-    return classify
-
-
-def fit(
-    method: str, data: dataset.Data, multi_label: bool, source: Source | None
-) -> tuple[Probabilities, dict]:
-    """Fit a baseline; return it and the settings that the validation file chose."""
-    texts, label_ids = data.train.texts, data.train.label_ids
-    one_hot, validation = (
-        split.label_ids if multi_label else np.eye(len(data.names))[split.label_ids]
-        for split in (data.train, data.eval)
-    )
-    share = (one_hot.mean(axis=0) + TIE * validation.mean(axis=0)) / (1 + TIE)
-    if method == "majority":
-        return majority(share), {}
-    if method == "lookup":
-        return lookup(texts, one_hot, share), {}
-
-    def accuracy(classify: Probabilities) -> float:
-        logits = to_logits(classify(data.eval.texts), multi_label)
-        found = Predictions.of(logits, multi_label)
-        return compute_metrics(found, data.eval.label_ids)["accuracy"]
-
-    classes = len(data.names)
+    Raises: UserError if the training rows have a single label.
+    """
+    texts, label_ids, classes = data.train.texts, data.train.label_ids, len(data.names)
+    multi_label = label_ids.ndim == 2
     if not multi_label and len(set(label_ids)) < 2:
         raise UserError(
             f"{data.train.path}: the {len(texts)} rows drawn have one label: raise "
             "--max_train_samples"
         )
-    features = vectorizer(method, texts, source)
-    vectors = features.fit_transform(texts)
-    fitted = {
-        strength: linear(features, vectors, label_ids, classes, strength) for strength in STRENGTHS
-    }
-    best = max(fitted, key=lambda strength: accuracy(fitted[strength]))
-    return fitted[best], {"C": best}
+    features = vectorizer(features_of(method), texts, source)
+    vectors, validation = features.fit_transform(texts), features.transform(data.eval.texts)
+    if method.endswith(SVM):
+        model, strengths = LinearSVC(random_state=0, max_iter=10_000), SVM_STRENGTHS
+    else:  # from each strength to the next, Newton's method needs few steps even for many labels
+        model = LogisticRegression(solver="newton-cg", warm_start=True, max_iter=1000)
+        strengths = STRENGTHS
+
+    def logits(model: ClassifierMixin, vectors) -> torch.Tensor:
+        margins = model.decision_function(vectors)
+        if margins.ndim == 1:  # of two labels, the second's
+            margins = np.stack([0 * margins, margins], axis=1)
+        found = np.repeat(margins.min(axis=1, keepdims=True) + ABSENT, classes, axis=1)
+        found[:, model.classes_] = margins
+        return torch.from_numpy(found).float()
+
+    best: tuple[float, ClassifierMixin, float] | None = None
+    for strength in strengths:
+        model.set_params(C=strength)
+        fitted = OneVsRestClassifier(model) if multi_label else model
+        fitted.fit(vectors, label_ids)
+        found = Predictions.of(logits(fitted, validation), multi_label)
+        accuracy = compute_metrics(found, data.eval.label_ids)["accuracy"]
+        if best is None or accuracy > best[0]:
+            best = accuracy, copy.deepcopy(fitted), strength
+    _, fitted, strength = best
+    return lambda texts: logits(fitted, features.transform(texts)), {"C": strength}
+
+
+def fit(
+    method: str, data: dataset.Data, multi_label: bool, source: Source | None
+) -> tuple[Logits, dict]:
+    """Fit a baseline; return it and the settings that the validation file chose."""
+    if method in LINEAR:
+        return fit_linear(method, data, source)
+    one_hot, validation = (
+        split.label_ids if multi_label else np.eye(len(data.names))[split.label_ids]
+        for split in (data.train, data.eval)
+    )
+    share = (one_hot.mean(axis=0) + TIE * validation.mean(axis=0)) / (1 + TIE)
+    texts = data.train.texts
+    classify = majority(share) if method == "majority" else lookup(texts, one_hot, share)
+    return lambda texts: to_logits(classify(texts), multi_label), {}
 
 
 def run(method: str, args: Namespace) -> None:
@@ -158,7 +178,7 @@ def run(method: str, args: Namespace) -> None:
         check_columns(data, args.reject_below)
         model = {"backbone": method, "weights_sha256": None, "method": f"baseline {method}"}
         source = None
-        if "embeddings" in FEATURES.get(method, ()):
+        if "embeddings" in features_of(method):
             source = locate(args.model_name_or_path)
             model |= {"backbone": source.name, "weights_sha256": sha256_of(source.folders)}
         record = describe_run(settings, model, data.names, data.describe())
@@ -167,10 +187,10 @@ def run(method: str, args: Namespace) -> None:
         results = data.count_rows() | chosen
 
         def logits(split: dataset.Split) -> torch.Tensor:
-            return calibration(to_logits(classify(split.texts), multi_label))
+            return calibration(classify(split.texts))
 
         calibration = Calibration()
-        if method in FEATURES:
+        if method in LINEAR:
             calibration, found = calibrate(logits(data.eval)[None], data)
             results |= found
         results |= score(logits, data, multi_label, output, args)
@@ -189,7 +209,7 @@ def main(argv: list[str]) -> int:
     useful = {*SETTINGS, "overwrite_output_dir"}
     if "max_train_samples" not in given:  # the seed only draws these rows
         useful.remove("seed")
-    if "embeddings" not in FEATURES.get(argv[0], ()):
+    if "embeddings" not in features_of(argv[0]):
         useful.remove("model_name_or_path")
     if unused := sorted(given - useful):
         print(f"error: --{unused[0]} has no effect on a baseline: omit it", file=sys.stderr)

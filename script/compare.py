@@ -48,13 +48,15 @@ METHODS = {
     "characters, linear": [*BASELINE, "characters", "--overwrite_output_dir"],
     "embeddings, linear": [*BASELINE, "embeddings", "--overwrite_output_dir"],
     "combined, linear": [*BASELINE, "combined", "--overwrite_output_dir"],
+    "characters, SVM": [*BASELINE, "characters-svm", "--overwrite_output_dir"],
+    "combined, SVM": [*BASELINE, "combined-svm", "--overwrite_output_dir"],
     **{method: [*TUNE, "--tuning_method", method] for method in arguments.METHODS},
     "input prefix": [*TUNE, "--prefix", "--prefix_depth", "input"],
     "4 prefixes": [*TUNE, "--prefix", "--num_prefixes", "4"],
     "ensemble": ["-m", "script.ensemble"],  # of the runs of all other methods
 }
 NO_MEMBERS = ("majority", "look-up", "ensemble")
-USE_BACKBONE = ("embeddings, linear", "combined, linear")  # baselines
+USE_BACKBONE = ("embeddings, linear", "combined, linear", "combined, SVM")  # baselines
 STUDYS_OWN = set(  # flags that the study sets itself, or that would not reach the baselines
     "--text_column_names --text_column_delimiter --label_column_name --csv_encoding --problem_type "
     "--drop_empty --max_train_samples --output_dir --seed --train_file --validation_file "

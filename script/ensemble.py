@@ -25,7 +25,7 @@ import torch
 
 import dataset
 from arguments import parse_args
-from evaluation.calibration import calibrate, calibration_rows, figures
+from evaluation.calibration import ENOUGH_ROWS, calibrate, calibration_rows, figures
 from evaluation.predictions import FILES, check_columns
 from evaluation.scoring import publish, score
 from model.predictions import to_logits
@@ -149,6 +149,8 @@ def run(folders: list[str], args: Namespace) -> None:
             each = [read_probabilities(one, name, names, columns, texts) for one in folders]
             found[name] = np.stack(each)
         rows = calibration_rows(data)
+        if rows.sum() < ENOUGH_ROWS:
+            rows[:] = True
         counts = select(found["eval"][:, rows], data.eval.label_ids[rows])
         weights = counts / counts.sum()
         for folder, weight in zip(folders, weights, strict=True):

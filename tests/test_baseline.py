@@ -15,7 +15,7 @@ from runtime.machine import pick_machine
 from script import baseline
 from test_main import RESULTS, load
 
-METHODS = ("majority", "lookup", "tfidf", "characters", "embeddings", "combined")
+METHODS = ("majority", "lookup", "tfidf", "tfidf-svm", "embeddings", "combined")
 
 
 @pytest.fixture
@@ -66,9 +66,12 @@ def test_a_look_up_repeats_seen_labels_and_else_predicts_the_most_frequent(run_b
 
 def test_the_linear_model_learns_and_chooses_its_strength_by_validation(run_baseline, tmp_path):
     path = write_csv(tmp_path / "same.csv", ROWS)
-    folder = run_baseline("tfidf", "--validation_file", path, "--test_file", path)
-    assert load(folder, "all_results.json")["test_accuracy"] == 1.0
-    assert load(folder, "all_results.json")["C"] in baseline.STRENGTHS
+    for method, strengths in (
+        ("tfidf", baseline.STRENGTHS), ("tfidf-svm", baseline.SVM_STRENGTHS)
+    ):  # fmt: skip
+        folder = run_baseline(method, "--validation_file", path, "--test_file", path)
+        assert load(folder, "all_results.json")["test_accuracy"] == 1.0
+        assert load(folder, "all_results.json")["C"] in strengths[1:-1]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -35,22 +35,6 @@ def load(folder: Path, name: str):
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
-def recalibrated(
-    name: str, tensor: torch.Tensor, after: Path, before: Path | None = None
-) -> torch.Tensor:
-    """Return a tensor as the calibration of a run leaves it; before: the run whose is undone."""
-    if "classifier" not in name:
-        return tensor
-    is_bias = name.endswith("bias")
-    if before:
-        results = load(before, "all_results.json")
-        tensor = tensor - torch.tensor(results["calibration_biases"]) if is_bias else tensor
-        tensor = tensor * results["temperature"]
-    results = load(after, "all_results.json")
-    tensor = tensor / results["temperature"]
-    return tensor + torch.tensor(results["calibration_biases"]) if is_bias else tensor
-
-
 def hashes(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
