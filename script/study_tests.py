@@ -94,7 +94,7 @@ def describe(test: dict) -> str:
 
 def format_tests(tests: list[dict]) -> str:
     """Format the tests, one per line."""
-    lines = [f"{len(tests)} comparisons on unseen texts, named before the runs:"]
+    lines = [f"{len(tests)} comparisons on unseen texts:"]
     for test in tests:
         lines.append(f"{test['protocol']:9} {describe(test)} ({test['texts']:,} texts)")
     return "\n".join(lines)
