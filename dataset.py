@@ -221,6 +221,21 @@ class Data:
             return 1 - len(self.training_keys) / len(self.train)
         return float(seen_texts(self.training_keys, self.eval.keys).mean())
 
+    def seen(self, name: str, keys: list[str]) -> np.ndarray | None:
+        """Whether each text, given by its key, was seen: bool [N]; None without a training file.
+
+        name: the file of the texts. A text of "eval" was seen if it is in the training file; one of
+        "test" also if it is in the validation file, which chooses epoch, calibration and weights.
+        """
+        if self.training_keys is None:
+            return None
+        return seen_texts(self.all_keys if name == "test" else self.training_keys, keys)
+
+    @cached_property
+    def all_keys(self) -> frozenset[str]:
+        """The keys of the training and validation texts."""
+        return self.training_keys.union(self.eval.keys if self.eval else ())
+
     def describe(self) -> dict[str, dict]:
         """Return path, number of rows and checksum of each file, for run.json."""
         return {name: file.describe() for name, file in self.files()}
@@ -263,15 +278,18 @@ def prepare(
     Raises: UserError for an unknown label, and for an unusable test file.
     """
     train, validation, test, keys = splits.get("train"), splits.get("eval"), None, None
+    known: dict[str, frozenset[str]] = {}  # the keys of each file, without those of earlier ones
     if train is not None:
         train = train.sample(args.max_train_samples, args.seed).number_labels(names)
-        keys = audit(train)
+        keys = known["training file"] = audit(train)
     if validation is not None:
         validation = validation.number_labels(names)
         if keys is not None:
-            log_seen(validation.path, len(validation), seen_texts(keys, validation.keys).sum())
+            share = seen_texts(keys, validation.keys).mean()
+            log_seen(validation.path, len(validation), {"training file": share})
+            known["validation file alone"] = frozenset(validation.keys) - keys
     if args.do_predict:
-        test = open_stream(args, settings, names, keys, labels_by_prefix)
+        test = open_stream(args, settings, names, known, labels_by_prefix)
     return Data(names, train, validation, test, keys)
 
 
@@ -279,15 +297,16 @@ def open_stream(
     args: Namespace,
     settings: dict,
     names: list[str],
-    training_keys: frozenset[str] | None,
+    known: dict[str, frozenset[str]] | None = None,
     labels_by_prefix: list[list[str]] | None = None,
 ) -> Stream:
-    """Check the whole test file, chunk by chunk; it may have no labels.
+    """Check the whole test file, chunk by chunk, and log leaks; it may have no labels.
 
+    known: the keys of the texts of other files, by the names of the files.
     Raises: UserError for a bad file, also if only some of its rows have labels.
     """
     path, options = args.test_file, reading_options(settings)
-    rows, dropped, seen = 0, 0, 0
+    rows, dropped, seen = 0, 0, dict.fromkeys(known or {}, 0)
     first: dict[bool, list[int]] = {True: [], False: []}  # first rows of chunks, labelled or not
     digest = hashlib.sha256()
     for chunk in read_chunks(
@@ -302,16 +321,16 @@ def open_stream(
             prefix_index(chunk, args.prefix_column, args.prefix_paths),
             labels_by_prefix,
         )
-        if training_keys is not None:
-            seen += seen_texts(training_keys, chunk.keys).sum()
+        for file in seen:
+            seen[file] += seen_texts(known[file], chunk.keys).sum()
     report_dropped(path, dropped, rows)
     if first[True] and first[False] and not chunk.multi_label:  # multi-label: a blank is valid
         raise UserError(
             f"{path}: no '{args.label_column_name}' from row {first[False][0]} on, but other rows "
             "have one: fill it in, or leave it blank in all rows"
         )
-    if training_keys is not None:
-        log_seen(path, rows, seen)
+    if seen:
+        log_seen(path, rows, {file: count / rows for file, count in seen.items()})
     return Stream(path, digest.hexdigest(), rows, chunk.columns, bool(first[True]), names, options)
 
 
@@ -340,17 +359,15 @@ def label_names(train: Split, order: dict[str, str] | None = None) -> list[str]:
     return names
 
 
-def seen_texts(training_keys: frozenset[str], keys: list[str]) -> np.ndarray:
-    """Whether each key occurs in the training file: bool [N]."""
-    return np.array([key in training_keys for key in keys], dtype=bool)
+def seen_texts(known: frozenset[str], keys: list[str]) -> np.ndarray:
+    """Whether each key is among the known ones: bool [N]."""
+    return np.array([key in known for key in keys], dtype=bool)
 
 
-def log_seen(path: str, rows: int, seen: int) -> None:
-    """Log what share of a file's rows the model sees in training."""
-    share = 100 * seen / rows
-    logger.info(
-        "%s: %d rows, %.1f %% of them with a text from the training file", path, rows, share
-    )
+def log_seen(path: str, rows: int, shares: dict[str, float]) -> None:
+    """Log what share of a file's rows has a text from each other file."""
+    parts = [f"{100 * share:.1f} % of them with a text from the {n}" for n, share in shares.items()]
+    logger.info("%s: %d rows, %s", path, rows, ", ".join(parts))
 
 
 def audit(train: Split) -> frozenset[str]:

@@ -50,7 +50,7 @@ from evaluation.calibration import calibrate
 from evaluation.importance import word_importance
 from evaluation.predictions import check_columns
 from evaluation.scoring import publish, score, show
-from evaluation.tables import summary
+from evaluation.tables import schedule_line, summary
 from model import load
 from model.bank_start import find_start
 from model.classifier import Classifier
@@ -147,6 +147,7 @@ def run(args: Namespace) -> None:
             results |= tune(
                 model, tokenizer, data, args, machine, start, output, record, checkpoint
             )
+            results["schedule_seen_share"] = data.seen_share
 
         # calibrate on the validation file, and write the tuned model
         batch_size = args.per_device_eval_batch_size
@@ -195,7 +196,7 @@ def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedT
     if args.do_train:
         schedule = fill_schedule(args, data.seen_share)
         shown = ", ".join(f"{name} {value}" for name, value in schedule.items())
-        logger.info("schedule for %.0f %% seen texts: %s", 100 * data.seen_share, shown)
+        logger.info("%s: %s", schedule_line(data.seen_share), shown)
         if args.rdrop_alpha and not (args.hidden_dropout_prob or args.attention_probs_dropout_prob):
             raise UserError("--rdrop_alpha needs dropout: pass --hidden_dropout_prob 0.1")
         settings |= schedule

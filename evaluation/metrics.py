@@ -2,23 +2,24 @@
 
 To add a metric, add it to `Counts.metrics`, or to `Counts.more_metrics` if choosing an epoch does
 not need it, and give it a title in `TITLES`: tables, reports and all_results.json then show it.
+
+With several labels per row, calibration is measured by label: each label of each row is one
+decision, right or wrong, with the confidence max(p, 1 - p). Everything else is by row: a row is
+right only if all of its labels are, and its confidence is their product.
 """
 
-import zlib
 from collections import Counter
 from itertools import compress
 
 import numpy as np
-import pandas as pd
 import torch
 
+from evaluation.intervals import BINS, Bootstrap, Chance, bin_of
 from model.predictions import Predictions
 from model.sequence_classification import classification_loss
 
-BINS = 10  # bins of confidence in the reliability curve
 FINE_BINS = 1000  # in the curve of accuracy against coverage
 COVERAGES = (1, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-RESAMPLES = 1000  # resampled files of a bootstrap
 IN_MATRIX = 50  # classes at most in a confusion matrix; with more, pairs are listed
 LISTED_PAIRS = 1000
 MISTAKES = 20  # most confident mistakes shown in a report
@@ -32,38 +33,45 @@ TITLES = {
     "weighted_f1": "weighted F1",
     "micro_f1": "micro F1",
     "loss": "log loss",
-    "ece": "calibration error",
+    "ece": "calibration error (ECE)",
     "ece_by_chance": "if perfectly calibrated",
+    "ece_by_chance_bound": "if so, 95 % are below",
     "rejected_share": "share of rejected rows",
     "accuracy_kept": "accuracy on kept rows",
     "seen_share": "share of seen texts",
     "accuracy_seen": "accuracy on seen texts",
     "accuracy_unseen": "accuracy on unseen texts",
     "accuracy_unseen_interval": "unseen, 95 % interval",
+    "ece_seen": "ECE on seen texts",
+    "ece_unseen": "ECE on unseen texts",
+    "ece_unseen_by_chance_bound": "unseen by chance, 95 %",
 }
 
 
-def confidence_counts(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Count rows and hits, and sum confidence, by confidence: float64 [3, FINE_BINS]."""
-    place = np.minimum((confidence * FINE_BINS).astype(int), FINE_BINS - 1)
+def confidence_counts(confidence: np.ndarray, right: np.ndarray, bins: int) -> np.ndarray:
+    """Count predictions and hits, and sum confidence, by confidence: float64 [3, bins]."""
     weights = (np.ones(len(right)), right, confidence)
-    return np.stack([np.bincount(place, weight, FINE_BINS) for weight in weights])
+    return np.stack([np.bincount(bin_of(confidence, bins), one, bins) for one in weights])
 
 
-def calibration_error(fine: np.ndarray) -> dict[str, float]:
-    """Return the expected calibration error, and what it is by chance without any miscalibration.
+def calibration_error(counts: np.ndarray) -> float:
+    """Return the expected calibration error (ECE) of `confidence_counts`.
 
     The error is the mean gap between confidence and accuracy over bins of equal width (Guo et al.
-    2017, https://arxiv.org/abs/1706.04599). Were every row right with the probability that its
-    confidence says, the hits of a bin would still vary around their mean: about normally, so by
-    sqrt(2 / pi) standard deviations on average. fine: see `confidence_counts`.
+    2017, https://arxiv.org/abs/1706.04599, with 15 bins). `Chance` says how much is chance.
     """
-    rows, hits, confidence = fine.reshape(3, BINS, -1).sum(axis=2)
-    variance = (fine[2] * (1 - fine[2] / np.maximum(fine[0], 1))).reshape(BINS, -1).sum(axis=1)
-    return {
-        "ece": float(np.abs(hits - confidence).sum() / rows.sum()),
-        "ece_by_chance": float(np.sqrt(2 / np.pi * variance).sum() / rows.sum()),
-    }
+    rows, hits, confidence = counts
+    return float(np.abs(hits - confidence).sum() / rows.sum())
+
+
+def decisions(found: Predictions, label_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return confidence, float [N, L], and whether it is right, bool [N, L], of each decision.
+
+    L is 1, or C if a row may have several labels: each is a decision.
+    """
+    if label_ids.ndim == 1:
+        return found.confidence[:, None], (found.label == label_ids)[:, None]
+    return np.maximum(found.probability, 1 - found.probability), found.label == label_ids
 
 
 class Counts:
@@ -73,7 +81,8 @@ class Counts:
         self.multi_label = multi_label
         self.rows, self.hits, self.loss = 0, 0, 0.0
         self.classes: np.ndarray | int = 0  # [3, C]: hits, predicted and true rows of each class
-        self.fine = np.zeros((3, FINE_BINS))  # rows, hits and summed confidence, by confidence
+        # decisions, or rows; hits and summed confidence, by confidence
+        self.bins, self.fine = np.zeros((3, BINS)), np.zeros((3, FINE_BINS))
 
     def add(self, found: Predictions, label_ids: np.ndarray) -> np.ndarray:
         """Add rows; label_ids: int64 [N], or float32 [N, C] of 0 and 1.
@@ -92,12 +101,14 @@ class Counts:
             parts = (label_ids[right], found.label, label_ids)
             counted = [np.bincount(part, minlength=classes) for part in parts]
         self.classes += np.stack(counted)
-        self.fine += confidence_counts(found.confidence, right)
+        decided = (one.ravel() for one in decisions(found, label_ids))
+        self.bins += confidence_counts(*decided, BINS)
+        self.fine += confidence_counts(found.confidence, right, FINE_BINS)
         return right
 
     def merge(self, other: "Counts") -> None:
         """Add the rows of another `Counts`."""
-        for name in ("rows", "hits", "loss", "classes", "fine"):
+        for name in ("rows", "hits", "loss", "classes", "bins", "fine"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def metrics(self) -> dict[str, float]:
@@ -129,11 +140,6 @@ class Counts:
             "support": support.tolist(),
         }
 
-    @property
-    def bins(self) -> np.ndarray:
-        """Rows, hits and summed confidence by confidence, in `BINS` bins of equal width."""
-        return self.fine.reshape(3, BINS, -1).sum(axis=2)
-
     def coverage(self) -> list[list[float]]:
         """Return what rejecting the least confident rows brings: threshold, coverage and accuracy.
 
@@ -149,7 +155,7 @@ class Counts:
         each = self.per_class()
         weights = np.maximum(each["support"], 1e-9)
         weighted = float(np.average(each["f1"], weights=weights))
-        return {"weighted_f1": weighted} | calibration_error(self.fine)
+        return {"weighted_f1": weighted, "ece": calibration_error(self.bins)}
 
 
 def compute_metrics(found: Predictions, label_ids: np.ndarray) -> dict[str, float]:
@@ -159,32 +165,39 @@ def compute_metrics(found: Predictions, label_ids: np.ndarray) -> dict[str, floa
     return counts.metrics()
 
 
-class Bootstrap:
-    """Bootstrap 95 % interval of an accuracy, over the random choice of texts.
+class Part:
+    """Figures of the rows of a file, or of those with a seen or an unseen text."""
 
-    Distinct texts are drawn, not rows, since the rows of one text are right or wrong together. The
-    number of times a text is drawn follows a Poisson distribution (Chamandy et al. 2012,
-    "Estimating uncertainty for massive data streams"). It is a function of the text, so memory is
-    constant and a repeated text counts as the same one.
-    """
+    def __init__(self, multi_label: bool) -> None:
+        self.counts, self.bootstrap, self.chance = Counts(multi_label), Bootstrap(), Chance()
 
-    def __init__(self) -> None:
-        self.sums = np.zeros((2, RESAMPLES))  # rows and hits of each resampled file
+    def add(self, found: Predictions, label_ids: np.ndarray, keys: list[str]) -> None:
+        """Add rows, with the keys of their texts."""
+        if keys:
+            self.bootstrap.add(keys, self.counts.add(found, label_ids))
+            self.chance.add(keys, decisions(found, label_ids)[0])
 
-    def add(self, keys: list[str], right: np.ndarray) -> None:
-        """Add rows: the keys of their texts, and whether each row is right, bool [N]."""
-        text_index, texts = pd.factorize(np.array(keys, dtype=object))
-        counts = np.stack([np.bincount(text_index), np.bincount(text_index, right)])  # [2, U]
-        for start in range(0, len(texts), 1000):
-            part = slice(start, start + 1000)
-            seeds = [zlib.crc32(text.encode("utf-8", "surrogatepass")) for text in texts[part]]
-            drawn = [np.random.default_rng(seed).poisson(1.0, RESAMPLES) for seed in seeds]
-            self.sums += counts[:, part] @ np.array(drawn)
+    def merge(self, other: "Part") -> "Part":
+        """Add the rows of another part."""
+        if other.counts.rows:
+            for name in ("counts", "bootstrap", "chance"):
+                getattr(self, name).merge(getattr(other, name))
+        return self
 
-    def interval(self) -> list[float]:
-        """Return the two ends of the interval."""
-        rows, hits = self.sums[:, self.sums[0] > 0]
-        return np.percentile(hits / rows, [2.5, 97.5]).tolist()
+    def results(self) -> dict[str, float | list[float] | None]:
+        """Return accuracy and calibration error, and what chance does to them; None if no rows."""
+        if not self.counts.rows:
+            return dict.fromkeys(
+                ("accuracy", "accuracy_interval", "ece", "ece_by_chance", "ece_by_chance_bound")
+            )
+        mean, bound = self.chance.errors()
+        return {
+            "accuracy": self.counts.metrics()["accuracy"],
+            "accuracy_interval": self.bootstrap.interval(),
+            "ece": calibration_error(self.counts.bins),
+            "ece_by_chance": mean,
+            "ece_by_chance_bound": bound,
+        }
 
 
 class Score:
@@ -194,7 +207,7 @@ class Score:
         """reject_below: rows with less confidence count as rejected."""
         self.multi_label, self.audited, self.reject_below = multi_label, False, reject_below
         self.kept, self.kept_hits = 0, 0
-        self.parts = {part: (Counts(multi_label), Bootstrap()) for part in ("seen", "unseen")}
+        self.parts = {name: Part(multi_label) for name in ("seen", "unseen")}
         self.pairs: Counter = Counter()  # rows by (true, predicted) class; one label a row
         self.mistakes: list[dict] = []
 
@@ -208,16 +221,13 @@ class Score:
     ) -> "Score":
         """Add rows, with their texts and the keys of the texts.
 
-        seen, bool [N]: whether each text is in the training file; None if unknown.
+        seen, bool [N]: see `Data.seen`; None if unknown.
         """
         self.audited = seen is not None
         if seen is None:  # only the sum of both parts is used then
             seen = np.zeros(len(label_ids), dtype=bool)
         for part, rows in (("seen", seen), ("unseen", ~seen)):
-            if rows.any():
-                counts, bootstrap = self.parts[part]
-                right = counts.add(found.take(rows), label_ids[rows])
-                bootstrap.add(list(compress(keys, rows)), right)
+            self.parts[part].add(found.take(rows), label_ids[rows], list(compress(keys, rows)))
         right = found.is_right(label_ids)
         kept = found.confidence >= self.reject_below
         self.kept += int(kept.sum())
@@ -249,34 +259,28 @@ class Score:
         unique = {one["text"]: one for one in reversed(self.mistakes)}.values()
         self.mistakes = sorted(unique, key=lambda one: -one["confidence"])[:MISTAKES]
 
-    def whole(self) -> tuple[Counts, Bootstrap]:
-        """Return counts and bootstrap of all rows."""
-        counts, bootstrap = Counts(self.multi_label), Bootstrap()
-        for part, of_texts in self.parts.values():
-            if part.rows:
-                counts.merge(part)
-                bootstrap.sums += of_texts.sums
-        return counts, bootstrap
+    def whole(self) -> Part:
+        """Return the figures of all rows."""
+        return Part(self.multi_label).merge(self.parts["seen"]).merge(self.parts["unseen"])
 
     def results(self, name: str) -> dict[str, float | list[float] | None]:
         """Return the metrics of the file `name`, as `name_accuracy` and so on.
 
-        If the training file is known, they include the share of rows with a seen text and the
-        accuracy on seen and on unseen texts, None if there are no such rows.
+        If it is known which texts were seen, they include the share of rows with a seen text, and
+        the `Part.results` of seen and of unseen texts, as `name_accuracy_seen` and so on.
         """
-        counts, bootstrap = self.whole()
-        results = {**counts.metrics(), **counts.more_metrics()}
-        results["accuracy_interval"] = bootstrap.interval()
+        whole = self.whole()
+        counts = whole.counts
+        results = {**counts.metrics(), **counts.more_metrics(), **whole.results()}
         if self.reject_below:
             results["rejected_share"] = 1 - self.kept / counts.rows
             results["accuracy_kept"] = self.kept_hits / self.kept if self.kept else None
         if self.audited:
-            results["seen_share"] = self.parts["seen"][0].rows / counts.rows
-            for part in ("seen", "unseen"):
-                counts, bootstrap = self.parts[part]
-                some = counts.rows > 0
-                results[f"accuracy_{part}"] = counts.metrics()["accuracy"] if some else None
-                results[f"accuracy_{part}_interval"] = bootstrap.interval() if some else None
+            results["seen_share"] = self.parts["seen"].counts.rows / counts.rows
+            for part, figures in self.parts.items():
+                for key, value in figures.results().items():
+                    metric, *rest = key.split("_", 1)
+                    results["_".join([metric, part, *rest])] = value
         return prefixed(name, results)
 
     def details(self) -> dict:
@@ -285,7 +289,7 @@ class Score:
         With more than `IN_MATRIX` classes there is no matrix, but a list of the most frequent pairs
         of a true and a predicted class, with their rows.
         """
-        counts, _ = self.whole()
+        counts, unseen = self.whole().counts, self.parts["unseen"].counts
         classes, matrix, listed = counts.classes.shape[1], None, {}
         if not self.multi_label and classes <= IN_MATRIX:
             matrix = np.zeros((classes, classes), dtype=int)
@@ -304,8 +308,8 @@ class Score:
             ),
             "coverage": {
                 name: part.coverage()
-                for name, part in (("all texts", counts), ("unseen texts", self.parts["unseen"][0]))
-                if part.rows and (name == "all texts" or self.parts["seen"][0].rows)
+                for name, part in (("all texts", counts), ("unseen texts", unseen))
+                if part.rows and (name == "all texts" or unseen.rows < counts.rows)
             },
             "mistakes": self.mistakes,
         }

@@ -1,7 +1,4 @@
-"""Paired test of finished runs: is one better than the other on the same texts?
-
-N rows.
-"""
+"""Paired test of finished runs: is one better than the other on the same texts?"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +8,7 @@ import pandas as pd
 from scipy.stats import permutation_test
 
 from dataset import LABEL_SEPARATOR, Split, read_split, reading_options
+from evaluation.intervals import Scores, difference_interval
 from runtime.files import UserError
 from runtime.record import RUN_FILE, read_record
 
@@ -23,7 +21,9 @@ class PairedTest(NamedTuple):
     one: float  # accuracy
     other: float
     difference: float  # of the accuracies, other - one
-    p: float  # two-sided, at least 0.0002
+    low: float  # of its 95 % interval, over texts and, if there are several, seeds
+    high: float
+    p: float  # two-sided, at least 0.0002; over texts only
     texts: int  # number of distinct texts
 
 
@@ -40,8 +40,8 @@ def read_run(folder: str | Path) -> tuple[dict, Split]:
 
 
 def read_predictions(folder: str | Path) -> pd.DataFrame:
-    """Read a run's predictions, see `read_run` and `answers`."""
-    return answers(read_run(folder)[1])
+    """Read a run's predictions, see `read_run` and `answers`; the column run is the folder."""
+    return answers(read_run(folder)[1]).assign(run=str(folder))
 
 
 def answers(split: Split) -> pd.DataFrame:
@@ -57,15 +57,17 @@ def answers(split: Split) -> pd.DataFrame:
 
 
 def paired_test(one: pd.DataFrame, other: pd.DataFrame) -> PairedTest | None:
-    """Compare two methods on the same texts, from tables with the columns `text` and `right`.
+    """Compare two methods on the same texts, from tables with the columns of `Scores`.
 
-    A table contains the rows of any number of runs. Each distinct text has the same weight; its
-    score is its share of right predictions over rows and runs. The permutation test swaps the two
-    scores of texts at random, as if the methods were equal. It ignores variation between seeds.
+    Each distinct text has the same weight; its score is its share of right predictions over rows
+    and runs. The permutation test swaps the two scores of texts at random, as if the methods were
+    equal: its p holds for these runs. The interval of the difference also covers other seeds, as
+    far as several runs predicted the same texts.
 
     Returns None if the texts differ or are fewer than two.
     """
-    shares = [table.groupby("text")["right"].mean().astype(float) for table in (one, other)]
+    scores = Scores(one), Scores(other)
+    shares = [each.texts for each in scores]
     if not shares[0].index.equals(shares[1].index) or len(shares[0]) < 2:
         return None
     test = permutation_test(
@@ -77,5 +79,14 @@ def paired_test(one: pd.DataFrame, other: pd.DataFrame) -> PairedTest | None:
         batch=200,
         rng=0,
     )
-    means = [float(share.mean()) for share in shares]
-    return PairedTest(*means, float(test.statistic), float(test.pvalue), len(shares[0]))
+    means, ends = [each.mean for each in scores], difference_interval(*scores)
+    return PairedTest(*means, float(test.statistic), *ends, float(test.pvalue), len(shares[0]))
+
+
+def holm(p: list[float]) -> list[float]:
+    """Return p values corrected for their number (Holm 1979, "A simple sequentially rejective
+    multiple test procedure"): those below 0.05 are all true with a probability of 95 %.
+    """
+    order = np.argsort(p, kind="stable")
+    corrected = np.maximum.accumulate(np.array(p)[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return corrected[np.argsort(order)].tolist()

@@ -22,7 +22,7 @@ from evaluation.metrics import IN_MATRIX
 # The palette of Okabe & Ito, which colour-blind people can distinguish.
 COLORS = BLUE, ORANGE, *_ = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 DRAWN = IN_MATRIX  # labels at most in a picture; the tables have all of them
-FEW = 20  # rows; with fewer behind it, a point of the reliability curve says little
+FEW = 20  # predictions; with fewer behind it, a point of the reliability curve says little
 INK = "#123456"  # becomes the page's text colour, dark or light
 STYLE = Path(__file__).with_name("report.mplstyle")
 
@@ -119,7 +119,8 @@ def class_bars(run: Run) -> list[Markup]:
 def reliability(run: Run) -> list[Markup]:
     """Draw accuracy by confidence; a calibrated model is on the diagonal.
 
-    Each point says how many rows it stands for; neighbouring bins with few rows share a point.
+    Each point says how many predictions it stands for (with several labels: one for each label);
+    neighbouring bins with few share a point.
     """
     bins = np.array([run.details["reliability"][name] for name in ("rows", "hits", "confidence")])
     error = np.abs(bins[1] - bins[2]).sum() / bins[0].sum()
@@ -128,7 +129,7 @@ def reliability(run: Run) -> list[Markup]:
     figure = Figure(figsize=(4, 4))
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], "--", color=INK, linewidth=1, label="calibrated")
-    axis.plot(x, y, "o-", color=BLUE, clip_on=False, label="this model, with rows per point")
+    axis.plot(x, y, "o-", color=BLUE, clip_on=False, label="this model, with predictions per point")
     for place, count in zip(zip(x, y, strict=True), rows, strict=True):
         axis.annotate(f"{count:,.0f}", place, (5, -11), textcoords="offset points", fontsize=8)
     axis.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.03))
@@ -151,7 +152,7 @@ def coverage(run: Run) -> list[Markup]:
 
 
 def merge_sparse(bins: np.ndarray) -> np.ndarray:
-    """Merge neighbouring bins, [3, BINS], until each has `FEW` rows, or until one is left."""
+    """Merge neighbouring bins, [3, BINS], until each has `FEW` predictions or one is left."""
     merged: list[np.ndarray] = []
     for one in bins.T:
         if merged and merged[-1][0] < FEW:
@@ -186,7 +187,7 @@ PANELS = {
 
 
 def by_method(axis: Axes, rows: list[dict], names: list[str]) -> str:
-    """Draw each method's test accuracy on seen and unseen texts, with its spread over runs.
+    """Draw each method's test accuracy on seen and unseen texts, with its 95 % interval.
 
     names: the methods of all panels, which share an axis. Returns a description in words, as
     `curves_by_method` does.
@@ -197,7 +198,7 @@ def by_method(axis: Axes, rows: list[dict], names: list[str]) -> str:
         if some:
             values = [100 * row[column] for row in some]
             places = [names.index(row["method"]) for row in some]
-            spread = [100 * (row[f"{column} sd"] or 0) for row in some]
+            spread = [100 * row[f"{column} ±"] for row in some]
             axis.errorbar(
                 values,
                 places,
@@ -254,7 +255,7 @@ def size_figures(runs: list[dict], points: Sequence[dict]) -> Iterator[tuple[str
     """Draw accuracy on unseen texts by number of training texts, as `study_figures` yields plots.
 
     Tuned methods have the colours of `curves_by_method`; baselines are dashed. points: method,
-    size, mean and sd of each; without points there is no plot.
+    size, mean and ± of each; without points there is no plot.
     """
     if not points:
         return
@@ -267,7 +268,7 @@ def size_figures(runs: list[dict], points: Sequence[dict]) -> Iterator[tuple[str
         color, mark = next(looks[method in has_curve])
         ours = [point for point in points if point["method"] == method]
         x, means = [point["size"] for point in ours], [100 * point["mean"] for point in ours]
-        spread = [100 * (point["sd"] or 0) for point in ours]
+        spread = [100 * point["±"] for point in ours]
         line = "-" if method in has_curve else "--"
         look = {"color": color, "marker": mark, "linestyle": line, "markersize": 5, "capsize": 3}
         axis.errorbar(x, means, spread, **look, label=method)

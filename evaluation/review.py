@@ -30,10 +30,10 @@ def label_margins(
     return probability[rows, own] - others[rows, best], [names[number] for number in best]
 
 
-def file_margins(runs: list[tuple[dict, Split]], training_keys: set[str]) -> pd.DataFrame:
+def file_margins(runs: list[tuple[dict, Split]], seen_keys: set[str]) -> pd.DataFrame:
     """Average the test predictions of runs on the same file, and compute the margins of its labels.
 
-    runs: from `read_run`. Rows with a seen text are left out. Returns a table with `COLUMNS`.
+    runs: from `read_run`. seen_keys: of the texts to leave out. Returns a table with `COLUMNS`.
     """
     if not runs:
         return pd.DataFrame(columns=COLUMNS)
@@ -45,7 +45,7 @@ def file_margins(runs: list[tuple[dict, Split]], training_keys: set[str]) -> pd.
     found = pd.DataFrame({"text": split.texts, "label": [one for (one,) in split.labels]})
     found = found.assign(suggestion=suggestion, margin=margin.round(6), row=split.rows)
     found["file"] = record["data"]["test"]["path"]
-    return found[[key not in training_keys for key in split.keys]][COLUMNS]
+    return found[[key not in seen_keys for key in split.keys]][COLUMNS]
 
 
 def least_plausible(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:

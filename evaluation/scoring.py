@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 import pandas as pd
 import torch
 
-from dataset import Data, Split, Stream, seen_texts
+from dataset import Data, Split, Stream
 from evaluation import tables
 from evaluation.importance import word_importance
 from evaluation.metrics import Score
@@ -46,8 +46,7 @@ def score(
         found = Predictions.of(classify(split), multi_label)
         write(split.table, found)
         if split.labels is not None:
-            keys = data.training_keys
-            seen = None if keys is None else seen_texts(keys, split.keys)
+            seen = data.seen(name, split.keys)
             one = scores.setdefault(name, Score(multi_label, args.reject_below))
             one.add(found, split.label_ids, split.texts, split.keys, seen)
 

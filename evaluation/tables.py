@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from arguments import MOSTLY_SEEN
 from evaluation.metrics import TITLES
 
 
@@ -24,6 +25,18 @@ def result_rows(results: dict) -> list[tuple[str, list[str]]]:
     return rows
 
 
+def schedule_line(seen_share: float) -> str:
+    """Name the default schedule that a share of seen texts chooses, and warn near the switch."""
+    kind = "repeated" if seen_share >= MOSTLY_SEEN else "new"
+    line = f"default schedule for {kind} texts, since {100 * seen_share:.0f} % are seen"
+    if 0.3 <= seen_share <= 0.7:  # it was measured at 0 and at 85 % alone
+        line += (
+            f"; warning: this is near {100 * MOSTLY_SEEN:.0f} %, where it switches: compare it "
+            "with the other one by its flags (--help lists both)"
+        )
+    return line
+
+
 def summary(record: dict, results: dict, folder: Path) -> str:
     """Format the closing table of a run: its figures, its cost and its files."""
     rows = result_rows(results)
@@ -36,6 +49,8 @@ def summary(record: dict, results: dict, folder: Path) -> str:
             f"in {results['train_runtime']:.0f} s, "
             f"{results['train_samples_per_second']:.0f} examples/s"
         )
+    if "schedule_seen_share" in results:
+        lines.append(schedule_line(results["schedule_seen_share"]))
     lines.append(f"peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB")
     if "test" in record["data"] and "test_accuracy" not in results:
         column = record["settings"]["label_column_name"]

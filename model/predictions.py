@@ -36,7 +36,7 @@ class Predictions:
     logits: torch.Tensor  # float32 [N, C]
     probability: np.ndarray  # softmax over the classes, or a sigmoid for each: float32 [N, C]
     label: np.ndarray  # class numbers [N]; several labels a row: [N, C] of 0 and 1
-    confidence: np.ndarray  # probability of the prediction [N]
+    confidence: np.ndarray  # probability of the prediction [N]; of several labels: their product
 
     @classmethod
     def of(cls, logits: torch.Tensor, multi_label: bool) -> Self:

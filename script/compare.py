@@ -1,12 +1,16 @@
 """Study: compare all methods over several seeds, on a split that leaks and on unseen texts only.
 
     bash script/compare.sh [--quick] [--original [DIR...]] [--unseen [DIR...]] [--seeds N...] \\
-        [--train_sizes N... all] [-- flags of main.py for every tuned run]
+        [--train_sizes N... all] [--compare A:B...] [-- flags of main.py for every tuned run]
 
 Each DIR contains {train,val,test}_simple.csv, with one label per row. Several folders, such as
 the folds of script/folds.py, use the seeds in turn; a flag without a folder skips its protocol.
 Finished runs are not repeated, so a stopped study resumes. The results are a table, paired tests,
-study.json, two plots and report.html.
+study.json, two plots and report.html. Accuracies are means over distinct texts, one weight each;
+± is half of their 95 % interval, over texts and, if a folder has several runs, seeds.
+
+--compare names the few comparisons to test: A against B, where B may be "best free" (the best
+baseline) or "best single" (the best method but the ensemble), chosen on the validation files.
 
 --train_sizes 250 500 1000 all answers how much data is needed: each method is also trained on that
 many rows of the unseen protocol, drawn at random with the run's seed, the same for all methods.
@@ -29,15 +33,24 @@ import pandas as pd
 import arguments
 from dataset import Split, read_split, reading_options
 from evaluation import pages, plots
-from evaluation.metrics import calibration_error, confidence_counts
 from evaluation.paired import answers, read_run
 from evaluation.predictions import FILES
 from evaluation.review import SHOWN, file_margins, least_plausible
+from evaluation.tables import schedule_line
 from runtime.columns import split_columns
 from runtime.files import UserError, read_json, sha256
 from runtime.record import RUN_FILE, read_record
 from script import learning_curve
-from script.study_tests import against_free, format_tests, test_pairs
+from script.study_table import COLUMNS, format_cell, summarise
+from script.study_tests import (
+    BEST,
+    COMPARISONS,
+    comparison,
+    describe,
+    format_tests,
+    test_named,
+    were_named,
+)
 
 TUNE = ["main.py", "--do_train", "--do_eval", "--do_predict", "--resume_from_checkpoint", "auto"]
 BASELINE = ["-m", "script.baseline"]
@@ -64,22 +77,6 @@ STUDYS_OWN = set(  # flags that the study sets itself, or that would not reach t
     "--prefix_depth --resume_from_checkpoint".split()
 )
 QUICK = ["--num_train_epochs", "3"]
-COLUMNS = {  # of the table, with their keys in all_results.json
-    "accuracy": "test_accuracy",
-    "seen": "test_seen_share",
-    "on seen": "test_accuracy_seen",
-    "on unseen": "test_accuracy_unseen",
-    "macro F1": "test_macro_f1",
-    "log loss": "test_loss",
-    "ECE": "test_ece",
-    "by chance": "test_ece_by_chance",
-    "pooled ECE": "pooled_ece",  # of the rows of all runs together
-    "trained": "trainable_parameters",
-    "bytes": "stored_bytes",
-    "seconds": "train_runtime",
-    "rows/s": "predict_samples_per_second",
-    "memory": "peak_memory_bytes",
-}
 
 
 def plan(args: argparse.Namespace) -> list[dict]:
@@ -182,19 +179,25 @@ def execute(runs: list[dict]) -> None:
         took.setdefault(kinds[0], []).append(time.perf_counter() - start)
 
 
-def read(run: dict) -> dict:
-    """Return the run with its results, metrics and predictions added."""
+def seen_keys(folder: str) -> set[str]:
+    """Return the keys of a folder's texts that count as seen in its test file, see `Data.seen`."""
+    return {key for name in ("train", "val") for key in read_file(folder, name).keys}
+
+
+def read(run: dict, seen: set[str]) -> dict:
+    """Return the run with its results, metrics and predictions added; seen: see `seen_keys`."""
     results = read_json(run["folder"] / "all_results.json")
     weights = run["folder"].rglob("*model.safetensors")  # an ensemble of prefixes has several
     results["stored_bytes"] = sum(path.stat().st_size for path in weights)
     record, split = read_run(run["folder"])
+    predictions = answers(split).assign(run=run["folder"].name)
     return run | {
         "results": results,
         "records": read_json(run["folder"] / "metrics.jsonl", lines=True),
         "commit": record["commit"],
         "synthetic": record.get("synthetic"),
         "scored": (record, split),
-        "predictions": answers(split),
+        "predictions": predictions.assign(seen=predictions["text"].isin(seen)),
     }
 
 
@@ -212,6 +215,17 @@ def caveats(runs: list[dict], quick: bool, size: int | None = None) -> list[str]
         found.append(f"Trained only briefly, to check that it works (--quick: {' '.join(QUICK)}).")
     if size:
         found.append(f"Unseen protocol: trained on {size} random rows, not all (--train_sizes).")
+    for protocol in dict.fromkeys(run["protocol"] for run in runs):
+        tuned = [run for run in runs if run["tuned"] and run["protocol"] == protocol]
+        kinds = [(run["method"], run["size"], run["data"]) for run in tuned]
+        if len(set(kinds)) == len(kinds) > 0:
+            found.append(
+                f"{protocol}: one seed per folder, so the intervals do not cover what other seeds "
+                "would give; for that pass more --seeds than folders."
+            )
+        shares = {run["results"].get("schedule_seen_share", 0) for run in tuned}
+        lines = dict.fromkeys(map(schedule_line, sorted(shares)))
+        found += [f"{protocol}: {line}" for line in lines if "warning" in line]
     for run in runs:
         if run["tuned"] and run["predictions"]["answer"].nunique() == 1:
             kind = "method and size" if run["size"] else "method"
@@ -220,47 +234,6 @@ def caveats(runs: list[dict], quick: bool, size: int | None = None) -> list[str]
                 f"the mean of its {kind} is meaningless; try another --learning_rate or epochs."
             )
     return found
-
-
-def summarise(runs: list[dict]) -> list[dict]:
-    """Compute mean and standard deviation of each column, by protocol and method."""
-    rows = []
-    for protocol, method in dict.fromkeys((run["protocol"], run["method"]) for run in runs):
-        ours = [run for run in runs if (run["protocol"], run["method"]) == (protocol, method)]
-        row = {"protocol": protocol, "method": method, "runs": len(ours)}
-        for column, key in COLUMNS.items():
-            values = [run["results"][key] for run in ours if run["results"].get(key) is not None]
-            row[column] = float(np.mean(values)) if values else None
-            row[f"{column} sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        row["pooled ECE"] = pooled_error(ours)
-        rows.append(row)
-    return rows
-
-
-def pooled_error(runs: list[dict]) -> float:
-    """Compute the calibration error of the test rows of all runs together.
-
-    With more rows, less of it is chance; errors in opposite directions cancel.
-    """
-    counts = 0
-    for run in runs:
-        confidence = run["scored"][1].table["confidence"].to_numpy(dtype=float)
-        counts += confidence_counts(confidence, run["predictions"]["right"].to_numpy())
-    return calibration_error(counts)["ece"]
-
-
-def format_cell(row: dict, column: str) -> str:
-    """Format a cell of the table."""
-    value, spread = row[column], row[f"{column} sd"]
-    if value is None or (column in ("trained", "bytes") and not value):
-        return "-"
-    if column == "memory":
-        return f"{value / 2**30:.2f} GiB"
-    if column == "bytes":
-        return f"{value / 1e6:,.1f} MB" if value >= 1e6 else f"{value / 1e3:,.0f} kB"
-    if column in ("trained", "seconds", "rows/s"):
-        return f"{value:,.0f}"
-    return f"{value:.4f}" + (f" ±{spread:.4f}" if spread is not None else "")
 
 
 def parse_args() -> argparse.Namespace:
@@ -285,6 +258,14 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="training rows of the unseen protocol, for a learning curve [all]",
     )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        type=comparison,
+        default=COMPARISONS,
+        metavar="A:B",
+        help=f"comparisons to test [{', '.join(COMPARISONS)}]",
+    )
     parser.add_argument("--quick", action="store_true", help="few epochs, to check that it works")
     parser.add_argument("--output_dir", help="[checkpoints/study or checkpoints/study-quick]")
     parser.add_argument("flags", nargs="*", help="after --: flags of main.py for every tuned run")
@@ -304,6 +285,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             "--train_sizes, --output_dir), or it would not reach the baselines (use UTF-8 files "
             "with the columns text and label, or those of script/split.sh)"
         )
+    if args.compare is not COMPARISONS:
+        names = {name for text in args.compare for name in text.split(":")}
+        if unknown := sorted(names - {*args.methods, *BEST}):
+            parser.error(f"--compare: '{unknown[0]}' is not run: add it to --methods, or omit it")
     if not (args.original or args.unseen):
         parser.error("nothing to study: pass a folder to --original or --unseen")
     if args.train_sizes != [None] and not args.unseen:
@@ -322,18 +307,21 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     runs = plan(args)
+    named = were_named(args.compare, Path(args.output_dir), runs)
     execute(runs)
-    runs = [read(run) for run in runs]
+    keys = {data: seen_keys(data) for data in {run["data"] for run in runs}}
+    runs = [read(run, keys[run["data"]]) for run in runs]
     if len({run["commit"] for run in runs}) > 1:
         print("warning: the runs come from different commits of this program, see their run.json")
     main_runs = learning_curve.largest(runs)
-    keys = {data: set(read_file(data, "train").keys) for data in {run["data"] for run in main_runs}}
-    rows, tests = summarise(main_runs), test_pairs(main_runs, keys)
+    rows, tests = summarise(main_runs), test_named(main_runs, args.compare)
     review = least_plausible(
         file_margins([run["scored"] for run in main_runs if is_reviewer(run, data)], keys[data])
         for data in args.unseen
     )
-    notes = caveats(runs, args.quick, args.train_sizes[-1]) + against_free(main_runs, tests)
+    notes = caveats(runs, args.quick, args.train_sizes[-1])
+    if not named:
+        notes.append("The comparisons were named after the first runs: read them as exploratory.")
     points = learning_curve.summarise(runs) if args.train_sizes != [None] else []
     sizes, sentences = learning_curve.table(points), learning_curve.sentences(points)
     table = [
@@ -353,7 +341,7 @@ def main() -> None:
         runs=runs,
         table=table,
         columns=list(COLUMNS),
-        tests=tests,
+        tests=[test | {"sentence": describe(test)} for test in tests],
         sizes=sizes,
         sentences=sentences,
         command=shlex.join(["bash", "script/compare.sh", *sys.argv[1:]]),
@@ -375,4 +363,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pandas as pd
 
+from evaluation.intervals import Scores
 from runtime.files import UserError
 
 LAST = 3  # sizes, the largest ones, over which the effect of a doubling is measured
@@ -51,18 +52,20 @@ def largest(runs: list[dict]) -> list[dict]:
 
 
 def summarise(runs: list[dict]) -> list[dict]:
-    """Compute the points: mean and standard deviation of the accuracy, by method and size."""
+    """Compute the points: accuracy over distinct unseen texts and half of its 95 % interval, by
+    method and size; see `Scores`.
+    """
     found: dict[tuple, list[dict]] = {}
     for run in runs:
-        results = run["results"]
-        if run["protocol"] == "unseen" and results.get("test_accuracy_unseen") is not None:
-            found.setdefault((run["method"], run["size"]), []).append(results)
+        if run["protocol"] == "unseen" and not run["predictions"]["seen"].all():
+            found.setdefault((run["method"], run["size"]), []).append(run)
     points = []
     for (method, _), ours in found.items():
-        accuracy = [results["test_accuracy_unseen"] for results in ours]
-        point = {"method": method, "size": float(np.mean([one["train_rows"] for one in ours]))}
-        point |= {"mean": float(np.mean(accuracy)), "runs": len(ours)}
-        points.append(point | {"sd": float(np.std(accuracy, ddof=1)) if len(ours) > 1 else None})
+        table = pd.concat(run["predictions"] for run in ours)
+        scores = Scores(table[~table["seen"]])
+        size = float(np.mean([run["results"]["train_rows"] for run in ours]))
+        point = {"method": method, "size": size, "mean": scores.mean}
+        points.append(point | {"±": scores.half_width(), "runs": len(ours)})
     return points
 
 
@@ -81,8 +84,8 @@ def table(points: list[dict]) -> list[list[str]]:
     for method, ours in by_method(points).items():
         cells = {}
         for point in ours:
-            spread = "" if point["sd"] is None else f" ± {100 * point['sd']:.1f}"
-            cells[f"{point['size']:,.0f}"] = f"{100 * point['mean']:.1f}{spread} %"
+            cell = f"{100 * point['mean']:.1f} ± {100 * point['±']:.1f} %"
+            cells[f"{point['size']:,.0f}"] = cell
         rows.append([method, *(cells.get(size, "-") for size in sizes)])
     return rows
 
@@ -112,4 +115,5 @@ def format_curve(sizes: list[list[str]], said: list[str]) -> str:
     """Format the learning curve for the console: its table, then its sentences."""
     header, *rows = sizes
     text = pd.DataFrame(rows, columns=header).to_string(index=False)
-    return "\n".join(["accuracy on unseen texts by number of training texts:", text, *said])
+    title = "accuracy on unseen texts by number of training texts, ± half of the 95 % interval:"
+    return "\n".join([title, text, *said])

@@ -4,7 +4,9 @@
 
 ONE and OTHER are folders of finished runs. The n-th ONE is compared with the n-th OTHER, for
 instance two methods on the same folds; their test files must have the same labels row by row. The
-texts may differ, for instance if one method was tuned on cleaned titles.
+texts may differ, for instance if one method was tuned on cleaned titles. The 95 %
+interval is over texts and, if several ONEs or OTHERs have the same test file, seeds; p ignores
+seeds.
 """
 
 import argparse
@@ -16,7 +18,8 @@ from runtime.files import UserError
 
 
 def compare(ones: list[str], others: list[str]) -> str:
-    """Return a line with both accuracies over distinct texts, their difference and its p-value.
+    """Return a line with both accuracies over distinct texts, their difference, its 95 % interval
+    and its p-value.
 
     Raises: UserError if a folder has no finished run, or two runs predicted different rows.
     """
@@ -32,8 +35,8 @@ def compare(ones: list[str], others: list[str]) -> str:
         raise UserError("the runs share fewer than two distinct texts: use larger test files")
     return (
         f"{100 * test.other:.2f} % against {100 * test.one:.2f} %: {100 * test.difference:+.2f} "
-        f"points, p = {test.p:.4f} ({test.texts:,} distinct texts, {len(lefts):,} rows, "
-        f"{len(ones)} pairs of runs)"
+        f"points ({100 * test.low:+.2f} to {100 * test.high:+.2f}), p = {test.p:.4f} "
+        f"({test.texts:,} distinct texts, {len(lefts):,} rows, {len(ones)} pairs of runs)"
     )
 
 

@@ -1,71 +1,100 @@
-"""Paired tests of a study: which methods differ on unseen texts, and which beat the baselines.
+"""Tests of a study: the few comparisons that were named before its runs, on unseen texts.
 
 Runs are the dictionaries of `script.compare.read`.
 """
 
-from itertools import combinations
+import argparse
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from evaluation.paired import paired_test
+from evaluation.paired import holm, paired_test
+from runtime.files import read_json, to_json, write_text
+from runtime.record import RUN_FILE
 
+# Method and method that it is compared with; the validation files choose a "best" one.
+COMPARISONS = ["full:best free", "prefix:full", "4 prefixes:full", "ensemble:best single"]
+BEST = {
+    "best free": lambda run: not run["tuned"] and run["method"] != "ensemble",
+    "best single": lambda run: run["method"] != "ensemble",
+}
 SIGNIFICANT = 0.05
 
 
-def test_pairs(runs: list[dict], training_keys: dict[str, set[str]]) -> list[dict]:
-    """Compare each pair of methods of a protocol on the same unseen texts; see `paired_test`.
+def comparison(text: str) -> str:
+    """Check one of --compare. Raises: ArgumentTypeError."""
+    one, _, other = text.partition(":")
+    if not one or not other or one == other:
+        raise argparse.ArgumentTypeError(f"'{text}': name two methods, such as full:prefix")
+    return text
 
-    training_keys: of the texts in the training file of each data folder.
+
+def were_named(comparisons: list[str], folder: Path, runs: list[dict]) -> bool:
+    """Whether the comparisons were named before the first run of the study in this folder."""
+    path = folder / "comparisons.json"
+    if not any((run["folder"] / RUN_FILE).exists() for run in runs):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, to_json(comparisons))
+    return comparisons == (read_json(path, list) if path.exists() else COMPARISONS)
+
+
+def best(runs: list[dict], protocol: str, kind: str) -> str | None:
+    """Return the method, of a kind in `BEST`, that is best on the validation files.
+
+    It is the accuracy on their unseen texts that counts, if they have any.
     """
-    unseen: dict[tuple, list[pd.DataFrame]] = {}
+    scores: dict[str, list[float]] = {}
     for run in runs:
-        table = run["predictions"]
-        is_seen = table["text"].isin(training_keys[run["data"]])
-        unseen.setdefault((run["protocol"], run["method"]), []).append(table[~is_seen])
+        if run["protocol"] == protocol and BEST[kind](run):
+            accuracy = run["results"].get("eval_accuracy_unseen")
+            if accuracy is None:
+                accuracy = run["results"]["eval_accuracy"]
+            scores.setdefault(run["method"], []).append(accuracy)
+    return max(scores, key=lambda method: np.mean(scores[method]), default=None)
+
+
+def test_named(runs: list[dict], comparisons: list[str]) -> list[dict]:
+    """Test the comparisons whose methods were both run, by protocol; see `paired_test`.
+
+    Their p values are also corrected for the number of tests, see `holm`.
+    """
     tests = []
-    for (protocol, one), (other_protocol, other) in combinations(unseen, 2):
-        if protocol == other_protocol:
-            tables = pd.concat(unseen[protocol, one]), pd.concat(unseen[protocol, other])
-            if test := paired_test(*tables):
-                row = {"protocol": protocol, "one": one, "other": other}
-                row |= {"texts": test.texts, "difference": test.difference, "p": test.p}
-                tests.append(row)
+    for protocol in dict.fromkeys(run["protocol"] for run in runs):
+        unseen: dict[str, list[pd.DataFrame]] = {}
+        for run in runs:
+            if run["protocol"] == protocol:
+                table = run["predictions"]
+                unseen.setdefault(run["method"], []).append(table[~table["seen"]])
+        for text in comparisons:
+            other, _, named = text.partition(":")
+            one = best(runs, protocol, named) if named in BEST else named
+            if one == other or not {one, other} <= unseen.keys():
+                continue
+            if test := paired_test(pd.concat(unseen[one]), pd.concat(unseen[other])):
+                row = {"protocol": protocol, "one": one, "other": other, "named": text}
+                row |= {"texts": test.texts, "difference": test.difference}
+                tests.append(row | {"interval": [test.low, test.high], "p": test.p})
+    for test, corrected in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        low, high = test["interval"]
+        test["p_holm"] = corrected
+        test["shown"] = corrected < SIGNIFICANT and not low <= 0 <= high
     return tests
 
 
-def against_free(runs: list[dict], tests: list[dict]) -> list[str]:
-    """Name each tuned method that is not shown to beat the best baseline on unseen texts.
-
-    The validation files choose the best baseline.
-    """
-    found = []
-    for protocol in dict.fromkeys(run["protocol"] for run in runs):
-        here = [run for run in runs if run["protocol"] == protocol]
-        tuned = dict.fromkeys(run["method"] for run in here if run["tuned"])
-        scores: dict[str, list[float]] = {}
-        for run in here:
-            if run["method"] not in (*tuned, "ensemble"):
-                scores.setdefault(run["method"], []).append(run["results"]["eval_accuracy"])
-        if not scores:
-            continue
-        best = max(scores, key=lambda method: np.mean(scores[method]))
-        for test in tests:
-            if (test["protocol"], test["one"]) == (protocol, best) and test["other"] in tuned:
-                points = f"{100 * test['difference']:+.2f} points, p = {test['p']:.4f}"
-                if test["difference"] <= 0 or test["p"] >= SIGNIFICANT:
-                    found.append(
-                        f"{protocol}: {test['other']} is not shown to beat {best}, which costs "
-                        f"next to nothing ({points})."
-                    )
-    return found
+def describe(test: dict) -> str:
+    """Return a sentence with the result of a test."""
+    points, low, high = (100 * value for value in (test["difference"], *test["interval"]))
+    verdict = "a difference" if test["shown"] else "could be chance"
+    return (
+        f"{test['other']} against {test['one']}: {points:+.2f} points ({low:+.2f} to {high:+.2f}), "
+        f"p = {test['p']:.4f}, with Holm's correction {test['p_holm']:.4f}: {verdict}"
+    )
 
 
 def format_tests(tests: list[dict]) -> str:
-    """Format the paired tests, one per line."""
-    lines = ["paired permutation tests on unseen texts:"]
+    """Format the tests, one per line."""
+    lines = [f"{len(tests)} comparisons on unseen texts:"]
     for test in tests:
-        pair = f"{test['protocol']:9} {test['other']} against {test['one']}"
-        points = f"{100 * test['difference']:+.2f} points, p = {test['p']:.4f}"
-        lines.append(f"{pair}: {points} ({test['texts']:,} texts)")
+        lines.append(f"{test['protocol']:9} {describe(test)} ({test['texts']:,} texts)")
     return "\n".join(lines)

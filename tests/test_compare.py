@@ -70,7 +70,9 @@ def test_a_study_runs_once_and_reports_its_results(study, tmp_path):
     counts = {(row["protocol"], row["method"]): row["runs"] for row in found["summary"]}
     original = {("original", "majority"): 1, ("original", "prefix"): 2}
     assert counts == original | {("unseen", "majority"): 2, ("unseen", "prefix"): 2}
-    assert {test["protocol"] for test in found["tests"]} == {"unseen"}  # original: all texts seen
+    assert found["tests"] == []  # neither full nor an ensemble was run
+    assert "unseen: one seed per folder, so the intervals do not cover" in first
+    assert "original: one seed" not in first and "new, 0 %" in first  # the schedule
     page = (tmp_path / "study" / "report.html").read_text()
     assert page.count("<svg") == 4 and "script/compare.sh" in page
     single = found["runs"][-1]
@@ -102,7 +104,7 @@ def test_a_study_shows_caveats(study, tmp_path):
     for answers, collapsed in (("01", False), ("11", True)):
         rows = [("a", "0", answers[0]), ("b", "1", answers[1])]
         write_csv(folder / "predictions.csv", rows, ("text", "label", "predicted"))
-        run = compare.read(unread)
+        run = compare.read(unread | {"protocol": "unseen", "data": "a", "method": "m"}, set())
         caveats = compare.caveats([run], quick=False)
         assert (
             "unseen-prefix-0 predicts one label for every row" in " ".join(caveats)
@@ -196,44 +198,69 @@ def test_the_study_lists_the_least_plausible_labels(study, folders, tmp_path):
     assert "Labels to review" in (tmp_path / "study" / "report.html").read_text()
 
 
-def test_the_table_has_mean_and_standard_deviation():
-    """Pooled: half of the rows are right, with confidence 0.6: all in one run, none in one."""
-    split = SimpleNamespace(table=pd.DataFrame({"confidence": ["0.6", "0.6"]}))
-    runs = [
-        {
-            "protocol": "p",
-            "method": "m",
-            "results": {"test_accuracy": value},
-            "scored": ({}, split),
-            "predictions": pd.DataFrame({"right": [right, right]}),
-        }
-        for value, right in ((0.5, True), (0.7, False))
-    ]
+def predicted(method: str, run: str, right: list, seen: list, protocol="unseen", **more) -> dict:
+    """A run with one text for each value of `right`, all with confidence 0.6."""
+    table = pd.DataFrame({"text": range(len(right)), "run": run, "right": right, "seen": seen})
+    split = SimpleNamespace(table=pd.DataFrame({"confidence": ["0.6"] * len(right)}))
+    found = {"protocol": protocol, "method": method, "tuned": True, "results": {}, "size": None}
+    return found | {"predictions": table, "scored": ({}, split)} | more
+
+
+def test_the_table_averages_distinct_texts_and_says_how_sure_it_is():
+    """A text that has all rows but one counts once. Half of the rows are right, confidence 0.6."""
+    runs = [predicted("m", run, [one] * 100, [False] * 100) for run, one in (("a", 1), ("b", 0))]
     (row,) = compare.summarise(runs)
     assert row["pooled ECE"] == pytest.approx(0.1)
-    assert row["accuracy"] == pytest.approx(0.6)
-    assert row["accuracy sd"] == pytest.approx(0.1414, 1e-3)
-    assert row["on unseen"] is None and compare.format_cell(row, "on unseen") == "-"
+    assert (row["accuracy"], row["on seen"]) == (0.5, None)
+    assert row["accuracy ±"] > 0.3 and compare.format_cell(row, "on seen") == "-"
+    run = predicted("m", "a", [1, 0, 0, 0], [False] * 4)
+    run["predictions"]["text"] = ["a", "b", "b", "b"]
+    (row,) = compare.summarise([run])
+    assert row["on unseen"] == 0.5
+    assert 0.3 < row["on unseen ±"] < 0.5  # as of two texts
 
 
-def test_paired_tests_on_unseen_texts_agree_with_mcnemar(tmp_path):
-    """Of 60 texts 12 are right for one method only and 3 for the other: p = 0.035 exactly."""
-    right = {"full": [1] * 40 + [0] * 12 + [1] * 3 + [0] * 5}
+def test_only_named_comparisons_are_tested_on_unseen_texts():
+    """Of 60 texts 12 are right for one method only and 3 for the other: p = 0.035 by McNemar."""
+    right = {"full": [1] * 40 + [0] * 12 + [1] * 3 + [0] * 5, "majority": [0] * 60}
     right["prefix"] = [1] * 40 + [1] * 12 + [0] * 3 + [0] * 5
-    keys = [*(f"text {number}" for number in range(60)), "seen text"]
+    right["TF-IDF, linear"] = [1] * 30 + [0] * 30
+    best = {"majority": 0.9, "TF-IDF, linear": 0.5}  # on validation files, the former is better
     runs = [
-        {
-            "protocol": "p",
-            "method": method,
-            "data": str(tmp_path),
-            "predictions": pd.DataFrame({"text": keys, "right": [*values, method == "full"]}),
-        }
+        predicted(
+            method,
+            run,
+            [*values, method == "full"],
+            [False] * 60 + [True],
+            tuned=method not in best,
+            results={"eval_accuracy": 0, "eval_accuracy_unseen": best.get(method, 0.1)},
+        )
         for method, values in right.items()
-        for _ in "ab"
+        for run in "ab"
     ]
-    (test,) = compare.test_pairs(runs, {str(tmp_path): {"seen text"}})
-    assert test["difference"] == pytest.approx(9 / 60) and test["texts"] == 60
-    assert test["p"] == pytest.approx(0.0352, abs=0.01)
+    first, second = compare.test_named(runs, compare.COMPARISONS)
+    assert (first["other"], first["one"]) == ("full", "majority")
+    assert (second["other"], second["one"], second["texts"]) == ("prefix", "full", 60)
+    assert second["difference"] == pytest.approx(9 / 60)
+    assert second["p"] == second["p_holm"] == pytest.approx(0.0352, abs=0.01)
+    low, high = second["interval"]
+    assert 0 < low < 9 / 60 < high and second["shown"]
+    assert first["p_holm"] == 2 * first["p"]
+    assert [test["one"] for test in compare.test_named(runs, ["full:TF-IDF, linear"])] == [
+        "TF-IDF, linear"
+    ]
+    assert compare.test_named(runs, ["full:best single", "bias:full"])[0]["one"] == "majority"
+
+
+def test_comparisons_are_named_before_the_first_run(study, tmp_path, capsys):
+    free = ("--unseen", "--methods", "majority", "look-up")  # train nothing
+    for _ in "ab":
+        assert "exploratory" not in study(*free, "--compare", "look-up:majority")
+    assert "read them as exploratory" in study(*free)
+    for given, said in (("prefix:bias", "'bias' is not run"), ("prefix", "name two methods")):
+        with pytest.raises(SystemExit):
+            study("--compare", given)
+        assert said in capsys.readouterr().err
 
 
 def test_sizes_are_further_runs_of_the_unseen_protocol_on_the_same_rows():
@@ -259,8 +286,9 @@ def test_sizes_are_further_runs_of_the_unseen_protocol_on_the_same_rows():
 
 def test_the_curve_says_what_the_last_doublings_brought():
     def run(method, size, rows, accuracy):
-        results = {"train_rows": rows, "test_accuracy_unseen": accuracy}
-        return {"protocol": "unseen", "method": method, "size": size, "results": results}
+        right = [number < 100 * accuracy for number in range(100)]
+        more = {"size": size, "results": {"train_rows": rows}}
+        return predicted(method, f"{rows}", right, [False] * 100, **more)
 
     runs = [run("full", 100, 100, 0.2), run("full", 200, 200, 0.5), run("full", 400, 400, 0.56)]
     runs += [run("full", None, 790, 0.60), run("full", None, 810, 0.64)]  # 0.06 for each doubling
@@ -271,7 +299,8 @@ def test_the_curve_says_what_the_last_doublings_brought():
         "full: 50.0 % with 200 training texts, 62.0 % with 800; each doubling brought 6.0 points."
     )
     assert "extrapolates nothing" in note
-    assert learning_curve.table(points)[1][-1] == "62.0 ± 2.8 %"
+    assert learning_curve.table(points)[1][-1].startswith("62.0 ± ")
+    assert 0.09 < points[-1]["±"] < 0.25  # over 100 texts, and over two runs
 
 
 def test_a_study_over_sizes_draws_a_curve(study, tmp_path, capsys):

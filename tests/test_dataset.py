@@ -156,8 +156,10 @@ def test_the_leak_is_found_regardless_of_case_and_white_space(tmp_path, caplog):
     training_keys = dataset.audit(train)
     assert dataset.seen_texts(training_keys, test.keys).tolist() == [True, False, True]
     assert "4 rows, 3 distinct texts" in caplog.text
-    open_stream(tmp_path / "b.csv", ["0", "1", "2"], training_keys)
-    assert "66.7 % of them with a text from the training file" in caplog.text
+    known = {"training file": training_keys, "validation file alone": frozenset(["bird"])}
+    open_stream(tmp_path / "b.csv", ["0", "1", "2"], known)
+    assert "3 rows, 66.7 % of them with a text from the training file, 33.3 %" in caplog.text
+    assert "33.3 % of them with a text from the validation file alone" in caplog.text
     assert "1 texts occur with more than one label" in caplog.text
     assert "only one row of label 1, 2" in caplog.text
     assert "multi_label" not in caplog.text
@@ -165,11 +167,11 @@ def test_the_leak_is_found_regardless_of_case_and_white_space(tmp_path, caplog):
     assert "'x|y' is one label; if it is several, pass --problem_type" in caplog.text
 
 
-def open_stream(path, names, training_keys=None, **changed):
+def open_stream(path, names, known=None, **changed):
     """Open a file as a run with --do_predict does."""
     args = parse_args(["--do_predict", "--test_file", str(path), "--output_dir", "out"])
     fill_columns(args)
-    return dataset.open_stream(args, vars(args) | changed, names, training_keys)
+    return dataset.open_stream(args, vars(args) | changed, names, known)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
@@ -320,7 +322,12 @@ def test_batches_of_similar_length_have_little_padding():
 
 @pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data is not on this machine")
 def test_the_published_split_leaks_as_measured():
-    train, test = (read(REAL_DATA / "seed_splits" / f"{n}_simple.csv") for n in ("train", "test"))
+    train, validation, test = (
+        read(REAL_DATA / "seed_splits" / f"{name}_simple.csv") for name in ("train", "val", "test")
+    )
     assert (len(train), len(test)) == (15204, 6543)
-    share = dataset.seen_texts(frozenset(train.keys), test.keys).mean()
-    assert round(100 * share, 1) == 83.5
+    data = dataset.Data([], train, validation, None, frozenset(train.keys))
+    in_training = dataset.seen_texts(data.training_keys, test.keys)
+    assert round(100 * in_training.mean(), 1) == 83.5
+    assert round(100 * data.seen("test", test.keys).mean(), 1) == 86.9
+    assert round(100 * data.seen("eval", validation.keys).mean(), 1) == 84.5

@@ -48,17 +48,19 @@ def test_accuracies_and_p_are_over_distinct_texts(finished):
     others = [finished("other 0", [(f"{t}!", "1", "0") for t in texts]), finished("other 1", last)]
     line = paired.compare(ones, others)
     assert line == (
-        "100.00 % against 5.00 %: +95.00 points, p = 0.0020 (10 distinct texts, 20 rows, "
-        "2 pairs of runs)"
+        "100.00 % against 5.00 %: +95.00 points (+47.20 to +100.00), p = 0.0020 (10 distinct "
+        "texts, 20 rows, 2 pairs of runs)"
     )
-    wrong, right = (pd.DataFrame({"text": texts, "right": one}) for one in (False, True))
+    wrong, right = (pd.DataFrame({"text": texts, "run": 0, "right": r}) for r in (False, True))
     test = paired_test(wrong, right)
     assert (test.one, test.other, test.difference, test.texts) == (0, 1, 1, 10)
     assert test.p == pytest.approx(2 / 2**10)
 
 
 def test_different_texts_or_a_single_text_are_not_compared():
-    a, b, ab = (pd.DataFrame({"text": list(texts), "right": True}) for texts in ("a", "b", "ab"))
+    a, b, ab = (
+        pd.DataFrame({"text": list(texts), "run": 0, "right": True}) for texts in ("a", "b", "ab")
+    )
     assert paired_test(a, a) is paired_test(a, b) is paired_test(ab, a) is None
     assert paired_test(ab, ab).p == 1
 

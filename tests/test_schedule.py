@@ -16,7 +16,9 @@ from test_main import load
 
 @pytest.mark.parametrize("flags", [(), ("--prefix", "--pre_seq_len", "3")])
 @pytest.mark.parametrize("repeats", [1, 3])
-def test_the_schedule_depends_on_the_repeated_texts(backbone, files, tmp_path, flags, repeats):
+def test_the_schedule_depends_on_the_repeated_texts(
+    backbone, files, tmp_path, capsys, flags, repeats
+):
     write_csv(Path(files[1]), ROWS[:8] * repeats)
     argv = ["--do_train", *files[:2], "--model_name_or_path", backbone, "--max_seq_length", "16"]
     assert main.main([*argv, *flags, "--output_dir", str(tmp_path / "out")]) == 0
@@ -33,6 +35,9 @@ def test_the_schedule_depends_on_the_repeated_texts(backbone, files, tmp_path, f
     settings = load(tmp_path / "other", "run.json")["settings"]
     expected = SCHEDULES["prefix" if flags else "full"][repeats == 3]
     assert [settings[name] for name in SCHEDULE] == [*expected]
+    *_, line = (one for one in capsys.readouterr().out.split("\n") if "default" in one)
+    said = {1: "for repeated texts, since 50 % are seen; warning", 3: "for new texts, since 0 %"}
+    assert said[repeats] in line and ("warning" in line) == (repeats == 1)
 
 
 @pytest.mark.parametrize("multi_label", [False, True])

@@ -1,0 +1,189 @@
+"""What chance does to a figure: intervals of accuracies, and the calibration error of chance alone.
+
+The unit is the distinct text, since the rows of one text are right or wrong together. In a file,
+what is drawn for a text is a function of the text: memory is constant however long the file is, and
+a text that occurs again counts as the same one. In a study, seeds vary too: see `Scores`.
+N rows, L predictions per row, T distinct texts, K runs.
+"""
+
+import math
+import zlib
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+from scipy.stats import t as student
+
+RESAMPLES = 1000  # resampled files of a bootstrap
+SIMULATED = 400  # files of a perfectly calibrated model
+BINS = 10  # bins of confidence in a reliability curve
+LEVEL = 0.95  # of intervals and bounds
+NORMAL = 1.96  # standard deviations of a normal distribution, on each side
+
+
+def random_of(text: str) -> np.random.Generator:
+    """Return the random numbers of a text, always the same."""
+    return np.random.default_rng(zlib.crc32(text.encode("utf-8", "surrogatepass")))
+
+
+def bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """Return the bin, of `bins` bins of equal width, in which each confidence lies."""
+    return np.minimum((confidence * bins).astype(int), bins - 1)
+
+
+def wilson(share: float, size: float) -> list[float]:
+    """Return the two ends of Wilson's 95 % interval of a share of `size` independent cases.
+
+    It is right for few cases too, and when all are right (Wilson 1927; Brown, Cai & DasGupta 2001,
+    "Interval estimation for a binomial proportion").
+    """
+    size = max(1, round(size))
+    ends = binomtest(round(share * size), size).proportion_ci(LEVEL, method="wilson")
+    return [float(ends.low), float(ends.high)]
+
+
+class Bootstrap:
+    """95 % interval of an accuracy, over the random choice of texts.
+
+    A bootstrap over distinct texts gives the variance of the accuracy: the number of times a text
+    is drawn follows a Poisson distribution (Chamandy et al. 2012, "Estimating uncertainty for
+    massive data streams"). The interval is Wilson's with as many independent rows as would have
+    this variance. Percentiles of the bootstrap would be too narrow for few texts: [1, 1] if all are
+    right.
+    """
+
+    def __init__(self) -> None:
+        self.sums = np.zeros((2, RESAMPLES))  # rows and hits of each resampled file
+        self.rows, self.hits = 0, 0
+
+    def add(self, keys: list[str], right: np.ndarray) -> None:
+        """Add rows: the keys of their texts, and whether each row is right, bool [N]."""
+        self.rows, self.hits = self.rows + len(right), self.hits + int(right.sum())
+        text_index, texts = pd.factorize(np.array(keys, dtype=object))
+        counts = np.stack([np.bincount(text_index), np.bincount(text_index, right)])  # [2, T]
+        for start in range(0, len(texts), 1000):
+            part = slice(start, start + 1000)
+            drawn = [random_of(text).poisson(1.0, RESAMPLES) for text in texts[part]]
+            self.sums += counts[:, part] @ np.array(drawn)
+
+    def merge(self, other: "Bootstrap") -> None:
+        """Add the rows of another one, which has other texts."""
+        self.sums += other.sums
+        self.rows, self.hits = self.rows + other.rows, self.hits + other.hits
+
+    def interval(self) -> list[float]:
+        """Return the two ends of the interval."""
+        share, rows = self.hits / self.rows, self.sums[0]
+        drawn = self.sums[:, rows > 0]
+        variance = (drawn[1] / drawn[0]).var()
+        texts = self.rows**2 / rows.var()  # Kish's effective number, if all are right or wrong
+        size = share * (1 - share) / variance if variance > 0 else texts
+        return wilson(share, min(size, self.rows))
+
+
+class Chance:
+    """The calibration error that a perfectly calibrated model has by chance.
+
+    Files are simulated in which each prediction is right with the probability that its confidence
+    says: all rows of a text together, the L labels of a row independently.
+    """
+
+    def __init__(self) -> None:
+        self.hits = np.zeros((BINS, SIMULATED))  # in each bin of each simulated file
+        self.confidence = np.zeros(BINS)  # summed
+        self.count = 0
+
+    def add(self, keys: list[str], confidence: np.ndarray) -> None:
+        """Add rows: the keys of their texts, and the confidence of their predictions, [N, L]."""
+        place = bin_of(confidence, BINS).ravel()
+        self.count += confidence.size
+        self.confidence += np.bincount(place, confidence.ravel(), BINS)
+        text_index, texts = pd.factorize(np.array(keys, dtype=object))
+        # the predictions of a text: one, unless several prefixes predicted it
+        each, rows = np.unique(np.c_[text_index, confidence], axis=0, return_counts=True)
+        labels, size = confidence.shape[1], max(1, 1000 // confidence.shape[1])
+        for start in range(0, len(each), size):
+            part = slice(start, start + size)
+            shares = each[part, 1:]
+            drawn = [
+                random_of(text).random((labels, SIMULATED), dtype=np.float32)
+                for text in texts[each[part, 0].astype(int)]
+            ]
+            hit = (np.array(drawn) < shares[:, :, None]).astype(np.float32)
+            weight = np.eye(BINS, dtype=np.float32)[bin_of(shares, BINS)] * rows[part, None, None]
+            self.hits += np.tensordot(weight.astype(np.float32), hit, ((0, 1), (0, 1)))
+
+    def merge(self, other: "Chance") -> None:
+        """Add the rows of another one, which has other texts."""
+        self.hits, self.confidence = self.hits + other.hits, self.confidence + other.confidence
+        self.count += other.count
+
+    def errors(self) -> tuple[float, float]:
+        """Return the mean calibration error, and the one that 95 % of the files stay below."""
+        found = np.abs(self.hits - self.confidence[:, None]).sum(axis=0) / self.count
+        return float(found.mean()), float(np.quantile(found, LEVEL))
+
+
+class Scores:
+    """The share of right predictions of each distinct text, in all runs of a method.
+
+    Texts and runs (seeds) are two crossed sources of variance, as in Owen 2007, "The pigeonhole
+    bootstrap". The variance of the mean is the sum of two estimates: that of the texts' shares,
+    / T; and that of the means of runs on the same texts, / K. Unlike a bootstrap's they are not too
+    small for two or three runs. What varies from text to text in one run counts in both, so the sum
+    is a little too large. A single run says nothing about seeds: the first part is then all.
+    """
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        """table: rows of any number of runs, with the columns `text`, `run` and `right`."""
+        table = table.astype({"right": float})
+        grid = table.pivot_table(index="text", columns="run", values="right")  # [T, K]
+        self.texts = grid.mean(axis=1)
+        self.mean = float(self.texts.mean())
+        self.seeds: list[tuple[float, int]] = []  # variances of the mean, degrees of freedom
+        files: dict[bytes, list] = {}  # runs on the same texts
+        for run in grid:
+            files.setdefault(grid[run].notna().to_numpy().tobytes(), []).append(run)
+        for runs in files.values():
+            means, share = grid[runs].mean(), grid[runs[0]].notna().mean()
+            if len(runs) > 1:
+                self.seeds.append((share**2 * means.var() / len(runs), len(runs) - 1))
+
+    def half_width(self) -> float:
+        """Return half the width of the 95 % interval of the mean.
+
+        The interval is Wilson's with as many independent texts as would have the variance.
+        """
+        size = len(self.texts)
+        error = margin([(self.texts.var(ddof=0) / size, size - 1), *self.seeds])
+        if error > 0:
+            size = self.mean * (1 - self.mean) * (NORMAL / error) ** 2
+        low, high = wilson(self.mean, size)
+        return (high - low) / 2
+
+
+def margin(variances: list[tuple[float, int]]) -> float:
+    """Return half the width of the 95 % interval of a mean with these variances.
+
+    variances: independent ones, with their degrees of freedom, which are combined as in
+    Satterthwaite 1946.
+    """
+    total = sum(variance for variance, _ in variances)
+    if not total:
+        return 0.0
+    freedom = total**2 / sum(variance**2 / max(1, each) for variance, each in variances)
+    return float(student.ppf(0.5 + LEVEL / 2, freedom) * math.sqrt(total))
+
+
+def difference_interval(one: Scores, other: Scores) -> list[float]:
+    """Return the two ends of the 95 % interval of other's mean minus one's, on the same texts.
+
+    Half a text is added to each of the four outcomes, so that it is right if all texts agree
+    (Agresti & Min 2005, "Simple improved confidence intervals for comparing matched proportions").
+    """
+    differences = other.texts - one.texts
+    size = len(differences) + 2
+    mean = differences.sum() / size
+    variance = (((differences**2).sum() + 1) / size - mean**2) / size
+    error = margin([(variance, size - 1), *one.seeds, *other.seeds])
+    return [max(-1.0, float(mean - error)), min(1.0, float(mean + error))]
