@@ -17,9 +17,8 @@ from runtime.flags import Parser, boolean, choice, column_names, contains, encod
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
-# Defaults of the tuning methods (`model.tuning.TUNING`), measured on the bundled backbone
-# (results/README.md). A learning rate outside [low, high] was probably meant for another method.
-# The defaults of the projected and the input prefix were not chosen on real data.
+# Defaults of the tuning methods, measured on the bundled backbone (results/README.md) except for
+# the projected and the input prefix. A rate outside [low, high] was meant for another method.
 TUNING_DEFAULTS = {
     #                   rate  low   high
     "full":             (2e-4, 0,    1e-3),
@@ -29,17 +28,13 @@ TUNING_DEFAULTS = {
     "probe":            (3e-3, 1e-4, 1e-1),
     "bias":             (3e-3, 2e-4, 3e-2),
 }  # fmt: skip
-# The schedule depends on the validation file. If at least half of its texts are training texts, so
-# are those of the test file, and what counts is to memorise them. Else texts are new: long training
-# makes the model overconfident, dropout and R-Drop help, and the last epoch is a better choice than
-# the best one on a small validation file (results/LOG.md).
+# If at least half of the validation texts are training texts, so are those of the test file, and
+# what counts is to memorise them. If not, long training makes the model overconfident, dropout and
+# R-Drop help, and the last epoch beats the best on a small validation file (results/LOG.md).
 SCHEDULE = (
-    "num_train_epochs",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "rdrop_alpha",
-    "load_best_model_at_end",
-)
+    "num_train_epochs hidden_dropout_prob attention_probs_dropout_prob rdrop_alpha "
+    "load_best_model_at_end"
+).split()
 SCHEDULES = {
     #                   seen texts              new texts
     "full":             ((8, 0, 0.1, 0, True),  (4, 0.1, 0.1, 1, False)),
@@ -53,12 +48,10 @@ MOSTLY_SEEN = 0.5  # share of the validation rows
 METHODS = tuple(name for name in TUNING_DEFAULTS if " " not in name)  # others: kinds of prefix
 USES = {"train": "train", "validation": "val", "test": "test"}
 FILES = {f"{use}_file": f"csv/{name}_simple.csv" for use, name in USES.items()}
+SCORING = ("do_predict", "do_eval")
 LABEL_SEPARATOR = "|"
 PREFIX_DEFAULTS = {"prefix_depth": "all", "prefix_init": "text", "prefix_projection": False}
 PRE_SEQ_LEN = {"all": 128, "input": 16}
-PREFIX_FLAGS = (
-    *PREFIX_DEFAULTS, "pre_seq_len", "num_prefixes", "prefix_init_text", "prefix_hidden_size"
-)  # fmt: skip
 
 INF = math.inf
 SWITCH = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}  # --flag [True|False]
@@ -181,8 +174,19 @@ GROUPS = {  # each flag: name, kind, default and help
 ),
 }
 # fmt: on
-# Groups whose flags would have no effect without --do_train.
-NEEDS_TRAINING = ("prefix tuning", "training", "evaluation and choice of the best epoch")
+TRAINING = ("prefix tuning", "training", "evaluation and choice of the best epoch")
+PREFIX_FLAGS = [row[0][2:] for row in GROUPS["prefix tuning"] if row[0] != "--prefix"]
+TRAINING_FLAGS = [row[0].split()[0][2:] for title in TRAINING for row in GROUPS[title]]
+TASKS = {  # the tasks that use a flag, if not all do: a flag without an effect is an error
+    **dict.fromkeys((*TRAINING_FLAGS, "train_file", "seed"), ("do_train",)),
+    "validation_file": ("do_eval",),
+    "test_file": ("do_predict",),
+    **dict.fromkeys("per_device_eval_batch_size safe_csv reject_below".split(), SCORING),
+}
+USED_WITH_TEXT = (
+    "text problem_type drop_empty reject_below model_name_or_path prefix_paths max_seq_length "
+    "per_device_eval_batch_size precision"
+).split()
 
 
 def build_parser() -> Parser:
@@ -205,11 +209,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
-    for word in argv:
-        if word.encode(errors="replace").decode() != word:  # run.json is UTF-8
-            parser.error(f"{word!a} is not UTF-8")
+    if broken := [one for one in argv if one.encode(errors="replace").decode() != one]:
+        parser.error(f"{broken[0]!a} is not UTF-8")  # run.json is
     args = parser.parse_args(argv)
     check_tasks(parser, args)
+    refuse_unused_flags(parser, args, argv)
     fill_files(parser, args)
     check_paths(parser, args)
     if args.do_train:
@@ -218,8 +222,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         check_saving(parser, args)
         fill(args, {"learning_rate": TUNING_DEFAULTS[defaults_name(args)][0]})
         fill(args, {"head_learning_rate": args.learning_rate})
-    else:
-        refuse_training_flags(parser, args, argv)
     return args
 
 
@@ -231,15 +233,23 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("nothing to do: pass --do_train, --do_eval or --do_predict")
     if args.prefix_column and not args.prefix_paths:
         parser.error("--prefix_column needs --prefix_paths")
-    if args.reject_below and not (args.do_eval or args.do_predict):
-        parser.error("--reject_below needs --do_predict or --do_eval")
-    if args.text and args.prefix_paths:
-        parser.error("--text takes one folder: pass it as --model_name_or_path")
     for name in ("prefix_paths", "text"):
         if getattr(args, name) and (args.do_train or args.do_eval):
             parser.error(f"--{name} works only with --do_predict")
     if args.prefix_paths and args.model_name_or_path != DEFAULT_BACKBONE:
         parser.error("--prefix_paths: the folders name their backbone; omit --model_name_or_path")
+
+
+def refuse_unused_flags(parser: Parser, args: argparse.Namespace, argv: list[str]) -> None:
+    """Reject flags without an effect; without --do_train, set the training flags to None."""
+    for name, flag in parser.given(argv).items():
+        if args.text and name not in (*USED_WITH_TEXT, "do_train", *SCORING):
+            parser.error(f"{flag} has no effect with --text: omit it")
+        tasks = TASKS.get(name, ("do_train", *SCORING))
+        if not any(getattr(args, task) for task in tasks):
+            parser.error(f"{flag} needs --{' or --'.join(tasks)}")
+    if not args.do_train:
+        vars(args).update(dict.fromkeys(TRAINING_FLAGS))
 
 
 def read_json(path: str) -> dict:
@@ -270,15 +280,6 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f"--output_dir contains the model {model}: choose another one")
 
 
-def refuse_training_flags(parser: Parser, args: argparse.Namespace, argv: list[str]) -> None:
-    """Reject training flags without --do_train, which would be ignored; set them to None."""
-    given = {word.partition("=")[0] for word in argv}
-    for names, *_ in (row for title in NEEDS_TRAINING for row in GROUPS[title]):
-        if found := given.intersection(names.split()):
-            parser.error(f"{found.pop()} needs --do_train")
-        setattr(args, names.split()[0].removeprefix("--"), None)
-
-
 def check_method(parser: Parser, args: argparse.Namespace) -> None:
     """Determine the tuning method; reject prefix flags without a prefix, which would be ignored.
 
@@ -290,8 +291,7 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
     method = "prefix" if args.prefix else args.tuning_method
     tuned_by = None
     if os.path.isfile(os.path.join(folder, "adapter_config.json")):  # PEFT adds no config.json
-        config = read_json(os.path.join(folder, "config.json"))
-        tuned_by = config.get("tuning_method", "prefix")
+        tuned_by = read_json(f"{folder}/config.json").get("tuning_method", "prefix")
         if tuned_by not in METHODS or method not in (None, tuned_by):
             parser.error(
                 f"--tuning_method: {folder} was tuned with {tuned_by}; its method cannot be changed"
@@ -317,8 +317,7 @@ def fill_prefix(parser: Parser, args: argparse.Namespace) -> None:
     if args.prefix_projection:
         if args.prefix_init == "text" or args.prefix_init_text:
             parser.error("--prefix_init text: --prefix_projection requires --prefix_init random")
-        args.prefix_init = "random"
-        args.prefix_hidden_size = args.prefix_hidden_size or 512
+        fill(args, {"prefix_init": "random", "prefix_hidden_size": 512})
     fill(args, PREFIX_DEFAULTS)
     if (args.num_prefixes or 1) > 1 and (args.prefix_projection or args.prefix_depth == "input"):
         parser.error("--num_prefixes: several prefixes need --prefix_depth all, unprojected")
@@ -332,17 +331,18 @@ def fill(args: argparse.Namespace, defaults: dict) -> None:
 
 def check_training(parser: Parser, args: argparse.Namespace) -> None:
     """Check the flags of training and evaluation, and fill in their defaults."""
-    fill(args, {"problem_type": "single_label_classification"})
+    strategy = "epoch" if args.do_eval else "no"
+    fill(args, {"problem_type": "single_label_classification", "eval_strategy": strategy})
     multi_label = args.problem_type == "multi_label_classification"
-    fill(args, {"eval_strategy": "epoch" if args.do_eval else "no"})
     if args.eval_strategy == "no":
         needs = ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model")
         if given := [name for name in needs if getattr(args, name)]:
             parser.error(f"--{given[0]} needs --do_eval and --eval_strategy epoch")
-    if args.eval_strategy == "no":
         args.load_best_model_at_end = False
     elif args.metric_for_best_model or args.early_stopping_patience:  # a choice was asked for
         fill(args, {"load_best_model_at_end": True})
+        if not args.load_best_model_at_end and not args.early_stopping_patience:
+            parser.error("--metric_for_best_model needs --load_best_model_at_end")
     fill(args, {"metric_for_best_model": "micro_f1" if multi_label else "accuracy"})
     if args.metric_for_best_model == "micro_f1" and not multi_label:
         parser.error("--metric_for_best_model: micro_f1 is for multi-label data, else use accuracy")

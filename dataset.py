@@ -17,7 +17,7 @@ import pandas as pd
 
 from arguments import LABEL_SEPARATOR
 from runtime.batches import prefix_index
-from runtime.columns import sort_labels
+from runtime.columns import label_numbers, sort_labels
 from runtime.csv_reader import read_labels, read_tables, row_list, text_key
 from runtime.files import UserError
 
@@ -79,7 +79,7 @@ class Split:
         """
         if self.labels is None:
             return self
-        index = {name: number for number, name in enumerate(names)}
+        index = label_numbers(names)
         unknown = [
             (row, name)
             for row, labels in zip(self.rows, self.labels, strict=True)

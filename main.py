@@ -51,18 +51,17 @@ from evaluation.importance import word_importance
 from evaluation.predictions import check_columns
 from evaluation.scoring import publish, score, show
 from evaluation.tables import schedule_line, summary
-from model import load
 from model.bank_start import find_start
-from model.classifier import Classifier
+from model.classifier import Classifier, as_texts
 from model.sequence_classification import train_words_in_use
 from model.start import Start, read_tensors
 from runtime import checkpoint as checkpoints
 from runtime import processes
 from runtime.batches import encode, prefix_index
 from runtime.checkpoint import Checkpoint, Tensors
-from runtime.columns import fill_columns
+from runtime.columns import fill_columns, model_folders, precision_for
 from runtime.files import UserError, writing
-from runtime.machine import Machine, pick_machine
+from runtime.machine import Machine, pick_machine, set_up_process
 from runtime.output_folder import OutputFolder, opened
 from runtime.processes import Group, stop_signals
 from runtime.record import check_same_run, describe_run, identity
@@ -87,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
+        set_up_process()
         if args.text:
             label_texts(args)
         else:
@@ -121,7 +121,10 @@ def run(args: Namespace) -> None:
     """Execute one run, from checked arguments to published results."""
     with processes.joined() as group, opened(args, group.is_main) as output:
         # prepare: machine, model, data and record, the same in all processes
-        machine = pick_machine(group.from_main(output.precision(args.precision)), group)
+        choice = output.precision(args.precision)
+        if not args.do_train:
+            choice = precision_for(choice, model_folders(args))
+        machine = pick_machine(group.from_main(choice), group)
         start, data, tokenizer, record = group.agree(
             lambda: prepare(args, machine), compared=lambda prepared: identity(prepared[-1])
         )
@@ -211,9 +214,15 @@ def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedT
 
 def label_texts(args: Namespace) -> None:
     """Print each text's labels, the most probable first, and why; write no files."""
-    classify = load(args.model_name_or_path, args.precision, args.per_device_eval_batch_size)
     many = args.text == ["-"]
-    texts = list(filter(None, map(str.strip, sys.stdin) if many else args.text))
+    try:
+        texts = [line.rstrip("\r\n") for line in sys.stdin] if many else args.text
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not {error.encoding}: convert it") from None
+    texts = as_texts(texts, args.drop_empty, "fill it in, or drop blank texts with --drop_empty")
+    if not texts:
+        raise UserError("there is no text to label: pass one after --text, or lines with --text -")
+    classify = Classifier.of(find_start(args), args)
     why = word_importance(classify.logits, [] if many else texts, classify.multi_label)
     for text, found, words in zip_longest(texts, classify(texts), why, fillvalue=()):
         order = sorted(found["probabilities"].items(), key=lambda one: -one[1])

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import BertConfig
 
 from model.loading import TUNED
-from model.source import ADAPTER_CONFIG
+from model.source import ADAPTER_CONFIG, check_weights
 from runtime.files import UserError, to_json
 
 WEIGHTS = "adapter_model.safetensors"
@@ -45,6 +45,7 @@ def save(
 @contextmanager
 def opened(folder: Path) -> Iterator[safe_open]:
     """Open the tensors of an adapter folder. Raises: UserError if they are unreadable."""
+    check_weights(folder, WEIGHTS)
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             yield file

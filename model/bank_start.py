@@ -82,7 +82,7 @@ def check_alike(sources: list[Source], configs: list[BertConfig]) -> None:
     def traits(source: Source, config: BertConfig) -> dict:
         return {
             "backbone": source.backbone,
-            "problem_type": problem_type(config, None),
+            "problem_type": problem_type(config, None, source.adapter),
             "max_seq_length": config.max_seq_length,
             "pooling": config.pooling,
         }
@@ -115,7 +115,7 @@ class BankStart(Start):
         self.bank, self.sources, labels = open_bank(paths, args.max_seq_length)
         self.config, self.labels_by_prefix = self.bank.config, labels
         self.source, self.method = self.sources[0], TUNING["prefix"]
-        self.config.problem_type = problem_type(self.config, args.problem_type)
+        self.config.problem_type = problem_type(self.config, args.problem_type, self.source.adapter)
         self.title, self.started_from = f"predictions of {', '.join(paths)}", None
         if args.prefix_column is None:  # all prefixes classify each row
             for path, names in zip(paths, labels, strict=True):

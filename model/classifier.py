@@ -5,10 +5,12 @@ K members of an ensemble, N texts, U distinct texts, C classes.
 
 import math
 from argparse import Namespace
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Self
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -18,9 +20,45 @@ from model.bank_start import find_start
 from model.predictions import Predictions
 from model.start import Start
 from runtime.batches import Encoded, TextRows, encode, length_batches, rows_of
+from runtime.columns import model_folders, precision_for
 from runtime.files import UserError
 from runtime.machine import Machine, pick_machine
 from runtime.streams import in_streams
+
+
+def as_texts(
+    texts: str | Iterable[str],
+    drop_blank: bool = False,
+    advice: str = "fill it in, or leave it out",
+) -> list[str]:
+    """Return texts as a list; a single one is a list of one.
+
+    drop_blank: leave out blank ones. advice: what to do with them otherwise.
+    Raises: UserError for what is no list of str, and naming the first text that is blank, missing
+        or not UTF-8.
+    """
+    if isinstance(texts, str):
+        texts = [texts]
+    table = getattr(texts, "ndim", 1) != 1 or isinstance(texts, (bytes, Mapping, Set))
+    if table or not isinstance(texts, Iterable):
+        kind = type(texts).__name__
+        raise UserError(f"texts are of type {kind}: pass a str, or a list or a column of str")
+    kept = []
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            missing = pd.api.types.is_scalar(text) and pd.isna(text)
+            fault = f"missing: {advice}" if missing else f"of type {type(text).__name__}, not str"
+        elif text.encode(errors="replace").decode() != text:
+            fault = "not UTF-8: correct it"
+        elif text.strip():
+            kept.append(text)
+            continue
+        elif drop_blank:
+            continue
+        else:
+            fault = f"blank: {advice}"
+        raise UserError(f"text {number} is {fault}")
+    return kept
 
 
 class Classifier:
@@ -51,18 +89,18 @@ class Classifier:
     @classmethod
     def of(cls, start: Start, args: Namespace) -> Self:
         """Build the model of `start`, to predict."""
-        machine = pick_machine(args.precision)
+        machine = pick_machine(precision_for(args.precision, model_folders(args)))
         tokenizer, model = start.tokenizer(), start.build(args)
         machine.place(model)
         return cls(start, model, tokenizer, machine, args.per_device_eval_batch_size)
 
-    def __call__(self, texts: str | list[str]) -> list[dict]:
-        """Label one text or many.
+    def __call__(self, texts: str | Iterable[str]) -> list[dict]:
+        """Label one text or many, such as a list or a column of a table.
 
         Returns for each text, in order, its `label` (several are joined by "|"), the `confidence`
-        in it, and `probabilities`, of every label by name.
+        in it, and `probabilities`, of every label by name. Raises: UserError, see `as_texts`.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = as_texts(texts)
         if not texts:
             return []
         found = Predictions.of(self.logits(rows_of(texts)), self.multi_label)

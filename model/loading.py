@@ -1,5 +1,7 @@
 """Load and check the config, tokenizer and weights of a BERT."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
@@ -10,13 +12,9 @@ from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2CLS
 from transformers.utils import logging as transformers_logging
 
-from model.sequence_classification import BertForSequenceClassification
-from model.source import Source
+from model.sequence_classification import POOLINGS, BertForSequenceClassification
+from model.source import Source, check_weights
 from runtime.files import UserError, read_json
-
-# Silence warnings about missing and unexpected weights: they are checked below.
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
 
 TUNED = ["BertForSequenceClassification"]  # `architectures` of a model with a head
 
@@ -52,8 +50,24 @@ class BertSettings(TypedDict, total=False):
     id2label: Annotated[dict[str, str], Meta(min_length=1)] | None
     max_seq_length: Annotated[int, Meta(ge=3)] | None
     backbone_sha256: str | None
-    pooling: Literal["cls", "mean"]
+    backbone_path: str | None
+    pooling: Literal[tuple(POOLINGS)]
     num_prefixes: Size
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers about missing and unexpected weights, which are checked here."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def read_config(folder: Path) -> BertConfig:
@@ -92,9 +106,8 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises: UserError if there is no readable model.safetensors.
     """
     path = folder / "model.safetensors"
+    check_weights(folder, path.name)
     try:
-        if not path.is_file():
-            raise OSError("there is none; other formats are not read")
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
@@ -141,11 +154,19 @@ def set_labels(config: BertConfig, names: list[str]) -> None:
     config.label2id = {name: number for number, name in enumerate(names)}
 
 
-def problem_type(config: BertConfig, wanted: str | None) -> str:
-    """Return the problem type a model was tuned for. Raises: UserError if another is wanted."""
+def problem_type(config: BertConfig, wanted: str | None, folder: Path) -> str:
+    """Return the problem type that the model in `folder` was tuned for, to predict with it.
+
+    Raises: UserError if another is wanted, or if the model has one output.
+    """
     kind = config.problem_type or wanted or "single_label_classification"
     if wanted and wanted != kind:
-        raise UserError(f"--problem_type {wanted}: the model was tuned for {kind}")
+        raise UserError(f"--problem_type {wanted}: {folder} was tuned for {kind}")
+    if config.num_labels == 1 and kind == "single_label_classification":
+        raise UserError(
+            f"{folder} has one output, as cross-encoders have, so it cannot choose between labels: "
+            "tune it further with --do_train, or pass a model of two labels or more"
+        )
     return kind
 
 
@@ -155,10 +176,14 @@ def set_max_seq_length(config: BertConfig, virtual: int, wanted: int | None) -> 
     Raises: UserError if `virtual` tokens and text together exceed the position embeddings.
     """
     length = wanted or getattr(config, "max_seq_length", None) or 128
-    if virtual + length > config.max_position_embeddings:
+    if (room := config.max_position_embeddings - virtual) < length:
+        tokens = f"{virtual} virtual tokens and " * bool(virtual) + f"--max_seq_length {length}"
+        advice = f"--max_seq_length {room} or less"
+        if room < 3:
+            advice = f"a --pre_seq_len of {config.max_position_embeddings - 3} or less"
         raise UserError(
-            f"--pre_seq_len {virtual} + --max_seq_length {length} exceeds the "
-            f"{config.max_position_embeddings} positions of the backbone: lower one of them"
+            f"{tokens}: more than the {config.max_position_embeddings} positions of the backbone; "
+            f"pass {advice}"
         )
     config.max_seq_length = length
 
@@ -169,9 +194,10 @@ def load_tokenizer(source: Source, config: BertConfig) -> PreTrainedTokenizerBas
         # transformers would build a tokenizer that knows only the special tokens
         raise UserError(f"{source.backbone} has no tokenizer.json or vocab.txt")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.backbone, use_fast=True, trust_remote_code=False
-        )
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.backbone, use_fast=True, trust_remote_code=False
+            )
     except Exception as error:  # tokenizers has no narrower exception
         first = str(error).strip().split("\n")[0]
         raise UserError(f"{source.backbone} has no usable tokenizer: {first}") from None
@@ -197,14 +223,15 @@ def load_weights(
     """
     check_shapes(folder, config)
     try:
-        model, report = cls.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # checked below, with the missing ones
-            output_loading_info=True,
-        )
+        with quiet():
+            model, report = cls.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # checked below, with the missing ones
+                output_loading_info=True,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"{folder} has no usable model.safetensors: {first}") from None

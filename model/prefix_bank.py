@@ -98,7 +98,7 @@ class PrefixBank(nn.Module):
             prefix=lambda layer: slots[layer][:, :, chosen, :longest],  # [2, H, G, P, D]
             places=places,
         )
-        pooled = POOLINGS[self.config.pooling](outputs, attention_mask)
+        pooled = POOLINGS[self.config.pooling].pool(outputs, attention_mask)
         weight, bias = self.classifier.weight[prefix_index], self.classifier.bias[prefix_index]
         return SequenceClassifierOutput(logits=self.head(self.dropout(pooled), weight, bias))
 

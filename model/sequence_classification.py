@@ -4,6 +4,9 @@ B batch, T text tokens, P virtual tokens, C classes, HD hidden size, V words in 
 words in use.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import transformers
@@ -29,8 +32,16 @@ def pool_mean(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
     return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-# Choices of `config.pooling`; each maps BertModel's outputs and the text's mask [B, T] to [B, HD].
-POOLINGS = {"cls": pool_cls, "mean": pool_mean}
+class Pooling(NamedTuple):
+    """What the head reads of a text."""
+
+    pool: Callable[[ModelOutput, torch.Tensor], torch.Tensor]  # BertModel's, mask [B, T]: [B, HD]
+    # whether it is BERT's own, its pooler: all that transformers and PEFT can load; no other
+    # pooling may read the pooler, whose weights are then neither loaded nor stored
+    is_berts: bool = False
+
+
+POOLINGS = {"cls": Pooling(pool_cls, is_berts=True), "mean": Pooling(pool_mean)}
 
 
 class LastLayer(BertLayer):
@@ -62,7 +73,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         config.pooling = getattr(config, "pooling", "cls")
         super().__init__(config)
         self.set_attn_implementation(ATTENTION)
-        if config.pooling == "cls":
+        if POOLINGS[config.pooling].is_berts:
             last = config.num_hidden_layers - 1
             self.bert.encoder.layer[last] = LastLayer(config, layer_idx=last)
         self.post_init()
@@ -76,7 +87,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
     def classify(self, mask: torch.Tensor, **inputs) -> SequenceClassifierOutput:
         """Compute logits [B, C] from the inputs of BertModel; `mask` [B, T] marks the text."""
         inputs["attention_mask"] = ready_mask(inputs["attention_mask"])
-        pooled = POOLINGS[self.config.pooling](self.bert(**inputs), mask)
+        pooled = POOLINGS[self.config.pooling].pool(self.bert(**inputs), mask)
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
 
 

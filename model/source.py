@@ -43,10 +43,12 @@ class AdapterSettings(TypedDict, total=False):
     token_dim: int | None
 
 
-class MemberConfig(TypedDict, total=False):
-    """The entry of an ensemble member's config.json that is used before the model is loaded."""
+class AdapterConfig(TypedDict, total=False):
+    """The entries of an adapter's config.json that are used before the model is loaded."""
 
     num_prefixes: int
+    backbone_sha256: str | None
+    backbone_path: str | None  # a folder, relative to the output folder of the training
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def ensemble_folders(folder: Path) -> list[str]:
     if not found:
         return []
     config = folder / min(found) / "config.json"  # names the number of prefixes
-    size = read_json(config, MemberConfig).get("num_prefixes", 1) if config.is_file() else 1
+    size = read_json(config, AdapterConfig).get("num_prefixes", 1) if config.is_file() else 1
     names = [ENSEMBLE_FOLDER.format(number) for number in range(1, max(size, len(found)) + 1)]
     if missing := [name for name in names if name not in found]:
         raise UserError(f"{folder} lacks {', '.join(missing)}: copy the whole folder")
@@ -109,6 +111,59 @@ def backbone_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
+def check_weights(folder: Path, name: str) -> None:
+    """Check that a folder has the safetensors file `name`.
+
+    Raises: UserError with a command that makes it from other files, if there are any.
+    """
+    stem = name.removesuffix(".safetensors")
+    if (folder / name).is_file():
+        return
+    for pattern, load in (
+        (f"{stem}-*.safetensors", "safetensors.torch.load_file(f)"),
+        (f"{stem}*.bin", "torch.load(f, weights_only=True)"),
+        (f"pytorch_{stem}*.bin", "torch.load(f, weights_only=True)"),
+    ):
+        if any(folder.glob(pattern)):
+            raise UserError(
+                f"{folder} has its weights as {pattern}, which is not read; to convert them: "
+                'python -c "import glob, safetensors.torch, torch; safetensors.torch.save_file('
+                f"{{k: v.contiguous().clone() for f in glob.glob('{folder}/{pattern}') "
+                f"for k, v in {load}.items()}}, '{folder}/{name}', {{'format': 'pt'}})\""
+            )
+    raise UserError(f"{folder} has no {name}: copy the whole folder, or pass another model")
+
+
+def find_backbone(folder: Path) -> str:
+    """Return the name or the folder of an adapter's backbone.
+
+    A folder is where the adapter says, or where it was beside the adapter's output folder, if both
+    were moved together; of two, the one with the right checksum. Raises: UserError if it is lost.
+    """
+    path, config = folder / ADAPTER_CONFIG, folder / "config.json"
+    base = read_json(path, AdapterSettings).get("base_model_name_or_path")
+    if not base or os.path.isfile(Path(base) / ADAPTER_CONFIG):
+        raise UserError(f"{path} names no backbone: write its folder as base_model_name_or_path")
+    known = read_json(config, AdapterConfig) if config.is_file() else {}
+    places = [base]
+    if relative := known.get("backbone_path"):  # the adapter may be a checkpoint or one of several
+        inside = os.path.realpath(folder)
+        places += [os.path.normpath(f"{inside}/{up}{relative}") for up in ("", "../", "../../")]
+    folders = [os.path.realpath(place) for place in places if os.path.isdir(place)]
+    found = [one for one in dict.fromkeys(folders) if not os.path.isfile(f"{one}/{ADAPTER_CONFIG}")]
+    if len(found) > 1:
+        right = known.get("backbone_sha256")
+        found.sort(key=lambda place: backbone_sha256(Path(place)) != right)
+    if found:
+        return found[0]
+    if relative:
+        raise UserError(
+            f"{folder}: its backbone is neither {base} nor {places[1]}: move it to one of these "
+            f"places, or write its folder into {path} as base_model_name_or_path"
+        )
+    return base
+
+
 def locate(name: str) -> Source:
     """Find a model: a local folder, the bundled backbone, or a name on the hub.
 
@@ -120,11 +175,12 @@ def locate(name: str) -> Source:
             if entry.endswith(READ_BY_LIBRARIES):
                 check_regular(folder / entry)
     if os.path.isfile(folder / ADAPTER_CONFIG):
-        settings = read_json(folder / ADAPTER_CONFIG, AdapterSettings)
-        base = settings.get("base_model_name_or_path")
-        if not base or os.path.isfile(Path(base) / ADAPTER_CONFIG):
-            raise UserError(f"{folder / ADAPTER_CONFIG} names no backbone")
-        return replace(locate(base), adapter=folder)
+        base = find_backbone(folder)
+        try:
+            return replace(locate(base), adapter=folder)
+        except UserError as error:
+            where = f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+            raise UserError(f"{where}: {error}") from None
     if os.path.isdir(folder):
         return Source(str(folder.resolve()), folder)
     if name == BUNDLED_NAME and find_spec(BUNDLED_PACKAGE):
@@ -132,7 +188,7 @@ def locate(name: str) -> Source:
     # a stranger may own the name on the hub that a missing folder has here
     here = folder.parts[:1] == ("checkpoints",) or os.path.isdir(folder.parent)
     if (here and len(folder.parts) > 1) or name.startswith((".", "/")) or len(folder.parts) > 2:
-        raise UserError(f"--model_name_or_path: folder {name} does not exist")
+        raise UserError(f"folder {name} does not exist: name one that does")
     return Source(name, hub_folder(name))
 
 
@@ -164,8 +220,8 @@ def hub_folder(name: str) -> Path:
         if not reachable:
             why = f"{constants.ENDPOINT} is out of reach and the model is not in the cache"
         raise UserError(
-            f"--model_name_or_path {name}: {why}; pass a local folder with config.json, "
-            f"model.safetensors and the tokenizer, or the bundled {BUNDLED_NAME}"
+            f"no model {name}: {why}; name a local folder with config.json, model.safetensors and "
+            f"the tokenizer, or the bundled {BUNDLED_NAME}"
         ) from None
 
 

@@ -1,6 +1,7 @@
 """What a run starts from: a backbone, a model folder or an adapter folder."""
 
 import logging
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
 from model import adapter, loading
-from model.loading import list_labels, read_config
+from model.loading import list_labels, read_config, read_shapes
 from model.source import (
     AdapterSettings,
     Source,
@@ -19,7 +20,8 @@ from model.source import (
     locate,
     sha256_of,
 )
-from model.tuning import TUNING, TuningMethod, method_of
+from model.tuning import POOLER, TUNING, TuningMethod, method_of
+from runtime.columns import label_numbers
 from runtime.files import UserError, read_json
 from runtime.training_state import WEIGHT
 
@@ -48,12 +50,12 @@ class Start:
             self.method = TUNING[args.tuning_method]
             self.method.configure(self.config, args, bool(self.tuned_by))
             if self.method.needs_backbone:
-                self.config.backbone_sha256 = backbone_sha256(self.source.backbone)
+                self.describe_backbone(args.output_dir)
             self.title = self.method.title(self.config)
             self.config.problem_type = args.problem_type
         elif self.tuned_by:
             self.method, self.title = self.tuned_by, f"predictions of {path}"
-            self.config.problem_type = loading.problem_type(self.config, args.problem_type)
+            self.config.problem_type = loading.problem_type(self.config, args.problem_type, path)
         else:
             raise UserError(f"{path} is not tuned yet: use --do_train or a model or adapter folder")
         if args.do_train and self.tuned_by:
@@ -61,6 +63,19 @@ class Start:
             logger.warning("warning: %s was tuned before: texts it saw then count as unseen", path)
         virtual = self.method.virtual_tokens(self.config)
         loading.set_max_seq_length(self.config, virtual, args.max_seq_length)
+
+    def describe_backbone(self, output_dir: str) -> None:
+        """Store in an adapter's config by what it finds its backbone again.
+
+        Raises: UserError if the backbone lacks the pooler that an adapter would read.
+        """
+        folder, pooler = self.source.backbone, f"{POOLER}dense.weight"
+        if POOLER not in self.method.unread(self.config) and pooler not in read_shapes(folder):
+            raise UserError(f"{folder} has no pooler for the head to read: pass --pooling mean")
+        self.config.backbone_sha256 = backbone_sha256(folder)
+        if os.path.isabs(self.source.name):  # a folder, not a name on the hub
+            folder, start = self.source.name, os.path.realpath(output_dir)
+            self.config.backbone_path = os.path.relpath(folder, start)
 
     def set_dropout(self, args: Namespace) -> None:
         """Set the dropout of a model to train."""
@@ -81,10 +96,9 @@ class Start:
     def set_labels(self, names: list[str]) -> None:
         """Set the labels to train on; a tuned model keeps its own if they include `names`."""
         known, folder = self.labels, self.source.folder
-        unnamed = known == [f"LABEL_{number}" for number in range(len(known))]
-        if self.tuned_by and unnamed and len(known) == len(names):
-            logger.info("%s names no labels: using %s, in this order", folder, names)
-            known = names
+        if self.tuned_by and {*names} - {*known} and {*names} <= label_numbers(known).keys():
+            known = [str(number) for number in range(len(known))]
+            logger.info("%s names no labels: using %s, in this order", folder, known)
         fits = self.tuned_by and self.tuned_pooling == self.config.pooling
         self.fresh_head = not (fits and set(names) <= set(known))
         if self.fresh_head and self.tuned_by:
@@ -116,10 +130,11 @@ class Start:
 
     def build(self, args: Namespace) -> nn.Module:
         """Build the model, trainable and initialised with `args.seed`, or frozen to predict."""
+        if not args.do_train:
+            with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
+                return self.method.build(self.source, self.config).requires_grad_(False)
         torch.manual_seed(args.seed)
         model = self.method.build(self.source, self.config, self.fresh_head)
-        if not args.do_train:
-            return model.requires_grad_(False)
         if args.gradient_checkpointing:
             model.bert.gradient_checkpointing_enable({"use_reentrant": False})
         return model

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
 from model import adapter
-from model.loading import TUNED, load_weights, read_shapes
+from model.loading import TUNED, load_weights, quiet, read_shapes
 from model.prefix_bank import PrefixBank
 from model.prefix_encoder import keys_and_values, prefix_width
 from model.sequence_classification import (
+    POOLINGS,
     BertForSequenceClassification,
     BertPrefixForSequenceClassification,
 )
@@ -46,9 +47,9 @@ class TuningMethod:
         """Return the method's name in reports."""
         return "full fine-tuning"
 
-    def library(self, config: BertConfig) -> str:
-        """Return the library_name of the model card."""
-        return "transformers"
+    def library(self, config: BertConfig) -> str | None:
+        """Return the library that can load a tuned model, besides this program."""
+        return "transformers" if POOLINGS[config.pooling].is_berts else None
 
     def configure(self, config: BertConfig, args: Namespace, tuned: bool) -> None:
         """Write the method and its settings into the config.
@@ -56,11 +57,12 @@ class TuningMethod:
         tuned: whether the model was tuned before; then it keeps its pooling if no flag is given.
         Raises: UserError if it has no pooler, and the flags ask for one.
         """
-        lacks_pooler = tuned and config.tuning_method == "full" and config.pooling == "mean"
-        if lacks_pooler and args.pooling == "cls":
+        own = POOLINGS[config.pooling].is_berts
+        lacks_pooler = tuned and config.tuning_method == "full" and not own
+        if lacks_pooler and args.pooling and POOLINGS[args.pooling].is_berts:
             raise UserError(
-                f"--pooling cls: {args.model_name_or_path} was tuned with --pooling mean, so it "
-                "has no pooler: omit the flag"
+                f"--pooling {args.pooling}: {args.model_name_or_path} was tuned with --pooling "
+                f"{config.pooling}, so it has no pooler: omit the flag"
             )
         keeps = tuned and (lacks_pooler or config.tuning_method == self.name)
         pooling = config.pooling if keeps else self.pooling
@@ -72,7 +74,7 @@ class TuningMethod:
 
     def unread(self, config: BertConfig) -> tuple[str, ...]:
         """Return name prefixes of parameters that the pooling does not read."""
-        return () if config.pooling == "cls" else (POOLER,)
+        return () if POOLINGS[config.pooling].is_berts else (POOLER,)
 
     def may_lack(self, config: BertConfig) -> tuple[str, ...]:
         """Return name prefixes of parameters, other than the head's, that a backbone may lack."""
@@ -147,7 +149,8 @@ class TuningMethod:
         # without a pooler that is not read, transformers says that the folder does not fit
         unread = self.unread(model.config)
         read = {n: one for n, one in model.state_dict().items() if not n.startswith(unread)}
-        model.save_pretrained(folder, state_dict=read)
+        with quiet():
+            model.save_pretrained(folder, state_dict=read)
         try:
             tokenizer.save_pretrained(folder)
         except Exception as error:  # tokenizers has no narrower exception
@@ -159,6 +162,9 @@ class AdapterMethod(TuningMethod):
 
     needs_backbone = True
     stored: ClassVar[dict] = {}  # config settings that differ in the stored config.json
+
+    def library(self, config: BertConfig) -> str | None:
+        return None
 
     def may_lack(self, config: BertConfig) -> tuple[str, ...]:
         return self.unread(config)  # else the weights of a new pooler would stay random
@@ -190,8 +196,13 @@ class Prefix(AdapterMethod):
 
     name = "prefix"
     model_class = BertPrefixForSequenceClassification
-    # of depth all and input, with the usual pooling and with the mean; PEFT can load the first
-    peft_types = ("PREFIX_TUNING", "INPUT_PREFIX", "MEAN_PREFIX", "MEAN_INPUT_PREFIX")
+    # PEFT can load the first; the others are of depth input or of other poolings
+    peft_types = (
+        "PREFIX_TUNING",
+        "INPUT_PREFIX",
+        *(f"{n.upper()}_PREFIX" for n, one in POOLINGS.items() if not one.is_berts),
+        *(f"{n.upper()}_INPUT_PREFIX" for n, one in POOLINGS.items() if not one.is_berts),
+    )
     # a reparametrised prefix is stored as the MLP's output
     stored: ClassVar[dict] = {"prefix_projection": False}
 
@@ -200,8 +211,8 @@ class Prefix(AdapterMethod):
         several = f", {config.num_prefixes} prefixes" * (config.num_prefixes > 1)
         return f"prefix tuning {where}{several}"
 
-    def library(self, config: BertConfig) -> str:
-        return "transformers" if self.not_for_peft(config) else "peft"
+    def library(self, config: BertConfig) -> str | None:
+        return None if self.not_for_peft(config) else "peft"
 
     def not_for_peft(self, config: BertConfig) -> str:
         """Return why PEFT cannot load the prefix; blank if it can."""
@@ -210,11 +221,17 @@ class Prefix(AdapterMethod):
                 "PEFT cannot load a prefix of depth input: its prompt tuning reads the first "
                 "virtual token where this model reads [CLS]"
             )
-        return "PEFT cannot load a prefix with mean pooling" if config.pooling == "mean" else ""
+        if not POOLINGS[config.pooling].is_berts:
+            return f"PEFT cannot load a prefix with {config.pooling} pooling"
+        return ""
 
     def peft_type(self, config: BertConfig) -> str:
         """Return the kind of prefix, one of `peft_types`."""
-        return self.peft_types[2 * (config.pooling == "mean") + (config.prefix_depth == "input")]
+        if not self.not_for_peft(config):
+            return "PREFIX_TUNING"
+        kind = "INPUT_PREFIX" if config.prefix_depth == "input" else "PREFIX"
+        own = POOLINGS[config.pooling].is_berts
+        return kind if own else f"{config.pooling.upper()}_{kind}"
 
     def configure(self, config: BertConfig, args: Namespace, tuned: bool) -> None:
         super().configure(config, args, tuned)
@@ -266,7 +283,7 @@ class Prefix(AdapterMethod):
             if words is None:  # 64 random texts fill a prefix of the default length
                 drawn = np.random.default_rng(args.seed + number).permutation(len(texts))[:64]
                 words = " ".join(texts[row] for row in drawn)
-            ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
             if not ids:
                 raise UserError(f"no word to start from in '{words}': see --prefix_init_text")
             ids = torch.from_numpy(np.resize(ids, config.pre_seq_len)).to(bert.device)
@@ -322,6 +339,11 @@ class Prefix(AdapterMethod):
         if not (isinstance(config.pre_seq_len, int) and config.pre_seq_len > 0):
             raise UserError(f"{path}: num_virtual_tokens is {config.pre_seq_len}, not 1 or more")
         config.prefix_depth = "input" if "INPUT" in settings["peft_type"] else "all"
+        if settings["peft_type"] != self.peft_type(config):
+            raise UserError(
+                f"{path}: peft_type {settings['peft_type']} does not fit the pooling "
+                f"{config.pooling} of config.json: restore both files"
+            )
         config.prefix_projection = False
         config.num_prefixes = 1  # in a folder, whatever the ensemble that it belongs to
         wanted = self.settings(config)

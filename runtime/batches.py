@@ -111,7 +111,7 @@ def encode(
     keys = pd.Series(split.texts, dtype=object)
     if index is not None:
         keys = pd.Series(list(zip(split.texts, index.tolist(), strict=True)), dtype=object)
-    text_index, distinct = pd.factorize(keys)
+    text_index, distinct = pd.factorize(keys, use_na_sentinel=False)  # no -1: the last text
     if index is not None:
         distinct, index = zip(*distinct, strict=True)
     token_ids, is_cut = tokenize(tokenizer, list(distinct), max_length)

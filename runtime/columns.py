@@ -1,4 +1,4 @@
-"""Which columns a run reads, and what its labels are called.
+"""What a tuned model remembers: which columns it reads, its labels' names, its precision.
 
 A flag decides; else what the trained model remembers; else the split.json beside the training
 file, if it lists the file with its checksum; else the defaults. So labels that are numbers in a
@@ -7,6 +7,7 @@ file can have names everywhere else.
 
 import re
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -33,10 +34,16 @@ class Columns(TypedDict, total=False):
     label_names: dict[str, str] | None
 
 
+class Settings(Columns, total=False):
+    """The settings of a run that are read here."""
+
+    precision: str
+
+
 class TrainedRun(TypedDict, total=False):
     """The part of run.json, or of the `run` in a checkpoint's state.json, that is read here."""
 
-    settings: Columns
+    settings: Settings
 
 
 class CheckpointState(TypedDict, total=False):
@@ -58,13 +65,18 @@ class SplitRecord(TypedDict, total=False):
     parameters: dict[str, Any]
 
 
+def model_folders(args: Namespace) -> list[str]:
+    """Return the folders of the models that the arguments name."""
+    return args.prefix_paths or [args.model_name_or_path]
+
+
 def fill_columns(args: Namespace) -> None:
     """Fill in the columns that no flag gives, and the labels' names.
 
     Raises: UserError if the label column is also a text column, or if the folders of several
         prefixes remember different columns.
     """
-    folders = args.prefix_paths or [args.model_name_or_path]
+    folders = model_folders(args)
     found = [remembered_columns(Path(folder)) for folder in folders]
     known = found[0]
     for folder, other in zip(folders, found, strict=True):
@@ -81,10 +93,12 @@ def fill_columns(args: Namespace) -> None:
             known = known | {"label_names": names | more}
     if "text_column_names" not in known:
         known = split_columns(args.train_file) if args.do_train else {}
-    args.label_names = None
+    args.label_names, delimiter = None, args.text_column_delimiter
     fill(args, {name: known.get(name, default) for name, default in DEFAULTS.items()})
     if args.label_column_name in args.text_column_names:
         raise UserError(f"--text_column_names: '{args.label_column_name}' is the label column")
+    if delimiter is not None and len(args.text_column_names) == 1:
+        raise UserError("--text_column_delimiter needs two --text_column_names or more: omit it")
 
 
 def is_member(name: str) -> bool:
@@ -92,8 +106,8 @@ def is_member(name: str) -> bool:
     return re.fullmatch(ENSEMBLE_FOLDER.format(r"\d+"), name) is not None
 
 
-def remembered_columns(folder: Path) -> Columns:
-    """Return the columns that a tuned model or one of its checkpoints remembers; {} if none.
+def remembered_columns(folder: Path) -> Settings:
+    """Return the columns and the precision that a tuned model or checkpoint remembers, or {}.
 
     Raises: UserError if its record has other types.
     """
@@ -104,6 +118,16 @@ def remembered_columns(folder: Path) -> Columns:
     if (folder / "state.json").is_file():
         return read_json(folder / "state.json", CheckpointState).get("run", {}).get("settings", {})
     return {}
+
+
+def precision_for(choice: str, folders: Iterable[str | Path]) -> str:
+    """Return the precision to use the models in `folders` with, if a flag chose `choice`.
+
+    "auto" becomes that of their training if it was float32 for all: so they were calibrated.
+    bfloat16 stays "auto", since it may be slow on this machine.
+    """
+    known = {remembered_columns(Path(folder)).get("precision") for folder in folders}
+    return "fp32" if choice == "auto" and known == {"fp32"} else choice
 
 
 def split_columns(path: str | Path) -> dict:
@@ -123,6 +147,14 @@ def read_split_record(path: str | Path, checksum: str | None = None) -> SplitRec
         return record if record["files"][path.name] == (checksum or sha256(path)) else {}
     except (OSError, KeyError, UserError):  # none, or of another program or file
         return {}
+
+
+def label_numbers(names: list[str]) -> dict[str, int]:
+    """Return each label's number; labels without names (LABEL_0, LABEL_1, ...) are numbers too."""
+    numbers = {name: number for number, name in enumerate(names)}
+    if all(name == f"LABEL_{number}" for name, number in numbers.items()):
+        numbers |= {str(number): number for number in range(len(names))}
+    return numbers
 
 
 def sort_labels(names: set[str], order: dict[str, str] | None) -> list[str]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,14 @@ import msgspec
 from safetensors import SafetensorError
 
 MAX_JSON_BYTES = 2**28  # far more than any file of a run
+JSON_KINDS = {  # msgspec's names, in words
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+}
 
 
 class UserError(Exception):
@@ -68,8 +77,19 @@ def read_json(path: Path, kind: Any = dict[str, Any], lines: bool = False) -> An
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
         return (decoder.decode_lines if lines else decoder.decode)(path.read_bytes())
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: {in_words(error)}; correct it or restore the file") from None
     except (OSError, ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def in_words(error: msgspec.ValidationError) -> str:
+    """Return what a JSON value should be, such as `hidden_size: expected a whole number`."""
+    what, _, place = str(error).partition(" - at `$")
+    what = re.sub(
+        "`(.+?)`", lambda m: " or ".join(JSON_KINDS.get(k, k) for k in m[1].split(" | ")), what
+    ).replace("enum value", "value")
+    return f"{place.strip('.`') or 'the whole file'}: {what[0].lower()}{what[1:]}"
 
 
 def sha256(path: str | Path) -> str:

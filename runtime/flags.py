@@ -15,6 +15,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message.removeprefix('argument ')} (see {self.prog} --help)\n")
 
+    def given(self, argv: list[str]) -> dict[str, str]:
+        """Return the flags on a command line, as they are written there, by their destinations."""
+        words = {word.partition("=")[0] for word in argv}
+        flags = ((action.dest, flag) for action in self._actions for flag in action.option_strings)
+        return {name: flag for name, flag in flags if flag in words}
+
 
 def number(kind: type, low: float, high: float, *, open_low: bool = False):
     """Make an argparse type: a number within [low, high], or (low, high] if `open_low`.

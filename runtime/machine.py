@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from runtime.batches import Encoded
+from runtime.files import UserError
 from runtime.processes import ALONE, Group
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -102,21 +103,30 @@ def bfloat16_gain() -> float:
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
-def pick_machine(precision: str, group: Group = ALONE) -> Machine:
-    """Pick CUDA, else MPS, else the CPU; "auto" is bf16 if its products are faster there.
+def set_up_process() -> None:
+    """Choose the threads and kernels of this process: for a program, not for a call from another.
 
     Threads beyond a container's share of the cores would wait for each other.
     """
     if "OMP_NUM_THREADS" not in os.environ and (quota := cpu_quota()) < torch.get_num_threads():
         torch.set_num_threads(max(1, math.floor(quota)))
-    name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu" and torch.backends.mps.is_available() and group.size == 1:  # gloo has no MPS
-        name = "mps"
-    if name == "cuda":  # the same bytes again from a resumed run; float32 products in TF32
+    if torch.cuda.is_available():  # a resumed run repeats the bytes; float32 products in TF32
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses to repeat
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a safeguard that takes time
         torch.set_float32_matmul_precision("high")
+
+
+def pick_machine(precision: str, group: Group = ALONE) -> Machine:
+    """Pick CUDA, else MPS, else the CPU; "auto" is bf16 if its products are faster there.
+
+    Raises: UserError for an unknown precision.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"precision '{precision}' is unknown: pass auto, fp32 or bf16")
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu" and torch.backends.mps.is_available() and group.size == 1:  # gloo has no MPS
+        name = "mps"
     streams = min(torch.get_num_threads(), MOST_STREAMS) if name == "cpu" else 1
     if precision == "auto":
         if name == "cuda":

@@ -25,5 +25,10 @@ def in_streams(
 ) -> Iterator[Result]:
     """Yield the result for each item, in order; `streams` of them are computed at once."""
     if streams == 1:
-        return map(function, items)
-    return workers(streams, max(1, torch.get_num_threads() // streams)).map(function, items)
+        yield from map(function, items)
+        return
+    threads = torch.get_num_threads()
+    try:
+        yield from workers(streams, max(1, threads // streams)).map(function, items)
+    finally:
+        torch.set_num_threads(threads)  # else threads that start later would have a worker's number

@@ -38,7 +38,7 @@ from model.predictions import to_logits
 from model.source import Source, locate, sha256_of
 from runtime.columns import fill_columns
 from runtime.files import UserError
-from runtime.machine import pick_machine
+from runtime.machine import pick_machine, set_up_process
 from runtime.output_folder import opened
 from runtime.record import describe_run
 from script.command import reported
@@ -167,6 +167,7 @@ def fit(
 
 def run(method: str, args: Namespace) -> None:
     """Fit a baseline, score it and publish the results, as `main.run` does."""
+    set_up_process()
     fill_columns(args)
     settings = {name: getattr(args, name) for name in SETTINGS}
     multi_label = args.problem_type == "multi_label_classification"

@@ -80,8 +80,9 @@ def fill(data: str, tokens: int, path: str) -> None:
 
 def best() -> tuple[bool, str, str]:
     """Return how the rivals are fastest here: whether on a GPU, the precision, the attention."""
-    from runtime.machine import pick_machine
+    from runtime.machine import pick_machine, set_up_process
 
+    set_up_process()
     machine = pick_machine("auto")
     on_gpu = machine.device.type == "cuda"
     return on_gpu, machine.precision, "sdpa" if on_gpu else "eager"
@@ -100,11 +101,12 @@ def ours(data: str, steps: int, flags: Sequence[str] = ()) -> Measure:
     """Time `steps` training steps of `main.py` with these flags."""
     import trainer
     from model.sequence_classification import train_words_in_use
-    from runtime.machine import pick_machine
+    from runtime.machine import pick_machine, set_up_process
 
     args, start, files, tokenizer, rows = prepared(data, *flags)
     model = start.build(args)
     start.method.initialise(model, tokenizer, args, files.train.texts)
+    set_up_process()
     machine = pick_machine(args.precision)
     machine.place(model)
     train_words_in_use(model, rows.token_ids)
@@ -245,7 +247,7 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure
     from model.bank_start import find_start
     from model.classifier import predict
     from runtime.batches import encode
-    from runtime.machine import pick_machine
+    from runtime.machine import pick_machine, set_up_process
 
     flags, folders = ["--do_predict", "--output_dir", "unused"], [f"{parent}/{n}" for n in names]
     split, index = distinct(data, count), None
@@ -256,6 +258,7 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure
         index = np.arange(len(split)) % len(names)
     start = find_start(args)
     tokenizer, model = start.tokenizer(), start.build(args)
+    set_up_process()
     machine = pick_machine(args.precision)
     machine.place(model)
 

@@ -14,12 +14,15 @@ for name, checksum in record["files"].items():
 PYTHON
 }
 
-# A training file alone is split first; the run then gets the flags in DATA.
+# A training file alone is split first; the run then gets the flags in DATA, but none for a task
+# that is switched off.
 DATA=()
 if [[ " $*" == *" --train_file"* && " $*" != *" --validation_file"* && " $*" != *" --test_file"* ]]; then
     folder=$("$PYTHON" -m script.split --within_run "$@") || exit
-    DATA=(--train_file "$folder/train_simple.csv" --validation_file "$folder/val_simple.csv"
-        --test_file "$folder/test_simple.csv" --csv_encoding utf-8)
+    DATA=(--train_file "$folder/train_simple.csv" --csv_encoding utf-8)
+    off='[= ]([Ff]alse|[Nn]o|0)'
+    [[ "$*" =~ --do_eval$off ]] || DATA+=(--validation_file "$folder/val_simple.csv")
+    [[ "$*" =~ --do_predict$off ]] || DATA+=(--test_file "$folder/test_simple.csv")
 elif [[ " $*" != *" --train_file"* && " $*" != *" --data"* ]]; then
     if synthetic && { [ -e csv/USvideos.csv ] || [ -e csv/USvideo.csv ]; } ||
         [ ! -e csv/train_simple.csv ]; then

@@ -30,6 +30,7 @@ from model.classifier import Classifier
 from model.predictions import Predictions
 from runtime.columns import fill_columns
 from runtime.files import UserError
+from runtime.machine import set_up_process
 from script.command import reported
 
 FORMATS = (".csv", ".parquet")
@@ -39,6 +40,7 @@ class Predictor:
     """A worker: loads the model once, then predicts file after file."""
 
     def __init__(self, argv: list[str]) -> None:
+        set_up_process()
         self.args = args = parse_args(argv)
         fill_columns(args)
         start = find_start(args)

@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from runtime.machine import Machine, pick_machine
+from runtime.machine import Machine, pick_machine, set_up_process
 from serving.app import create_app
 from serving.engine import Settings
 from serving.models import Model, Registry
@@ -92,5 +92,6 @@ def lora(folder: str, count: int) -> FastAPI:
 
 if __name__ == "__main__":
     kind, folder, count, port = sys.argv[1:]
+    set_up_process()
     app = {"pipelines": pipelines, "lora": lora}[kind](folder, int(count))
     uvicorn.run(app, port=int(port), log_level="warning", access_log=False)

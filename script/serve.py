@@ -22,9 +22,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see main.py
 
 import uvicorn
 
+from runtime.columns import precision_for
 from runtime.files import UserError
 from runtime.flags import Parser, number, value
-from runtime.machine import pick_machine
+from runtime.machine import pick_machine, set_up_process
 from script.command import reported
 from serving.app import create_app
 from serving.engine import Settings
@@ -128,8 +129,10 @@ def run(args: argparse.Namespace) -> None:
         updates_from=updates,
     )
     listener = listen(args.host, args.port)
-    registry = Registry(pick_machine(args.precision), int(args.cache_gib * 2**30))
+    set_up_process()
     found = find_models(paths)
+    machine = pick_machine(precision_for(args.precision, found.values()))
+    registry = Registry(machine, int(args.cache_gib * 2**30))
     for name, folder in found.items():
         registry.add(name, folder)
     app = create_app(registry, settings)

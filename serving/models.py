@@ -29,10 +29,10 @@ from model.loading import (
 from model.prefix_bank import FrozenBank, TunedPrefix
 from model.source import (
     ADAPTER_CONFIG,
-    AdapterSettings,
     Source,
     backbone_sha256,
     ensemble_folders,
+    find_backbone,
     locate,
 )
 from model.start import check_backbone, read_model_config
@@ -228,7 +228,7 @@ class Registry:
             name=name,
             folder=folder,
             labels=list_labels(config),
-            multi_label=problem_type(config, None) == "multi_label_classification",
+            multi_label=problem_type(config, None, folder) == "multi_label_classification",
             max_seq_length=config.max_seq_length,
             title=title,
             tokenizer=self.tokenizer(backend.source, config),
@@ -260,8 +260,8 @@ class Registry:
     ) -> tuple[SharedBackbone, BertConfig, Adapter, TunedPrefix] | None:
         """Open an adapter folder; None if it is not a prefix of depth `all`."""
         stamp = stamp_of(folder)
-        base = read_json(folder / ADAPTER_CONFIG, AdapterSettings).get("base_model_name_or_path")
-        if not base or (known_backbone and not self.is_served(base)):
+        base = find_backbone(folder)
+        if known_backbone and not self.is_served(base):
             raise UserError(f"{folder} was tuned on a backbone that is not served: {base}")
         source = replace(self.locate(base), adapter=folder)
         config, method = read_model_config(source)

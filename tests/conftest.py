@@ -28,7 +28,7 @@ import trainer
 from arguments import parse_args
 from model.start import Start
 from runtime import checkpoint
-from runtime.machine import pick_machine
+from runtime.machine import pick_machine, set_up_process
 from serving.app import create_app
 from serving.engine import Settings
 from serving.models import Registry
@@ -100,6 +100,7 @@ def pytest_configure(config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: PyTorch finds no CUDA GPU here")
+    set_up_process()
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 that can be compared with a CPU's
 
 

@@ -46,3 +46,5 @@ def test_imports_respect_the_layers(tmp_path):
 
 def test_the_tables_of_tuning_methods_agree():
     assert list(arguments.METHODS) == list(tuning.TUNING)
+    pooling = next(row for row in arguments.GROUPS["training"] if row[0] == "--pooling")
+    assert list(pooling[1]["choices"]) == list(tuning.POOLINGS)

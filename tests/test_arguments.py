@@ -218,6 +218,40 @@ def test_training_flags_need_do_train(flag, capsys):
     assert args.learning_rate is args.prefix is args.problem_type is None
 
 
+@pytest.mark.parametrize(
+    ("task", "flags", "said"),
+    [
+        ("--do_predict", ["--train_file", "a.csv"], "--train_file needs --do_train"),
+        ("--do_predict", ["--validation_file=a.csv"], "--validation_file needs --do_eval"),
+        ("--do_predict", ["--seed", "3"], "--seed needs --do_train"),
+        ("--do_eval", ["--test_file", "a.csv"], "--test_file needs --do_predict"),
+        ("--do_train", ["--safe_csv"], "--safe_csv needs --do_predict or --do_eval"),
+        ("--do_train", ["--per_device_eval_batch_size", "8"], "_batch_size needs --do_predict or"),
+        (
+            "--do_train",
+            ["--do_eval", "--metric_for_best_model", "loss", "--load_best_model_at_end", "False"],
+            "--metric_for_best_model needs --load_best_model_at_end",
+        ),
+        *(
+            ("--do_predict", ["--text", "a", *flags], f"{flags[0]} has no effect with --text: omit")
+            for flags in (
+                ["--test_file", "a.csv"],
+                ["--csv_encoding", "cp1252"],
+                ["--safe_csv"],
+                ["--label_column_name", "x"],
+                ["--learning_rate", "1"],
+                ["--overwrite_output_dir"],
+            )
+        ),
+    ],
+)
+def test_a_flag_without_an_effect_is_an_error(task, flags, said, capsys):
+    with pytest.raises(SystemExit):
+        parse_args([task, *([] if "--text" in flags else ["--output_dir", "out"]), *flags])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
 def test_help_shows_the_defaults():
     text = " ".join(build_parser().format_help().split())
     for method, (rate, *_) in TUNING_DEFAULTS.items():

@@ -109,7 +109,7 @@ def test_a_pickle_is_not_opened(run, stopped, backbone, files, tmp_path, capsys)
     (model / "model.safetensors").unlink()
     torch.save(Trap(), model / "pytorch_model.bin")
     run("--model_name_or_path", str(model), name="other", status=2)
-    assert "no usable model.safetensors" in capsys.readouterr().err
+    assert "has its weights as pytorch_model*.bin, which is not" in capsys.readouterr().err
     assert not (tmp_path / "sprung").exists()
 
 

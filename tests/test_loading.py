@@ -1,17 +1,22 @@
 """Many prefixes in one batch, and model folders that are refused."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from conftest import ROWS, one_line, registry_of, write_csv
+from model import load as load_classifier
 from model import prefix_encoder
 from model import source as model_source
 from model.bank_start import open_bank
 from model.loading import list_labels, load_tokenizer, set_labels, set_max_seq_length
+from model.sequence_classification import POOLINGS, Pooling, pool_mean
 from model.source import BUNDLED_NAME, locate, sha256_of
 from model.start import read_model_config
 from model.tuning import TUNING
@@ -83,8 +88,13 @@ def test_incompatible_prefixes_are_refused(tuned, make_model, backbone, tmp_path
 
 def test_a_prefix_beyond_the_positions_is_refused(backbone):
     config, _ = read_model_config(locate(backbone))
-    with pytest.raises(UserError, match="--pre_seq_len 50 \\+ --max_seq_length 15 exceeds"):
-        set_max_seq_length(config, 50, 15)
+    for virtual, length, said in (
+        (50, 15, "50 virtual tokens and --max_seq_length 15: .* pass --max_seq_length 14 or less"),
+        (62, 15, "pass a --pre_seq_len of 61 or less"),
+        (0, 65, "^--max_seq_length 65: more than the 64 positions"),
+    ):
+        with pytest.raises(UserError, match=said):
+            set_max_seq_length(config, virtual, length)
     set_max_seq_length(config, 50, 14)
     assert config.max_seq_length == 14
 
@@ -129,11 +139,11 @@ def test_bad_model_folders_are_refused(backbone, tmp_path):
     assert "has the shape [32, 16] in model.safetensors" in broken(
         "wider", edit_config(intermediate_size=64)
     )
-    assert "no usable model.safetensors" in broken("pickled", pickled)
+    assert "has its weights as pytorch_model*.bin" in broken("pickled", pickled)
     assert "no usable model.safetensors" in broken("truncated", truncated)
     assert "do not belong together" in broken("vocabulary", edit_config(vocab_size=20))
     assert "has no tokenizer" in broken("words", without_words)
-    assert "Expected `int`, got `str` - at `$.hidden_size`" in broken(
+    assert "config.json: hidden_size: expected a whole number, got a text; correct it" in broken(
         "settings", edit_config(hidden_size="wide")
     )
     assert "not a multiple" in broken("heads", edit_config(num_attention_heads=3))
@@ -159,7 +169,7 @@ def test_a_model_folder_without_its_head_is_refused(make_model, backbone, tmp_pa
 
 def test_an_unknown_name_is_refused_at_once():
     for name in ("no-such-model", "bad//name", "./nowhere", "x" * 5000):
-        with pytest.raises(UserError, match="--model_name_or_path"):
+        with pytest.raises(UserError, match=r"; name a local folder with|: name one that does"):
             locate(name)
 
 
@@ -169,3 +179,138 @@ def test_the_bundled_backbone_is_verified(monkeypatch):
     monkeypatch.setattr(model_source, "BUNDLED_SHA256", "0" * 64)
     with pytest.raises(UserError, match="is not the official"):
         locate(BUNDLED_NAME)
+
+
+def test_a_model_of_one_output_is_tuned_further_but_does_not_predict(
+    run, backbone, predict, tmp_path
+):
+    """Its softmax is 1 for every text: confidence 1, accuracy 1, calibration error 0."""
+    one = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1)
+    shutil.copytree(backbone, tmp_path / "one")
+    one.save_pretrained(tmp_path / "one")
+    settings = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    get_peft_model(one, settings).save_pretrained(tmp_path / "peft")
+    one_output = "has one output"
+    for name in ("one", "peft"):
+        folder, cut = str(tmp_path / name), ("--max_seq_length", "16")
+        assert one_output in one_line(predict(folder, *cut))
+    with pytest.raises(UserError, match=one_output):
+        load_classifier(tmp_path / "one")
+    with pytest.raises(UserError, match=one_output):
+        registry_of({"one": tmp_path / "one"})
+    with pytest.raises(UserError, match=one_output):
+        open_bank([folder], 16)
+    for name in ("one", "peft"):
+        tuned = run("--model_name_or_path", str(tmp_path / name), name=f"{name} tuned")
+        assert load_classifier(tuned).labels == ["0", "1", "2"]
+
+
+def test_only_a_pooling_known_to_peft_is_stored_as_a_prefix_of_peft(make_model, monkeypatch):
+    """A third one was, and PEFT would have computed another."""
+    monkeypatch.setitem(POOLINGS, "third", Pooling(pool_mean))
+    config, method = make_model("--prefix").config, TUNING["prefix"]
+    for config.pooling in ("cls", "third"):
+        for config.prefix_depth in ("all", "input"):
+            known = (config.pooling, config.prefix_depth) == ("cls", "all")
+            assert (method.settings(config)["peft_type"] == "PREFIX_TUNING") == known
+            assert (method.library(config) == "peft") == known
+    assert TUNING["full"].library(config) is None
+    assert TUNING["full"].unread(config) == ("bert.pooler.",)  # transformers would read it
+
+
+def test_an_adapter_finds_its_backbone_where_both_were_moved(make_model, backbone, tmp_path):
+    home, moved = tmp_path / "home", tmp_path / "mounted"
+    home.mkdir()
+    save(make_model(), backbone, home / "og")
+    flags = ("--prefix", "--model_name_or_path", str(home / "og"))
+    save(make_model(*flags, "--output_dir", str(home / "one")), str(home / "og"), home / "one")
+    shutil.copytree(home / "one", home / "two" / "prefix-1")  # as in an ensemble or a checkpoint
+    expected = load_classifier(home / "one", "fp32")("a cat")
+    home.rename(moved)
+    assert load_classifier(moved / "two", "fp32")("a cat") == expected
+    registry = registry_of({name: moved / name for name in ("one", "two")})
+    assert len(registry.backbones) == 1
+    registry.add("again", moved / "one", known_backbone=True)
+    # another model at the old place: the checksum decides
+    shutil.copytree(moved / "og", home / "og")
+    weights = load_file(moved / "og" / "model.safetensors")
+    changed = {name: one + 0.1 for name, one in weights.items()}
+    save_file(changed, home / "og" / "model.safetensors", {"format": "pt"})
+    assert load_classifier(moved / "one", "fp32")("a cat") == expected
+    # lost, and found again in the two ways of the message
+    shutil.rmtree(home)
+    (moved / "og").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError) as error:
+        load_classifier(moved / "one")
+    for part in (moved / "one", home / "og", moved / "og", "base_model_name_or_path"):
+        assert str(part) in str(error.value)
+    path = moved / "one" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "elsewhere")
+    path.write_text(json.dumps(settings))
+    assert load_classifier(moved / "one", "fp32")("a cat") == expected
+    (tmp_path / "elsewhere").rename(moved / "og")
+    assert load_classifier(moved / "one", "fp32")("a cat") == expected
+
+
+def test_a_bert_without_a_pooler_is_tuned_as_the_message_says(run, backbone, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(backbone, bare)
+    weights = load_file(bare / "model.safetensors")
+    kept = {name: one for name, one in weights.items() if "pooler" not in name}
+    save_file(kept, bare / "model.safetensors", {"format": "pt"})
+    for flags in (("--prefix",), ("--tuning_method", "bias")):
+        flags = (*flags, "--model_name_or_path", str(bare), "--overwrite_output_dir")
+        capsys.readouterr()
+        run(*flags, status=2)
+        said = one_line((2, capsys.readouterr().err))
+        assert f"{bare} has no pooler" in said and said.endswith("pass --pooling mean")
+        run(*flags, "--pooling", "mean")
+
+
+def test_a_model_without_names_of_labels_is_scored_by_their_numbers(run, predict, tmp_path):
+    """And tuned further with the same rule; other names are not guessed."""
+    folder = run()
+    expected = json.loads((folder / "all_results.json").read_text())["test_accuracy"]
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(number): f"LABEL_{number}" for number in range(3)}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert predict(folder)[0] == 0
+    results = json.loads((tmp_path / "predicted" / "all_results.json").read_text())
+    assert results["test_accuracy"] == expected
+    write_csv(tmp_path / "words.csv", [(text, "abc"[int(label)]) for text, label in ROWS])
+    words = ("--test_file", str(tmp_path / "words.csv"))
+    assert "label 'a', 'b', 'c' in" in one_line(predict(folder, *words))
+    tuned = run("--model_name_or_path", str(folder), "--learning_rate", "1e-12", name="tuned")
+    assert load_classifier(tuned).labels == ["0", "1", "2"]
+    head, before = (
+        load_file(path / "model.safetensors")["classifier.weight"] for path in (tuned, folder)
+    )
+    cosine = torch.nn.functional.cosine_similarity(head.flatten(), before.flatten(), dim=0)
+    assert cosine > 0.999  # the same head, but for the temperature
+
+
+@pytest.mark.parametrize("kind", ["shards", "pickle", "adapter"])
+def test_weights_in_other_files_are_converted_by_the_command_of_the_message(
+    make_model, backbone, tmp_path, kind
+):
+    folder = tmp_path / "a folder"
+    save(make_model(*(["--prefix"] if kind == "adapter" else [])), backbone, folder)
+    expected = load_classifier(folder, "fp32")("a cat")
+    path = folder / ("adapter_model" if kind == "adapter" else "model")
+    weights = load_file(path.with_suffix(".safetensors"))
+    path.with_suffix(".safetensors").unlink()
+    if kind == "shards":
+        for number in range(2):
+            part = dict(list(weights.items())[number::2])
+            save_file(part, f"{path}-0000{number + 1}-of-00002.safetensors", {"format": "pt"})
+    else:
+        torch.save(weights, folder / ("pytorch_model.bin" if kind == "pickle" else f"{path}.bin"))
+    with pytest.raises(UserError) as error:
+        load_classifier(folder)
+    said = str(error.value)
+    assert said.startswith(f"{folder} has its weights as ") and "\n" not in said
+    program, option, code = shlex.split(said.partition("to convert them: ")[2])
+    assert (program, option) == ("python", "-c")
+    exec(code, {})
+    assert load_classifier(folder, "fp32")("a cat") == expected

@@ -145,7 +145,7 @@ def test_texts_are_filled_to_a_length(tmp_path):
 def test_flags_can_be_appended_and_errors_are_passed_on(clone):
     done = bash(clone, "run_prefix.sh", "--pre_seq_len", "500")
     assert done.returncode == 2
-    assert "--pre_seq_len 500 + --max_seq_length 128 exceeds the 512 positions" in done.stderr
+    assert "500 virtual tokens and --max_seq_length 128: more than the 512 posi" in done.stderr
 
 
 def test_an_active_environment_without_the_pins_is_not_used(clone, tmp_path):

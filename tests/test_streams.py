@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -35,6 +36,16 @@ def test_results_come_in_order_and_an_error_ends_the_rest():
         list(in_streams(work, range(100), 2))
     time.sleep(0.1)
     assert max(started) < 20
+
+
+def test_streams_leave_the_threads_of_the_program_as_they_are():
+    """The number that a stream sets for itself was that of all threads that started later."""
+    torch.set_num_threads(4)
+    try:
+        list(in_streams(str, range(2), 2))
+        assert [*ThreadPoolExecutor(1).map(lambda _: torch.get_num_threads(), range(1))] == [4]
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_a_run_in_two_streams_has_the_same_bytes(run, monkeypatch):

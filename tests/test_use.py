@@ -5,13 +5,23 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+import transformers
 
 import main
+from conftest import one_line
 from model import load as load_classifier
+from runtime import machine
+from runtime.batches import encode, rows_of
+from runtime.columns import precision_for
+from runtime.files import UserError
 
 
 def load(folder: Path, name: str):
@@ -119,3 +129,103 @@ def test_the_python_lines_of_the_model_card_run(run, flags):
     assert len(blocks) == (1 if "bias" in flags else 2)
     for block in blocks:
         exec(block, {})
+
+
+def test_texts_of_every_kind_are_labelled_or_refused_by_number(run):
+    """A missing text had the prediction of another one, and a table a single prediction."""
+    classifier = load_classifier(run(), "fp32")
+    texts = ["drum and bass", "a cat", "coach"]
+    expected = classifier(texts)
+    for kind in (tuple, pd.Series, np.array, iter):
+        assert classifier(kind(texts)) == expected
+    for given, said in (
+        (["drum", None, "cat"], "text 2 is missing"),
+        (pd.Series(["drum", "cat", np.nan]), "text 3 is missing"),
+        (pd.array([pd.NA], dtype="string"), "text 1 is missing"),
+        (["drum", " "], "text 2 is blank"),
+        ("", "text 1 is blank"),
+        ([("a", "b")], "text 1 is of type tuple"),
+        ([5], "text 1 is of type int"),
+        (["\ud800"], "text 1 is not UTF-8"),
+        (pd.DataFrame({"text": texts}), "texts are of type DataFrame"),
+        (np.array([texts]), "texts are of type ndarray"),
+        ({"a cat": 1}, "texts are of type dict"),
+        (None, "texts are of type NoneType"),
+    ):
+        with pytest.raises(UserError, match=said):
+            classifier(given)
+    with pytest.raises(TypeError):  # not the tokens of "cat"
+        encode(classifier.tokenizer, rows_of(["drum", None, "cat"]), 8)
+
+
+def test_loading_a_model_changes_nothing_in_the_program_that_does_it(run, monkeypatch):
+    folder, called = run("--prefix"), []
+    for name in ("set_num_threads", "use_deterministic_algorithms", "manual_seed"):
+        monkeypatch.setattr(torch, name, lambda *_, name=name: called.append(name))
+    monkeypatch.setattr(machine, "cpu_quota", lambda: 0.5)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before, verbosity = torch.get_rng_state(), transformers.logging.get_verbosity()
+    load_classifier(folder, "fp32")
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    machine.pick_machine("fp32")
+    assert not called
+    assert transformers.logging.get_verbosity() == verbosity == transformers.logging.WARNING
+
+
+def test_texts_and_files_obey_the_same_rules(run, predict, monkeypatch, capsys, tmp_path):
+    """Blank texts are refused by number or dropped; longer texts are cut to --max_seq_length."""
+    folder = run()
+    argv = ["--do_predict", "--model_name_or_path", str(folder), "--precision", "fp32"]
+
+    def label(*flags: str, lines: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        capsys.readouterr()
+        status = main.main([*argv, "--text", *flags])
+        return status, *capsys.readouterr()
+
+    def first_column(printed: str) -> list[str]:
+        return [line for line in printed.splitlines() if not line.startswith(" ")]
+
+    lines, texts = "a cat\n\ncoach\n", ("a cat", " ", "coach")
+    for flags, given in ((texts, ""), (("-",), lines)):
+        status, _, error = label(*flags, lines=given)
+        assert "text 2 is blank" in (said := one_line((status, error))) and "--drop_empty" in said
+        status, out, _ = label(*flags, "--drop_empty", lines=given)
+        assert (status, first_column(out)) == (0, ["a cat", "coach"])
+    assert "there is no text" in one_line(label("-")[::2])
+    (tmp_path / "blank.csv").write_text("text\na cat\n\ncoach\n")
+    blank = ("--test_file", str(tmp_path / "blank.csv"))
+    assert "the text is blank in row 2" in one_line(predict(folder, *blank))
+    assert predict(folder, *blank, "--drop_empty")[0] == 0
+    cut, text = ("--max_seq_length", "4"), "three race and four ball and a big old team of blue"
+    (tmp_path / "long.csv").write_text(f"text\n{text}\n")
+    assert predict(folder, "--test_file", str(tmp_path / "long.csv"), *cut)[0] == 0
+    row = read_csv(tmp_path / "predicted" / "predictions.csv")[0]
+    best = label(text, *cut)[1].splitlines()[1].split()
+    assert best == [f"{float(row['confidence']):.4f}", row["predicted"]]
+    assert label(text)[1].splitlines()[1].split() != best
+
+
+def test_a_model_predicts_in_the_precision_that_it_was_calibrated_in(run, monkeypatch, tmp_path):
+    """Measured again, `auto` may pick another one."""
+    folder = run("--prefix")
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(folder, checkpoint)
+    state = {"run": {"settings": {"precision": "fp32"}}}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "run.json").unlink()
+    for gain, recorded, expected in ((9, "fp32", "fp32"), (9, "bf16", "bf16"), (0, "bf16", "fp32")):
+        monkeypatch.setattr(machine, "bfloat16_gain", lambda gain=gain: gain)
+        record = load(folder, "run.json")
+        record["settings"]["precision"] = recorded
+        (folder / "run.json").write_text(json.dumps(record))
+        assert load_classifier(folder).machine.precision == expected
+        assert load_classifier(folder, "bf16").machine.precision == "bf16"
+        argv = ["--do_predict", "--model_name_or_path", str(folder), "--overwrite_output_dir"]
+        argv += ["--test_file", str(tmp_path / "test.csv"), "--output_dir", str(tmp_path / "p")]
+        assert main.main(argv) == 0
+        assert load(tmp_path / "p", "run.json")["settings"]["precision"] == expected
+    monkeypatch.setattr(machine, "bfloat16_gain", lambda: 9)
+    assert load_classifier(checkpoint).machine.precision == "fp32"
+    assert precision_for("auto", [folder, checkpoint]) == "auto"  # they differ
