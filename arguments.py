@@ -13,6 +13,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from runtime import flags
 from runtime.flags import Parser, boolean, choice, column_names, contains, encoding, number, value
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -55,7 +56,8 @@ PRE_SEQ_LEN = {"all": 128, "input": 16}
 
 INF = math.inf
 SWITCH = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}  # --flag [True|False]
-FILE, NAME, STR, DIR = (value(metavar=name) for name in ("FILE", "NAME", "STR", "DIR"))
+NAME, STR = value(metavar="NAME"), value(metavar="STR")
+FILE, DIR = value(flags.path, "FILE"), value(flags.path, "DIR")
 INT, COUNT = value(number(int, 1, INF)), value(number(int, 0, INF))
 RATE = value(number(float, 0, 1e30, open_low=True), "LR")
 POSITIVE, STEPS = value(number(float, 0, INF, open_low=True), "X"), value(number(float, 0, INF))
@@ -97,7 +99,7 @@ GROUPS = {  # each flag: name, kind, default and help
      "mark predictions of a confidence below P as rejected, in a column [0: no column]"),
 ),
 "model and machine": (
-    ("--model_name_or_path", NAME, DEFAULT_BACKBONE,
+    ("--model_name_or_path", value(flags.path, "NAME"), DEFAULT_BACKBONE,
      "a BERT on the hub or in a local folder, or a model or adapter folder [%(default)s]"),
     ("--prefix_paths", DIR | {"nargs": "+"}, None,
      "instead of one model: adapter folders of several prefixes on one backbone"),
@@ -147,7 +149,7 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--ema_decay", value(number(float, 0, 0.999999), "D"), 0.99,
      "decay of the moving average of the weights, which is evaluated and saved; 0: off [0.99]"),
     ("--gradient_checkpointing", SWITCH, False, "recompute activations: less memory, more time"),
-    ("--class_weights", value(metavar="balanced|FILE"), None,
+    ("--class_weights", value(flags.path, "balanced|FILE"), None,
      "weights of the labels in the loss: the inverse of their frequency, or a JSON file such as "
      "{\"spam\": 5}; all others have 1 [all 1]"),
     ("--max_train_samples", INT, None, "train on N rows drawn at random with --seed [all]"),
@@ -165,7 +167,7 @@ GROUPS = {  # each flag: name, kind, default and help
      "steps: also every --save_steps [epoch, removed when the run finishes]"),
     ("--save_steps", INT, None, "steps between checkpoints [500]"),
     ("--save_total_limit", INT, None, "keep the newest N and the best [all if --save_strategy]"),
-    ("--resume_from_checkpoint", value(metavar="auto|DIR"), None,
+    ("--resume_from_checkpoint", value(flags.path, "auto|DIR"), None,
      "auto: resume the run in --output_dir, or start it; DIR: resume from this checkpoint"),
 ),
 "output": (
@@ -288,8 +290,7 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
     folder = args.model_name_or_path
     if args.prefix and args.tuning_method not in (None, "prefix"):
         parser.error(f"--prefix and --tuning_method {args.tuning_method} exclude each other")
-    method = "prefix" if args.prefix else args.tuning_method
-    tuned_by = None
+    method, tuned_by = "prefix" if args.prefix else args.tuning_method, None
     if os.path.isfile(os.path.join(folder, "adapter_config.json")):  # PEFT adds no config.json
         tuned_by = read_json(f"{folder}/config.json").get("tuning_method", "prefix")
         if tuned_by not in METHODS or method not in (None, tuned_by):

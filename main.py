@@ -6,6 +6,12 @@ the usual ways to start it.
 
 import os
 import sys
+
+from runtime.interrupt import one_line_on_interrupt
+
+if __name__ == "__main__":
+    one_line_on_interrupt()
+
 from importlib.util import find_spec
 from itertools import zip_longest
 
@@ -36,6 +42,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 import logging
 import signal
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,18 +77,19 @@ from runtime.recorder import recorder
 logger = logging.getLogger("main")
 
 CONTINUE = "add --resume_from_checkpoint auto to the same command to continue"
-OUT_OF_MEMORY = (
-    "error: out of memory: lower --per_device_eval_batch_size or --max_seq_length; in training, "
-    "also lower --per_device_train_batch_size (and raise --gradient_accumulation_steps), or pass "
-    "--gradient_checkpointing; checkpoints are intact"
-)
+OUT_OF_MEMORY = {  # by --do_train
+    True: "pass --gradient_checkpointing, lower --per_device_eval_batch_size, or halve "
+    "--per_device_train_batch_size and double --gradient_accumulation_steps, and add "
+    "--resume_from_checkpoint auto to continue; a lower --max_seq_length needs a new run",
+    False: "lower --per_device_eval_batch_size or --max_seq_length",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line and return the exit status.
 
-    0 on success, 2 after a one-line error that the user can fix, 130 or 143 after a signal, 1 if
-    another process died.
+    0 on success, 2 after a one-line error that the user can fix, 128 and its number after a
+    signal, 1 if another process died.
     """
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -104,10 +112,11 @@ def main(argv: list[str] | None = None) -> int:
             status, message = 1, f"error: lost another process: {error}".split("\n")[0]
             message += f"; checkpoints are intact: {CONTINUE}"
         elif is_out_of_memory(error):
-            status, message = 2, OUT_OF_MEMORY
+            status, message = 2, f"error: out of memory: {OUT_OF_MEMORY[bool(args.do_train)]}"
         else:
             raise
-    print(message, file=sys.stderr)
+    with suppress(OSError):  # the terminal is gone after SIGHUP
+        print(message, file=sys.stderr)
     return status
 
 
@@ -135,7 +144,7 @@ def run(args: Namespace) -> None:
                 logger.info("this run has already finished")
                 show(summary(record, output.read_results(), output.path))
             return
-        checkpoint = group.from_main(find_checkpoint(output, args, record, group))
+        checkpoint = find_checkpoint(output, args, record, group)
         output.start(record, checkpoint)
 
         # model
@@ -156,7 +165,8 @@ def run(args: Namespace) -> None:
         batch_size = args.per_device_eval_batch_size
         classifier = Classifier(start, model, tokenizer, machine, batch_size)
         if args.do_train and data.eval is not None:
-            calibration, found = calibrate(classifier.member_logits(data.eval), data)
+            logits = classifier.member_logits(data.eval)  # one fit: others may round differently
+            calibration, found = group.from_main(calibrate(logits, data) if group.is_main else None)
             start.method.change_logits(model, calibration.temperature, calibration.biases)
             results |= found
         if args.do_train and group.is_main:
@@ -240,17 +250,20 @@ def find_checkpoint(
 ) -> Checkpoint | None:
     """Return the checkpoint to resume from, or None to start from the beginning.
 
+    The main process finds it and sends it to the others, which may be on another machine.
     Raises: UserError if the checkpoint is damaged or belongs to another run.
     """
-    if not (args.resume_from_checkpoint and group.is_main):
-        return None
-    found = checkpoints.find(args.resume_from_checkpoint, output.staging, read_tensors)
-    if found is None:
-        logger.info("no checkpoint yet: starting from the beginning")
-    else:
-        check_same_run(found.path, found.state["run"], record)
-        logger.info("resuming from %s", found.path)
-    return found
+    found = None
+    if args.resume_from_checkpoint and group.is_main:
+        found = checkpoints.find(args.resume_from_checkpoint, output.staging, read_tensors)
+        if found is None:
+            logger.info("no checkpoint yet: starting from the beginning")
+        else:
+            check_same_run(found.path, found.state["run"], record)
+            logger.info("resuming from %s", found.path)
+    tensors = group.tensors_from_main(found.tensors if found else {})
+    found = group.from_main(found and replace(found, tensors={}))
+    return found and replace(found, tensors=tensors)
 
 
 def tune(

@@ -1,5 +1,6 @@
 """Score a model on the files of a run, and publish the results of the run."""
 
+import io
 import logging
 import os
 import sys
@@ -114,7 +115,8 @@ def write_pages(output: OutputFolder, record: dict, results: dict) -> None:
 
 def show(text: str) -> None:
     """Print, tolerating a limited encoding and a closed pipe."""
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in Jupyter, which prints any character
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(text, flush=True)
     except BrokenPipeError:

@@ -74,6 +74,11 @@ def encoding(text: str) -> str:
     return text
 
 
+def path(text: str) -> str:
+    """Expand `~`, which a shell leaves as it is in `--flag=~/folder`."""
+    return os.path.expanduser(text)
+
+
 def contains(folder: str, other: str) -> bool:
     """Whether `other` is `folder` or lies in it."""
     return Path(os.path.realpath(other)).is_relative_to(os.path.realpath(folder))

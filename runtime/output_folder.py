@@ -175,6 +175,7 @@ class OutputFolder:
         resumed: the checkpoint to resume from; its metrics are restored. Later checkpoints are
         removed: they are damaged, or the user chose an earlier one.
         """
+        self.resumed = resumed is not None
         with writing(self.staging):
             if not resumed and (lost := checkpoint.steps(self.staging)):
                 logger.warning(
@@ -234,17 +235,20 @@ class OutputFolder:
         """Replace an earlier run's files with this run's; `record` becomes run.json.
 
         The folder shows the earlier files or the new ones at any time, see `runtime.swap`. A run
-        that is killed before the change can publish again; afterwards it is complete.
+        that is killed before the change can publish again; afterwards it is complete. If a
+        finished run was resumed, its checkpoints stay, unless new ones replace them.
 
         Raises: UserError if the folder cannot be written to; the new files stay in `unfinished`.
         """
         names = {entry.name for entry in self.staging.iterdir()} - {PROCESS} | {RUN_FILE}
         checkpoints = {name for name in names if checkpoint.NAME.fullmatch(name)}
         names -= set() if keep_checkpoints else checkpoints
-        self.write_json(RUN_FILE, {**record, "files": sorted(names)})
+        kept = set(filter(checkpoint.NAME.fullmatch, self.earlier - names))
+        kept = kept if self.resumed and same_run(self.finished, record) else set()
+        self.write_json(RUN_FILE, {**record, "files": sorted(names | kept)})
         with writing(self.path):
             self.sync_staged(names)
-            swap(self.path, self.staging, self.earlier, names)
+            swap(self.path, self.staging, self.earlier - kept, names)
             shutil.rmtree(self.staging)
             sync(self.path)
 

@@ -8,7 +8,6 @@ import ctypes
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ Value = TypeVar("Value")
 # model. A process that has died is noticed at once.
 PATIENCE = timedelta(minutes=30)
 SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PRCTL, PR_SET_PDEATHSIG = getattr(ctypes.CDLL(None), "prctl", None), 1  # Linux has it
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,14 @@ class Group:
         dist.broadcast_object_list(values)
         return values[0]
 
+    def tensors_from_main(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tensors that the main process passes.
+
+        They are sent one by one, since each is in memory several times while it is sent.
+        """
+        names = self.from_main([*tensors])
+        return {name: self.from_main(tensors.get(name)) for name in names}
+
 
 ALONE = Group()
 
@@ -122,7 +130,7 @@ def joined() -> Iterator[Group]:
             "torchrun, or unset WORLD_SIZE"
         )
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
+        end_with_parent(os.getppid())
     if torch.cuda.is_available():
         if int(os.environ["LOCAL_RANK"]) >= (count := torch.cuda.device_count()):
             raise UserError(f"more processes than GPUs: start {count} or fewer (--nproc_per_node)")
@@ -140,17 +148,24 @@ def joined() -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def end_with_parent() -> None:
-    """Let the kernel send SIGTERM if the parent ends: torchrun may be killed. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent(parent: int) -> None:
+    """Let the kernel send this process SIGTERM when its parent ends, even by SIGKILL. Linux only.
+
+    parent: the process id of the parent, which may have ended already. To the kernel, the parent is
+    the thread that started this process, so start it from one that lives as long as it should.
+    """
+    if PRCTL:
+        PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Note the first SIGINT or SIGTERM, so that a step can finish; a second one kills at once.
+    """Note the first stop signal, so that a step can finish; a second one kills at once.
 
-    Yields a function that returns the signal's number, or 0.
+    Yields a function that returns the signal's number, or 0. A signal that is ignored, as SIGHUP
+    under nohup, stays so.
     """
     received: list[int] = []
 
@@ -159,7 +174,8 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         for each in usual:
             signal.signal(each, signal.SIG_DFL)
 
-    usual = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
+    noted = (each for each in STOPS if signal.getsignal(each) != signal.SIG_IGN)
+    usual = {each: signal.signal(each, note) for each in noted}
     try:
         yield lambda: max(received, default=0)
     finally:

@@ -1,6 +1,7 @@
 """The record of a run, run.json: everything its results depend on, and its identity."""
 
 import logging
+import math
 import platform
 import resource
 import shlex
@@ -22,6 +23,10 @@ FREE_SETTINGS = set(
     "output_dir overwrite_output_dir resume_from_checkpoint save_strategy save_steps "
     "save_total_limit train_file validation_file test_file model_name_or_path report_to".split()
 )
+# Settings that only change how sums are rounded, so that a run resumes with others.
+ROUNDING = {"settings.per_device_eval_batch_size", "settings.gradient_checkpointing"}
+# Of these, only the product counts, up to rounding and the noise of dropout.
+STEP_SIZE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 class File(TypedDict):
@@ -144,20 +149,37 @@ def differences(one: dict, other: dict) -> list[str]:
     return found
 
 
+def run_differences(one: dict, other: dict) -> tuple[list[str], list[str]]:
+    """List what makes two records different runs, and what only rounds differently."""
+    found = differences(identity(one), identity(other))
+    sizes = [[run.get("settings", {}).get(name) or 1 for name in STEP_SIZE] for run in (one, other)]
+    same_size = math.prod(sizes[0]) == math.prod(sizes[1])
+    rounding = ROUNDING | {f"settings.{name}" for name in STEP_SIZE if same_size}
+    return [n for n in found if n not in rounding], [n for n in found if n in rounding]
+
+
 def same_run(one: dict, other: dict) -> bool:
-    """Whether two records describe the same run."""
-    return not differences(identity(one), identity(other))
+    """Whether two records describe the same run, up to rounding."""
+    return not run_differences(one, other)[0]
 
 
 def check_same_run(folder: Path, earlier: dict, record: dict) -> None:
     """Check that the checkpoint in `folder`, with the record `earlier`, is of this run.
 
-    Raises: UserError naming what differs. Warns about another commit or other package versions.
+    Raises: UserError naming what differs. Warns about another commit or other package versions,
+    and about settings that round differently.
     """
-    if found := differences(identity(earlier), identity(record)):
+    different, rounding = run_differences(earlier, record)
+    if different:
         raise UserError(
-            f"{folder} belongs to a run with different {', '.join(found)}: repeat that command, or "
-            "start over with --overwrite_output_dir and without --resume_from_checkpoint"
+            f"{folder} belongs to a run with different {', '.join(different)}: repeat that "
+            "command, or start over with --overwrite_output_dir and without "
+            "--resume_from_checkpoint"
+        )
+    for name in rounding:
+        logger.warning(
+            "warning: this run started with another %s; the last digits of the results may differ",
+            name.removeprefix("settings."),
         )
     commit, versions = earlier.get("commit"), earlier.get("versions", {})
     if commit != record["commit"]:

@@ -42,6 +42,7 @@ class TrainingState:
         self.best = BestEpoch(args.metric_for_best_model, args.load_best_model_at_end)
         if checkpoint:
             self.load_state_dict(checkpoint.state, checkpoint.tensors)
+            checkpoint.tensors.clear()  # the caller would keep them in memory during training
 
     def is_over(self, patience: int) -> bool:
         """Whether all steps are done, or `patience` evaluations in a row brought no improvement."""

@@ -12,13 +12,17 @@ import argparse
 import json
 import logging
 import multiprocessing
+import os
 import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from arguments import DIR, FILE
 from script import contenders
 
 THREADS = 2
@@ -27,14 +31,15 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def worker(pipe: Connection, spawned: float, contender, arguments: tuple) -> None:
-    """Set up a contender, send its start-up time, then measure on request until told to end."""
+    """Set up a contender, send its start-up time, then measure on request."""
     import torch  # imported here, so that the start-up time includes it
 
     logging.disable(logging.INFO)
     torch.set_num_threads(THREADS)
     measure = contender(*arguments)
     pipe.send(time.time() - spawned)
-    while pipe.recv():
+    while True:
+        pipe.recv()
         rate = measure()
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
@@ -43,11 +48,30 @@ def worker(pipe: Connection, spawned: float, contender, arguments: tuple) -> Non
         pipe.send((rate, peak))
 
 
+def child(parent: int, function, *arguments) -> None:
+    """Call a function in a process that ends with its parent, whatever the function does."""
+    from runtime.processes import end_with_parent  # loads torch, as every contender does
+
+    end_with_parent(parent)
+    function(*arguments)
+
+
+@contextmanager
+def started(function, *arguments) -> Iterator[multiprocessing.Process]:
+    """Call a function in a process of its own, which is killed at the end of the block."""
+    process = SPAWN.Process(target=child, args=(os.getpid(), function, *arguments))
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
 def run(function, *arguments) -> None:
     """Call a function in a process of its own, which keeps its memory out of this one."""
-    process = SPAWN.Process(target=function, args=arguments)
-    process.start()
-    process.join()
+    with started(function, *arguments) as process:
+        process.join()
     if process.exitcode:
         raise SystemExit(process.exitcode)
 
@@ -70,27 +94,27 @@ def alternate(table: dict[str, tuple], arguments: tuple, rounds: int) -> dict[st
     that rate to its rivals' rates.
     """
     pipes, found = {}, {}
-    for name, (contender, _) in table.items():
-        pipes[name], end = SPAWN.Pipe()
-        call = (end, time.time(), contender, arguments)
-        SPAWN.Process(target=worker, args=call, daemon=True).start()
-        end.close()
-        found[name] = {"start_up": pipes[name].recv(), "rates": []}
-        print(f"{name}: ready after {found[name]['start_up']:.1f} s", flush=True)
-    for number in range(rounds + 1):
-        for name, pipe in pipes.items():
-            try:
-                pipe.send(True)
-                rate, found[name]["peak_memory_bytes"] = pipe.recv()
-            except (BrokenPipeError, EOFError):
-                raise SystemExit(
-                    f"error: {name} ended, probably out of memory: measure fewer at once (--only)"
-                ) from None
-            if number:  # round 0 warms up
-                found[name]["rates"].append(rate)
-        print(f"round {number} of {rounds} done", flush=True)
-    for name, pipe in pipes.items():
-        pipe.send(False)
+    with ExitStack() as workers:
+        for name, (contender, _) in table.items():
+            pipes[name], end = SPAWN.Pipe()
+            workers.enter_context(started(worker, end, time.time(), contender, arguments))
+            end.close()
+            found[name] = {"start_up": pipes[name].recv(), "rates": []}
+            print(f"{name}: ready after {found[name]['start_up']:.1f} s", flush=True)
+        for number in range(rounds + 1):
+            for name, pipe in pipes.items():
+                try:
+                    pipe.send("measure")
+                    rate, found[name]["peak_memory_bytes"] = pipe.recv()
+                except (BrokenPipeError, EOFError):
+                    raise SystemExit(
+                        f"error: {name} ended, probably out of memory: measure fewer at once "
+                        "(--only)"
+                    ) from None
+                if number:  # round 0 warms up
+                    found[name]["rates"].append(rate)
+            print(f"round {number} of {rounds} done", flush=True)
+    for name in pipes:
         rate = found[name]["rate"] = statistics.median(found[name]["rates"])
         rivals = [rival for rival in table[name][1] if rival in found]
         found[name]["ratios"] = {rival: rate / found[rival]["rate"] for rival in rivals}
@@ -131,14 +155,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", default="csv/train_simple.csv", help="CSV file with the columns text and label")
+    add("--data", **FILE, default="csv/train_simple.csv", help="CSV of the columns text and label")
     add("--steps", type=int, default=STEPS, help="training steps per measurement [%(default)s]")
     add("--texts", type=int, default=2048, help="texts scored per measurement [%(default)s]")
     add("--rounds", type=int, default=5, help="rounds, reported by their median [%(default)s]")
     add("--tokens", type=int, help="tokens of every text; by default those of the data")
     add("--neighbours", type=int, default=0, help="other busy processes [%(default)s]")
     add("--only", nargs="+", default=[""], help="contenders to run, by parts of their names")
-    add("--output_dir", type=Path, default="checkpoints/benchmark")
+    add("--output_dir", **DIR, default="checkpoints/benchmark")
     args = parser.parse_args()
     tuning, scoring = (
         {name: table[name] for name in table if any(part in name for part in args.only)}
@@ -149,7 +173,7 @@ def main() -> None:
     if contenders.best()[0]:
         scoring = {k: one for k, one in scoring.items() if one[0].func not in contenders.CPU_ONLY}
     results = {}
-    with tempfile.TemporaryDirectory() as parent:
+    with tempfile.TemporaryDirectory() as parent, ExitStack() as neighbours:
         data = args.data
         if args.tokens:
             data = f"{parent}/data.csv"
@@ -157,18 +181,19 @@ def main() -> None:
         names = {name for contender, _ in scoring.values() for name in contender.keywords["names"]}
         run(contenders.make_folders, data, parent, names)
         for _ in range(args.neighbours):
-            SPAWN.Process(target=multiply, daemon=True).start()
+            neighbours.enter_context(started(multiply))
         for title, table, arguments in (
             ("tuning", tuning, (data, args.steps)),
             ("scoring distinct texts", scoring, (data, args.texts, parent)),
         ):
             results[title] = alternate(table, arguments, args.rounds)
             print(format_table(title, results[title]), flush=True)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    draw(results, args.output_dir / "benchmark.svg")
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    draw(results, output_dir / "benchmark.svg")
     settings = {name: getattr(args, name) for name in ("data", "tokens", "neighbours", "rounds")}
     figures = {"threads": THREADS, "precision": contenders.best()[1], **settings, **results}
-    path = args.output_dir / "benchmark.json"
+    path = output_dir / "benchmark.json"
     path.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"\nall figures: {path}")
 

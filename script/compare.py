@@ -20,10 +20,12 @@ than every training file.
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -39,6 +41,7 @@ from evaluation.review import SHOWN, file_margins, least_plausible
 from evaluation.tables import schedule_line
 from runtime.columns import split_columns
 from runtime.files import UserError, read_json, sha256
+from runtime.processes import end_with_parent
 from runtime.record import RUN_FILE, read_record
 from script import learning_curve
 from script.study_table import COLUMNS, format_cell, summarise
@@ -168,7 +171,12 @@ def execute(runs: list[dict]) -> None:
         log = run["folder"].with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w", encoding="utf-8") as file:
-            process = subprocess.Popen([sys.executable, *run["command"]], stdout=file, stderr=file)
+            process = subprocess.Popen(
+                [sys.executable, *run["command"]],
+                stdout=file,
+                stderr=file,
+                preexec_fn=partial(end_with_parent, os.getpid()),
+            )
         try:
             status = process.wait()
         except KeyboardInterrupt:  # the run received it too and saves a checkpoint
@@ -241,7 +249,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    folders = {"nargs": "*", "metavar": "DIR"}
+    folders = arguments.DIR | {"nargs": "*"}
     parser.add_argument("--original", **folders, default=["csv"], help="splits that leak [csv]")
     parser.add_argument(
         "--unseen", **folders, default=["csv/unseen"], help="splits without leaks [csv/unseen]"
@@ -267,7 +275,9 @@ def parse_args() -> argparse.Namespace:
         help=f"comparisons to test [{', '.join(COMPARISONS)}]",
     )
     parser.add_argument("--quick", action="store_true", help="few epochs, to check that it works")
-    parser.add_argument("--output_dir", help="[checkpoints/study or checkpoints/study-quick]")
+    parser.add_argument(
+        "--output_dir", **arguments.DIR, help="[checkpoints/study or checkpoints/study-quick]"
+    )
     parser.add_argument("flags", nargs="*", help="after --: flags of main.py for every tuned run")
     args = parser.parse_args()
     check(parser, args)

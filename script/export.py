@@ -25,6 +25,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from arguments import DIR
 from model import load, prefix_encoder
 from model.classifier import Classifier
 from model.prefix_bank import PrefixBank
@@ -135,9 +136,9 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder")
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="[FOLDER/onnx]")
+    parser.add_argument("--output_dir", **DIR, help="[FOLDER/onnx]")
     args = parser.parse_args(argv)
-    return reported(run, args.folder, args.output_dir or Path(args.folder) / "onnx")
+    return reported(run, args.folder, Path(args.output_dir or f"{args.folder}/onnx"))
 
 
 if __name__ == "__main__":

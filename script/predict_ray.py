@@ -23,7 +23,7 @@ import pandas as pd
 import ray
 
 import dataset
-from arguments import parse_args
+from arguments import DIR, parse_args
 from evaluation.predictions import check_added, prediction_writer
 from model.bank_start import find_start
 from model.classifier import Classifier
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("texts", metavar="TEXTS")
-    parser.add_argument("--output_dir", required=True, metavar="DIR")
+    parser.add_argument("--output_dir", **DIR, required=True)
     parser.add_argument("--workers", type=int, metavar="N", help="[one per core]")
     args, flags = parser.parse_known_args(argv)
     return reported(run, args, flags)

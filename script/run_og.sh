@@ -13,4 +13,4 @@ exec "$PYTHON" main.py \
     --do_predict \
     --output_dir checkpoints/og \
     --overwrite_output_dir \
-    "$@" "${DATA[@]}"
+    "$@" ${DATA[@]+"${DATA[@]}"}

@@ -14,4 +14,4 @@ exec "$PYTHON" main.py \
     --do_predict \
     --output_dir checkpoints/prefix \
     --overwrite_output_dir \
-    "$@" "${DATA[@]}"
+    "$@" ${DATA[@]+"${DATA[@]}"}

@@ -16,12 +16,14 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see main.py
 
 import uvicorn
 
+from arguments import DIR, FILE
 from runtime.columns import precision_for
 from runtime.files import UserError
 from runtime.flags import Parser, number, value
@@ -35,6 +37,7 @@ logger = logging.getLogger("serve")
 
 BACKLOG = 4096  # connections that wait to be accepted
 MOST_CONNECTIONS = 20_000  # more are answered with 503
+MACOS_OPEN_FILES = 10_240  # the most it grants, though its limit may be infinite
 SHUTDOWN_SECONDS = 60  # for requests in flight
 
 
@@ -56,10 +59,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="NAME",
         help="further names by which clients call this server, such as example.org; '*': any",
     )
-    add("--api_key_file", metavar="FILE", help="its content is the key that clients must send")
+    add("--api_key_file", **FILE, help="its content is the key that clients must send")
     add(
         "--allow_updates",
-        metavar="FOLDER",
+        **DIR | {"metavar": "FOLDER"},
         help="let /v1/load_adapter and /v1/unload_adapter change what is served, from below FOLDER",
     )
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto")
@@ -179,8 +182,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 def raise_open_files() -> None:
     """Allow as many open files as the system lets us: each connection is one."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (most, MACOS_OPEN_FILES):
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, wanted), most))
+            return
 
 
 def main(argv: list[str]) -> int:

@@ -14,22 +14,26 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from safetensors.torch import load_file, save_file
 
+from arguments import DIR, FILE
+from runtime.processes import end_with_parent
+
 PORT = 8765
 CONNECTIONS = 64  # of wrk
 USERS = 100  # of locust
 BODIES = 5_000
+END_WITH_US = partial(end_with_parent, os.getpid())
 LUA = """
 local bodies = {}
 for line in io.lines(os.getenv("BODIES")) do bodies[#bodies + 1] = line end
@@ -67,7 +71,9 @@ def write_bodies(path: Path, names: list[str], texts: list[str]) -> None:
 def started(*command: str) -> Iterator[tuple[subprocess.Popen, float]]:
     """Start a server; yields its process and the seconds until it answered."""
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *command], stderr=subprocess.DEVNULL, preexec_fn=END_WITH_US
+    )
     try:
         probe = ["curl", "-s", "-o", "/dev/null", f"http://127.0.0.1:{PORT}/openapi.json"]
         while subprocess.run(probe, check=False).returncode:
@@ -76,7 +82,7 @@ def started(*command: str) -> Iterator[tuple[subprocess.Popen, float]]:
             time.sleep(0.1)
         yield process, time.perf_counter() - began
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.kill()
         process.wait()
 
 
@@ -104,6 +110,7 @@ def most(bodies: Path, seconds: int) -> tuple[float, int]:
     found = subprocess.run(
         [*command, f"http://127.0.0.1:{PORT}"],
         env=os.environ | {"BODIES": str(bodies)}, capture_output=True, text=True, check=True,
+        preexec_fn=END_WITH_US,
     )  # fmt: skip
     rate, errors = next(
         line.split()[1:] for line in found.stdout.splitlines() if line.startswith("FOUND")
@@ -118,7 +125,7 @@ def latencies(bodies: Path, rate: float, seconds: int) -> dict[str, float]:
     command = [sys.executable, "-m", "locust", "-f", "script/load_user.py", "--headless"]
     command += ["--host", f"http://127.0.0.1:{PORT}", "-u", str(USERS), "-r", str(USERS)]
     command += ["-t", f"{seconds}s", "--reset-stats", "--csv", str(prefix), "--only-summary"]
-    subprocess.run(command, env=env, capture_output=True, check=False)
+    subprocess.run(command, env=env, capture_output=True, check=False, preexec_fn=END_WITH_US)
     with open(f"{prefix}_stats.csv", encoding="utf-8") as file:
         row = next(row for row in csv.DictReader(file) if row["Name"] == "classify")
     found = {f"p{p}_ms": float(row[f"{p}%"]) for p in (50, 95, 99)}
@@ -159,11 +166,11 @@ def main() -> None:
     add = parser.add_argument
     add("prefix", type=Path, metavar="PREFIX")
     add("full", type=Path, metavar="FULL")
-    add("--data", default="csv/test_simple.csv", help="CSV file with the column text")
+    add("--data", **FILE, default="csv/test_simple.csv", help="CSV file with the column text")
     add("--counts", type=int, nargs="*", default=[1, 10, 100, 1000], help="[%(default)s]")
     add("--rivals", type=int, default=16, help="models of each rival; 0: no rivals [%(default)s]")
     add("--seconds", type=int, default=15, help="of each load [%(default)s]")
-    add("--output_dir", type=Path, default="checkpoints/serving")
+    add("--output_dir", **DIR, default="checkpoints/serving")
     args, flags = parser.parse_known_args()  # others are passed to the server
     texts = pd.read_csv(args.data, keep_default_na=False)["text"].tolist()
     results: dict[str, dict] = {}
@@ -194,8 +201,8 @@ def main() -> None:
                 command = ["-m", "script.serve", str(models), "--port", str(PORT), *flags]
             results[name] = measure(command, bodies, args.seconds)
             show(name, results[name])
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    path = args.output_dir / "serving.json"
+    path = Path(args.output_dir) / "serving.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")
     print(f"all figures: {path}")
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,14 +27,25 @@ from transformers import BertConfig, BertModel, BertTokenizer
 import main
 import trainer
 from arguments import parse_args
+from leftovers import no_process_left  # noqa: F401 - a fixture of every test
 from model.start import Start
 from runtime import checkpoint
 from runtime.machine import pick_machine, set_up_process
+from runtime.processes import end_with_parent
 from serving.app import create_app
 from serving.engine import Settings
 from serving.models import Registry
 
 torch.set_num_threads(1)
+
+
+def start_process(self, *args, usual=subprocess.Popen.__init__, **options) -> None:
+    """Start a process that ends with this one, even if pytest-xdist kills it."""
+    options.setdefault("preexec_fn", partial(end_with_parent, os.getpid()))
+    usual(self, *args, **options)
+
+
+subprocess.Popen.__init__ = start_process
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = (

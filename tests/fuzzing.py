@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 import conftest
 import killing
 from arguments import GROUPS
-from killing import main
+from killing import end_with_parent, main
 
 SECONDS = 30
 MEMORY = 8 * 2**30  # bytes of address space beyond what the process has
@@ -147,10 +147,11 @@ class Bench:
     def call(self, argv: list[str]) -> tuple[int, str]:
         """Run main in a child with limits of time and memory; returns its status and stderr."""
         said = self.folder / "stderr"
-        child = os.fork()
+        parent, child = os.getpid(), os.fork()
         if child == 0:
             status = 1
             try:
+                end_with_parent(parent)
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
                 os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)

@@ -35,6 +35,7 @@ import main
 import trainer  # noqa: F401
 from evaluation import pages, tables  # noqa: F401
 from model import prefix_bank  # noqa: F401
+from runtime.processes import STOPS, end_with_parent
 
 TIMES = set(
     "samples_per_second eta_seconds train_runtime train_samples_per_second peak_memory_bytes "
@@ -143,11 +144,12 @@ def watch_operations(folder: Path, log: Path, act) -> None:
 
 def fork_main(argv: list[str], folder: Path, death: tuple | None, log: Path, **env: str) -> int:
     """Run main in a child, which `death` may end from within; returns its process id."""
-    child = os.fork()
+    parent, child = os.getpid(), os.fork()
     if child:
         return child
     status = 1
     try:
+        end_with_parent(parent)
         os.environ |= env
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, 1)
@@ -267,7 +269,7 @@ def draw_death(chance: random.Random, points: Points, late: bool) -> tuple:
         first = late or point in ON_FULL_DISK
         return "point", point, 1 if first else chance.choice([1, 1, 2, 3, 5])
     if kind == "signal":
-        stop = chance.choice([signal.SIGTERM, signal.SIGINT])
+        stop = chance.choice(STOPS)
         return "signal", chance.uniform(0, 0.5), chance.choice([[stop], [stop, stop]])
     if kind == "disk":
         return "disk", chance.choice([0, 10, 3000, 20_000]), chance.randrange(1, 80)
@@ -304,7 +306,7 @@ def kill_until_done(
         if code == 0:
             counts["ended before the kill"] += 1
             break
-        expected = {"disk": (2,), "signal": (143, 130, -15, -2)}.get(death[0], (-9,))
+        expected = {"disk": (2,), "signal": (143, 130, 129, -15, -2, -1)}.get(death[0], (-9,))
         expected += (1,) if start is attempt_together else ()  # the other process was lost
         if death[0] == "point" and death[1] in ON_FULL_DISK and code == 2:
             continue  # the disk was full elsewhere

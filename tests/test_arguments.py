@@ -1,11 +1,13 @@
 """The command line: accepted flags, and one-line errors for invalid ones."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 from arguments import (
+    GROUPS,
     SCHEDULE,
     SCHEDULES,
     TUNING_DEFAULTS,
@@ -15,6 +17,7 @@ from arguments import (
     parse_args,
 )
 from conftest import ROOT
+from script import serve, split
 
 TASK = ["--do_train", "--do_eval", "--output_dir", "out"]
 ORIGINAL = (
@@ -274,6 +277,19 @@ def test_every_flag_has_a_help_text_and_a_group():
             assert action.help, action.option_strings
     assert not parser._action_groups[0]._group_actions
     assert [a.dest for a in parser._action_groups[1]._group_actions] == ["help"]
+
+
+def test_home_is_expanded_in_every_flag_that_takes_a_path(monkeypatch, tmp_path):
+    """A shell does not do it after `=`, and a folder named ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kinds = {row[0].split()[0]: row[1] for rows in GROUPS.values() for row in rows}
+    paths = [k for k, kind in kinds.items() if re.search("FILE|DIR", kind.get("metavar") or "")]
+    assert len(paths) == 7
+    for name in ("--model_name_or_path", *paths):
+        found = getattr(build_parser().parse_args([f"{name}=~/a"]), name[2:])
+        assert found in (f"{tmp_path}/a", [f"{tmp_path}/a"]), name
+    assert split.parse_args(["x.csv", "--output_dir=~/a"]).output_dir == tmp_path / "a"
+    assert serve.parse(["--allow_updates=~/a"]).allow_updates == f"{tmp_path}/a"
 
 
 def test_help_imports_no_torch():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -152,14 +153,30 @@ def test_a_full_disk_is_a_user_error_and_keeps_checkpoints(run, stopped, monkeyp
     run("--save_strategy", "epoch", "--resume_from_checkpoint", "auto")
 
 
-def test_out_of_memory_names_the_flags_to_lower(run, stopped, monkeypatch, capsys):
+def test_what_is_advised_when_memory_runs_out_works(run, stopped, monkeypatch, capsys, caplog):
     def step(*args):
         torch.empty(1 << 60)
 
     monkeypatch.setattr(trainer, "training_step", step)
-    run("--save_strategy", "epoch", "--resume_from_checkpoint", "auto", status=2)
-    assert "lower --per_device_train_batch_size" in capsys.readouterr().err
+    flags = ["--save_strategy", "epoch", "--resume_from_checkpoint", "auto"]
+    run(*flags, status=2)
+    advice = (
+        "--gradient_checkpointing",
+        "--per_device_eval_batch_size",
+        "--per_device_train_batch_size",
+        "--gradient_accumulation_steps",
+        "--resume_from_checkpoint auto",
+    )
+    said = capsys.readouterr().err
+    assert all(flag in said for flag in advice), said
     assert set(checkpoint.steps(stopped)) == {3, 5}
+    monkeypatch.undo()
+    flags += [*advice[:2], "2", advice[2], "2", advice[3], "2"]
+    folder = run(*flags)
+    for flag in advice[:4]:
+        assert f"started with another {flag[2:]}; the last digits" in caplog.text
+    tables = [pd.read_csv(one / "predictions.csv") for one in (folder, run(name="whole"))]
+    pd.testing.assert_frame_equal(*tables, atol=1e-3)
 
 
 def test_a_diverged_run_keeps_its_checkpoints(run, stopped, capsys, monkeypatch):

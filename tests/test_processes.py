@@ -2,17 +2,21 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 
+import main
 from conftest import ROOT
 from killing import comparable
 from runtime import processes
@@ -115,24 +119,64 @@ def test_all_processes_end_soon_if_one_dies(command, tmp_path):
 
 def test_workers_end_with_torchrun(command, tmp_path):
     """Killed with SIGKILL, it cannot stop them; they ran on for minutes."""
-    child, numbers = start_group(command("out", "--num_train_epochs", "2000"), tmp_path / "out")
-    workers = [Path("/proc", str(number)) for number in numbers]
+    child, workers = start_group(command("out", "--num_train_epochs", "2000"), tmp_path / "out")
     assert len(workers) == 2
-    child.kill()
-    child.wait()
-    deadline = time.monotonic() + 20
-    while any(map(is_running, workers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    left = [os.kill(int(one.name), signal.SIGKILL) for one in workers if is_running(one)]
-    assert not left
+    end_with(child, workers)
 
 
-def is_running(process: Path) -> bool:
-    """Return whether the process of this folder in /proc runs; a zombie does not."""
-    try:
-        return process.joinpath("stat").read_text().rsplit(")")[-1].split()[0] != "Z"
-    except OSError:
-        return False
+def test_the_neighbours_of_a_benchmark_end_with_it():
+    """Even if it is killed before they have started; they kept a core busy for good."""
+    code = "from script.benchmark import *\nwith started(multiply) as one:\n    "
+    code += "print(one.pid, flush=True); time.sleep(60)"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    end_with(child, [int(child.stdout.readline())])
+
+
+def end_with(parent: subprocess.Popen, processes: list[int]) -> None:
+    """Kill a process, and check that the others end soon."""
+    found = [psutil.Process(number) for number in processes]
+    parent.kill()
+    parent.wait()
+    assert psutil.wait_procs(found, 30)[1] == []
+
+
+def test_a_process_that_a_test_leaves_is_an_error_and_is_killed(tmp_path):
+    """An orphan that has outlived its parent, too."""
+    (tmp_path / "conftest.py").write_text(
+        "import leftovers\nleftovers.PATIENCE = 0.1\nfrom leftovers import no_process_left"
+    )
+    (tmp_path / "test_it.py").write_text(
+        "import subprocess\ndef test_one(): subprocess.Popen(['sleep', '61'])\n"
+        "def test_two(): subprocess.run(['sh', '-c', 'sleep 62 > /dev/null & echo $! > orphan'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "2 passed, 1 error" in done.stdout, done.stdout
+    assert "['sleep 61', 'sleep 62']" in done.stdout
+    assert not psutil.pid_exists(int((tmp_path / "orphan").read_text()))
+
+
+def test_the_tensors_of_a_checkpoint_are_sent_one_by_one(stopped, monkeypatch):
+    """Pickled together, they were in memory twice more here, and four times elsewhere."""
+    sent = []
+    monkeypatch.setattr(
+        processes.dist, "broadcast_object_list", lambda values: sent.append(pickle.dumps(values))
+    )
+    monkeypatch.setattr(main, "check_same_run", lambda *_: None)
+    output = Namespace(staging=stopped)
+    args = Namespace(resume_from_checkpoint="auto")
+    found = main.find_checkpoint(output, args, {}, Group(0, 2))
+    assert found.step == 5 and found.tensors.keys() >= {"raw/classifier.bias"}
+    sizes = [tensor.nbytes for tensor in found.tensors.values()]
+    assert len(sent) == len(sizes) + 2
+    assert max(map(len, sent)) < max(sizes) + 10_000 < sum(sizes)
 
 
 def test_each_row_belongs_to_exactly_one_process():

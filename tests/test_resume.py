@@ -93,9 +93,15 @@ def test_tensorboard_shows_every_record_even_after_a_stop(run, stop_at):
         assert found == [(step, pytest.approx(value)) for step, value in expected]
 
 
-def test_an_interrupt_has_its_own_exit_status(run, stop_at):
-    stop_at(2, signal.SIGINT)
-    run(status=130)
+def test_each_signal_has_its_own_exit_status(run, stop_at, monkeypatch):
+    """SIGHUP is sent when a terminal is closed; under nohup it is ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        stop_at(2, number)
+        folder = run("--overwrite_output_dir", status=128 + number)
+        assert set(checkpoint.steps(folder / "unfinished")) == {3}
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run("--overwrite_output_dir")
+    signal.signal(signal.SIGHUP, usual)
 
 
 def test_a_second_signal_ends_the_run_at_once_and_safely(backbone, files, tmp_path):
@@ -179,6 +185,23 @@ def test_a_save_limit_keeps_the_newest_and_the_best(run):
     folder = run("--learning_rate", "1e-9", "--num_train_epochs", "4", *saving)
     assert load(folder, "all_results.json")["best_epoch"] == 1
     assert set(checkpoint.steps(folder)) == {3, 12}
+
+
+def test_resuming_a_finished_run_loses_none_of_its_checkpoints(run, stop_at, capsys):
+    """The resumed run keeps no checkpoints itself; once it is stopped."""
+    flags = ["--num_train_epochs", "3", "--overwrite_output_dir"]
+    folder = run(*flags, "--save_strategy", "epoch")
+    before = comparable(folder)
+    stop_at(7)
+    flags += ["--resume_from_checkpoint", str(folder / "checkpoint-6")]
+    run(*flags, status=143)
+    stop_at(None)
+    assert comparable(folder).items() >= before.items()
+    check_end(run(*flags), before)
+    assert {"checkpoint-3", "checkpoint-6", "checkpoint-9"} <= {*load(folder, "run.json")["files"]}
+    run(*flags[:3], "--save_strategy", "epoch", "--seed", "1")  # started over: all are replaced
+    name = "checkpoint-3/model.safetensors"
+    assert comparable(folder)[name] != before[name]
 
 
 def test_resuming_removes_the_checkpoints_beyond_the_limit(run, monkeypatch):

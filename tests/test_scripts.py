@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import multiprocessing
+import re
 import subprocess
 import sys
 
@@ -123,6 +125,7 @@ def test_the_benchmark_measures_all_contenders(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
     monkeypatch.delitem(contenders.SCORING, "HF pipeline, compiled")  # compiling takes a minute
     benchmark.main()
+    assert multiprocessing.active_children() == []  # a neighbour ran on for ever
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     peers = {"HF Trainer, by length", "PEFT prefix 20"}
     assert found["tuning"].keys() == peers | {"ours, full", "ours, prefix 20"}
@@ -156,6 +159,13 @@ def test_an_active_environment_without_the_pins_is_not_used(clone, tmp_path):
     done = bash(clone, "run_og.sh", "--num_train_epochs", "0", virtual_env=str(other))
     assert done.stderr.splitlines()[-1].startswith("error: --num_train_epochs: 0 is out of range")
     assert "installing" not in done.stderr
+
+
+def test_scripts_use_empty_arrays_as_bash_3_allows():
+    """That of macOS: under `set -u`, an empty array counts as unset."""
+    for path in (ROOT / "script").glob("*.sh"):
+        bare = re.sub(r'\$\{(\w+)\[@\]\+"\$\{\1\[@\]\}"\}', "", path.read_text())
+        assert "[@]}" not in bare, path
 
 
 @pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data is not on this machine")

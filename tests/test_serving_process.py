@@ -33,8 +33,8 @@ def server(*argv: str):
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES)),
     )
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
     try:
         with within(60):
             line = ""
@@ -116,6 +116,21 @@ def test_a_port_in_use_is_one_line(served, capsys):
         port = str(taken.getsockname()[1])
         assert serve.main([str(served["short"]), "--port", port]) == 2
     assert "in use" in capsys.readouterr().err
+
+
+def test_a_limit_of_open_files_that_cannot_be_had_is_no_obstacle(monkeypatch):
+    """macOS says that there is none, and refuses more than 10,240."""
+    limits = [(256, 2**63 - 1)]
+
+    def refuse_many(kind, pair):
+        if pair[0] > 10_240:
+            raise ValueError("current limit exceeds maximum limit")
+        limits.append(pair)
+
+    monkeypatch.setattr(serve.resource, "getrlimit", lambda kind: limits[-1])
+    monkeypatch.setattr(serve.resource, "setrlimit", refuse_many)
+    serve.raise_open_files()
+    assert limits[-1] == (10_240, 2**63 - 1)
 
 
 @WITHOUT_CHROMIUM

@@ -1,11 +1,14 @@
 """Nothing wrong in silence: each is right, or status 2 and one line, and earlier results stay."""
 
 import ast
+import contextlib
+import io
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -202,6 +205,28 @@ def test_closed_streams_and_lone_variables_are_no_traceback(run, tmp_path, files
     assert "start several processes with torchrun" in said
     said = one_line(shell(f"{call} --output_dir {tmp_path / 'x'} --csv_encoding punycode"))
     assert "--csv_encoding" in said
+
+
+@pytest.mark.parametrize("program", [["main.py"], ["-m", "script.split"], ["-m", "script.serve"]])
+def test_an_interrupt_while_libraries_load_is_one_line(tmp_path, program):
+    for name in ("torch", "numpy", "uvicorn"):
+        (tmp_path / f"{name}.py").write_text("import time; print(flush=True); time.sleep(60)")
+    argv = [sys.executable, *program, "--do_eval", "--output_dir", "none"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    child = subprocess.Popen(
+        argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    said = child.communicate(timeout=60)[1].removeprefix("loading libraries ...\n")
+    assert (child.returncode, said) == (130, "interrupted\n")
+
+
+def test_a_notebook_can_call_main(run):
+    """Its standard output is no file."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run()
+    assert "accuracy" in printed.getvalue()
 
 
 def test_help_needs_no_installation(clone):

@@ -1,0 +1,34 @@
+"""Let Ctrl-C end a program with one line, also while its libraries load."""
+
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+
+SAID = "interrupted"
+
+
+def one_line_on_interrupt() -> None:
+    """Let Ctrl-C end this program with one line and exit status 130 instead of a traceback.
+
+    While libraries load, KeyboardInterrupt is of no use: C++ aborts on it, or an import that it
+    broke is tried again and fails. A program's `main` is defined when they have loaded.
+    """
+    usual = sys.excepthook
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if hasattr(sys.modules["__main__"], "main"):
+            raise KeyboardInterrupt
+        print(SAID, file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    def hook(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            usual(kind, error, trace)
+            return
+        print(SAID, file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT)
+
+    sys.excepthook = hook
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
+        signal.signal(signal.SIGINT, stop)
