@@ -12,7 +12,6 @@ titles stay together, and all variants contain the same videos, row by row. Writ
 OUTPUT_DIR/VARIANT/FOLD/, with `-` for `:` and `,`.
 """
 
-import argparse
 import hashlib
 import re
 from pathlib import Path
@@ -72,7 +71,7 @@ def make_variants(path: str, encoding: str, variants: list[str]) -> dict[str, pd
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m script.folds", __doc__)
     parser.add_argument("file")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--variants", nargs="+")

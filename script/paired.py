@@ -7,12 +7,11 @@ instance two methods on the same folds; their test files must have the same labe
 texts may differ, for instance if one method was tuned on cleaned titles.
 """
 
-import argparse
-
 import pandas as pd
 
 from evaluation.paired import paired_test, read_predictions
 from runtime.files import UserError
+from runtime.flags import Parser
 
 
 def compare(ones: list[str], others: list[str]) -> str:
@@ -38,9 +37,7 @@ def compare(ones: list[str], others: list[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m script.paired", __doc__)
     parser.add_argument("one", nargs="+")
     parser.add_argument("--against", nargs="+", required=True, metavar="OTHER")
     args = parser.parse_args()

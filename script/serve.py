@@ -39,9 +39,7 @@ SHUTDOWN_SECONDS = 60  # for requests in flight
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(
-        "serve.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("bash script/serve.sh", __doc__)
     count, defaults = number(int, 1, float("inf")), Settings()
     size = number(float, 0, float("inf"), open_low=True)
     add = parser.add_argument

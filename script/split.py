@@ -84,12 +84,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     both programs have are used. A bad argument ends the program with one line and exit status 2.
     """
     within_run = "--within_run" in argv
-    parser = Parser(
-        "bash script/split.sh",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("bash script/split.sh", __doc__)
     parser.add_argument("--train_file" if within_run else "file", **FILE)
     for name, kind, default, text in RUN_FLAGS if within_run else RUN_FLAGS + OWN_FLAGS:
         parser.add_argument(name, **kind, default=default, help=text)
