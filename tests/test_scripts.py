@@ -61,17 +61,21 @@ def test_the_original_command_line_runs_unchanged(clone):
     assert (clone / "checkpoints/prefix/checkpoint-20/adapter_model.safetensors").exists()
 
 
-def test_each_fold_is_tested_once_and_no_row_is_lost(tmp_path):
-    rows = [(f"text {i}", i % 2, i % 3) for i in range(60)]
-    folds.cut(pd.DataFrame(rows, columns=["text", "label", "fold"]), tmp_path / "folds")
+def test_each_fold_is_tested_once_and_no_training_text_is_validated(tmp_path, monkeypatch, capsys):
+    """Each text occurs twice, in other spellings; the validation file is a tenth of the rest."""
+    rows = [(f"{'Tt'[i % 2]}ext {i // 2}", i // 2 % 2, i // 2 % 3) for i in range(120)]
+    path = write_csv(tmp_path / "a.csv", rows, ("text", "label", "fold"))
+    assert call("folds", [path, str(tmp_path / "folds")], monkeypatch, capsys)[0] is None
     for fold in range(3):
-        parts = [
+        train, val, test = (
             read_split(tmp_path / "folds" / str(fold) / f"{name}_simple.csv", text_columns=["text"])
             for name in ("train", "val", "test")
-        ]
-        assert [len(part) for part in parts] == [36, 4, 20]
-        assert sorted(text for part in parts for text in part.texts) == sorted(r[0] for r in rows)
-        assert parts[2].texts == [text for text, _, number in rows if number == fold]
+        )
+        assert [len(part) for part in (train, val, test)] == [72, 8, 40]
+        texts = [text for part in (train, val, test) for text in part.texts]
+        assert sorted(texts) == sorted(text for text, *_ in rows)
+        assert test.texts == [text for text, _, number in rows if number == fold]
+        assert not {*train.keys} & {*val.keys}
 
 
 @pytest.mark.parametrize(
@@ -117,8 +121,8 @@ def test_an_unknown_flag_of_a_script_is_one_line(monkeypatch, capsys):
             assert flag.partition("=")[0] in line, module
 
 
-def test_variants_of_a_text_are_in_the_same_folds(tmp_path, monkeypatch):
-    """The same videos row by row, each once; equal cleaned titles are in one fold."""
+def test_variants_of_a_text_are_in_the_same_files(tmp_path, monkeypatch, capsys):
+    """The same videos row by row, each once; equal cleaned titles are in one fold and one file."""
     sample = str(ROOT / SAMPLE)
     names = ["original:title", "none:title,channel_title"]
     cleaned, whole = folds.make_variants(sample, "utf-8", names).values()
@@ -127,14 +131,22 @@ def test_variants_of_a_text_are_in_the_same_folds(tmp_path, monkeypatch):
     titles = whole["text"].map(lambda text: splits.clean(text.rpartition(" | ")[0]))
     assert titles.equals(cleaned["text"])
     assert cleaned.groupby("text")["fold"].nunique().max() == 1
-    flags = [sample, str(tmp_path), "--variants", names[0]]
-    monkeypatch.setattr(sys, "argv", ["folds", *flags])
-    folds.main()
-    tests = [
-        pd.read_csv(tmp_path / "original-title" / str(fold) / "test_simple.csv", dtype=str)
-        for fold in range(folds.FOLDS)
-    ]
-    assert sorted(pd.concat(tests)["text"]) == sorted(cleaned["text"])
+    argv = [sample, str(tmp_path), "--variants", *names]
+    assert call("folds", argv, monkeypatch, capsys)[0] is None
+    tested = []
+    for fold in range(folds.FOLDS):
+        train, val, test = (
+            [
+                read_split(tmp_path / name / str(fold) / f"{use}_simple.csv", text_columns=["text"])
+                for name in ("original-title", "none-title-channel_title")
+            ]
+            for use in ("train", "val", "test")
+        )
+        for short, long in (train, val, test):  # the same videos
+            assert [splits.clean(text.rpartition(" | ")[0]) for text in long.texts] == short.texts
+        assert not {*train[0].keys} & {*val[0].keys}
+        tested += test[0].texts
+    assert sorted(tested) == sorted(cleaned["text"])
 
 
 def test_the_benchmark_measures_all_contenders(tmp_path, capsys, monkeypatch):
