@@ -28,7 +28,7 @@ from runtime.machine import pick_machine
 from script.command import reported
 from serving.app import create_app
 from serving.engine import Settings
-from serving.models import Registry, find_models
+from serving.models import Registry
 
 logger = logging.getLogger("serve")
 
@@ -127,21 +127,19 @@ def run(args: argparse.Namespace) -> None:
     )
     listener = listen(args.host, args.port)
     registry = Registry(pick_machine(args.precision), int(args.cache_gib * 2**30))
-    found = find_models(paths)
-    for name, folder in found.items():
-        registry.add(name, folder)
+    registry.add_all(paths)
     app = create_app(registry, settings)
     # Python looks for garbage in all objects, and the libraries have a million of them. That took
     # four fifths of the main thread's time, while no other thread could run. So leave these out.
     gc.collect()
     gc.freeze()
     own = sum(not model.adapters for model in registry.models.values())
-    shared = len(found) - own
+    names = [*registry.models]
     logger.info(
         "%s; %d models: %d on %d shared backbones, %d on their own",
-        registry.machine, len(found), shared, len(registry.backbones), own,
+        registry.machine, len(names), len(names) - own, len(registry.backbones), own,
     )  # fmt: skip
-    shown = ", ".join([*found][:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     logger.info("serving %s", shown)
     host, port = listener.getsockname()[:2]
     logger.info("ready after %.1f s: http://%s:%d", time.perf_counter() - began, host, port)

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import os
 import random
 import shutil
 import socket
@@ -16,6 +18,7 @@ import pytest
 from conftest import ROWS, registry_of, serving, within, write_csv
 from model import load
 from runtime.batches import rows_of
+from script import serve
 from serving import guards
 from serving.models import find_models
 
@@ -321,6 +324,46 @@ def test_a_folder_that_changed_is_refused_rather_than_served(served, tmp_path):
 def test_models_are_found_in_folders_of_folders(served):
     found = find_models([str(served["full"].parent)])
     assert found == {name: folder.resolve() for name, folder in served.items()}
+
+
+def test_unusable_models_in_a_folder_of_models_are_skipped_with_a_warning(
+    served, tmp_path, monkeypatch, capsys, caplog
+):
+    """One that is named itself is an error, and so are none at all."""
+    monkeypatch.setattr(serve, "create_app", served_models)
+    good = shutil.copytree(served["short"], tmp_path / "models" / "good")
+    damage = {
+        "cut": ("full", lambda folder: os.truncate(folder / "model.safetensors", 99)),
+        "no JSON": ("full", lambda folder: (folder / "config.json").write_text("{")),
+        "incomplete": ("several", lambda folder: shutil.rmtree(folder / "prefix-1")),
+        "moved": ("long", lambda folder: point_elsewhere(folder / "adapter_config.json")),
+    }
+    for name, (kind, harm) in damage.items():
+        harm(shutil.copytree(served[kind], good.with_name(name)))
+    with pytest.raises(Served) as found:
+        serve.main([str(good.parent), "--port", "0"])
+    assert found.value.args == ("good",)
+    skipped = [line for line in caplog.messages if "skipping" in line]
+    for name in damage:
+        assert any(f"skipping {good.with_name(name)}: " in line for line in skipped), name
+        assert serve.main([str(good), str(good.with_name(name)), "--port", "0"]) == 2
+        assert capsys.readouterr().err.count("error: ") == 1
+    shutil.rmtree(good)
+    assert serve.main([str(good.parent), "--port", "0"]) == 2
+    assert "is usable: see the warnings above" in capsys.readouterr().err
+
+
+class Served(Exception):
+    """The models that would be served. Arguments: their names."""
+
+
+def served_models(registry, _):
+    raise Served(*registry.models)
+
+
+def point_elsewhere(config: Path) -> None:
+    settings = json.loads(config.read_text()) | {"base_model_name_or_path": "/no/such/folder"}
+    config.write_text(json.dumps(settings))
 
 
 def test_a_full_disk_fails_an_upload_and_nothing_else(served, monkeypatch):
