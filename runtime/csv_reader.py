@@ -28,6 +28,7 @@ COMPRESSED = {
 PASS_ENCODING = (
     "pass its encoding (main.py --csv_encoding NAME, preprocess.sh -p csv_encoding NAME)"
 )
+USE_SPLIT = "bash script/split.sh reads semicolons and tabs, and writes commas"
 BLOCK = 2**20  # bytes in memory at a time, when the byte is sought at which decoding fails
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 
@@ -221,10 +222,7 @@ def read_tables(
     header = next(lines)
     if missing := [name for name in columns if name not in header]:
         if len(header) == 1 and re.search(r"[;\t]", header[0]):
-            hint = (
-                ": are its fields separated by something other than commas? bash script/split.sh "
-                "reads semicolons and tabs, and writes commas"
-            )
+            hint = f": are its fields separated by something other than commas? {USE_SPLIT}"
         raise UserError(
             f"{path} has no column {', '.join(map(repr, missing))}; it has "
             f"{', '.join(map(repr, header))}{hint}"
@@ -271,7 +269,7 @@ def read_labels(
     path: str | Path,
     table: pd.DataFrame,
     rows: list[int],
-    column: str,
+    column: str | None,
     multi_label: bool,
     required: bool,
 ) -> list[list[str]] | None:

@@ -11,6 +11,7 @@ import argparse
 import gc
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -53,6 +54,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="NAME",
         help="further names by which clients call this server, such as example.org; '*': any",
     )
+    add(
+        "--cors_origins",
+        nargs="+",
+        default=[],
+        **value(origin, "URL"),
+        help="pages that may call this server, such as https://example.org; '*': any [none]",
+    )
     add("--api_key_file", metavar="FILE", help="its content is the key that clients must send")
     add(
         "--allow_updates",
@@ -93,6 +101,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)  # fmt: skip
 
 
+def origin(text: str) -> str:
+    """Check the origin of pages, as browsers send it. Raises: ArgumentTypeError."""
+    if text != "*" and not re.fullmatch(r"https?://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no origin: write it such as https://example.org, without a path"
+        )
+    return text.lower()
+
+
 def read_key(path: str | None) -> str | None:
     """Read the API key. Raises: UserError if the file is unreadable, or the key is not plain."""
     if path is None:
@@ -124,6 +141,7 @@ def run(args: argparse.Namespace) -> None:
         allowed_hosts=("127.0.0.1", "localhost", args.host, *args.allowed_hosts),
         api_key=read_key(args.api_key_file),
         updates_from=updates,
+        cors_origins=tuple(args.cors_origins),
     )
     listener = listen(args.host, args.port)
     registry = Registry(pick_machine(args.precision), int(args.cache_gib * 2**30))
