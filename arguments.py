@@ -194,7 +194,7 @@ USED_WITH_TEXT = (
 def build_parser() -> Parser:
     """Build the parser of all flags, in groups."""
     what = "Tune and evaluate a BERT classifier on CSV files of texts and labels."
-    parser = Parser("python main.py", description=what, allow_abbrev=False)
+    parser = Parser("python main.py", what)
     for title, rows in GROUPS.items():
         group = parser.add_argument_group(title)
         for names, kind, default, help_text in rows:

@@ -107,7 +107,7 @@ def read_chunks(
     *,
     size: int | None,
     text_columns: list[str],
-    label_column: str = "label",
+    label_column: str | None = "label",
     delimiter: str = " ",
     encoding: str = "utf-8",
     multi_label: bool = False,
@@ -119,12 +119,13 @@ def read_chunks(
     """Read and check a CSV file, `size` rows at a time or all at once.
 
     Several text columns are joined by `delimiter`. With `labels_required=False` the label column
-    may be missing or all blank. At the end, `digest` (of hashlib) is that of the file.
+    may be missing or all blank; without `label_column` labels are not read. At the end, `digest`
+    (of hashlib) is that of the file.
 
     Raises: UserError that names the file, the rows and what to do.
     """
     wanted = [*text_columns, label_column] if labels_required else text_columns
-    hint = ": see --text_column_names and --label_column_name"
+    hint = ": see --text_column_names" + " and --label_column_name" * labels_required
     for table in read_tables(path, encoding, wanted, size=size, hint=hint, digest=digest):
         fields = list(zip(*(table[name] for name in text_columns), strict=True))
         kept = np.array([bool("".join(row).strip()) for row in fields])

@@ -8,6 +8,7 @@ file can have names everywhere else.
 import re
 from argparse import Namespace
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -126,7 +127,10 @@ def precision_for(choice: str, folders: Iterable[str | Path]) -> str:
     "auto" becomes that of their training if it was float32 for all: so they were calibrated.
     bfloat16 stays "auto", since it may be slow on this machine.
     """
-    known = {remembered_columns(Path(folder)).get("precision") for folder in folders}
+    known = set()
+    for folder in folders:
+        with suppress(UserError):  # the model cannot be opened either, and that says why
+            known.add(remembered_columns(Path(folder)).get("precision"))
     return "fp32" if choice == "auto" and known == {"fp32"} else choice
 
 

@@ -3,6 +3,7 @@
 Also what a cell means: when two texts are the same, and which labels a row has.
 """
 
+import codecs
 import csv
 import hashlib
 import io
@@ -27,6 +28,8 @@ COMPRESSED = {
 PASS_ENCODING = (
     "pass its encoding (main.py --csv_encoding NAME, preprocess.sh -p csv_encoding NAME)"
 )
+USE_SPLIT = "bash script/split.sh reads semicolons and tabs, and writes commas"
+BLOCK = 2**20  # bytes in memory at a time, when the byte is sought at which decoding fails
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 
 
@@ -170,18 +173,33 @@ def check_row(
 
 def encoding_message(path: str | Path, encoding: str, codec: str, error: UnicodeError) -> str:
     """Return a message with the byte at which decoding fails, and the likely encoding."""
-    data = Path(path).read_bytes()
-    try:
-        data.decode(codec)
-    except UnicodeDecodeError as whole:  # `error` counts from the start of a chunk, not the file
-        error = whole
+    with open(path, "rb") as file:
+        data = file.read(4)
     for start, what in COMPRESSED.items():
         if data.startswith(start):
             return f"{path} is not a CSV file but {what}"
     utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-    at = f" at byte {error.start}" if isinstance(error, UnicodeDecodeError) else ""
+    # `error` counts from the start of a block, not of the file; others have no position
+    position = bad_byte(path, codec) if isinstance(error, UnicodeDecodeError) else None
+    at = "" if position is None else f" at byte {position}"
     likely = "utf-16" if utf16 else "cp1252"
     return f"{path} is not {encoding}{at}: {PASS_ENCODING}, perhaps {likely}"
+
+
+def bad_byte(path: str | Path, codec: str) -> int | None:
+    """Return the position of the first byte at which decoding fails; None if there is none."""
+    codec = codec.removesuffix("-sig")  # which counts from after the byte order mark
+    decoder, before = codecs.getincrementaldecoder(codec)(), 0
+    with open(path, "rb") as file:
+        while True:
+            block, held = file.read(BLOCK), len(decoder.getstate()[0])
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:  # it counts from the bytes held back
+                return before - held + error.start
+            if not block:
+                return None
+            before += len(block)
 
 
 def read_tables(
@@ -204,10 +222,7 @@ def read_tables(
     header = next(lines)
     if missing := [name for name in columns if name not in header]:
         if len(header) == 1 and re.search(r"[;\t]", header[0]):
-            hint = (
-                ": are its fields separated by something other than commas? bash script/split.sh "
-                "reads semicolons and tabs, and writes commas"
-            )
+            hint = f": are its fields separated by something other than commas? {USE_SPLIT}"
         raise UserError(
             f"{path} has no column {', '.join(map(repr, missing))}; it has "
             f"{', '.join(map(repr, header))}{hint}"
@@ -254,7 +269,7 @@ def read_labels(
     path: str | Path,
     table: pd.DataFrame,
     rows: list[int],
-    column: str,
+    column: str | None,
     multi_label: bool,
     required: bool,
 ) -> list[list[str]] | None:

@@ -10,7 +10,14 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports an error in one line and exits with status 2."""
+    """An ArgumentParser that reports an error in one line and exits with status 2.
+
+    It takes no abbreviated flags, and prints a description as it is.
+    """
+
+    def __init__(self, prog: str, description: str, **options) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message.removeprefix('argument ')} (see {self.prog} --help)\n")

@@ -204,7 +204,8 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     if not argv or argv[0] not in METHODS:
-        print(__doc__, file=sys.stderr)
+        methods = ", ".join(METHODS)
+        print(f"error: first name the method, one of {methods} (see --help)", file=sys.stderr)
         return 2
     given = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
     useful = {*SETTINGS, "overwrite_output_dir"}

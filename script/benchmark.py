@@ -8,7 +8,6 @@ this machine. Each contender has its own process, and they run in turn, one at a
 tables, writes all figures to benchmark.json and plots the rates in benchmark.svg.
 """
 
-import argparse
 import json
 import logging
 import multiprocessing
@@ -23,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from arguments import DIR, FILE
+from runtime.flags import Parser
 from script import contenders
 
 THREADS = 2
@@ -151,9 +151,7 @@ def draw(results: dict[str, dict[str, dict]], path: Path) -> None:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("bash script/benchmark.sh", __doc__)
     add = parser.add_argument
     add("--data", **FILE, default="csv/train_simple.csv", help="CSV of the columns text and label")
     add("--steps", type=int, default=STEPS, help="training steps per measurement [%(default)s]")

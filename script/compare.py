@@ -41,6 +41,7 @@ from evaluation.review import SHOWN, file_margins, least_plausible
 from evaluation.tables import schedule_line
 from runtime.columns import split_columns
 from runtime.files import UserError, read_json, sha256
+from runtime.flags import Parser
 from runtime.processes import end_with_parent
 from runtime.record import RUN_FILE, read_record
 from script import learning_curve
@@ -246,9 +247,7 @@ def caveats(runs: list[dict], quick: bool, size: int | None = None) -> list[str]
 
 def parse_args() -> argparse.Namespace:
     """Parse the study's flags; invalid ones end the program with a one-line error."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("bash script/compare.sh", __doc__)
     folders = arguments.DIR | {"nargs": "*"}
     parser.add_argument("--original", **folders, default=["csv"], help="splits that leak [csv]")
     parser.add_argument(
@@ -287,7 +286,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check(parser: Parser, args: argparse.Namespace) -> None:
     """Check the flags and that the split files can be read; end with a one-line error if not."""
     if own := sorted({word.partition("=")[0] for word in args.flags} & STUDYS_OWN):
         parser.error(

@@ -182,9 +182,9 @@ def run(folders: list[str], args: Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
-    if {"-h", "--help"} & {*argv} or not argv:
+    if {"-h", "--help"} & {*argv}:
         print(__doc__)
-        return 0 if argv else 2
+        return 0
     flags = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
     given = {word.partition("=")[0] for word in argv[flags:] if word.startswith("--")}
     allowed = {"--output_dir", "--overwrite_output_dir", "--reject_below", "--safe_csv"}

@@ -11,7 +11,6 @@ the folder is. The file's metadata has `labels` (a JSON list, in the order of th
 Before it appears, the file is run by onnxruntime: its logits must be those of the model.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -30,6 +29,7 @@ from model import load, prefix_encoder
 from model.classifier import Classifier
 from model.prefix_bank import PrefixBank
 from runtime.files import UserError
+from runtime.flags import Parser
 from script.command import reported
 
 INPUTS = ("input_ids", "attention_mask")
@@ -132,9 +132,7 @@ def run(folder: str, output_dir: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("bash script/export.sh", __doc__)
     parser.add_argument("folder")
     parser.add_argument("--output_dir", **DIR, help="[FOLDER/onnx]")
     args = parser.parse_args(argv)

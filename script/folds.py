@@ -4,39 +4,45 @@
     .venv/bin/python -m script.folds RAW_FILE OUTPUT_DIR --variants original:title none:title,tags
 
 FILE has the columns text, label and fold. Writes OUTPUT_DIR/FOLD/{train,val,test}_simple.csv; the
-validation file is a random tenth of the other folds, seeded by the fold's number.
+validation file is a tenth of the other folds, cut as script/split.py cuts it: rows with the same
+text stay together, and each label has its share. The fold's number is the seed. Up to commit
+2998138 this tenth was drawn row by row: earlier folds have other validation files, but equal test
+files.
 
 With --variants the file is a raw one, and each variant CLEANING:COLUMN,... makes its own texts from
 it. Only the first row of each video is used. Its fold is a function of its cleaned title, so equal
-titles stay together, and all variants contain the same videos, row by row. Writes
+titles stay together, and all variants have the same videos in the same files, row by row. Writes
 OUTPUT_DIR/VARIANT/FOLD/, with `-` for `:` and `,`.
 """
 
-import argparse
 import hashlib
 import re
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from runtime.csv_reader import read_table
+from runtime.csv_reader import read_table, text_key
 from runtime.files import UserError
 from runtime.flags import Parser, encoding
 from script import splits
+from script.groups import connected, cut_groups
 
 FOLDS = 5  # with --variants
 
 
 def cut(table: pd.DataFrame, output_dir: Path) -> None:
-    """Write the split files of each fold. Raises: UserError if there is only one fold."""
+    """Write the split files of each fold of a table with text, label, fold and group.
+
+    Rows of a group are not divided between training and validation file.
+    Raises: UserError if there is only one fold.
+    """
     names = sorted(table["fold"].astype(str).unique())
     if len(names) < 2:
         raise UserError("the file has only one fold, which leaves no training rows: use more")
     for number, fold in enumerate(names):
         is_test = table["fold"].astype(str) == fold
         test, rest = table[is_test], table[~is_test]
-        chosen = np.random.default_rng(number).permutation(len(rest)) < len(rest) // 10
+        chosen = cut_groups(rest["group"], rest["label"], [0.9, 0.1], number) == 1
         folder = output_dir / fold
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in (("train", rest[~chosen]), ("val", rest[chosen]), ("test", test)):
@@ -45,8 +51,9 @@ def cut(table: pd.DataFrame, output_dir: Path) -> None:
 
 
 def make_variants(path: str, encoding: str, variants: list[str]) -> dict[str, pd.DataFrame]:
-    """Make a table with text, label and fold for each variant of a raw file.
+    """Make a table with text, label, fold and group for each variant of a raw file.
 
+    Videos are in a group if they have the same title, or the same text in any variant.
     Raises: UserError for a file that cannot be read, or an unknown variant.
     """
     parts = {variant: variant.partition(":")[::2] for variant in variants}
@@ -65,14 +72,16 @@ def make_variants(path: str, encoding: str, variants: list[str]) -> dict[str, pd
     kept = ~raw["video_id"].duplicated() & (title != "")
     for text in texts.values():
         kept &= text != ""
+    keys = [text[kept].map(text_key) for text in (title, *texts.values())]
+    group = pd.Series(connected(*keys), index=keys[0].index)
     return {
-        variant: raw.assign(text=text, label=labels, fold=fold)[kept]
+        variant: raw.assign(text=text, label=labels, fold=fold, group=group)[kept]
         for variant, text in texts.items()
     }
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m script.folds", __doc__)
     parser.add_argument("file")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--variants", nargs="+")
@@ -84,8 +93,8 @@ def main() -> None:
             for variant, table in tables.items():
                 cut(table, args.output_dir / re.sub(r"\W+", "-", variant))
         else:
-            columns = ["text", "label", "fold"]
-            cut(read_table(args.file, args.csv_encoding, columns), args.output_dir)
+            table = read_table(args.file, args.csv_encoding, ["text", "label", "fold"])
+            cut(table.assign(group=table["text"].map(text_key)), args.output_dir)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
 

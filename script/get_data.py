@@ -1,6 +1,5 @@
 """Fetch the public Kaggle data set; see `bash script/get_data.sh --help`."""
 
-import argparse
 import os
 import shutil
 import urllib.error
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from runtime.csv_reader import read_table
 from runtime.files import UserError
+from runtime.flags import Parser
 from script.splits import fix_tags
 
 URL = "https://www.kaggle.com/api/v1/datasets/download/datasnaek/youtube-new"
@@ -100,9 +100,9 @@ def unpack(archive: Path) -> None:
 
 def main() -> None:
     """Run from the command line; exits with status 2 after a one-line error the user can fix."""
-    parser = argparse.ArgumentParser(
-        prog="script/get_data.sh",
-        description="Download USvideos.csv and US_category_id.json (CC0, about 200 MB) into csv/.",
+    parser = Parser(
+        "bash script/get_data.sh",
+        "Download USvideos.csv and US_category_id.json (CC0, about 200 MB) into csv/.",
     )
     parser.add_argument("--url", default=URL, help="address of the archive [%(default)s]")
     url = parser.parse_args().url

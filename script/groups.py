@@ -6,6 +6,7 @@
 import csv
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from arguments import LABEL_SEPARATOR
+from runtime.columns import SplitRecord
 from runtime.csv_reader import text_key
 from runtime.files import UserError, read_json, sha256, to_json, writing
 
@@ -153,6 +155,40 @@ def format_figures(figures: dict[str, dict[str, dict]]) -> str:
     )
     percent = "{:.1%}".format
     return table.to_string(formatters={"share_in_train": percent, "lookup_accuracy": percent})
+
+
+def earlier_splits(folder: Path, checksum: str) -> dict[Path, str]:
+    """Return the split.json files in a folder and its folds that are of other content.
+
+    checksum: of the content to split now. Returns the input file that each of them names, by path.
+    """
+    paths = [*folder.glob("split.json"), *folder.glob("[0-9]*/split.json")]
+    found = {path: read_json(path, SplitRecord) for path in paths}
+    return {
+        path: record.get("input", "unknown")
+        for path, record in found.items()
+        if record.get("input_sha256", checksum) != checksum
+    }
+
+
+def keep_earlier(folder: Path, checksum: str) -> Path | None:
+    """Copy the splits of other content in a folder into a subfolder; returns it, or None.
+
+    Runs that used them need them to be resumed. A split of the same content needs no copy, since
+    the same command makes it again. checksum: see `earlier_splits`.
+    Raises: UserError if a file cannot be copied.
+    """
+    earlier = [*earlier_splits(folder, checksum)]
+    if not earlier:
+        return None
+    kept = folder / f"earlier-{sha256(earlier[0])[:8]}"
+    for path in earlier:
+        copies = kept / path.parent.relative_to(folder)
+        with writing(copies):
+            copies.mkdir(parents=True, exist_ok=True)
+            for file in (path, *path.parent.glob("*_simple.csv")):
+                shutil.copy2(file, copies)
+    return kept
 
 
 def write_splits(folders: dict[Path, tuple[dict[str, pd.DataFrame], dict]]) -> None:

@@ -9,12 +9,11 @@ interval is over texts and, if several ONEs or OTHERs have the same test file, s
 seeds.
 """
 
-import argparse
-
 import pandas as pd
 
 from evaluation.paired import paired_test, read_predictions
 from runtime.files import UserError
+from runtime.flags import Parser
 
 
 def compare(ones: list[str], others: list[str]) -> str:
@@ -41,9 +40,7 @@ def compare(ones: list[str], others: list[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m script.paired", __doc__)
     parser.add_argument("one", nargs="+")
     parser.add_argument("--against", nargs="+", required=True, metavar="OTHER")
     args = parser.parse_args()

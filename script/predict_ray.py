@@ -3,15 +3,16 @@
     bash script/predict_ray.sh MODEL TEXTS --output_dir DIR [--workers N] [flags of main.py]
 
 MODEL is a model or adapter folder. Each file of the folder TEXTS becomes DIR/NAME.csv, with the
-bytes that `main.py --do_predict` would write as predictions.csv. A file appears when it is whole,
-and files that exist are not predicted again, so the same command resumes. A lost worker is started
+bytes that `main.py --do_predict` would write as predictions.csv. Beside it, DIR/NAME.json records
+the model, the input and the flags by their checksums and values. A file appears when it is whole,
+and is not predicted again if its record fits, so the same command resumes. If the record differs,
+nothing is predicted; --overwrite_output_dir predicts such files again. A lost worker is started
 again and repeats its file. A file that cannot be read is named at the end; the rest is predicted.
 
 With RAY_ADDRESS set, the workers are those of a cluster, whose machines need this program, MODEL,
 TEXTS and DIR at the same places. Otherwise there are N workers here [one per core].
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -23,39 +24,53 @@ import pandas as pd
 import ray
 
 import dataset
-from arguments import DIR, parse_args
+from arguments import DIR, INT, SWITCH, parse_args
 from evaluation.predictions import check_added, prediction_writer
 from model.bank_start import find_start
 from model.classifier import Classifier
 from model.predictions import Predictions
+from model.start import Start
 from runtime.columns import fill_columns
-from runtime.files import UserError
+from runtime.files import UserError, read_json, sha256, sync, to_json, write_text, writing
+from runtime.flags import Parser
 from runtime.machine import set_up_process
+from runtime.record import Record, describe_run, differences, identity
 from script.command import reported
 
 FORMATS = (".csv", ".parquet")
+SHOWN = 5  # names of skipped entries
+FLAGS = set(  # of main.py that change predictions
+    "--text_column_names --text_column_delimiter --label_column_name --problem_type --csv_encoding "
+    "--drop_empty --safe_csv --reject_below --max_seq_length --per_device_eval_batch_size "
+    "--precision".split()
+)
+
+
+class PredictionRecord(Record, total=False):
+    """What NAME.json records of NAME.csv: the entries of run.json, and the checksum of the file."""
+
+    predictions_sha256: str
 
 
 class Predictor:
     """A worker: loads the model once, then predicts file after file."""
 
-    def __init__(self, argv: list[str]) -> None:
+    def __init__(self, argv: list[str], record: dict) -> None:
         set_up_process()
-        self.args = args = parse_args(argv)
-        fill_columns(args)
-        start = find_start(args)
-        self.classifier, self.settings = Classifier.of(start, args), start.settings(args)
+        self.args, start = open_model(argv)
+        self.classifier, self.settings = Classifier.of(start, self.args), start.settings(self.args)
+        self.record = record
 
     def __call__(self, row: dict[str, str]) -> dict[str, str | int]:
         """Predict the file row["path"] into row["output"], by way of row["staging"].
 
         Returns the rows, or the error.
         """
-        output, rows = Path(row["output"]), 0
+        source, output, rows = Path(row["path"]), Path(row["output"]), 0
         with tempfile.TemporaryDirectory(dir=row["staging"]) as staging:
-            path = Path(staging) / f"{Path(row['path']).stem}.csv"
+            path = Path(staging) / f"{source.stem}.csv"
             try:
-                write_csv(Path(row["path"]), path)
+                write_csv(source, path)
                 new = Path(staging) / "predictions.csv"
                 args = Namespace(**vars(self.args) | {"test_file": str(path)})
                 names, multi_label = self.classifier.labels, self.classifier.multi_label
@@ -67,15 +82,35 @@ class Predictor:
                         found = Predictions.of(self.classifier.logits(chunk), multi_label)
                         write(chunk.table, found)
                         rows += len(chunk)
+                checksum = sha256(source) if is_parquet(source) else file.sha256
+                data = {"test": {"path": row["path"], "rows": rows, "sha256": checksum}}
+                record = self.record | {"data": data, "predictions_sha256": sha256(new)}
+                write_text(Path(staging) / "record.json", to_json(record))
+                with writing(output):
+                    sync(new)
+                    # the record first: it fits no other predictions than those that follow it
+                    os.replace(Path(staging) / "record.json", output.with_suffix(".json"))
+                    os.replace(new, output)
             except UserError as error:
                 return row | {"rows": 0, "error": str(error).replace(str(path), row["path"])}
-            os.replace(new, output)
         return row | {"rows": rows, "error": ""}
+
+
+def open_model(argv: list[str]) -> tuple[Namespace, Start]:
+    """Return the arguments, with the columns that the model remembers, and the model."""
+    args = parse_args(argv)
+    fill_columns(args)
+    return args, find_start(args)
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file is to be read as Parquet, else as CSV."""
+    return path.suffix.lower() == ".parquet"
 
 
 def write_csv(path: Path, converted: Path) -> None:
     """Write the content of a file as CSV: a link, or converted from Parquet. Raises: UserError."""
-    if path.suffix == ".csv":
+    if not is_parquet(path):
         converted.symlink_to(path)
         return
     try:
@@ -86,25 +121,69 @@ def write_csv(path: Path, converted: Path) -> None:
 
 
 def shards(texts: Path, output_dir: Path) -> list[dict[str, str]]:
-    """List the files to predict, each with its output. Raises: UserError if there are none."""
-    files = sorted(path for path in texts.glob("*") if path.suffix in FORMATS)
+    """List the files to predict, each with its output; print what else is in the folder.
+
+    Raises: UserError if there are none, or if their predictions would replace files.
+    """
+    if not texts.is_dir():
+        raise UserError(f"folder {texts} does not exist")
+    if texts.resolve() == output_dir.resolve():
+        raise UserError("--output_dir is the folder of the texts: choose another one")
+    entries = sorted(texts.iterdir())
+    files = [path for path in entries if path.suffix.lower() in FORMATS and path.is_file()]
     if not files:
         raise UserError(f"{texts} contains no .csv or .parquet file")
     names = [path.stem for path in files]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{texts} has two files with the name {twice[0]}: rename one")
+    if skipped := [path.name for path in entries if path not in files]:
+        shown = ", ".join(skipped[:SHOWN]) + ", ..." * (len(skipped) > SHOWN)
+        print(f"skipped {len(skipped)} of {texts} that are no .csv or .parquet files: {shown}")
     pairs = ((path.resolve(), output_dir.resolve() / f"{path.stem}.csv") for path in files)
     return [{"path": str(path), "output": str(output)} for path, output in pairs]
 
 
-def run(args: argparse.Namespace, flags: list[str]) -> None:
+def is_finished(row: dict[str, str], record: dict, overwrite: bool) -> bool:
+    """Whether the predictions of a file exist and are those that this command would write.
+
+    Raises: UserError if there is something else that must not be replaced.
+    """
+    output, described = Path(row["output"]), Path(row["output"]).with_suffix(".json")
+    found = read_json(described, PredictionRecord) if described.exists() else {}
+    for path in (output, described):
+        if path.exists() and "predictions_sha256" not in found:
+            raise UserError(
+                f"{path} was not written by predict_ray.sh: move it away, or choose another "
+                "--output_dir"
+            )
+    if not output.exists():
+        return False
+    data = {"test": {"sha256": sha256(row["path"])}}
+    names = {"data.test": "input file", **{f"settings.{flag[2:]}": flag for flag in FLAGS}}
+    fields = differences(identity(found), identity(record | {"data": data}))
+    changed = sorted({names.get(field, "model") for field in fields})
+    if not changed and sha256(output) == found["predictions_sha256"]:
+        return True
+    if overwrite:  # a killed call may have replaced the record alone
+        return False
+    fault = f"was predicted with another {', '.join(changed)}" if changed else "was changed since"
+    raise UserError(
+        f"{output} {fault}: choose another --output_dir, or predict it again with "
+        "--overwrite_output_dir"
+    )
+
+
+def run(args: Namespace, flags: list[str]) -> None:
     """Predict all files that are not finished yet. Raises: UserError naming those that failed."""
     argv = ["--do_predict", "--model_name_or_path", args.model, "--output_dir", args.output_dir]
-    find_start(parse_args([*argv, *flags]))  # a bad flag or model is reported before Ray starts
+    argv += flags
+    given, start = open_model(argv)  # a bad flag or model is reported before Ray starts
+    record = describe_run(start.settings(given), start.describe(), start.labels, {})
     texts, output_dir = Path(args.texts), Path(args.output_dir)
     every = shards(texts, output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    left = [row for row in every if not Path(row["output"]).exists()]
+    with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    left = [row for row in every if not is_finished(row, record, args.overwrite_output_dir)]
     print(f"{len(every)} files, {len(every) - len(left)} of them already finished", flush=True)
     if not left:
         return
@@ -117,7 +196,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         items = ray.data.from_items(todo, override_num_blocks=len(left))
         done = items.map(
             Predictor,
-            fn_constructor_args=([*argv, *flags],),
+            fn_constructor_args=(argv, record),
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
             num_cpus=1,
         ).take_all()
@@ -130,14 +209,18 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("bash script/predict_ray.sh", __doc__)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("texts", metavar="TEXTS")
     parser.add_argument("--output_dir", **DIR, required=True)
-    parser.add_argument("--workers", type=int, metavar="N", help="[one per core]")
+    parser.add_argument(
+        "--overwrite_output_dir", **SWITCH, default=False, help="predict again what differs"
+    )
+    parser.add_argument("--workers", **INT, help="[one per core]")
     args, flags = parser.parse_known_args(argv)
+    given = {word.partition("=")[0] for word in flags if word.startswith("--")}
+    if unused := sorted(given - FLAGS):
+        parser.error(f"{unused[0]} has no effect here: omit it")
     return reported(run, args, flags)
 
 

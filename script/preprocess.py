@@ -1,14 +1,16 @@
 """Run preprocessing.ipynb headless; see `bash script/preprocess.sh --help`."""
 
-import argparse
 import ast
 import base64
 import logging
 import sys
+from argparse import HelpFormatter
 from pathlib import Path
 
 import papermill
 from papermill.exceptions import PapermillExecutionError
+
+from runtime.flags import Parser
 
 NOTEBOOK = "preprocessing.ipynb"
 # Parameters that stay text, even if they look like a number.
@@ -22,10 +24,11 @@ def main() -> None:
     """Run from the command line; exits with status 2 after a one-line error the user can fix."""
     known = papermill.inspect_notebook(NOTEBOOK)
     defaults = [f"{name} [{parameter['default']}]" for name, parameter in known.items()]
-    parser = argparse.ArgumentParser(
-        prog="script/preprocess.sh",
-        description="Turn the raw USvideos.csv into split files by running preprocessing.ipynb.",
+    parser = Parser(
+        "bash script/preprocess.sh",
+        "Turn the raw USvideos.csv into split files by running preprocessing.ipynb.",
         epilog="parameters: " + ", ".join(defaults),
+        formatter_class=HelpFormatter,
     )
     metavar, usage = ("NAME", "VALUE"), "set a parameter of the notebook; can be repeated"
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=metavar, help=usage)

@@ -11,6 +11,7 @@ import argparse
 import gc
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -31,7 +32,7 @@ from runtime.machine import pick_machine, set_up_process
 from script.command import reported
 from serving.app import create_app
 from serving.engine import Settings
-from serving.models import Registry, find_models
+from serving.models import Registry
 
 logger = logging.getLogger("serve")
 
@@ -43,9 +44,7 @@ SHUTDOWN_SECONDS = 60  # for requests in flight
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(
-        "serve.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("bash script/serve.sh", __doc__)
     count, defaults = number(int, 1, float("inf")), Settings()
     size = number(float, 0, float("inf"), open_low=True)
     add = parser.add_argument
@@ -58,6 +57,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=[],
         metavar="NAME",
         help="further names by which clients call this server, such as example.org; '*': any",
+    )
+    add(
+        "--cors_origins",
+        nargs="+",
+        default=[],
+        **value(origin, "URL"),
+        help="pages that may call this server, such as https://example.org; '*': any [none]",
     )
     add("--api_key_file", **FILE, help="its content is the key that clients must send")
     add(
@@ -99,6 +105,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)  # fmt: skip
 
 
+def origin(text: str) -> str:
+    """Check the origin of pages, as browsers send it. Raises: ArgumentTypeError."""
+    if text != "*" and not re.fullmatch(r"https?://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no origin: write it such as https://example.org, without a path"
+        )
+    return text.lower()
+
+
 def read_key(path: str | None) -> str | None:
     """Read the API key. Raises: UserError if the file is unreadable, or the key is not plain."""
     if path is None:
@@ -130,26 +145,26 @@ def run(args: argparse.Namespace) -> None:
         allowed_hosts=("127.0.0.1", "localhost", args.host, *args.allowed_hosts),
         api_key=read_key(args.api_key_file),
         updates_from=updates,
+        cors_origins=tuple(args.cors_origins),
     )
     listener = listen(args.host, args.port)
     set_up_process()
     found = find_models(paths)
     machine = pick_machine(precision_for(args.precision, found.values()))
     registry = Registry(machine, int(args.cache_gib * 2**30))
-    for name, folder in found.items():
-        registry.add(name, folder)
+    registry.add_all(found, named=paths)
     app = create_app(registry, settings)
     # Python looks for garbage in all objects, and the libraries have a million of them. That took
     # four fifths of the main thread's time, while no other thread could run. So leave these out.
     gc.collect()
     gc.freeze()
     own = sum(not model.adapters for model in registry.models.values())
-    shared = len(found) - own
+    names = [*registry.models]
     logger.info(
         "%s; %d models: %d on %d shared backbones, %d on their own",
-        registry.machine, len(found), shared, len(registry.backbones), own,
+        registry.machine, len(names), len(names) - own, len(registry.backbones), own,
     )  # fmt: skip
-    shown = ", ".join([*found][:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     logger.info("serving %s", shown)
     host, port = listener.getsockname()[:2]
     logger.info("ready after %.1f s: http://%s:%d", time.perf_counter() - began, host, port)

@@ -8,7 +8,6 @@ flight to find the most texts per second; then locust sends half of that at a fi
 measures the latencies. Each request has one text for one model, both drawn at random.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -27,7 +26,9 @@ import pandas as pd
 from safetensors.torch import load_file, save_file
 
 from arguments import DIR, FILE
+from runtime.flags import Parser
 from runtime.processes import end_with_parent
+from script import serve
 
 PORT = 8765
 CONNECTIONS = 64  # of wrk
@@ -160,9 +161,7 @@ def show(name: str, found: dict) -> None:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("bash script/serving_benchmark.sh", __doc__)
     add = parser.add_argument
     add("prefix", type=Path, metavar="PREFIX")
     add("full", type=Path, metavar="FULL")
@@ -172,6 +171,7 @@ def main() -> None:
     add("--seconds", type=int, default=15, help="of each load [%(default)s]")
     add("--output_dir", **DIR, default="checkpoints/serving")
     args, flags = parser.parse_known_args()  # others are passed to the server
+    serve.parse(flags)  # a bad flag ends the program
     texts = pd.read_csv(args.data, keep_default_na=False)["text"].tolist()
     results: dict[str, dict] = {}
     print(f"{'':28} texts/s   p50   p95   p99 ms  GiB  start s errors")

@@ -14,6 +14,7 @@ import contextlib
 import io
 import shlex
 import sys
+from itertools import filterfalse
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,9 @@ from script.groups import (
     cut_groups,
     describe,
     each_label,
+    earlier_splits,
     format_figures,
+    keep_earlier,
     keep_training_labels,
     write_splits,
 )
@@ -84,12 +87,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     both programs have are used. A bad argument ends the program with one line and exit status 2.
     """
     within_run = "--within_run" in argv
-    parser = Parser(
-        "bash script/split.sh",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("bash script/split.sh", __doc__)
     parser.add_argument("--train_file" if within_run else "file", **FILE)
     for name, kind, default, text in RUN_FLAGS if within_run else RUN_FLAGS + OWN_FLAGS:
         parser.add_argument(name, **kind, default=default, help=text)
@@ -103,7 +101,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.within_run, args.multi_label = within_run, args.problem_type == MULTI
     if args.label_column_name in args.text_column_names:
         parser.error(f"--text_column_names: '{args.label_column_name}' is the label column")
-    args.output_dir = Path(args.output_dir or f"csv/split/{Path(args.file).stem}")
+    args.output_dir = args.output_dir and Path(args.output_dir)  # None: see `find_folder`
     args.min_label_count = args.min_label_count or 3
     args.shares = [args.val_share or 0.1, args.test_share or 0.1]
     if sum(args.shares) >= 1:
@@ -265,9 +263,11 @@ def cut(rows: pd.DataFrame, args: argparse.Namespace) -> dict[str, dict[str, pd.
 def run(args: argparse.Namespace) -> None:
     """Split the file, write the files and print what was done and what to type next."""
     table, rows, counts = read_file(args)
+    checksum = sha256(args.file)
+    args.output_dir = find_folder(args, checksum)
     parameters = {name[2:]: getattr(args, name[2:]) for name, *_ in RUN_FLAGS + OWN_FLAGS}
     parameters |= {"output_dir": None, "shares": args.shares}
-    record = {"protocol": "own", "input": args.file, "input_sha256": sha256(args.file)}
+    record = {"protocol": "own", "input": args.file, "input_sha256": checksum}
     record |= {"synthetic": Path(args.file).name == Path(SAMPLE_FILE).name}
     columns = ("text_column_names", "label_column_name")
     record |= {"columns": {name: getattr(args, name) for name in columns}}
@@ -285,12 +285,17 @@ def run(args: argparse.Namespace) -> None:
         tables = {name: table.loc[split.index] for name, split in kept.items()}
         folders[path] = tables, record | {"counts": {**counts}, "splits": figures[str(path)]}
         warn_of_labels(figures[str(path)]["train"], path)
+    if kept := keep_earlier(args.output_dir, checksum):
+        print(
+            f"warning: {args.file} has changed since it was split into {args.output_dir}: its "
+            f"earlier split is kept in {kept}, for runs that used it"
+        )
     write_splits(folders)
     if args.within_run:
         print(f"split {args.file} without leaks into {args.output_dir} (seed {args.seed})")
         return
     print(format_figures(figures))
-    name, paths = Path(args.file).stem, shlex.quote(str(args.output_dir))
+    name, paths = args.output_dir.resolve().name, shlex.quote(str(args.output_dir))
     if args.folds:
         command = f"bash script/compare.sh --original --unseen {paths}/[0-9]*"
     else:
@@ -298,6 +303,30 @@ def run(args: argparse.Namespace) -> None:
         command = f"bash script/run_og.sh {files}"
         command += f" --problem_type {MULTI}" * args.multi_label
     print(f"next: {command} --output_dir {shlex.quote(f'checkpoints/{name}')}")
+
+
+def find_folder(args: argparse.Namespace, checksum: str) -> Path:
+    """Return --output_dir, or csv/split/NAME.
+
+    If that has the split of another file, a run takes csv/split/PARENT-NAME instead, with the names
+    of as many parent folders as needed. checksum: of the file.
+    Raises: UserError if the folder has the split of another file.
+    """
+    file = Path(args.file).resolve()
+
+    def others(folder: Path) -> list[str]:
+        inputs = earlier_splits(folder, checksum).values()
+        return [name for name in inputs if Path(name).resolve() != file]
+
+    parts = [*file.parts[1:-1], file.stem]
+    folders = [Path("csv/split", "-".join(parts[at:])) for at in reversed(range(len(parts)))]
+    free = next(filterfalse(others, folders), folders[-1])
+    folder = args.output_dir or (free if args.within_run else folders[0])
+    if found := others(folder):
+        raise UserError(
+            f"{folder} has the split of {found[0]}: choose another --output_dir, such as {free}"
+        )
+    return folder
 
 
 def check_folder(args: argparse.Namespace) -> None:

@@ -8,12 +8,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from serving.endpoints import router
+from serving.endpoints import TIMES, page, router
 from serving.engine import ApiError, Engine, Settings
 from serving.guards import Guards, error_body
 from serving.models import Registry
+from serving.schemas import UNKNOWN
 
 KINDS = {404: "not_found", 408: "timeout", 413: "too_large"}  # of errors of the framework
 
@@ -36,6 +38,15 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
     for error, handler in HANDLERS.items():
         app.add_exception_handler(error, handler)
     app.include_router(router)
+    app.include_router(page)
+    if settings.cors_origins:  # around all else: browsers show a page no error without its headers
+        app.middleware_stack = CORSMiddleware(
+            app.build_middleware_stack(),
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+            expose_headers=["retry-after", *TIMES],
+        )
     return app
 
 
@@ -55,8 +66,10 @@ async def on_invalid(request: Request, error: RequestValidationError) -> Respons
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return await on_api_error(request, ApiError(400, "the body is not JSON", "validation"))
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    message = f"{where}: {first['msg']}".strip(": ")
+    _, *where = map(str, first["loc"])  # after "body" or "query"
+    message = ": ".join(filter(None, [".".join(where), first["msg"]]))
+    if not where and first["type"] != UNKNOWN:  # it is no JSON, or not an object
+        message = "send a JSON object, and the header content-type: application/json"
     return await on_api_error(request, ApiError(422, message, "validation"))
 
 

@@ -234,14 +234,21 @@ LOCK = threading.Lock()  # two workers may finish texts of one request at once
 
 
 def finish(item: Item, logits: Tensor) -> None:
-    """Store a text's logits; the last one completes its request."""
+    """Store a text's logits; the last one completes its request.
+
+    Logits that cannot be stacked are an error of this request alone, not of its batch.
+    """
     job = item.job
     with LOCK:
         job.logits[item.number] = logits
         job.missing -= 1
         if job.missing == 0 and is_open(job.future):
             job.done = time.perf_counter()
-            job.future.set_result(torch.stack(job.logits))
+            try:
+                job.future.set_result(torch.stack(job.logits))
+            except Exception as error:  # a request that is_open has marked must be answered
+                logger.exception("the result of model %s cannot be stored", job.model.name)
+                job.future.set_exception(error)
 
 
 def fail(items: list[Item], error: Exception) -> None:
@@ -253,5 +260,8 @@ def fail(items: list[Item], error: Exception) -> None:
 
 
 def is_open(future: Future) -> bool:
-    """Whether a request still waits: it has not failed and its client has not gone."""
+    """Mark a request as being answered; False if it has been answered or its client has gone.
+
+    Its result or error must be set before `LOCK` is released: it cannot be marked twice.
+    """
     return not future.done() and future.set_running_or_notify_cancel()

@@ -1,5 +1,6 @@
 """Label the rows of an uploaded CSV file, as `main.py --do_predict` does, byte for byte."""
 
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from itertools import chain
@@ -12,9 +13,12 @@ from dataset import CHUNK_ROWS, read_chunks
 from evaluation.predictions import check_added, prediction_writer
 from model.predictions import Predictions
 from runtime.batches import TextRows
+from runtime.csv_reader import PASS_ENCODING, USE_SPLIT
 from runtime.files import UserError
 from runtime.flags import column_names, encoding
 from serving.models import Model
+
+ADVICE = {PASS_ENCODING: "pass its encoding with --csv_encoding", USE_SPLIT: "save it with commas"}
 
 
 def predict_csv(
@@ -24,8 +28,9 @@ def predict_csv(
     folder: Path,
     columns: str | None,
     csv_encoding: str,
+    drop_empty: bool,
 ) -> Path:
-    """Predict each row; returns the file, in `folder`.
+    """Predict each row; returns the file, in `folder`. Labels in the file are not used.
 
     classify: rows -> logits [N, C]. columns: the text columns, separated by commas [the model's].
     Raises: UserError for a bad file, which it calls "the file"; OSError if it cannot be stored.
@@ -38,9 +43,11 @@ def predict_csv(
             names = checked(column_names, "text_column_names", columns)
         options = {"text_columns": names, "delimiter": model.columns["text_column_delimiter"]}
         options |= {"encoding": checked(encoding, "csv_encoding", csv_encoding)}
-        options |= {"labels_required": False, "multi_label": model.multi_label}
-        chunks = read_chunks(path, size=CHUNK_ROWS, **options)
-        first = next(chunks)
+        options |= {"labels_required": False, "label_column": None, "drop_empty": drop_empty}
+        chunks = filter(len, read_chunks(path, size=CHUNK_ROWS, **options))
+        first = next(chunks, None)
+        if first is None:
+            raise UserError(f"{path}: every text is blank")
         check_added(str(path), first.columns, model.labels)
         with prediction_writer(output, first.columns, model.labels) as write:
             for chunk in chain([first], chunks):
@@ -48,8 +55,15 @@ def predict_csv(
     except UserError as error:
         if isinstance(error.__context__, OSError):  # of `prediction_writer`: the disk is full
             raise error.__context__ from None
-        raise UserError(str(error).replace(str(path), "the file")) from None
+        raise UserError(for_client(str(error).replace(str(path), "the file"))) from None
     return output
+
+
+def for_client(message: str) -> str:
+    """Return a message of the command line with the advice that a client can follow."""
+    for advice, other in ADVICE.items():
+        message = message.replace(advice, other)
+    return re.sub(r"--(\w+)", r"the query parameter \1", message)
 
 
 def checked(kind: Callable[[str], Any], name: str, text: str) -> Any:

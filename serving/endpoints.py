@@ -30,15 +30,27 @@ from serving.schemas import (
     PredictRequest,
     Score,
     UnloadRequest,
+    find_unknown,
     refusals,
 )
 
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
+SEND_FILE = "send the CSV file itself as the body, with curl by --data-binary @FILE"
+TIMES = ("x-total-time", "x-queue-time", "x-inference-time")  # headers of answers
 MOST_EXPLAINED = 32  # texts of a request, since each of their words is left out once
 
-router = APIRouter()
+
+async def check_query(request: Request) -> None:
+    """Check the names of the query parameters. Raises: ApiError."""
+    known = [one.alias for one in request.scope["route"].dependant.query_params]
+    if message := find_unknown("query parameter", request.query_params, known):
+        raise ApiError(422, message, "validation")
+
+
+router = APIRouter(dependencies=[Depends(check_query)])
+page = APIRouter()
 
 
 async def engine_of(request: Request) -> Engine:
@@ -54,7 +66,7 @@ Shared = Annotated[Engine, Depends(engine_of)]
 @router.post(
     "/v1/classify",
     response_model=None,
-    responses={200: {"model": ClassifyResponse}, **refusals(404, 408, 413, 422, 429, 503)},
+    responses={200: {"model": ClassifyResponse}, **refusals(404, 408, 413, 429, 503)},
 )
 async def classify(body: ClassifyRequest, request: Request, engine: Shared) -> Response:
     """Label texts with a tuned model."""
@@ -113,7 +125,7 @@ def classified(
     response_model=None,
     responses={
         200: {"model": list[Score] | list[list[Score]]},
-        **refusals(404, 408, 413, 422, 429, 503),
+        **refusals(404, 408, 413, 429, 503),
     },
 )
 async def predict(body: PredictRequest, request: Request, engine: Shared) -> Response:
@@ -126,7 +138,8 @@ async def predict(body: PredictRequest, request: Request, engine: Shared) -> Res
     rows = [[row] if isinstance(row, str) else row for row in rows]
     if any(len(row) not in (1, 2) for row in rows):
         raise ApiError(422, "each input is a text or a pair of texts", "validation")
-    joined = [model.columns["text_column_delimiter"].join(row) for row in rows]
+    delimiter = model.columns["text_column_delimiter"]
+    joined = [delimiter.join(row) if "".join(row).strip() else "" for row in rows]
     job = await engine.score(request, model, joined, body.truncate)
     logits = job.future.result()
     scores = logits.numpy()
@@ -145,12 +158,8 @@ def ranked(labels: list[str], scores: np.ndarray, count: int | None = None) -> l
 
 def timed(content: dict | list, job: Job, began: float) -> Response:
     """Answer with JSON, and with the times in headers, in milliseconds."""
-    times = {
-        "x-total-time": time.perf_counter() - began,
-        "x-queue-time": job.queue_seconds,
-        "x-inference-time": job.inference_seconds,
-    }
-    headers = {name: f"{1000 * seconds:.2f}" for name, seconds in times.items()}
+    seconds = time.perf_counter() - began, job.queue_seconds, job.inference_seconds
+    headers = {name: f"{1000 * one:.2f}" for name, one in zip(TIMES, seconds, strict=True)}
     return Response(msgspec.json.encode(content), media_type="application/json", headers=headers)
 
 
@@ -159,7 +168,7 @@ def timed(content: dict | list, job: Job, began: float) -> Response:
     response_model=None,
     responses={
         200: {"content": {"text/csv": {}}, "description": "the rows with their predictions"},
-        **refusals(404, 408, 413, 422, 429, 503),
+        **refusals(404, 408, 413, 429, 503),
     },
     openapi_extra={"requestBody": {"required": True, "content": {"text/csv": {}}}},
 )
@@ -171,15 +180,20 @@ async def classify_csv(
         str | None, Query(description="Separated by commas; else those of the model.")
     ] = None,
     csv_encoding: str = "utf-8",
+    drop_empty: Annotated[bool, Query(description="Leave out rows without a text.")] = False,
 ) -> Response:
     """Label the rows of a CSV file, as `main.py --do_predict` does."""
     began = time.perf_counter()
     engine.metrics.requests.labels("predict_csv").inc()
     found, body = engine.find(model), await request.body()
+    if request.headers.get("content-type", "").lower().startswith("multipart/"):
+        raise ApiError(422, f"the body is a form: {SEND_FILE}", "validation")
+    if body and b"\n" not in body and b"\r" not in body:
+        raise ApiError(422, f"the file has no line breaks: {SEND_FILE}", "validation")
     folder = None
     try:
         folder = tempfile.TemporaryDirectory(prefix="predictions-")
-        place, options = Path(folder.name), (text_column_names, csv_encoding)
+        place, options = Path(folder.name), (text_column_names, csv_encoding, drop_empty)
         output = await engine.in_thread(
             request, found, lambda score: predict_csv(score, found, body, place, *options)
         )
@@ -211,7 +225,7 @@ async def models(engine: Shared) -> dict:
     return {"object": "list", "data": [one.describe() for one in served]}
 
 
-@router.post("/v1/load_adapter", responses=refusals(403, 408, 413, 422))
+@router.post("/v1/load_adapter", responses=refusals(403, 408, 413))
 async def load_adapter(body: LoadRequest, engine: Shared) -> dict:
     """Serve a prefix, or replace one; a damaged or unfitting folder changes nothing."""
     folder = below(updates_of(engine), body.path)
@@ -226,7 +240,7 @@ async def load_adapter(body: LoadRequest, engine: Shared) -> dict:
     return model.describe()
 
 
-@router.post("/v1/unload_adapter", responses=refusals(403, 404, 408, 413, 422))
+@router.post("/v1/unload_adapter", responses=refusals(403, 404, 408, 413))
 async def unload_adapter(body: UnloadRequest, engine: Shared) -> dict:
     """Stop serving a model."""
     updates_of(engine)
@@ -297,7 +311,7 @@ async def metrics(engine: Shared) -> Response:
 
 def page_file(path: str, name: str) -> None:
     """Serve a file of the page."""
-    router.add_api_route(
+    page.add_api_route(
         path,
         lambda: FileResponse(PAGE / name),
         response_class=FileResponse,

@@ -47,6 +47,9 @@ class Guards:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # HEAD is GET, of which the server sends no body; a slash at the end changes nothing
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        scope = scope | {"method": method, "path": scope["path"].rstrip("/") or "/"}
         deadline, received, is_whole = time.monotonic() + BODY_SECONDS, 0, False
 
         async def send_guarded(message: Message) -> None:

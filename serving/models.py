@@ -6,6 +6,9 @@ a backbone of its own. Prefixes are small and may be many, so only those in use 
 P virtual tokens, L layers, H heads, D head size (HD the hidden size), C classes.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -42,6 +45,8 @@ from runtime.columns import DEFAULTS, is_member, remembered_columns
 from runtime.files import UserError, read_json
 from runtime.machine import Machine
 from serving.prefixes import Adapter, Changed, PrefixCache, stamp_of
+
+logger = logging.getLogger(__name__)
 
 OF_BACKBONE = (  # settings of a config that a prefix cannot choose
     "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
@@ -168,9 +173,19 @@ def is_model(folder: Path) -> bool:
     return (folder / "model.safetensors").is_file() and read_config(folder).architectures == TUNED
 
 
+@contextmanager
+def skipping(folder: Path) -> Iterator[None]:
+    """Skip the block with a warning if it finds that the model in `folder` is not usable."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        logger.warning("warning: skipping %s: %s", folder, error)
+
+
 def find_models(paths: list[str]) -> dict[str, Path]:
     """Return the folders of models by name; a path is a model, or a folder of models.
 
+    Damaged ones in a folder of models are left out with a warning.
     Raises: UserError if a path contains none, or if two models have the same name.
     """
     found: dict[str, Path] = {}
@@ -179,7 +194,10 @@ def find_models(paths: list[str]) -> dict[str, Path]:
             raise UserError(f"folder {path} does not exist")
         one = path.resolve()
         below = sorted(p for p in one.iterdir() if p.is_dir() and not p.name.startswith("."))
-        folders = [one] if is_model(one) else [p for p in below if is_model(p)]
+        folders = [one] if is_model(one) else []
+        for folder in below if not folders else []:
+            with skipping(folder):
+                folders += [folder] * is_model(folder)
         if not folders:
             raise UserError(f"{path} contains no tuned model: train one with script/run_prefix.sh")
         for folder in folders:
@@ -200,6 +218,18 @@ class Registry:
         self.backbones: dict[tuple[Path, str], SharedBackbone] = {}
         self.locate, self.checksum = cache(locate), cache(backbone_sha256)
         self.tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
+
+    def add_all(self, found: dict[str, Path], named: list[str]) -> None:
+        """Serve the models that `find_models` found; in a folder of models, those that are usable.
+
+        Raises: UserError if a model is not usable that is named itself, or if there is none left.
+        """
+        paths = {Path(path).resolve() for path in named}
+        for name, folder in found.items():
+            with nullcontext() if folder in paths else skipping(folder):
+                self.add(name, folder)
+        if not self.models:
+            raise UserError(f"no model in {', '.join(named)} is usable: see the warnings above")
 
     def add(self, name: str, folder: Path, known_backbone: bool = False) -> Model:
         """Load a model completely, then serve it, in place of one with the same name.

@@ -1,11 +1,40 @@
 """What the endpoints take and return, as OpenAPI shows it."""
 
-from typing import Literal
+from collections.abc import Collection, Iterable
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+UNKNOWN = "unknown_name"  # type of the error
 
 
-class ClassifyRequest(BaseModel):
+def find_unknown(what: str, given: Iterable[str], known: Collection[str]) -> str | None:
+    """Return a message that names the first unknown name and all known ones; None if all are known.
+
+    An unknown one may be misspelt, so it is not ignored.
+    """
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is None:
+        return None
+    return f"unknown {what} {unknown[:100]!a}; this endpoint takes {', '.join(known) or 'none'}"
+
+
+class Body(BaseModel):
+    """The body of a request; an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_names(cls, body: Any) -> Any:
+        """Check the names of the fields. Raises: PydanticCustomError."""
+        if isinstance(body, dict) and (message := find_unknown("field", body, cls.model_fields)):
+            raise PydanticCustomError(UNKNOWN, message)
+        return body
+
+
+class ClassifyRequest(Body):
     """What /v1/classify takes."""
 
     model: str | None = Field(None, description="A served model; optional if there is one only.")
@@ -14,23 +43,23 @@ class ClassifyRequest(BaseModel):
     explain: bool = Field(False, description="Also return what each word contributes.")
 
 
-class PredictRequest(BaseModel):
+class PredictRequest(Body):
     """What /predict takes: a text, a pair of texts, or a list of lists of one text or two."""
 
     inputs: str | list[str] | list[list[str]]
     model: str | None = None
     raw_scores: bool = Field(False, description="Logits instead of probabilities.")
-    truncate: bool = Field(True, description="Long texts are always cut.")
+    truncate: bool = Field(True, description="Cut long texts; if false, refuse them.")
 
 
-class LoadRequest(BaseModel):
+class LoadRequest(Body):
     """What /v1/load_adapter takes."""
 
     name: str = Field(min_length=1, max_length=200, pattern=r"^[^/\\\s]+$")
     path: str = Field(min_length=1, description="Below the folder of --allow_updates.")
 
 
-class UnloadRequest(BaseModel):
+class UnloadRequest(Body):
     """What /v1/unload_adapter takes."""
 
     name: str
@@ -86,4 +115,4 @@ def refusals(*statuses: int) -> dict:
         429: "the queue is full: try again after Retry-After seconds",
         503: "the model's folder has changed, or the server is stopping",
     }
-    return {status: {"description": meanings[status]} for status in (400, 401, *statuses)}
+    return {status: {"description": meanings[status]} for status in (400, 401, 422, *statuses)}

@@ -8,7 +8,6 @@ the earlier results unchanged; within 30 s, whatever it is given. Hypothesis shr
 
 # ruff: noqa: E402 - the path is set before the project is imported
 
-import argparse
 import csv
 import io
 import json
@@ -34,6 +33,7 @@ import conftest
 import killing
 from arguments import GROUPS
 from killing import end_with_parent, main
+from runtime.flags import Parser
 
 SECONDS = 30
 MEMORY = 8 * 2**30  # bytes of address space beyond what the process has
@@ -297,7 +297,7 @@ def flags_of_the_parser() -> list[tuple[str, str]]:
 
 def minutes() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser("python -m tests.fuzzing", __doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shrink", action="store_true", help="look for a shorter example")

@@ -10,7 +10,6 @@ Power cuts are simulated by tests/power.py.
 
 # ruff: noqa: E402 - the path is set before the project is imported
 
-import argparse
 import json
 import os
 import random
@@ -35,6 +34,7 @@ import main
 import trainer  # noqa: F401
 from evaluation import pages, tables  # noqa: F401
 from model import prefix_bank  # noqa: F401
+from runtime.flags import Parser
 from runtime.processes import STOPS, end_with_parent
 
 TIMES = set(
@@ -362,7 +362,7 @@ def command(backbone: str, files: list[str], method: str) -> list[str]:
 
 def thousands() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser("python -m tests.killing", __doc__)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--aim", nargs="+", metavar="POINT", help="kill only at these points")

@@ -28,8 +28,8 @@ class Slow:
         self.go.wait(20)
         if [6, 6] in token_ids:
             raise RuntimeError("a bug")
-        scores = {7: float("nan")}
-        return [torch.tensor([[scores.get(ids[0], float(ids[0])), 0.0]]) for ids in token_ids]
+        scores = {7: [float("nan"), 0.0], 8: [8.0]}  # 8: the logits lack a class
+        return [torch.tensor([scores.get(ids[0], [float(ids[0]), 0.0])]) for ids in token_ids]
 
 
 class Named:
@@ -97,15 +97,21 @@ def test_texts_of_a_batch_have_similar_lengths():
     assert lengths == [[128, 120], [64, 60, 19], [10, 5, 3]]
 
 
-def test_a_batch_that_fails_and_numbers_that_are_not_finite_end_no_worker(queue):
+def test_a_batch_that_fails_and_unusable_numbers_end_no_worker(queue):
+    """A result that cannot be stored is the error of its own request alone."""
     queue, backend = queue
     model = Named("one", backend)
+    unequal, beside = submit(queue, model, [[8, 8], [1, 2]]), submit(queue, model, [[1, 3]])
     backend.go.set()
+    with pytest.raises(RuntimeError, match="stack"):
+        unequal.future.result(20)
+    assert beside.future.result(20).tolist() == [[1, 0]]
     with pytest.raises(RuntimeError):
         submit(queue, model, [[6, 6]]).future.result(20)
     with pytest.raises(Refused, match="diverged"):
         submit(queue, model, [[7, 7]]).future.result(20)
     assert submit(queue, model, [[1, 1]]).future.result(20).tolist() == [[1, 0]]
+    assert all(worker.is_alive() for worker in queue.workers)
 
 
 def test_a_large_request_has_work_for_all_workers():

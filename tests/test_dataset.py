@@ -3,6 +3,7 @@
 import csv
 import re
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -68,11 +69,19 @@ def test_bad_files_are_refused_with_their_location(tmp_path, content, message):
     assert str(path) in str(error.value)
 
 
-def test_an_encoding_error_gives_the_byte_from_the_start_of_the_file(tmp_path):
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_an_encoding_error_gives_the_byte_from_the_start_of_the_file(tmp_path, mark):
+    """It is found without the file in memory, also after a character that two blocks share."""
     path = tmp_path / "late.csv"
-    path.write_bytes(b"text,label\n" + b"word,1\n" * 50_000 + b"caf\xe9,1\n")
-    with pytest.raises(UserError, match=f"at byte {11 + 7 * 50_000 + 3}:"):
-        read(path)
+    start = mark + b"text,label\n" + f"{'wörd' * 400},1\n".encode() * 6_000
+    path.write_bytes(start + b"caf\xe9,1\n")
+    tracemalloc.start()
+    with pytest.raises(UserError, match=f"at byte {len(start) + 3}:"):
+        for _ in csv_reader.read_rows(path):
+            pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(start) / 2
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):

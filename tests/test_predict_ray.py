@@ -1,25 +1,162 @@
 """A folder of files predicted by workers of Ray, one of which is killed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from conftest import ROOT, ROWS, write_csv
+from conftest import ROOT, ROWS, make_files, one_line, train, write_csv
+from script import predict_ray
 
 FILES = 30
 
 
-def test_errors_name_the_file(run, tmp_path):
-    """One of Parquet is converted before it is read, and the error names the original."""
-    from script.predict_ray import Predictor
+@pytest.fixture(scope="module")
+def model(backbone, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    assert train(backbone, make_files(folder), folder / "model") == 0
+    return folder / "model"
 
-    argv = ["--do_predict", "--model_name_or_path", str(run()), "--output_dir", "unused"]
-    predictor = Predictor(argv)
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Call the script with one worker, in this process; returns the status and what it said."""
+
+    def from_items(rows, **_):
+        def start(kind, fn_constructor_args, **_):
+            worker = kind(*fn_constructor_args)
+            return SimpleNamespace(take_all=lambda: [worker(row) for row in rows])
+
+        return SimpleNamespace(map=start)
+
+    context = SimpleNamespace(get_current=SimpleNamespace)
+    data = SimpleNamespace(from_items=from_items, DataContext=context)
+    data.ActorPoolStrategy = SimpleNamespace
+    ray = SimpleNamespace(data=data, init=lambda **_: None, cluster_resources=lambda: {"CPU": 1})
+    monkeypatch.setattr(predict_ray, "ray", ray)
+
+    def main(*argv: object) -> tuple[int, str]:
+        capsys.readouterr()
+        status = predict_ray.main([*map(str, argv), "--precision", "fp32"])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return main
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_predictions_of_another_model_input_or_flag_are_not_taken_for_finished(
+    model, call, tmp_path
+):
+    texts, output = tmp_path / "texts", tmp_path / "output"
+    other = shutil.copytree(model, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file(weights | {"classifier.bias": torch.ones(3)}, other / "model.safetensors")
+    (texts / "more").mkdir(parents=True)
+    for name in ("a.csv", "B.CSV", "c.tsv"):
+        write_csv(texts / name, ROWS)
+    command = [model, texts, "--output_dir", output]
+    status, said = call(*command)
+    assert (status, {*contents(output)}) == (0, {"a.csv", "a.json", "B.csv", "B.json"})
+    assert "skipped 2 of" in said and ": c.tsv, more" in said
+    assert "2 of them already finished" in call(*command)[1]
+
+    for what, changed in (
+        ("model", [other, *command[1:]]),
+        ("--max_seq_length", [*command, "--max_seq_length", "4"]),
+        ("--reject_below", [*command, "--reject_below", "0.9"]),
+    ):
+        before = contents(output)
+        assert f"another {what}: choose another --output_dir" in one_line(call(*changed))
+        assert contents(output) == before
+        assert call(*changed, "--overwrite_output_dir")[0] == 0
+        assert {name for name, old in before.items() if contents(output)[name] == old} == set()
+        assert "2 of them already finished" in call(*changed)[1]
+        assert call(*command, "--overwrite_output_dir")[0] == 0
+        assert contents(output)["a.csv"] == before["a.csv"]
+
+    write_csv(texts / "a.csv", ROWS[:2])
+    assert "a.csv was predicted with another input file" in one_line(call(*command))
+    assert "1 of them already finished" in call(*command, "--overwrite_output_dir")[1]
+    (output / "a.csv").write_text("edited")
+    assert "a.csv was changed since" in one_line(call(*command))
+
+
+def test_a_call_that_is_killed_at_any_moment_is_resumed_by_the_same_command(
+    model, call, tmp_path, monkeypatch
+):
+    """It is killed before a file gets its name, first and when predictions are replaced."""
+    texts, output, usual = tmp_path / "texts", tmp_path / "output", os.replace
+    texts.mkdir()
+    write_csv(texts / "a.csv", ROWS)
+    first = [model, texts, "--output_dir", output]
+    again = [*first, "--max_seq_length", "4", "--overwrite_output_dir"]
+    assert call(*first)[0] == 0
+    earlier, predicted = shutil.copytree(output, tmp_path / "earlier"), contents(output)
+    assert call(*again)[0] == 0
+    for command, right in ((first, predicted), (again, contents(output))):
+        for at in range(3):
+            shutil.rmtree(output)
+            if command is again:
+                shutil.copytree(earlier, output)
+            names = []
+
+            def replace(*paths):
+                if len(names) == at:  # noqa: B023
+                    raise KeyboardInterrupt
+                names.append(paths)  # noqa: B023
+                usual(*paths)
+
+            monkeypatch.setattr(os, "replace", replace)
+            with pytest.raises(KeyboardInterrupt):
+                call(*command)
+            monkeypatch.setattr(os, "replace", usual)
+            assert call(*command)[0] == 0
+            assert contents(output)["a.csv"] == right["a.csv"]
+
+
+def test_files_of_others_are_not_replaced(model, call, tmp_path):
+    texts, output = tmp_path / "texts", tmp_path / "output"
+    for folder in (texts, output):
+        folder.mkdir()
+        write_csv(folder / "a.csv", ROWS)
+    (mine := tmp_path / "mine").mkdir()
+    (mine / "a.json").write_text('{"files": []}')
+    before = contents(output)
+    for folder, what in (
+        (output, "a.csv was not written by predict_ray.sh: move it away"),
+        (mine, "a.json was not written by predict_ray.sh: move it away"),
+        (texts, "is the folder of the texts"),
+    ):
+        flags = ["--output_dir", folder, "--overwrite_output_dir"]
+        assert what in one_line(call(model, texts, *flags))
+    assert contents(output) == contents(texts) == before and [*contents(mine)] == ["a.json"]
+
+
+def test_flags_that_would_have_no_effect_are_refused(tmp_path, capsys):
+    for flag in ("--do_eval", "--test_file=a.csv", "--model_name_or_path=x", "--seed"):
+        with pytest.raises(SystemExit) as end:
+            predict_ray.main(["m", "t", "--output_dir", str(tmp_path / "out"), flag])
+        line = one_line((end.value.code, capsys.readouterr().err))
+        assert f"{flag.partition('=')[0]} has no effect here" in line
+
+
+def test_errors_name_the_file(model, tmp_path):
+    """One of Parquet is converted before it is read, and the error names the original."""
+    argv = ["--do_predict", "--model_name_or_path", str(model), "--output_dir", "unused"]
+    predictor = predict_ray.Predictor(argv, {})
     pd.DataFrame({"title": ["a cat"]}).to_parquet(tmp_path / "columns.parquet")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
     (tmp_path / "quote.csv").write_text('text,label\n"a cat,0\n')
@@ -76,8 +213,8 @@ def test_workers_predict_what_main_does_even_if_one_is_killed(run, predict, tmp_
     assert process.returncode == 2 and "bad.csv" in last and "(and 1 more files)" in last, err
     assert f"{FILES * 20 * len(ROWS) + len(ROWS):,} rows in" in out
     assert {path.name for path in output.iterdir()} == {
-        "table.csv", *(f"{number}.csv" for number in range(FILES))
-    }  # fmt: skip
+        f"{name}.{kind}" for name in ("table", *range(FILES)) for kind in ("csv", "json")
+    }
     write_csv(texts / "table.csv", ROWS)
     for name in ("table", "0", "1", "17", "29"):
         assert predict(folder, "--test_file", str(texts / f"{name}.csv"))[0] == 0

@@ -1,6 +1,7 @@
 """The scripts, end to end, with the bundled backbone on the sample, as a new user runs them."""
 
 import importlib
+import inspect
 import json
 import multiprocessing
 import re
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 from transformers import pipeline
 
-from conftest import REAL_DATA, ROOT, bash, write_csv
+from conftest import REAL_DATA, ROOT, bash, one_line, write_csv
 from dataset import read_split
 from script import benchmark, contenders, folds, splits
 
@@ -62,17 +63,21 @@ def test_the_original_command_line_runs_unchanged(clone):
     assert (clone / "checkpoints/prefix/checkpoint-20/adapter_model.safetensors").exists()
 
 
-def test_each_fold_is_tested_once_and_no_row_is_lost(tmp_path):
-    rows = [(f"text {i}", i % 2, i % 3) for i in range(60)]
-    folds.cut(pd.DataFrame(rows, columns=["text", "label", "fold"]), tmp_path / "folds")
+def test_each_fold_is_tested_once_and_no_training_text_is_validated(tmp_path, monkeypatch, capsys):
+    """Each text occurs twice, in other spellings; the validation file is a tenth of the rest."""
+    rows = [(f"{'Tt'[i % 2]}ext {i // 2}", i // 2 % 2, i // 2 % 3) for i in range(120)]
+    path = write_csv(tmp_path / "a.csv", rows, ("text", "label", "fold"))
+    assert call("folds", [path, str(tmp_path / "folds")], monkeypatch, capsys)[0] is None
     for fold in range(3):
-        parts = [
+        train, val, test = (
             read_split(tmp_path / "folds" / str(fold) / f"{name}_simple.csv", text_columns=["text"])
             for name in ("train", "val", "test")
-        ]
-        assert [len(part) for part in parts] == [36, 4, 20]
-        assert sorted(text for part in parts for text in part.texts) == sorted(r[0] for r in rows)
-        assert parts[2].texts == [text for text, _, number in rows if number == fold]
+        )
+        assert [len(part) for part in (train, val, test)] == [72, 8, 40]
+        texts = [text for part in (train, val, test) for text in part.texts]
+        assert sorted(texts) == sorted(text for text, *_ in rows)
+        assert test.texts == [text for text, _, number in rows if number == fold]
+        assert not {*train.keys} & {*val.keys}
 
 
 @pytest.mark.parametrize(
@@ -88,16 +93,38 @@ def test_each_fold_is_tested_once_and_no_row_is_lost(tmp_path):
 )
 def test_user_errors_of_scripts_are_one_line(module, argv, message, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
+    assert message in one_line(call(module, argv, monkeypatch, capsys))
+
+
+def call(module: str, argv: list[str], monkeypatch, capsys) -> tuple[int, str]:
+    """Call a script's main as the shell does; returns the status and what it said."""
     monkeypatch.setattr(sys, "argv", [module, *argv])
-    with pytest.raises(SystemExit) as exit_info:
-        importlib.import_module(f"script.{module}").main()
-    assert exit_info.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    main = importlib.import_module(f"script.{module}").main
+    capsys.readouterr()
+    try:
+        status = main(*[argv] * len(inspect.signature(main).parameters))
+    except SystemExit as end:
+        status = end.code
+    return status, capsys.readouterr().err
 
 
-def test_variants_of_a_text_are_in_the_same_folds(tmp_path, monkeypatch):
-    """The same videos row by row, each once; equal cleaned titles are in one fold."""
+FRONT_ENDS = (  # with what each needs
+    "baseline majority", "benchmark", "compare", "ensemble a", "export a", "folds a b", "get_data",
+    "paired a --against b", "predict_ray a b --output_dir c", "preprocess", "serve",
+    "serving_benchmark a b", "split a.csv",
+)  # fmt: skip
+
+
+def test_an_unknown_flag_of_a_script_is_one_line(monkeypatch, capsys):
+    """A shortened one is unknown, too: it may be meant for another program."""
+    for module, *argv in map(str.split, FRONT_ENDS):
+        for flag in ("--no_such_flag", "--output_di=x"):
+            line = one_line(call(module, [*argv, flag], monkeypatch, capsys))
+            assert flag.partition("=")[0] in line, module
+
+
+def test_variants_of_a_text_are_in_the_same_files(tmp_path, monkeypatch, capsys):
+    """The same videos row by row, each once; equal cleaned titles are in one fold and one file."""
     sample = str(ROOT / SAMPLE)
     names = ["original:title", "none:title,channel_title"]
     cleaned, whole = folds.make_variants(sample, "utf-8", names).values()
@@ -106,14 +133,22 @@ def test_variants_of_a_text_are_in_the_same_folds(tmp_path, monkeypatch):
     titles = whole["text"].map(lambda text: splits.clean(text.rpartition(" | ")[0]))
     assert titles.equals(cleaned["text"])
     assert cleaned.groupby("text")["fold"].nunique().max() == 1
-    flags = [sample, str(tmp_path), "--variants", names[0]]
-    monkeypatch.setattr(sys, "argv", ["folds", *flags])
-    folds.main()
-    tests = [
-        pd.read_csv(tmp_path / "original-title" / str(fold) / "test_simple.csv", dtype=str)
-        for fold in range(folds.FOLDS)
-    ]
-    assert sorted(pd.concat(tests)["text"]) == sorted(cleaned["text"])
+    argv = [sample, str(tmp_path), "--variants", *names]
+    assert call("folds", argv, monkeypatch, capsys)[0] is None
+    tested = []
+    for fold in range(folds.FOLDS):
+        train, val, test = (
+            [
+                read_split(tmp_path / name / str(fold) / f"{use}_simple.csv", text_columns=["text"])
+                for name in ("original-title", "none-title-channel_title")
+            ]
+            for use in ("train", "val", "test")
+        )
+        for short, long in (train, val, test):  # the same videos
+            assert [splits.clean(text.rpartition(" | ")[0]) for text in long.texts] == short.texts
+        assert not {*train[0].keys} & {*val[0].keys}
+        tested += test[0].texts
+    assert sorted(tested) == sorted(cleaned["text"])
 
 
 def test_the_benchmark_measures_all_contenders(tmp_path, capsys, monkeypatch):

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import os
 import random
 import shutil
 import socket
@@ -16,6 +18,7 @@ import pytest
 from conftest import ROWS, registry_of, serving, within, write_csv
 from model import load
 from runtime.batches import rows_of
+from script import serve
 from serving import guards
 from serving.models import find_models
 
@@ -147,6 +150,46 @@ BAD = {
     "two columns": ("/v1/predict_csv", b"text,predicted\na,b\n", 422, "'predicted'"),
     "nowhere": ("/v1/nothing", b"{}", 404, "Not Found"),
     "cut": ("/predict", b'{"inputs": "%s", "truncate": false}' % (b"a " * 20), 422, "16 tokens"),
+    "misspelt": (
+        "/v1/classify",
+        b'{"inputs": "a", "topk": 1}',
+        422,
+        "unknown field 'inputs'; this endpoint takes model, input, top_k, explain",
+    ),
+    "misspelt, for TEI": ("/predict", b'{"inputs": "a", "modle": "one"}', 422, "field 'modle'"),
+    "misspelt, half a character": ("/predict", rb'{"\ud800": 1}', 422, r"field '\ud800'"),
+    "misspelt update": ("/v1/unload_adapter", b'{"nam": "x"}', 422, "takes name"),
+    "misspelt query": (
+        "/v1/predict_csv?modle=one",
+        b"text\na cat\n",
+        422,
+        "unknown query parameter 'modle'; this endpoint takes model, text_column_names, ",
+    ),
+    "a query": ("/v1/classify?top_k=3", b'{"input": "a"}', 422, "parameter 'top_k'; "),
+    "a list": ("/v1/classify", b'["a"]', 422, "send a JSON object, and the header content-type"),
+    "empty": ("/v1/classify", b"", 422, "send a JSON object, and the header content-type"),
+    "a blank pair": ("/predict", b'{"inputs": [["a", ""], [" ", ""]]}', 422, "text 1 is blank"),
+    "without line breaks": ("/v1/predict_csv", b"texta cat", 422, "--data-binary @FILE"),
+    "a blank row": (
+        "/v1/predict_csv",
+        b"text,n\na cat,1\n ,2\n",
+        422,
+        "drop such rows with the query parameter drop_empty",
+    ),
+    "blank rows": ("/v1/predict_csv?drop_empty=true", b"text,n\n ,1\n", 422, "text is blank"),
+    "other columns": (
+        "/v1/predict_csv",
+        b"title\na cat\n",
+        422,
+        "it has 'title': see the query parameter text_column_names",
+    ),
+    "another encoding": (
+        "/v1/predict_csv",
+        b"text\ncaf\xe9\n",
+        422,
+        "with the query parameter csv_encoding, perhaps cp1252",
+    ),
+    "semicolons": ("/v1/predict_csv", b"text;n\na;1\n", 422, "commas? save it with commas"),
     "an encoding": ("/v1/predict_csv?csv_encoding=a%00b", b"text\na cat\n", 422, "csv_encoding"),
 }
 
@@ -166,11 +209,20 @@ def test_bad_requests_get_a_clear_error(served):
     with serving(registry_of({"one": folder}), **limits) as (base, _):
         key = {"authorization": "Bearer a secret word", "content-type": "application/json"}
         with httpx.Client(base_url=base, headers=key) as client:
+            form = {"content-type": "application/x-www-form-urlencoded"}  # by default of curl -d
+            answer = client.post("/v1/classify", content=b'{"input": "a"}', headers=form)
+            assert "send a JSON object, and the header content-type" in answer.text
+            upload = {"file": ("a.csv", b"text\na cat\n")}
+            del client.headers["content-type"]
+            answer = client.post("/v1/predict_csv", files=upload)
+            client.headers.update(key)
+            assert answer.status_code == 422 and "the body is a form: send the CSV" in answer.text
             for what, (path, body, status, message) in BAD.items():
                 answer = client.post(path, content=body)
                 said = answer.json()["error"]
                 said = said if path == "/predict" else said["message"]
                 assert (answer.status_code, message in said) == (status, True), (what, said)
+                assert "--" not in said or "--data-binary" in said or "--allow_updates" in said
                 assert str(folder.parent) not in answer.text and "/tmp" not in answer.text
             chunks = iter([b'{"input": "', b"a" * 2000, b'"}'])  # of unknown length
             answer = client.post("/v1/classify", content=chunks)
@@ -186,13 +238,53 @@ def test_bad_requests_get_a_clear_error(served):
             assert httpx.get(f"{base}/", headers=wrong).status_code == 200
 
 
+def test_head_and_a_slash_at_the_end_are_answered_as_get_and_none(served):
+    with serving(registry_of({"one": served["short"]})) as (base, _):
+        for path in ("/health", "/info", "/"):
+            head, get = httpx.head(f"{base}{path}"), httpx.get(f"{base}{path}")
+            assert (head.status_code, head.content) == (200, b""), path
+            assert head.headers["content-length"] == get.headers["content-length"]
+        body = {"input": "a cat"}
+        plain, slash = (httpx.post(f"{base}/v1/classify{end}", json=body) for end in ("", "/"))
+        assert (slash.status_code, slash.json()["data"]) == (200, plain.json()["data"])
+
+
+def test_pages_of_allowed_origins_may_call_and_read_every_answer(served, monkeypatch):
+    """Errors, too: of the key, of the request and of the server itself."""
+    page = {"origin": "https://example.org"}
+    key = page | {"authorization": "Bearer a secret word"}
+    limits = {"cors_origins": ("https://example.org",), "api_key": "a secret word"}
+    with serving(registry_of({"one": served["short"]}), **limits) as (base, app):
+        url = f"{base}/v1/classify"
+        asks = {"access-control-request-method": "POST"}
+        asks["access-control-request-headers"] = "authorization,content-type"
+        assert httpx.options(url, headers=page | asks).status_code == 200  # without the key
+        good = httpx.post(url, json={"input": "a cat"}, headers=key)
+        no_key = httpx.post(url, json={"input": "a cat"}, headers=page)
+        bad = httpx.post(url, json={"inputs": "a cat"}, headers=key)
+        monkeypatch.setattr(app.state.engine, "find", None)
+        bug = httpx.post(url, json={"input": "a cat"}, headers=key)
+        answers = (good, no_key, bad, bug)
+        assert [answer.status_code for answer in answers] == [200, 401, 422, 500]
+        for answer in answers:
+            assert answer.headers["access-control-allow-origin"] == "https://example.org"
+        other = httpx.get(f"{base}/health", headers={"origin": "https://example.com"})
+        assert "access-control-allow-origin" not in other.headers
+    with serving(registry_of({"one": served["short"]})) as (base, _):
+        answer = httpx.get(f"{base}/health", headers=page)
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
 def test_a_csv_file_gets_the_bytes_that_main_writes(served, predict, tmp_path):
     folder, texts = served["short"], tmp_path / "texts.csv"
     write_csv(texts, [("=1+1", "a cat", "é"), ('"', "the, band", "x")], ("id", "text", "other"))
     assert predict(folder, "--test_file", str(texts))[0] == 0
     with serving(registry_of({"one": folder})) as (base, _):
         answer = httpx.post(f"{base}/v1/predict_csv", content=texts.read_bytes())
+        drop = f"{base}/v1/predict_csv?drop_empty=true"
+        dropped = httpx.post(drop, content=b"text,label\n ,x\na cat,\nfish,x\n")
     assert answer.content == (tmp_path / "predicted" / "predictions.csv").read_bytes()
+    assert [line[:6] for line in dropped.text.splitlines()] == ['"text"', '"a cat', '"fish"']
 
 
 def test_a_client_that_leaves_frees_its_place(served):
@@ -321,6 +413,46 @@ def test_a_folder_that_changed_is_refused_rather_than_served(served, tmp_path):
 def test_models_are_found_in_folders_of_folders(served):
     found = find_models([str(served["full"].parent)])
     assert found == {name: folder.resolve() for name, folder in served.items()}
+
+
+def test_unusable_models_in_a_folder_of_models_are_skipped_with_a_warning(
+    served, tmp_path, monkeypatch, capsys, caplog
+):
+    """One that is named itself is an error, and so are none at all."""
+    monkeypatch.setattr(serve, "create_app", served_models)
+    good = shutil.copytree(served["short"], tmp_path / "models" / "good")
+    damage = {
+        "cut": ("full", lambda folder: os.truncate(folder / "model.safetensors", 99)),
+        "no JSON": ("full", lambda folder: (folder / "config.json").write_text("{")),
+        "incomplete": ("several", lambda folder: shutil.rmtree(folder / "prefix-1")),
+        "moved": ("long", lambda folder: point_elsewhere(folder / "adapter_config.json")),
+    }
+    for name, (kind, harm) in damage.items():
+        harm(shutil.copytree(served[kind], good.with_name(name)))
+    with pytest.raises(Served) as found:
+        serve.main([str(good.parent), "--port", "0"])
+    assert found.value.args == ("good",)
+    skipped = [line for line in caplog.messages if "skipping" in line]
+    for name in damage:
+        assert any(f"skipping {good.with_name(name)}: " in line for line in skipped), name
+        assert serve.main([str(good), str(good.with_name(name)), "--port", "0"]) == 2
+        assert capsys.readouterr().err.count("error: ") == 1
+    shutil.rmtree(good)
+    assert serve.main([str(good.parent), "--port", "0"]) == 2
+    assert "is usable: see the warnings above" in capsys.readouterr().err
+
+
+class Served(Exception):
+    """The models that would be served. Arguments: their names."""
+
+
+def served_models(registry, _):
+    raise Served(*registry.models)
+
+
+def point_elsewhere(config: Path) -> None:
+    settings = json.loads(config.read_text()) | {"base_model_name_or_path": "/no/such/folder"}
+    config.write_text(json.dumps(settings))
 
 
 def test_a_full_disk_fails_an_upload_and_nothing_else(served, monkeypatch):
