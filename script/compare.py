@@ -36,6 +36,7 @@ from evaluation.review import SHOWN, file_margins, least_plausible
 from runtime.columns import split_columns
 from runtime.files import UserError, read_json, sha256
 from runtime.record import RUN_FILE, read_record
+from runtime.schedule import advice_after_collapse
 from script import learning_curve
 from script.study_tests import against_free, format_tests, test_pairs
 
@@ -213,9 +214,10 @@ def caveats(runs: list[dict], quick: bool, size: int | None = None) -> list[str]
     for run in runs:
         if run["tuned"] and run["predictions"]["answer"].nunique() == 1:
             kind = "method and size" if run["size"] else "method"
+            settings = argparse.Namespace(**run["scored"][0]["settings"])
             found.append(
                 f"{run['folder'].name} predicts one label for every row: it learned nothing, so "
-                f"the mean of its {kind} is meaningless; try another --learning_rate or epochs."
+                f"the mean of its {kind} is meaningless: {advice_after_collapse(settings)}."
             )
     return found
 
