@@ -136,7 +136,7 @@ GROUPS = {  # each flag: name, kind, default and help
 ),
 "training": (
     ("--tuning_method", choice(*METHODS), None, "train all weights, a prefix, the head alone (over "
-     f"mean-pooled tokens), or biases and LayerNorm [full, {TUNED_FOLDER}]"),
+     f"mean-pooled tokens), or biases and LayerNorm's gains [full, {TUNED_FOLDER}]"),
     ("--pooling", choice("cls", "mean"), None,
      "what the head reads: BERT's pooler over [CLS], or the mean of the tokens, which transformers "
      f"and PEFT cannot load [cls; probe mean, {TUNED_FOLDER}]"),
@@ -157,7 +157,8 @@ GROUPS = {  # each flag: name, kind, default and help
      f"dropout of attention weights [{by_method('attention_probs_dropout_prob')}]"),
     ("--rdrop_alpha", STEPS | {"metavar": "A"}, None,
      "R-Drop: train each row with two dropout masks, and weigh the divergence of the two "
-     f"predictions with A; takes twice the time; 0: off [{by_method('rdrop_alpha')}]"),
+     "predictions with A (beside the mean of both losses; the paper has their sum, so its alpha is "
+     f"2 A); takes twice the time; 0: off [{by_method('rdrop_alpha')}]"),
     ("--ema_decay", value(number(float, 0, 0.999999), "D"), 0.99,
      "decay of the moving average of the weights, which is evaluated and saved; 0: off [0.99]"),
     ("--gradient_checkpointing", SWITCH, False, "recompute activations: less memory, more time"),

@@ -271,7 +271,7 @@ def parse_args() -> argparse.Namespace:
     folders = {"nargs": "*", "metavar": "DIR"}
     parser.add_argument("--original", **folders, default=["csv"], help="splits that leak [csv]")
     parser.add_argument(
-        "--unseen", **folders, default=["csv/unseen"], help="splits without leaks [csv/unseen]"
+        "--unseen", **folders, default=["csv/unseen"], help="splits by text [csv/unseen]"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], help="[42 43 44]")
     parser.add_argument(
