@@ -18,17 +18,22 @@ from runtime.flags import Parser, boolean, choice, column_names, contains, encod
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
-# Defaults of the tuning methods, measured on the bundled backbone (results/README.md) except for
-# the projected and the input prefix. A rate outside [low, high] was meant for another method.
+# Peak learning rates of the tuning methods (`model.tuning.TUNING`): the lowest that is plausible,
+# then the default and the highest, each for a backbone's hidden size up to 384, up to 768, above.
+# - up to 384: measured on the bundled backbone alone (results/README.md); the projected and the
+#   input prefix not on real data
+# - full: 2e-5 to 5e-5 for base and large (Devlin et al. 2019, https://arxiv.org/abs/1810.04805)
+# - prefix: 5e-3 to 2e-2 for BERT-large, projected 1e-4 (run_script, github.com/THUDM/P-tuning-v2)
+# - bias and probe: 1e-3 for BERT-base (README, github.com/benzakenelad/BitFit); above: a guess
 TUNING_DEFAULTS = {
-    #                   rate  low   high
-    "full":             (2e-4, 0,    1e-3),
-    "prefix":           (3e-2, 1e-3, 1),
-    "projected prefix": (1e-3, 5e-5, 1e-2),
-    "input prefix":     (3e-2, 1e-3, 1),
-    "probe":            (3e-3, 1e-4, 1e-1),
-    "bias":             (3e-3, 2e-4, 3e-2),
+    "full":             (1e-6, (2e-4, 5e-5, 2e-5), (1e-3, 1e-4, 5e-5)),
+    "prefix":           (1e-3, (3e-2, 1e-2, 5e-3), (1, 0.1, 0.1)),
+    "projected prefix": (2e-5, (1e-3, 3e-4, 1e-4), (1e-2, 3e-3, 1e-3)),
+    "input prefix":     (1e-3, (3e-2, 1e-2, 5e-3), (1, 0.1, 0.1)),
+    "probe":            (1e-4, (3e-3, 1e-3, 1e-3), (0.1, 0.1, 0.1)),
+    "bias":             (1e-4, (3e-3, 1e-3, 5e-4), (3e-2, 1e-2, 1e-2)),
 }  # fmt: skip
+WIDTHS = (384, 768)  # a width in between has the rates of the wider backbone, which are safer
 # If at least half of the validation texts are training texts, so are those of the test file, and
 # what counts is to memorise them. If not, long training makes the model overconfident, dropout and
 # R-Drop help, and the last epoch beats the best on a small validation file (results/LOG.md).
@@ -72,7 +77,10 @@ def by_method(name: str) -> str:
     return ", ".join(f"{method} {old:g}/{new:g}" for method, (old, new) in values.items())
 
 
-RATES = ", ".join(f"{method} {rate:g}" for method, (rate, *_) in TUNING_DEFAULTS.items())
+RATES = ", ".join(
+    f"{method} {'/'.join(f'{rate:g}' for rate in rates)}"
+    for method, (_, rates, _) in TUNING_DEFAULTS.items()
+)
 TUNED_FOLDER = "or the tuned model's"
 # fmt: off
 GROUPS = {  # each flag: name, kind, default and help
@@ -124,7 +132,7 @@ GROUPS = {  # each flag: name, kind, default and help
 ),
 "training": (
     ("--tuning_method", choice(*METHODS), None, "train all weights, a prefix, the head alone (over "
-     f"mean-pooled tokens), or biases and LayerNorm [full, {TUNED_FOLDER}]"),
+     f"mean-pooled tokens), or biases and LayerNorm's gains [full, {TUNED_FOLDER}]"),
     ("--pooling", choice("cls", "mean"), None,
      "what the head reads: BERT's pooler over [CLS], or the mean of the tokens, which transformers "
      f"and PEFT cannot load [cls; probe mean, {TUNED_FOLDER}]"),
@@ -132,8 +140,8 @@ GROUPS = {  # each flag: name, kind, default and help
      f"[{by_method('num_train_epochs')}]"),
     ("--per_device_train_batch_size", INT, 32, "rows, shared among processes [%(default)s]"),
     ("--gradient_accumulation_steps", INT, 1, "batches accumulated per optimizer step [1]"),
-    ("--learning_rate", RATE, None,
-     f"peak rate; the defaults suit the bundled backbone [{RATES}]"),
+    ("--learning_rate", RATE, None, "peak rate; the default for a backbone of a hidden size up to "
+     f"384 (measured)/up to 768/above (both from the literature) [{RATES}]"),
     ("--head_learning_rate", RATE, None, "peak rate of the head [same as --learning_rate]"),
     ("--weight_decay", value(number(float, 0, 1), "W"), 0.01,
      "AdamW's weight decay; none for biases, LayerNorm and the prefix [%(default)s]"),
@@ -145,7 +153,8 @@ GROUPS = {  # each flag: name, kind, default and help
      f"dropout of attention weights [{by_method('attention_probs_dropout_prob')}]"),
     ("--rdrop_alpha", STEPS | {"metavar": "A"}, None,
      "R-Drop: train each row with two dropout masks, and weigh the divergence of the two "
-     f"predictions with A; takes twice the time; 0: off [{by_method('rdrop_alpha')}]"),
+     "predictions with A (beside the mean of both losses; the paper has their sum, so its alpha is "
+     f"2 A); takes twice the time; 0: off [{by_method('rdrop_alpha')}]"),
     ("--ema_decay", value(number(float, 0, 0.999999), "D"), 0.99,
      "decay of the moving average of the weights, which is evaluated and saved; 0: off [0.99]"),
     ("--gradient_checkpointing", SWITCH, False, "recompute activations: less memory, more time"),
@@ -206,8 +215,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the arguments, and fill in the defaults that depend on the tuning method.
 
     Without --do_train, training flags are None. `max_seq_length` and `problem_type` may be None, if
-    only the model knows them; so may the schedule, see `fill_schedule`. A bad flag ends the program
-    with one line and exit status 2.
+    only the model knows them; so may rates and schedule, see `runtime.schedule`. A bad flag ends
+    the program with one line and exit status 2.
     """
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
@@ -222,8 +231,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         check_method(parser, args)
         check_training(parser, args)
         check_saving(parser, args)
-        fill(args, {"learning_rate": TUNING_DEFAULTS[defaults_name(args)][0]})
-        fill(args, {"head_learning_rate": args.learning_rate})
     return args
 
 
@@ -372,29 +379,3 @@ def defaults_name(args: argparse.Namespace) -> str:
     if args.prefix and args.prefix_projection:
         return "projected prefix"
     return "input prefix" if args.prefix_depth == "input" else args.tuning_method
-
-
-def fill_schedule(args: argparse.Namespace, seen_share: float) -> dict:
-    """Fill in and return the `SCHEDULE`, see `dataset.Data.seen_share`."""
-    defaults = SCHEDULES[defaults_name(args)][seen_share < MOSTLY_SEEN]
-    chosen = dict(zip(SCHEDULE, defaults, strict=True))
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        fill(args, {name: chosen[name]})
-    if not (args.hidden_dropout_prob or args.attention_probs_dropout_prob):
-        chosen["rdrop_alpha"] = 0  # two equal predictions
-    fill(args, chosen)
-    return {name: getattr(args, name) for name in SCHEDULE}
-
-
-def learning_rate_warning(args: argparse.Namespace) -> str | None:
-    """Return a warning if the learning rate was probably meant for another method, else None."""
-    method = defaults_name(args)
-    default, low, high = TUNING_DEFAULTS[method]
-    if low <= args.learning_rate <= high:
-        return None
-    too_low = args.learning_rate < low
-    side, effect = ("low", "slowly") if too_low else ("high", "badly or not at all")
-    return (
-        f"--learning_rate {args.learning_rate:g} is {side} for {method} tuning: expect the model "
-        f"to learn {effect} (the default is {default:g})"
-    )

@@ -15,7 +15,7 @@ if __name__ == "__main__":
 from importlib.util import find_spec
 from itertools import zip_longest
 
-from arguments import fill_schedule, learning_rate_warning, parse_args
+from arguments import DEFAULT_BACKBONE, parse_args
 
 if __name__ == "__main__":
     for number in range(3):  # else a file could get the number of a stream that is closed
@@ -73,6 +73,7 @@ from runtime.output_folder import OutputFolder, opened
 from runtime.processes import Group, stop_signals
 from runtime.record import check_same_run, describe_run, identity
 from runtime.recorder import recorder
+from runtime.schedule import fill_schedule, learning_rate_warning
 
 logger = logging.getLogger("main")
 
@@ -205,11 +206,13 @@ def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedT
     check_columns(data, args.reject_below)
     tokenizer = start.tokenizer()
 
-    # schedule: for texts that repeat or for new ones, unless flags set it
+    # schedule: for the backbone's width, and texts that repeat or new ones, unless flags set it
     if args.do_train:
-        schedule = fill_schedule(args, data.seen_share)
+        width, measured = start.config.hidden_size, start.source.name == DEFAULT_BACKBONE
+        schedule = fill_schedule(args, data.seen_share, width)
         shown = ", ".join(f"{name} {value}" for name, value in schedule.items())
-        logger.info("%s: %s", schedule_line(data.seen_share), shown)
+        shown += "" if measured else "; not measured on this backbone"
+        logger.info("%s, hidden size %d: %s", schedule_line(data.seen_share), width, shown)
         if args.rdrop_alpha and not (args.hidden_dropout_prob or args.attention_probs_dropout_prob):
             raise UserError("--rdrop_alpha needs dropout: pass --hidden_dropout_prob 0.1")
         settings |= schedule
@@ -278,7 +281,7 @@ def tune(
     checkpoint: Checkpoint | None,
 ) -> dict:
     """Train with checkpoints, and return the training figures."""
-    if warning := learning_rate_warning(args):
+    if warning := learning_rate_warning(args, start.config.hidden_size):
         logger.warning("warning: %s", warning)
     is_main, length = machine.group.is_main, start.config.max_seq_length
     train_set = encode(tokenizer, data.train, length).for_each_prefix(args.num_prefixes)

@@ -24,6 +24,7 @@ from runtime.batches import Encoded, chunks, padding_share, training_batches
 from runtime.checkpoint import Checkpoint, Tensors
 from runtime.files import UserError, read_json
 from runtime.machine import Machine
+from runtime.schedule import advice_after_collapse
 from runtime.training_state import Progress, TrainingState
 
 logger = logging.getLogger(__name__)
@@ -283,6 +284,7 @@ def evaluate(
     if one_class and len(data) >= ENOUGH_ROWS:
         logger.warning(
             "warning: every prediction is the same class: the model has collapsed or has not "
-            "learned yet; try another --learning_rate, --warmup_steps or more epochs"
+            "learned yet; if the last epoch says so too, %s",
+            advice_after_collapse(args),
         )
     return compute_metrics(found, data.labels)

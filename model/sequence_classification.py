@@ -178,7 +178,9 @@ def divergence(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
     """Sum the divergence of two predictions of each row over a batch, in float32.
 
     R-Drop (Liang et al. 2021, https://arxiv.org/abs/2106.14448): half of the Kullback-Leibler
-    divergence both ways. logits: [2B, C], of all rows with one dropout mask, then with another.
+    divergence both ways. The paper adds alpha times it to the sum of both cross-entropies, the
+    training step to their mean, so --rdrop_alpha 1 is the paper's alpha 2. logits: [2B, C], of all
+    rows with one dropout mask, then with another.
     With several labels, it is averaged over the labels, as their loss is.
     """
     if multi_label:  # each label is a choice between two

@@ -374,9 +374,9 @@ class Probe(AdapterMethod):
 
 
 class Bias(AdapterMethod):
-    """BitFit: biases, LayerNorm and the head are trained.
+    """Biases, the gains of LayerNorm and the head are trained.
 
-    Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199.
+    BitFit (Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199) trains no gains.
     """
 
     name = "bias"

@@ -44,6 +44,7 @@ from runtime.files import UserError, read_json, sha256
 from runtime.flags import Parser
 from runtime.processes import end_with_parent
 from runtime.record import RUN_FILE, read_record
+from runtime.schedule import advice_after_collapse
 from script import learning_curve
 from script.study_table import COLUMNS, format_cell, summarise
 from script.study_tests import (
@@ -238,9 +239,10 @@ def caveats(runs: list[dict], quick: bool, size: int | None = None) -> list[str]
     for run in runs:
         if run["tuned"] and run["predictions"]["answer"].nunique() == 1:
             kind = "method and size" if run["size"] else "method"
+            settings = argparse.Namespace(**run["scored"][0]["settings"])
             found.append(
                 f"{run['folder'].name} predicts one label for every row: it learned nothing, so "
-                f"the mean of its {kind} is meaningless; try another --learning_rate or epochs."
+                f"the mean of its {kind} is meaningless: {advice_after_collapse(settings)}."
             )
     return found
 
@@ -251,7 +253,7 @@ def parse_args() -> argparse.Namespace:
     folders = arguments.DIR | {"nargs": "*"}
     parser.add_argument("--original", **folders, default=["csv"], help="splits that leak [csv]")
     parser.add_argument(
-        "--unseen", **folders, default=["csv/unseen"], help="splits without leaks [csv/unseen]"
+        "--unseen", **folders, default=["csv/unseen"], help="splits by text [csv/unseen]"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], help="[42 43 44]")
     parser.add_argument(

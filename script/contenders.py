@@ -31,10 +31,11 @@ def prepared(data: str, *flags: str):
     Returns arguments, start, data, tokenizer and the encoded training file.
     """
     import dataset
-    from arguments import fill_schedule, parse_args
+    from arguments import parse_args
     from model.start import Start
     from runtime.batches import encode
     from runtime.columns import fill_columns
+    from runtime.schedule import fill_schedule
 
     fixed = "--num_train_epochs 1 --hidden_dropout_prob 0 --rdrop_alpha 0".split()
     fixed += ["--max_seq_length", str(MOST_TOKENS)]
@@ -47,7 +48,7 @@ def prepared(data: str, *flags: str):
     splits = dataset.read_splits(args, settings)
     start.set_labels(dataset.label_names(splits["train"], args.label_names))
     files = dataset.prepare(args, settings, splits, start.labels)
-    fill_schedule(args, files.seen_share)
+    fill_schedule(args, files.seen_share, start.config.hidden_size)
     start.set_dropout(args)
     tokenizer = start.tokenizer()
     rows = encode(tokenizer, files.train, start.config.max_seq_length)

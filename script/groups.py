@@ -1,4 +1,4 @@
-"""Split rows into files without leaks: groups of rows, parts of groups, what leaks, writing.
+"""Split rows into files, equal texts together: groups of rows, their parts, leaks, writing.
 
 `script/split.py` and the notebook's protocols (`script/splits.py`) use these functions.
 """

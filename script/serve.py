@@ -32,7 +32,7 @@ from runtime.machine import pick_machine, set_up_process
 from script.command import reported
 from serving.app import create_app
 from serving.engine import Settings
-from serving.models import Registry
+from serving.models import Registry, find_models
 
 logger = logging.getLogger("serve")
 

@@ -1,4 +1,4 @@
-"""Split a CSV file of texts and labels into training, validation and test files, without leaks.
+"""Split a CSV file into training, validation and test files, equal texts in the same file.
 
     bash script/split.sh mine.csv
     bash script/split.sh posts.csv --text_column_names title,body --label_column_name topic \\
@@ -292,7 +292,7 @@ def run(args: argparse.Namespace) -> None:
         )
     write_splits(folders)
     if args.within_run:
-        print(f"split {args.file} without leaks into {args.output_dir} (seed {args.seed})")
+        print(f"split {args.file} into {args.output_dir}, equal texts together (seed {args.seed})")
         return
     print(format_figures(figures))
     name, paths = args.output_dir.resolve().name, shlex.quote(str(args.output_dir))

@@ -276,7 +276,7 @@ def original_splits(
 def unseen_splits(
     table: pd.DataFrame, seed: int, train_share: float, test_share: float, group_by: str
 ) -> dict[str, pd.DataFrame]:
-    """Split without leaks: each video is one row, and no text is in two splits.
+    """Split by video: each is one row, and no text is in two splits.
 
     Videos with equal texts stay together and, with `group_by="channel"`, so do all videos of a
     channel. With "time" the earliest videos are for training and the latest for test.

@@ -69,21 +69,24 @@ ROOT = Path(__file__).parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data"
 
 
-def make_backbone(folder: Path) -> str:
-    """Write a BERT with 2 layers, 2 heads of 8 and 64 positions; returns its folder."""
+def make_backbone(folder: Path, **settings) -> str:
+    """Write a BERT with 2 layers, 2 heads of 8 and 64 positions; returns its folder.
+
+    settings: of BertConfig, to change these.
+    """
     folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(SPECIAL + WORDS), encoding="utf-8")
-    config = BertConfig(
-        vocab_size=len(SPECIAL + WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
+    sizes = {
+        "vocab_size": len(SPECIAL + WORDS),
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
     torch.manual_seed(0)
-    BertModel(config).save_pretrained(folder)
+    BertModel(BertConfig(**sizes | settings)).save_pretrained(folder)
     BertTokenizer.from_pretrained(folder).save_pretrained(folder)
     return str(folder)
 

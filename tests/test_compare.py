@@ -106,9 +106,9 @@ def test_a_study_shows_caveats(study, tmp_path):
         write_csv(folder / "predictions.csv", rows, ("text", "label", "predicted"))
         run = compare.read(unread | {"protocol": "unseen", "data": "a", "method": "m"}, set())
         caveats = compare.caveats([run], quick=False)
-        assert (
-            "unseen-prefix-0 predicts one label for every row" in " ".join(caveats)
-        ) == collapsed
+        said = " ".join(caveats)
+        assert ("unseen-prefix-0 predicts one label for every row" in said) == collapsed
+        assert ("meaningless: try --learning_rate 1e-02." in said) == collapsed
     assert not compare.caveats([run | {"tuned": False}], quick=False)
 
 

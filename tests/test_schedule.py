@@ -1,14 +1,16 @@
 """The schedule for repeated and for new texts, and R-Drop."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import main
 from arguments import SCHEDULE, SCHEDULES
-from conftest import ROWS, one_line, write_csv
+from conftest import ROWS, make_backbone, one_line, write_csv
 from model.sequence_classification import divergence
 from runtime.files import read_json
 from test_main import load
@@ -38,6 +40,31 @@ def test_the_schedule_depends_on_the_repeated_texts(
     *_, line = (one for one in capsys.readouterr().out.split("\n") if "default" in one)
     said = {1: "for repeated texts, since 50 % are seen; warning", 3: "for new texts, since 0 %"}
     assert said[repeats] in line and ("warning" in line) == (repeats == 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "flags", "rate"),
+    [(384, (), 2e-4), (768, (), 5e-5), (1024, ("--prefix", "--pre_seq_len", "3"), 5e-3)],
+)
+def test_the_learning_rate_depends_on_the_width(files, tmp_path, caplog, width, flags, rate):
+    """It is logged and recorded, and a step in bfloat16 leaves loss and weights finite."""
+    caplog.set_level("INFO")
+    size = {"hidden_size": width, "num_hidden_layers": 1, "initializer_range": 0.02}
+    model = make_backbone(tmp_path / "wide", **size)
+    argv = ["--do_train", *files[:2], "--max_seq_length", "16", "--num_train_epochs", "1"]
+    for name, more in (("tuned", flags), ("tuned further", ())):
+        caplog.clear()
+        task = [*argv, "--precision", "bf16", "--model_name_or_path", model, *more]
+        folder = tmp_path / name
+        assert main.main([*task, "--output_dir", str(folder)]) == 0
+        assert f"hidden size {width}: learning_rate {rate}" in caplog.text
+        assert "; not measured on this backbone" in caplog.text
+        settings = load(folder, "run.json")["settings"]
+        assert settings["learning_rate"] == settings["head_learning_rate"] == rate
+        assert math.isfinite(load(folder, "all_results.json")["train_loss"])
+        tensors = load_file(next(folder.glob("*model.safetensors")))
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+        model = str(folder)
 
 
 @pytest.mark.parametrize("multi_label", [False, True])

@@ -123,6 +123,7 @@ def test_a_few_equal_predictions_are_no_collapse(run, tmp_path, caplog, monkeypa
     write_csv(tmp_path / "val.csv", ROWS)
     run(name="more")
     assert "every prediction is the same class" in caplog.text
+    assert "try --learning_rate 7e-05" in caplog.text
 
 
 def test_long_texts_are_cut_before_they_are_tokenized(backbone, tmp_path, monkeypatch):

@@ -290,7 +290,7 @@ def test_a_run_script_splits_a_training_file_of_its_own(clone):
     flags = ["--train_file", "mine.csv", "--text_column_names=title", "--seed", "7"]
     done = bash(clone, "run_og.sh", *flags, "--model_name_or_path", "./nothing")
     assert done.returncode == 2 and "folder ./nothing does not exist" in done.stderr
-    assert "split mine.csv without leaks into csv/split/mine (seed 7)" in done.stderr
+    assert "split mine.csv into csv/split/mine, equal texts together (seed 7)" in done.stderr
     record = json.loads((clone / "csv" / "split" / "mine" / "split.json").read_text())
     assert record["parameters"]["seed"] == 7
     assert record["columns"]["text_column_names"] == ["title"]

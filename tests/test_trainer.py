@@ -11,7 +11,7 @@ import transformers
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 import trainer
-from arguments import fill_schedule, parse_args
+from arguments import parse_args
 from conftest import ROWS, without_dropout
 from evaluation.metrics import Counts, Score, compute_metrics
 from model.classifier import predict
@@ -21,6 +21,7 @@ from runtime import batches
 from runtime.batches import Encoded
 from runtime.files import UserError
 from runtime.machine import Machine, pick_machine
+from runtime.schedule import fill_schedule
 
 FP32 = Machine(torch.device("cpu"), "fp32")
 
@@ -37,7 +38,7 @@ def data(tmp_path) -> Encoded:
 
 def arguments(*flags):
     args = parse_args(["--do_train", "--do_eval", "--output_dir", "out", *flags])
-    fill_schedule(args, seen_share=1.0)
+    fill_schedule(args, seen_share=1.0, width=16)
     return args
 
 
