@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import main
 import trainer
 from conftest import ROWS, write_csv
+from model.start import read_tensors
 from runtime import checkpoint
 from runtime.files import UserError
 from test_main import hashes
@@ -34,10 +36,16 @@ def cut(path: Path) -> None:
 FILES = ["training.safetensors", "model.safetensors", "state.json", "config.json", "manifest.json"]
 
 
-@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_detected(run, stopped, caplog, capsys, harm, name):
-    harm(stopped / "checkpoint-5" / name)
+def test_a_damaged_checkpoint_is_detected(run, stopped, tmp_path, caplog, capsys):
+    """Each file, harmed in each way; then a whole run."""
+    for harm, name in product([flip, cut, Path.unlink], FILES):
+        folder = shutil.copytree(stopped, tmp_path / f"{harm.__name__} {name}")
+        harm(folder / "checkpoint-5" / name)
+        with pytest.raises(checkpoint.CheckpointError, match="checkpoint-5 is "):
+            checkpoint.read(folder / "checkpoint-5", read_tensors)
+        assert checkpoint.newest(folder, read_tensors).step == 3
+    caplog.clear()
+    flip(stopped / "checkpoint-5" / "training.safetensors")
     flags = ("--save_strategy", "epoch", "--resume_from_checkpoint")
     run(*flags, str(stopped / "checkpoint-5"), status=2)
     assert "checkpoint-5 is " in capsys.readouterr().err
