@@ -140,8 +140,8 @@ GROUPS = {  # each flag: name, kind, default and help
      f"[{by_method('num_train_epochs')}]"),
     ("--per_device_train_batch_size", INT, 32, "rows, shared among processes [%(default)s]"),
     ("--gradient_accumulation_steps", INT, 1, "batches accumulated per optimizer step [1]"),
-    ("--learning_rate", RATE, None, "peak rate; the default for a backbone of a hidden size up to "
-     f"384 (measured)/up to 768/above (both from the literature) [{RATES}]"),
+    ("--learning_rate", RATE, None, "peak rate, by the backbone's hidden size: up to 384/up to 768/"
+     f"above; measured on the bundled backbone alone [{RATES}]"),
     ("--head_learning_rate", RATE, None, "peak rate of the head [same as --learning_rate]"),
     ("--weight_decay", value(number(float, 0, 1), "W"), 0.01,
      "AdamW's weight decay; none for biases, LayerNorm and the prefix [%(default)s]"),

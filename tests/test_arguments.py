@@ -286,6 +286,11 @@ def test_help_shows_the_defaults():
         for old, new in zip(*(column[:-1] for column in SCHEDULES[method]), strict=True):
             assert f"{method} {old:g}/{new:g}" in text
     assert len(SCHEDULE) == len(SCHEDULES["full"][0])
+    table = (ROOT / "model" / "README.md").read_text(encoding="utf-8")
+    for column, size in enumerate(("up to 384", "up to 768", "above")):
+        rates = [TUNING_DEFAULTS[name][1][column] for name in ("full", "prefix", "bias", "probe")]
+        cells = " | ".join(f"{rate:.0e}".replace("e-0", "e-") for rate in rates)
+        assert f"| {size} | {cells} |" in table
 
 
 def test_numbers_and_booleans_are_accepted_as_trainer_scripts_write_them():
