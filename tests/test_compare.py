@@ -156,6 +156,7 @@ def test_folds_use_the_seeds_in_turn_and_baselines_run_once_each():
     assert [r["data"] for r in again if r["method"] == "full"] == ["a", "b", "a", "b"]
     baselines = {run["method"] for run in runs if "--num_train_epochs" not in run["command"]}
     linear = {f"{name}, linear" for name in ("TF-IDF", "characters", "embeddings", "combined")}
+    linear |= {"characters, SVM", "combined, SVM"}
     assert baselines == {"majority", "look-up", "ensemble", *linear}
     tuned = {*arguments.METHODS, "input prefix", "4 prefixes"}
     assert {run["method"] for run in runs} - baselines == tuned

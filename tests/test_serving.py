@@ -317,11 +317,7 @@ def test_models_come_and_go_and_a_bad_folder_changes_nothing(served, right, tmp_
     weights = damaged / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     shutil.copytree(served["long"], foreign)
-    config = (foreign / "adapter_config.json").read_text()
-    base_name = served["full"]  # a model of another name as its backbone
-    (foreign / "adapter_config.json").write_text(
-        config.replace('"base_model_name_or_path": "', f'"base_model_name_or_path": "{base_name}')
-    )
+    point_elsewhere(foreign, str(served["full"]))
     registry = registry_of({"one": served["short"]})
     with (
         serving(registry, updates_from=updates) as (base, _),
@@ -425,7 +421,7 @@ def test_unusable_models_in_a_folder_of_models_are_skipped_with_a_warning(
         "cut": ("full", lambda folder: os.truncate(folder / "model.safetensors", 99)),
         "no JSON": ("full", lambda folder: (folder / "config.json").write_text("{")),
         "incomplete": ("several", lambda folder: shutil.rmtree(folder / "prefix-1")),
-        "moved": ("long", lambda folder: point_elsewhere(folder / "adapter_config.json")),
+        "moved": ("long", lambda folder: point_elsewhere(folder, "/no/such/folder")),
     }
     for name, (kind, harm) in damage.items():
         harm(shutil.copytree(served[kind], good.with_name(name)))
@@ -450,9 +446,13 @@ def served_models(registry, _):
     raise Served(*registry.models)
 
 
-def point_elsewhere(config: Path) -> None:
-    settings = json.loads(config.read_text()) | {"base_model_name_or_path": "/no/such/folder"}
-    config.write_text(json.dumps(settings))
+def point_elsewhere(adapter: Path, backbone: str) -> None:
+    """Change the name of an adapter's backbone, and let it forget where it was."""
+    changes = {"adapter_config": "base_model_name_or_path", "config": "backbone_path"}
+    for name, entry in changes.items():
+        path = adapter / f"{name}.json"
+        settings = json.loads(path.read_text()) | {entry: backbone if "_" in name else None}
+        path.write_text(json.dumps(settings))
 
 
 def test_a_full_disk_fails_an_upload_and_nothing_else(served, monkeypatch):
