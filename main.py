@@ -57,7 +57,7 @@ from evaluation.calibration import calibrate
 from evaluation.importance import word_importance
 from evaluation.predictions import check_columns
 from evaluation.scoring import publish, score, show
-from evaluation.tables import schedule_line, summary
+from evaluation.tables import schedule_name, summary
 from model.bank_start import find_start
 from model.classifier import Classifier, as_texts
 from model.sequence_classification import train_words_in_use
@@ -212,7 +212,7 @@ def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedT
         schedule = fill_schedule(args, data.seen_share, width)
         shown = ", ".join(f"{name} {value}" for name, value in schedule.items())
         shown += "" if measured else "; not measured on this backbone"
-        logger.info("%s, hidden size %d: %s", schedule_line(data.seen_share), width, shown)
+        logger.info("%s, hidden size %d: %s", schedule_name(data.seen_share), width, shown)
         if args.rdrop_alpha and not (args.hidden_dropout_prob or args.attention_probs_dropout_prob):
             raise UserError("--rdrop_alpha needs dropout: pass --hidden_dropout_prob 0.1")
         settings |= schedule

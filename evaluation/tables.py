@@ -25,16 +25,20 @@ def result_rows(results: dict) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def schedule_line(seen_share: float) -> str:
-    """Name the default schedule that a share of seen texts chooses, and warn near the switch."""
+def schedule_name(seen_share: float) -> str:
+    """Name the default schedule that a share of seen texts chooses."""
     kind = "repeated" if seen_share >= MOSTLY_SEEN else "new"
-    line = f"default schedule for {kind} texts, since {100 * seen_share:.0f} % are seen"
-    if 0.3 <= seen_share <= 0.7:  # it was measured at 0 and at 85 % alone
-        line += (
-            f"; warning: this is near {100 * MOSTLY_SEEN:.0f} %, where it switches: compare it "
-            "with the other one by its flags (--help lists both)"
-        )
-    return line
+    return f"schedule for {kind} texts ({100 * seen_share:.0f} % seen)"
+
+
+def switch_warning(seen_share: float) -> str:
+    """Return a warning if the schedule could as well be the other one, else nothing.
+
+    Both were measured with 0 and with 85 % seen texts alone.
+    """
+    if not 0.3 <= seen_share <= 0.7:
+        return ""
+    return f"; near {100 * MOSTLY_SEEN:.0f} %, where it switches, try the other one too: see --help"
 
 
 def summary(record: dict, results: dict, folder: Path) -> str:
@@ -50,7 +54,8 @@ def summary(record: dict, results: dict, folder: Path) -> str:
             f"{results['train_samples_per_second']:.0f} examples/s"
         )
     if "schedule_seen_share" in results:
-        lines.append(schedule_line(results["schedule_seen_share"]))
+        share = results["schedule_seen_share"]
+        lines.append(schedule_name(share) + switch_warning(share))
     lines.append(f"peak memory {results['peak_memory_bytes'] / 2**30:.2f} GiB")
     if "test" in record["data"] and "test_accuracy" not in results:
         column = record["settings"]["label_column_name"]

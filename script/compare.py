@@ -38,7 +38,7 @@ from evaluation import pages, plots
 from evaluation.paired import answers, read_run
 from evaluation.predictions import FILES
 from evaluation.review import SHOWN, file_margins, least_plausible
-from evaluation.tables import schedule_line
+from evaluation.tables import schedule_name, switch_warning
 from runtime.columns import split_columns
 from runtime.files import UserError, read_json, sha256
 from runtime.flags import Parser
@@ -233,9 +233,9 @@ def caveats(runs: list[dict], quick: bool, size: int | None = None) -> list[str]
                 f"{protocol}: one seed per folder, so the intervals do not cover what other seeds "
                 "would give; for that pass more --seeds than folders."
             )
-        shares = {run["results"].get("schedule_seen_share", 0) for run in tuned}
-        lines = dict.fromkeys(map(schedule_line, sorted(shares)))
-        found += [f"{protocol}: {line}" for line in lines if "warning" in line]
+        for share in sorted({run["results"].get("schedule_seen_share", 0) for run in tuned}):
+            if warning := switch_warning(share):
+                found.append(f"{protocol}: {schedule_name(share)}{warning}.")
     for run in runs:
         if run["tuned"] and run["predictions"]["answer"].nunique() == 1:
             kind = "method and size" if run["size"] else "method"
