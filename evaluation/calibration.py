@@ -20,9 +20,10 @@ from model.predictions import Predictions, average
 logger = logging.getLogger(__name__)
 
 ENOUGH_ROWS = 20  # with fewer validation rows, the logits stay as they are
-# Standard deviations of normal priors around no change, which few rows hardly overcome: of the
-# temperature's logarithm, and of the biases. Chosen on validation files (results/LOG.md).
-SPREADS = (0.2, 0.5)
+# Priors around no change, so that few rows change little: Student's t with 3 degrees of freedom,
+# whose heavy tails give way to clear evidence. Scales of the temperature's logarithm and of the
+# biases, chosen on validation files (results/LOG.md).
+SCALES = (0.2, 0.5)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def calibration_rows(data: Data) -> np.ndarray:
 
 
 def fit(logits: torch.Tensor, label_ids: np.ndarray) -> Calibration:
-    """Return the calibration with the lowest log loss of logits, given the `SPREADS`.
+    """Return the calibration with the lowest log loss of logits, given the priors, see `SCALES`.
 
     All in double precision, to the last digits: a loss is flat around its minimum, where rounding
     would decide.
@@ -61,13 +62,13 @@ def fit(logits: torch.Tensor, label_ids: np.ndarray) -> Calibration:
     criterion = binary_cross_entropy_with_logits if multi_label else cross_entropy
     labels, logits = labels.double() if multi_label else labels.long(), logits.double()
     classes = logits.shape[2]
-    spreads = torch.tensor([SPREADS[0]] + [SPREADS[1]] * classes)
+    scales = torch.tensor([SCALES[0]] + [SCALES[1]] * classes)
 
     def loss(numbers: np.ndarray) -> tuple[float, np.ndarray]:
         numbers = torch.tensor(numbers, requires_grad=True)  # log temperature, then biases
         changed = Calibration(numbers[0].exp(), numbers[1:])(logits)
         total = criterion(average(changed, multi_label), labels, reduction="sum")
-        total = total + ((numbers / spreads) ** 2).sum() / 2
+        total = total + 2 * torch.log1p((numbers / scales) ** 2 / 3).sum()
         total.backward()
         return total.item(), numbers.grad.numpy()
 
