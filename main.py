@@ -131,9 +131,8 @@ def run(args: Namespace) -> None:
     """Execute one run, from checked arguments to published results."""
     with processes.joined() as group, opened(args, group.is_main) as output:
         # prepare: machine, model, data and record, the same in all processes
-        choice = output.precision(args.precision)
-        if not args.do_train:
-            choice = precision_for(choice, model_folders(args))
+        calibrated = [] if args.do_train else model_folders(args)
+        choice = precision_for(output.precision(args.precision), calibrated)
         machine = pick_machine(group.from_main(choice), group)
         start, data, tokenizer, record = group.agree(
             lambda: prepare(args, machine), compared=lambda prepared: identity(prepared[-1])
@@ -160,7 +159,6 @@ def run(args: Namespace) -> None:
             results |= tune(
                 model, tokenizer, data, args, machine, start, output, record, checkpoint
             )
-            results["schedule_seen_share"] = data.seen_share
 
         # calibrate on the validation file, and write the tuned model
         batch_size = args.per_device_eval_batch_size
@@ -318,7 +316,7 @@ def tune(
         )
     if number := received_signal():  # a signal that came after the last step
         signal.raise_signal(number)
-    return figures
+    return figures | {"schedule_seen_share": data.seen_share}
 
 
 if __name__ == "__main__":

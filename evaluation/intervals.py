@@ -11,7 +11,6 @@ import zlib
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 from scipy.stats import t as student
 
 RESAMPLES = 1000  # resampled files of a bootstrap
@@ -35,11 +34,12 @@ def wilson(share: float, size: float) -> list[float]:
     """Return the two ends of Wilson's 95 % interval of a share of `size` independent cases.
 
     It is right for few cases too, and when all are right (Wilson 1927; Brown, Cai & DasGupta 2001,
-    "Interval estimation for a binomial proportion").
+    "Interval estimation for a binomial proportion"). A size by variance is no whole number.
     """
-    size = max(1, round(size))
-    ends = binomtest(round(share * size), size).proportion_ci(LEVEL, method="wilson")
-    return [float(ends.low), float(ends.high)]
+    square = NORMAL**2 / max(1.0, size)
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(square * share * (1 - share) + square**2 / 4) / (1 + square)
+    return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
 class Bootstrap:
@@ -149,8 +149,8 @@ class Scores:
             if len(runs) > 1:
                 self.seeds.append((share**2 * means.var() / len(runs), len(runs) - 1))
 
-    def half_width(self) -> float:
-        """Return half the width of the 95 % interval of the mean.
+    def interval(self) -> list[float]:
+        """Return the two ends of the 95 % interval of the mean.
 
         The interval is Wilson's with as many independent texts as would have the variance.
         """
@@ -158,8 +158,7 @@ class Scores:
         error = margin([(self.texts.var(ddof=0) / size, size - 1), *self.seeds])
         if error > 0:
             size = self.mean * (1 - self.mean) * (NORMAL / error) ** 2
-        low, high = wilson(self.mean, size)
-        return (high - low) / 2
+        return wilson(self.mean, size)
 
 
 def margin(variances: list[tuple[float, int]]) -> float:

@@ -198,11 +198,11 @@ def by_method(axis: Axes, rows: list[dict], names: list[str]) -> str:
         if some:
             values = [100 * row[column] for row in some]
             places = [names.index(row["method"]) for row in some]
-            spread = [100 * row[f"{column} ±"] for row in some]
+            ends = [row[f"{column} interval"] for row in some]
             axis.errorbar(
                 values,
                 places,
-                xerr=spread,
+                xerr=error_bars(values, ends),
                 fmt=mark,
                 color=color,
                 capsize=3,
@@ -251,11 +251,16 @@ def study_figures(runs: list[dict], rows: list[dict]) -> Iterator[tuple[str, Fig
             yield name, figure, " ".join(words)
 
 
+def error_bars(percentages: list[float], intervals: list[list[float]]) -> np.ndarray:
+    """Return how far below and above the percentages their intervals reach: [2, N]."""
+    return np.abs(100 * np.array(intervals).T - percentages)
+
+
 def size_figures(runs: list[dict], points: Sequence[dict]) -> Iterator[tuple[str, Figure, str]]:
     """Draw accuracy on unseen texts by number of training texts, as `study_figures` yields plots.
 
     Tuned methods have the colours of `curves_by_method`; baselines are dashed. points: method,
-    size, mean and ± of each; without points there is no plot.
+    size, mean and interval of each; without points there is no plot.
     """
     if not points:
         return
@@ -268,7 +273,7 @@ def size_figures(runs: list[dict], points: Sequence[dict]) -> Iterator[tuple[str
         color, mark = next(looks[method in has_curve])
         ours = [point for point in points if point["method"] == method]
         x, means = [point["size"] for point in ours], [100 * point["mean"] for point in ours]
-        spread = [100 * point["±"] for point in ours]
+        spread = error_bars(means, [point["interval"] for point in ours])
         line = "-" if method in has_curve else "--"
         look = {"color": color, "marker": mark, "linestyle": line, "markersize": 5, "capsize": 3}
         axis.errorbar(x, means, spread, **look, label=method)

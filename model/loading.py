@@ -179,8 +179,10 @@ def set_max_seq_length(config: BertConfig, virtual: int, wanted: int | None) -> 
     if (room := config.max_position_embeddings - virtual) < length:
         tokens = f"{virtual} virtual tokens and " * bool(virtual) + f"--max_seq_length {length}"
         advice = f"--max_seq_length {room} or less"
-        if room < 3:
-            advice = f"a --pre_seq_len of {config.max_position_embeddings - 3} or less"
+        if room < 3:  # leave the text its length, if that is possible at all
+            most = config.max_position_embeddings - 3
+            advice = f"--pre_seq_len {max(1, most + 3 - length)} and --max_seq_length "
+            advice += f"{min(length, most + 2)} or less"
         raise UserError(
             f"{tokens}: more than the {config.max_position_embeddings} positions of the backbone; "
             f"pass {advice}"

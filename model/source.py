@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shlex
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
@@ -127,9 +128,11 @@ def check_weights(folder: Path, name: str) -> None:
         if any(folder.glob(pattern)):
             raise UserError(
                 f"{folder} has its weights as {pattern}, which is not read; to convert them: "
-                'python -c "import glob, safetensors.torch, torch; safetensors.torch.save_file('
-                f"{{k: v.contiguous().clone() for f in glob.glob('{folder}/{pattern}') "
-                f"for k, v in {load}.items()}}, '{folder}/{name}', {{'format': 'pt'}})\""
+                f"cd {shlex.quote(str(folder))} && python -c "
+                '"import glob, safetensors.torch, torch; '
+                f"safetensors.torch.save_file({{k: v.contiguous().clone() for f in "
+                f"glob.glob('{pattern}') for k, v in {load}.items()}}, '{name}', "
+                "{'format': 'pt'})\""
             )
     raise UserError(f"{folder} has no {name}: copy the whole folder, or pass another model")
 

@@ -32,6 +32,7 @@ from runtime.files import UserError
 logger = logging.getLogger(__name__)
 
 HEAD, POOLER = "classifier.", "bert.pooler."
+OWN_POOLINGS = [name.upper() for name, pooling in POOLINGS.items() if not pooling.is_berts]
 
 
 class TuningMethod:
@@ -197,12 +198,8 @@ class Prefix(AdapterMethod):
     name = "prefix"
     model_class = BertPrefixForSequenceClassification
     # PEFT can load the first; the others are of depth input or of other poolings
-    peft_types = (
-        "PREFIX_TUNING",
-        "INPUT_PREFIX",
-        *(f"{n.upper()}_PREFIX" for n, one in POOLINGS.items() if not one.is_berts),
-        *(f"{n.upper()}_INPUT_PREFIX" for n, one in POOLINGS.items() if not one.is_berts),
-    )
+    peft_types = ("PREFIX_TUNING", "INPUT_PREFIX", *(f"{name}_PREFIX" for name in OWN_POOLINGS))
+    peft_types += tuple(f"{name}_INPUT_PREFIX" for name in OWN_POOLINGS)
     # a reparametrised prefix is stored as the MLP's output
     stored: ClassVar[dict] = {"prefix_projection": False}
 
@@ -230,8 +227,7 @@ class Prefix(AdapterMethod):
         if not self.not_for_peft(config):
             return "PREFIX_TUNING"
         kind = "INPUT_PREFIX" if config.prefix_depth == "input" else "PREFIX"
-        own = POOLINGS[config.pooling].is_berts
-        return kind if own else f"{config.pooling.upper()}_{kind}"
+        return kind if POOLINGS[config.pooling].is_berts else f"{config.pooling.upper()}_{kind}"
 
     def configure(self, config: BertConfig, args: Namespace, tuned: bool) -> None:
         super().configure(config, args, tuned)

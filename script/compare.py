@@ -7,7 +7,7 @@ Each DIR contains {train,val,test}_simple.csv, with one label per row. Several f
 the folds of script/folds.py, use the seeds in turn; a flag without a folder skips its protocol.
 Finished runs are not repeated, so a stopped study resumes. The results are a table, paired tests,
 study.json, two plots and report.html. Accuracies are means over distinct texts, one weight each;
-± is half of their 95 % interval, over texts and, if a folder has several runs, seeds.
+brackets hold their 95 % interval, over texts and, if a folder has several runs, seeds.
 
 --compare names the few comparisons to test: A against B, where B may be "best free" (the best
 baseline) or "best single" (the best method but the ensemble), chosen on the validation files.
@@ -53,8 +53,8 @@ from script.study_tests import (
     comparison,
     describe,
     format_tests,
+    name_comparisons,
     test_named,
-    were_named,
 )
 
 TUNE = ["main.py", "--do_train", "--do_eval", "--do_predict", "--resume_from_checkpoint", "auto"]
@@ -318,7 +318,7 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     runs = plan(args)
-    named = were_named(args.compare, Path(args.output_dir), runs)
+    named = name_comparisons(args.compare, Path(args.output_dir), runs)
     execute(runs)
     keys = {data: seen_keys(data) for data in {run["data"] for run in runs}}
     runs = [read(run, keys[run["data"]]) for run in runs]

@@ -20,9 +20,11 @@ DATA=()
 if [[ " $*" == *" --train_file"* && " $*" != *" --validation_file"* && " $*" != *" --test_file"* ]]; then
     folder=$("$PYTHON" -m script.split --within_run "$@") || exit
     DATA=(--train_file "$folder/train_simple.csv" --csv_encoding utf-8)
-    off='[= ]([Ff]alse|[Nn]o|0)'
+    off='[= ](false|no|0)( |$)'
+    shopt -s nocasematch
     [[ "$*" =~ --do_eval$off ]] || DATA+=(--validation_file "$folder/val_simple.csv")
     [[ "$*" =~ --do_predict$off ]] || DATA+=(--test_file "$folder/test_simple.csv")
+    shopt -u nocasematch
 elif [[ " $*" != *" --train_file"* && " $*" != *" --data"* ]]; then
     if synthetic && { [ -e csv/USvideos.csv ] || [ -e csv/USvideo.csv ]; } ||
         [ ! -e csv/train_simple.csv ]; then

@@ -52,7 +52,7 @@ def largest(runs: list[dict]) -> list[dict]:
 
 
 def summarise(runs: list[dict]) -> list[dict]:
-    """Compute the points: accuracy over distinct unseen texts and half of its 95 % interval, by
+    """Compute the points: accuracy over distinct unseen texts and its 95 % interval, by
     method and size; see `Scores`.
     """
     found: dict[tuple, list[dict]] = {}
@@ -65,7 +65,7 @@ def summarise(runs: list[dict]) -> list[dict]:
         scores = Scores(table[~table["seen"]])
         size = float(np.mean([run["results"]["train_rows"] for run in ours]))
         point = {"method": method, "size": size, "mean": scores.mean}
-        points.append(point | {"±": scores.half_width(), "runs": len(ours)})
+        points.append(point | {"interval": scores.interval(), "runs": len(ours)})
     return points
 
 
@@ -84,7 +84,8 @@ def table(points: list[dict]) -> list[list[str]]:
     for method, ours in by_method(points).items():
         cells = {}
         for point in ours:
-            cell = f"{100 * point['mean']:.1f} ± {100 * point['±']:.1f} %"
+            low, high = (100 * end for end in point["interval"])
+            cell = f"{100 * point['mean']:.1f} ({low:.1f} to {high:.1f}) %"
             cells[f"{point['size']:,.0f}"] = cell
         rows.append([method, *(cells.get(size, "-") for size in sizes)])
     return rows
@@ -115,5 +116,5 @@ def format_curve(sizes: list[list[str]], said: list[str]) -> str:
     """Format the learning curve for the console: its table, then its sentences."""
     header, *rows = sizes
     text = pd.DataFrame(rows, columns=header).to_string(index=False)
-    title = "accuracy on unseen texts by number of training texts, ± half of the 95 % interval:"
+    title = "accuracy on unseen texts by number of training texts (95 % interval):"
     return "\n".join([title, text, *said])

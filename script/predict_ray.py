@@ -34,7 +34,7 @@ from runtime.columns import fill_columns
 from runtime.files import UserError, read_json, sha256, sync, to_json, write_text, writing
 from runtime.flags import Parser
 from runtime.machine import set_up_process
-from runtime.record import Record, describe_run, differences, identity
+from runtime.record import Record, describe_run, run_differences
 from script.command import reported
 
 FORMATS = (".csv", ".parquet")
@@ -160,7 +160,7 @@ def is_finished(row: dict[str, str], record: dict, overwrite: bool) -> bool:
         return False
     data = {"test": {"sha256": sha256(row["path"])}}
     names = {"data.test": "input file", **{f"settings.{flag[2:]}": flag for flag in FLAGS}}
-    fields = differences(identity(found), identity(record | {"data": data}))
+    fields, _ = run_differences(found, record | {"data": data})  # others only round differently
     changed = sorted({names.get(field, "model") for field in fields})
     if not changed and sha256(output) == found["predictions_sha256"]:
         return True

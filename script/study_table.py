@@ -32,7 +32,7 @@ COLUMNS = [*ACCURACIES, *MEANS, "pooled ECE"]  # the last: of the rows of all ru
 
 
 def summarise(runs: list[dict]) -> list[dict]:
-    """Compute the columns of the table by protocol and method, and the accuracies' half-widths."""
+    """Compute the columns of the table by protocol and method, and the accuracies' intervals."""
     rows = []
     for protocol, method in dict.fromkeys((run["protocol"], run["method"]) for run in runs):
         ours = [run for run in runs if (run["protocol"], run["method"]) == (protocol, method)]
@@ -42,7 +42,7 @@ def summarise(runs: list[dict]) -> list[dict]:
             table = predictions[predictions["seen"].isin(which)]
             scores = Scores(table) if len(table) else None
             row[column] = scores and scores.mean
-            row[f"{column} ±"] = scores and scores.half_width()
+            row[f"{column} interval"] = scores and scores.interval()
         for column, key in MEANS.items():
             values = [run["results"][key] for run in ours if run["results"].get(key) is not None]
             row[column] = float(np.mean(values)) if values else None
@@ -65,7 +65,7 @@ def pooled_error(runs: list[dict]) -> float:
 
 def format_cell(row: dict, column: str) -> str:
     """Format a cell of the table."""
-    value, spread = row[column], row.get(f"{column} ±")
+    value, ends = row[column], row.get(f"{column} interval")
     if value is None or (column in ("trained", "bytes") and not value):
         return "-"
     if column == "schedule":
@@ -77,4 +77,4 @@ def format_cell(row: dict, column: str) -> str:
         return f"{value / 1e6:,.1f} MB" if value >= 1e6 else f"{value / 1e3:,.0f} kB"
     if column in ("trained", "seconds", "rows/s"):
         return f"{value:,.0f}"
-    return f"{value:.4f}" + (f" ±{spread:.4f}" if spread is not None else "")
+    return f"{value:.4f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "")

@@ -11,7 +11,6 @@ import pandas as pd
 
 from evaluation.paired import holm, paired_test
 from runtime.files import read_json, to_json, write_text
-from runtime.record import RUN_FILE
 
 # Method and method that it is compared with; the validation files choose a "best" one.
 COMPARISONS = ["full:best free", "prefix:full", "4 prefixes:full", "ensemble:best single"]
@@ -30,10 +29,13 @@ def comparison(text: str) -> str:
     return text
 
 
-def were_named(comparisons: list[str], folder: Path, runs: list[dict]) -> bool:
-    """Whether the comparisons were named before the first run of the study in this folder."""
+def name_comparisons(comparisons: list[str], folder: Path, runs: list[dict]) -> bool:
+    """Record the comparisons, unless a run of the study in this folder has already begun.
+
+    Returns whether they are those that were recorded before the first run.
+    """
     path = folder / "comparisons.json"
-    if not any((run["folder"] / RUN_FILE).exists() for run in runs):
+    if not any(run["folder"].with_suffix(".log").exists() for run in runs):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, to_json(comparisons))
     return comparisons == (read_json(path, list) if path.exists() else COMPARISONS)
@@ -85,7 +87,7 @@ def test_named(runs: list[dict], comparisons: list[str]) -> list[dict]:
 def describe(test: dict) -> str:
     """Return a sentence with the result of a test."""
     points, low, high = (100 * value for value in (test["difference"], *test["interval"]))
-    verdict = "a difference" if test["shown"] else "could be chance"
+    verdict = "a difference" if test["shown"] else "not significant"
     return (
         f"{test['other']} against {test['one']}: {points:+.2f} points ({low:+.2f} to {high:+.2f}), "
         f"p = {test['p']:.4f}, with Holm's correction {test['p_holm']:.4f}: {verdict}"
@@ -94,7 +96,7 @@ def describe(test: dict) -> str:
 
 def format_tests(tests: list[dict]) -> str:
     """Format the tests, one per line."""
-    lines = [f"{len(tests)} comparisons on unseen texts:"]
+    lines = ["comparisons on unseen texts:"]
     for test in tests:
         lines.append(f"{test['protocol']:9} {describe(test)} ({test['texts']:,} texts)")
     return "\n".join(lines)

@@ -94,7 +94,7 @@ class Engine:
             raise ApiError(413, message, "batch_size")
         for number, text in enumerate(texts):
             if not text.strip():
-                raise ApiError(422, f"text {number} is blank", "validation")
+                raise ApiError(422, f"text {number} is blank: leave it out", "validation")
             if len(text) > limit:
                 message = f"text {number} has more than {limit:,} characters"
                 raise ApiError(413, message, "too_large")

@@ -50,6 +50,7 @@ class PredictRequest(Body):
     model: str | None = None
     raw_scores: bool = Field(False, description="Logits instead of probabilities.")
     truncate: bool = Field(True, description="Cut long texts; if false, refuse them.")
+    truncation_direction: Literal["Right", "right"] = Field("Right", description="Cut the end.")
 
 
 class LoadRequest(Body):

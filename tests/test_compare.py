@@ -213,12 +213,12 @@ def test_the_table_averages_distinct_texts_and_says_how_sure_it_is():
     (row,) = compare.summarise(runs)
     assert row["pooled ECE"] == pytest.approx(0.1)
     assert (row["accuracy"], row["on seen"]) == (0.5, None)
-    assert row["accuracy ±"] > 0.3 and compare.format_cell(row, "on seen") == "-"
+    assert np.ptp(row["accuracy interval"]) > 0.6 and compare.format_cell(row, "on seen") == "-"
     run = predicted("m", "a", [1, 0, 0, 0], [False] * 4)
     run["predictions"]["text"] = ["a", "b", "b", "b"]
     (row,) = compare.summarise([run])
     assert row["on unseen"] == 0.5
-    assert 0.3 < row["on unseen ±"] < 0.5  # as of two texts
+    assert 0.6 < np.ptp(row["on unseen interval"]) < 1  # as of two texts
 
 
 def test_only_named_comparisons_are_tested_on_unseen_texts():
@@ -300,8 +300,8 @@ def test_the_curve_says_what_the_last_doublings_brought():
         "full: 50.0 % with 200 training texts, 62.0 % with 800; each doubling brought 6.0 points."
     )
     assert "extrapolates nothing" in note
-    assert learning_curve.table(points)[1][-1].startswith("62.0 ± ")
-    assert 0.09 < points[-1]["±"] < 0.25  # over 100 texts, and over two runs
+    assert learning_curve.table(points)[1][-1].startswith("62.0 (")
+    assert 0.18 < np.ptp(points[-1]["interval"]) < 0.5  # over 100 texts, and over two runs
 
 
 def test_a_study_over_sizes_draws_a_curve(study, tmp_path, capsys):
