@@ -238,10 +238,9 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
     """Check the task flags; --eval_strategy epoch implies --do_eval, as in HF's Trainer."""
     if args.do_train and args.eval_strategy == "epoch":
         args.do_eval = True
-    if args.text and not args.do_predict:
-        parser.error("--text needs --do_predict")
     if not (args.do_train or args.do_eval or args.do_predict):
-        parser.error("nothing to do: pass --do_train, --do_eval or --do_predict")
+        tasks = "--do_predict" if args.text else "--do_train, --do_eval or --do_predict"
+        parser.error(f"nothing to do: pass {tasks}")
     if args.prefix_column and not args.prefix_paths:
         parser.error("--prefix_column needs --prefix_paths")
     for name in ("prefix_paths", "text"):
