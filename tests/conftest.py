@@ -27,9 +27,10 @@ from transformers import BertConfig, BertModel, BertTokenizer
 import main
 import trainer
 from arguments import parse_args
+from evaluation import pages
 from leftovers import no_process_left  # noqa: F401 - a fixture of every test
 from model.start import Start
-from runtime import checkpoint
+from runtime import checkpoint, record
 from runtime.machine import pick_machine, set_up_process
 from runtime.processes import end_with_parent
 from serving.app import create_app
@@ -117,6 +118,18 @@ def pytest_configure(config) -> None:
         raise pytest.UsageError("--device cuda: PyTorch finds no CUDA GPU here")
     set_up_process()
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 that can be compared with a CPU's
+    config.addinivalue_line("markers", "pictures: with the pictures of a run's page")
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(request, monkeypatch) -> None:
+    """Leave out the pictures of a run's page and git's commit, which take longer than a small run.
+
+    Tests that are marked with `pictures` have both, and so have the commands that a test starts.
+    """
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr(pages, "run_plots", lambda run: {})
+        monkeypatch.setattr(record, "commit", lambda: "0" * 40)
 
 
 @pytest.fixture(scope="session")

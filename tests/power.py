@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ CALLS = (
     "openat,write,ftruncate,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,rmdir,link,"
     "linkat,symlink,symlinkat,fsync,fdatasync,sendfile,copy_file_range"
 )
+KINDS = [("full", False), ("prefix", True), ("full", True), ("prefix", False)]
 WRITTEN = re.compile(r', (".*"), [0-9]+$')
 LINE = re.compile(r"^\d+ +(\w+)\((.*)\) += (\d+)")
 RUN = "import sys; sys.path[:0] = ['.', 'tests']; import killing; killing.torch.set_num_threads(1)"
@@ -167,7 +169,8 @@ def put(opened: list, data: bytes) -> None:
 
 def record(argv: list[str], folder: Path, trace: Path) -> list[str]:
     """Run main under strace; returns the successful calls that concern the folder."""
-    strace = ["strace", "-f", "-y", "-s", "10000000", "-e", f"trace={CALLS}", "-o", str(trace)]
+    strace = ["strace", "-f", "--seccomp-bpf", "-y", "-s", "10000000", "-o", str(trace)]
+    strace += ["-e", f"trace={CALLS}"]
     done = subprocess.run(
         [*strace, sys.executable, "-c", RUN, *argv, "--output_dir", str(folder)],
         cwd=conftest.ROOT,
@@ -188,13 +191,19 @@ def record(argv: list[str], folder: Path, trace: Path) -> list[str]:
     return lines
 
 
-def cut(parent: Path, backbone: str, files: list[str], cuts: int, chance: random.Random) -> int:
+def cut(
+    parent: Path,
+    backbone: str,
+    files: list[str],
+    cuts: int,
+    chance: random.Random,
+    kinds: Sequence[tuple[str, bool]] = KINDS,
+) -> int:
     """Simulate `cuts` power cuts, each followed by a resumed run; returns their number.
 
-    Half of the runs replace the results of an earlier run.
+    kinds: methods of tuning, and whether such a run replaces the results of an earlier one.
     """
     done, log = 0, parent / "points of power cuts"
-    kinds = [("full", False), ("prefix", True), ("full", True), ("prefix", False)]
     for number, (method, replaces) in enumerate(kinds):
         argv = [*killing.command(backbone, files, method), "--save_steps", "2"]
         argv += ["--overwrite_output_dir", "--resume_from_checkpoint", "auto"]

@@ -16,7 +16,6 @@ import arguments
 import main
 from conftest import ROOT, ROWS, write_csv
 from evaluation import plots
-from runtime import record
 from script import baseline, compare, ensemble, learning_curve
 
 
@@ -48,7 +47,6 @@ def study(folders, tmp_path, backbone, monkeypatch, capsys):
         return Namespace(wait=lambda: status)
 
     monkeypatch.setattr(compare.subprocess, "Popen", in_process)
-    monkeypatch.setattr(record, "commit", lambda: "0" * 40)  # it would call git
     original, *unseen = folders
 
     def call(*flags: str) -> str:

@@ -11,16 +11,13 @@ from tokenizers import Tokenizer
 
 from conftest import ROWS, one_line, write_csv
 from script import export
-from test_main import BIAS, PROBE
+from test_main import PROBE
 
 KINDS = {
     "full": (),
     "prefix": ("--prefix",),
-    "projected": ("--prefix", "--prefix_projection"),
     "input": ("--prefix", "--prefix_depth", "input", "--pooling", "mean"),
-    "probe": PROBE,
-    "bias": BIAS,
-    "multi-label": ("--problem_type", "multi_label_classification"),
+    "multi-label": (*PROBE, "--problem_type", "multi_label_classification"),
 }
 
 

@@ -15,6 +15,7 @@ from conftest import ROWS, write_csv
 from evaluation.plots import FEW, merge_sparse
 from test_main import load
 
+pytestmark = pytest.mark.pictures
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 EVIL = "<script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">"
 
