@@ -101,6 +101,18 @@ def test_the_best_free_baseline_is_that_of_the_validation_files():
             assert f"{points}, which could be chance (p = {test['p']:.2f})" in text
 
 
+def test_the_figures_of_the_free_baselines_are_those_of_their_study():
+    page = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    rows = {row["method"]: row for row in read_study("study_free_baselines.json")["summary"]}
+    for row in rows.values():
+        low, high = (100 * end for end in row["on unseen interval"])
+        shown = f"{100 * row['on unseen']:.1f} % ({low:.1f} to {high:.1f})"
+        figures = f"{row['ECE']:.3f} ({row['by chance']:.3f})"
+        assert f"{shown} | {row['log loss']:.2f} | {figures}" in page.replace("**", "")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"has {100 * rows['combined, SVM']['on unseen']:.1f} %" in readme
+
+
 def test_the_commands_of_the_documentation_are_accepted():
     task = ["--do_train", "--do_eval", "--do_predict", "--output_dir", "out"]
     given = {"run_og.sh": task, "run_prefix.sh": [*task, "--prefix"], "main.py": []}
