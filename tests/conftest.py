@@ -117,6 +117,8 @@ def pytest_configure(config) -> None:
     elif not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: PyTorch finds no CUDA GPU here")
     set_up_process()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # so does a job under nohup
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 that can be compared with a CPU's
     config.addinivalue_line("markers", "pictures: with the pictures of a run's page")
 
