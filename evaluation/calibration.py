@@ -12,10 +12,10 @@ import torch
 from scipy.optimize import minimize
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from arguments import MOSTLY_SEEN
 from dataset import Data, seen_texts
 from evaluation.metrics import Counts
 from model.predictions import Predictions, average
+from runtime.schedule import coming_texts
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def calibration_rows(data: Data) -> np.ndarray:
     By the rule of the schedule: if at least half of them have a seen text, all rows; else those
     with an unseen one, since new texts are expected, and seen ones are easy.
     """
-    if data.training_keys is None or data.seen_share >= MOSTLY_SEEN:
+    if data.training_keys is None or coming_texts(data.seen_share) == "repeated":
         return np.ones(len(data.eval), dtype=bool)
     return ~seen_texts(data.training_keys, data.eval.keys)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from arguments import MOSTLY_SEEN
 from evaluation.metrics import TITLES
+from runtime.schedule import coming_texts
 
 
 def shown(value: float | int | list[float] | None) -> str:
@@ -27,8 +28,7 @@ def result_rows(results: dict) -> list[tuple[str, list[str]]]:
 
 def schedule_name(seen_share: float) -> str:
     """Name the default schedule that a share of seen texts chooses."""
-    kind = "repeated" if seen_share >= MOSTLY_SEEN else "new"
-    return f"schedule for {kind} texts ({100 * seen_share:.0f} % seen)"
+    return f"schedule for {coming_texts(seen_share)} texts ({100 * seen_share:.0f} % seen)"
 
 
 def switch_warning(seen_share: float) -> str:

@@ -180,9 +180,9 @@ def set_max_seq_length(config: BertConfig, virtual: int, wanted: int | None) -> 
         tokens = f"{virtual} virtual tokens and " * bool(virtual) + f"--max_seq_length {length}"
         advice = f"--max_seq_length {room} or less"
         if room < 3:  # leave the text its length, if that is possible at all
-            most = config.max_position_embeddings - 3
-            advice = f"--pre_seq_len {max(1, most + 3 - length)} and --max_seq_length "
-            advice += f"{min(length, most + 2)} or less"
+            text = min(length, config.max_position_embeddings - 1)
+            most = config.max_position_embeddings - text
+            advice = f"--pre_seq_len {most} and --max_seq_length {text} or less"
         raise UserError(
             f"{tokens}: more than the {config.max_position_embeddings} positions of the backbone; "
             f"pass {advice}"

@@ -86,6 +86,12 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def unused_flag(argv: list[str], useful: set[str]) -> str | None:
+    """Return the first flag on a command line, by name, that is not among the useful ones."""
+    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    return min(given - useful, default=None)
+
+
 def contains(folder: str, other: str) -> bool:
     """Whether `other` is `folder` or lies in it."""
     return Path(os.path.realpath(other)).is_relative_to(os.path.realpath(folder))

@@ -14,6 +14,14 @@ from arguments import (
 )
 
 
+def coming_texts(seen_share: float) -> str:
+    """Return which texts are to come: "repeated" if at least half of them are seen, else "new".
+
+    seen_share: see `dataset.Data.seen_share`. Schedule and calibration follow this rule.
+    """
+    return "repeated" if seen_share >= MOSTLY_SEEN else "new"
+
+
 def default_rate(args: Namespace, width: int) -> tuple[float, float, float]:
     """Return the lowest, the default and the highest learning rate for a backbone's hidden size."""
     lowest, *by_width = TUNING_DEFAULTS[defaults_name(args)]
@@ -27,7 +35,7 @@ def fill_schedule(args: Namespace, seen_share: float, width: int) -> dict:
     """
     fill(args, {"learning_rate": default_rate(args, width)[1]})
     fill(args, {"head_learning_rate": args.learning_rate})
-    defaults = SCHEDULES[defaults_name(args)][seen_share < MOSTLY_SEEN]
+    defaults = SCHEDULES[defaults_name(args)][coming_texts(seen_share) == "new"]
     chosen = dict(zip(SCHEDULE, defaults, strict=True))
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         fill(args, {name: chosen[name]})

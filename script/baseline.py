@@ -38,6 +38,7 @@ from model.predictions import to_logits
 from model.source import Source, locate, sha256_of
 from runtime.columns import fill_columns
 from runtime.files import UserError
+from runtime.flags import unused_flag
 from runtime.machine import pick_machine, set_up_process
 from runtime.output_folder import opened
 from runtime.record import describe_run
@@ -100,8 +101,8 @@ def vectorizer(parts: tuple[str, ...], texts: list[str], source: Source | None) 
     words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b", **options)
     if "words" in parts and not any(map(words.build_analyzer(), texts)):
         raise UserError("no text in the training file contains a word: use another baseline")
-    known: dict = {"words": words}
-    known["characters"] = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), **options)
+    characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), **options)
+    known: dict = {"words": words, "characters": characters}
     if "embeddings" in parts:
         known["embeddings"] = FunctionTransformer(embedder(source, pick_machine("auto")))
     weights = {name: weight for name, weight in WEIGHTS.items() if name in parts}
@@ -207,14 +208,13 @@ def main(argv: list[str]) -> int:
         methods = ", ".join(METHODS)
         print(f"error: first name the method, one of {methods} (see --help)", file=sys.stderr)
         return 2
-    given = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
-    useful = {*SETTINGS, "overwrite_output_dir"}
-    if "max_train_samples" not in given:  # the seed only draws these rows
-        useful.remove("seed")
+    useful = {f"--{name}" for name in (*SETTINGS, "overwrite_output_dir")}
+    if not any(word.startswith("--max_train_samples") for word in argv):
+        useful.remove("--seed")  # which only draws these rows
     if "embeddings" not in features_of(argv[0]):
-        useful.remove("model_name_or_path")
-    if unused := sorted(given - useful):
-        print(f"error: --{unused[0]} has no effect on a baseline: omit it", file=sys.stderr)
+        useful.remove("--model_name_or_path")
+    if unused := unused_flag(argv, useful):
+        print(f"error: {unused} has no effect on a baseline: omit it", file=sys.stderr)
         return 2
     args = parse_args(["--do_train", "--do_eval", "--do_predict", *argv[1:]])
     return reported(run, argv[0], args)

@@ -31,7 +31,7 @@ from evaluation.scoring import publish, score
 from model.predictions import to_logits
 from runtime.csv_reader import read_table
 from runtime.files import UserError, sha256
-from runtime.flags import contains
+from runtime.flags import contains, unused_flag
 from runtime.output_folder import opened
 from runtime.record import RUN_FILE, describe_run, differences, read_record
 from script.command import reported
@@ -186,10 +186,9 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     flags = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
-    given = {word.partition("=")[0] for word in argv[flags:] if word.startswith("--")}
     allowed = {"--output_dir", "--overwrite_output_dir", "--reject_below", "--safe_csv"}
-    if unused := sorted(given - allowed):
-        print(f"error: {unused[0]} has no effect on an ensemble: omit it", file=sys.stderr)
+    if unused := unused_flag(argv[flags:], allowed):
+        print(f"error: {unused} has no effect on an ensemble: omit it", file=sys.stderr)
         return 2
     args = parse_args(["--do_train", "--do_eval", "--do_predict", *argv[flags:]])
     return reported(run, argv[:flags], args)

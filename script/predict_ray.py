@@ -32,7 +32,7 @@ from model.predictions import Predictions
 from model.start import Start
 from runtime.columns import fill_columns
 from runtime.files import UserError, read_json, sha256, sync, to_json, write_text, writing
-from runtime.flags import Parser
+from runtime.flags import Parser, unused_flag
 from runtime.machine import set_up_process
 from runtime.record import Record, describe_run, run_differences
 from script.command import reported
@@ -218,9 +218,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--workers", **INT, help="[one per core]")
     args, flags = parser.parse_known_args(argv)
-    given = {word.partition("=")[0] for word in flags if word.startswith("--")}
-    if unused := sorted(given - FLAGS):
-        parser.error(f"{unused[0]} has no effect here: omit it")
+    if unused := unused_flag(flags, FLAGS):
+        parser.error(f"{unused} has no effect here: omit it")
     return reported(run, args, flags)
 
 

@@ -72,37 +72,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="let /v1/load_adapter and /v1/unload_adapter change what is served, from below FOLDER",
     )
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    add(
-        "--cache_gib",
-        default=1.0,
-        **value(size, "GIB"),
-        help="memory for prefixes; those used last stay [%(default)s]",
-    )
-    add(
-        "--max_batch_tokens",
-        default=defaults.max_batch_tokens,
-        **value(count),
-        help="[%(default)s]",
-    )
-    add(
-        "--max_queue",
-        default=defaults.max_queue,
-        **value(count),
-        help="texts that may wait; more get 429 [%(default)s]",
-    )
-    add(
-        "--max_texts",
-        default=defaults.max_texts,
-        **value(count),
-        help="texts of one request [%(default)s]",
-    )
-    add(
-        "--max_body_mib",
-        default=defaults.max_body / 2**20,
-        **value(size, "MIB"),
-        help="size of one request [%(default)s]",
-    )
-    return parser.parse_args(argv)  # fmt: skip
+    for name, default, kind, what in (
+        ("--cache_gib", 1.0, value(size, "GIB"), "memory for prefixes; those used last stay "),
+        ("--max_batch_tokens", defaults.max_batch_tokens, value(count), ""),
+        ("--max_queue", defaults.max_queue, value(count), "texts that may wait; more get 429 "),
+        ("--max_texts", defaults.max_texts, value(count), "texts of one request "),
+        ("--max_body_mib", defaults.max_body / 2**20, value(size, "MIB"), "size of one request "),
+    ):
+        add(name, default=default, **kind, help=f"{what}[%(default)s]")
+    return parser.parse_args(argv)
 
 
 def origin(text: str) -> str:

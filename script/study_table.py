@@ -6,9 +6,9 @@ Runs are the dictionaries of `script.compare.read`.
 import numpy as np
 import pandas as pd
 
-from arguments import MOSTLY_SEEN
 from evaluation.intervals import BINS, Scores
 from evaluation.metrics import calibration_error, confidence_counts
+from runtime.schedule import coming_texts
 
 ACCURACIES = {  # columns of the table: over the texts of which `seen`
     "accuracy": (True, False),
@@ -69,8 +69,7 @@ def format_cell(row: dict, column: str) -> str:
     if value is None or (column in ("trained", "bytes") and not value):
         return "-"
     if column == "schedule":
-        kind = "repeated" if value >= MOSTLY_SEEN else "new"
-        return f"{kind}, {100 * value:.0f} %"
+        return f"{coming_texts(value)}, {100 * value:.0f} %"
     if column == "memory":
         return f"{value / 2**30:.2f} GiB"
     if column == "bytes":
