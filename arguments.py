@@ -14,7 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from runtime import flags
-from runtime.flags import Parser, boolean, choice, column_names, contains, encoding, number, value
+from runtime.flags import (
+    DELIMITERS,
+    Parser,
+    boolean,
+    choice,
+    column_names,
+    contains,
+    encoding,
+    number,
+    value,
+)
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -55,7 +65,6 @@ METHODS = tuple(name for name in TUNING_DEFAULTS if " " not in name)  # others: 
 USES = {"train": "train", "validation": "val", "test": "test"}
 FILES = {f"{use}_file": f"csv/{name}_simple.csv" for use, name in USES.items()}
 SCORING = ("do_predict", "do_eval")
-LABEL_SEPARATOR = "|"
 PREFIX_DEFAULTS = {"prefix_depth": "all", "prefix_init": "text", "prefix_projection": False}
 PRE_SEQ_LEN = {"all": 128, "input": 16}
 
@@ -83,6 +92,23 @@ RATES = ", ".join(
 )
 TUNED_FOLDER = "or the tuned model's"
 # fmt: off
+READING = (  # how a file is read: flags of main.py and split.sh
+    ("--text_column_names", value(column_names, "A,B"), None, f"columns [text, {TUNED_FOLDER}]"),
+    ("--label_column_name", NAME, None,
+     f"a column; A,B,C: a column of 0 and 1 for each label [label, {TUNED_FOLDER}]"),
+    ("--problem_type", choice("single_label_classification", "multi_label_classification"), None,
+     "multi-label: a row has several labels, or none, such as a|b or ['a', 'b'] "
+     f"[single, {TUNED_FOLDER}]"),
+    ("--label_separator", value(metavar="S"), None, "separates several labels in one cell [|]"),
+    ("--column_names", value(column_names, "A,B"), None,
+     "names of all columns, of a file without a header"),
+    ("--delimiter", choice(*DELIMITERS), None, "between columns [found by the header]"),
+    ("--quoting", choice("minimal", "none"), None,
+     "none: quotes are characters like any other, as in many files with tabs [minimal]"),
+    ("--csv_encoding", value(encoding, "NAME"), None,
+     f"encoding of the files, e.g. cp1252 [utf-8, {TUNED_FOLDER} if a file is not UTF-8]"),
+    ("--drop_malformed", SWITCH, False, "drop rows that cannot be read instead of stopping"),
+)
 GROUPS = {  # each flag: name, kind, default and help
 "what to do (at least one)": (
     ("--do_train", SWITCH, False, "tune on the training file"),
@@ -94,13 +120,8 @@ GROUPS = {  # each flag: name, kind, default and help
 ),
 "data": (
     *((f"--{name}", FILE, None, f"[{path}]") for name, path in FILES.items()),
-    ("--text_column_names", value(column_names, "A,B"), None, f"columns [text, {TUNED_FOLDER}]"),
-    ("--text_column_delimiter", STR, None, f"joins text columns [' [SEP] ', {TUNED_FOLDER}]"),
-    ("--label_column_name", NAME, None, f"[label, {TUNED_FOLDER}]"),
-    ("--problem_type", choice("single_label_classification", "multi_label_classification"), None,
-     f"multi-label: the labels of one row are separated by | [single, {TUNED_FOLDER}]"),
-    ("--csv_encoding", value(encoding, "NAME"), "utf-8",
-     "encoding of the CSV files, e.g. cp1252 or utf-16 [utf-8]"),
+    *READING,
+    ("--text_column_delimiter", STR, None, f"joins text columns [the separator, {TUNED_FOLDER}]"),
     ("--drop_empty", SWITCH, False, "drop rows with a blank text instead of stopping"),
     ("--safe_csv", SWITCH, False, "put an ' before formulas in predictions.csv, for spreadsheets"),
     ("--reject_below", PROBABILITY, 0.0,

@@ -6,7 +6,6 @@ Independent of any model. N rows, C classes.
 import hashlib
 import logging
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from arguments import LABEL_SEPARATOR
 from runtime.batches import prefix_index
-from runtime.columns import label_numbers, sort_labels
-from runtime.csv_reader import read_labels, read_tables, row_list, text_key
-from runtime.files import UserError
+from runtime.csv_reader import Table, row_list, text_key
+from runtime.file_format import FileFormat
+from runtime.files import UserError, name_list
+from runtime.labels import label_key, label_numbers, label_remarks, read_labels, sort_labels
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +36,8 @@ class Split:
     rows: list[int]  # each row's number in the file, from 1
     multi_label: bool = False  # whether a row may have several labels, or none
     dropped: int = 0  # rows without a text
+    malformed: int = 0  # rows that were dropped, if the file was read as a whole
+    read_as: str = ""  # if that is not usual
     label_ids: np.ndarray | None = None  # int64 [N], or float32 [N, C] of 0 and 1
     sha256: str = ""  # of the whole file, if it was read as a whole
 
@@ -55,7 +56,7 @@ class Split:
 
     def describe(self) -> dict:
         """Return the entry for run.json."""
-        return {"path": self.path, "rows": len(self), "sha256": self.sha256}
+        return described(self)
 
     def sample(self, count: int | None, seed: int) -> "Split":
         """Draw `count` rows at random, in file order; all rows if `count` is None or too large."""
@@ -84,93 +85,81 @@ class Split:
             (row, name)
             for row, labels in zip(self.rows, self.labels, strict=True)
             for name in labels
-            if name not in index
+            if label_key(name) not in index
         ]
         if unknown:
             strange = sorted({name for _, name in unknown})
             raise UserError(
-                f"{self.path}: label {', '.join(map(repr, strange[:10]))} in "
+                f"{self.path}: label {name_list(map(repr, strange))} in "
                 f"{row_list(sorted({row for row, _ in unknown}))} does not occur in the training "
-                f"file, which has {', '.join(map(repr, names))}; correct or remove such rows"
+                f"file, which has {name_list(map(repr, names))}; correct or remove such rows"
             )
         if not self.multi_label:
-            ids = np.array([index[labels[0]] for labels in self.labels], dtype=np.int64)
+            ids = np.array([index[label_key(name)] for (name,) in self.labels], dtype=np.int64)
             return replace(self, label_ids=ids)
         one_hot = np.zeros((len(self), len(names)), dtype=np.float32)
         for row, labels in enumerate(self.labels):
-            one_hot[row, [index[name] for name in labels]] = 1
+            one_hot[row, [index[label_key(name)] for name in labels]] = 1
         return replace(self, label_ids=one_hot)
 
 
-def read_chunks(
-    path: str | Path,
-    *,
-    size: int | None,
-    text_columns: list[str],
-    label_column: str | None = "label",
-    delimiter: str = " ",
-    encoding: str = "utf-8",
-    multi_label: bool = False,
-    drop_empty: bool = False,
-    label_names: dict[str, str] | None = None,
-    labels_required: bool = True,
-    digest=None,
-) -> Iterator[Split]:
-    """Read and check a CSV file, `size` rows at a time or all at once.
+def described(file: "Split | Stream") -> dict:
+    """Return a file's entry for run.json."""
+    malformed = {"malformed": file.malformed} if file.malformed else {}
+    return {"path": file.path, "rows": len(file), "sha256": file.sha256} | malformed
 
-    Several text columns are joined by `delimiter`. With `labels_required=False` the label column
-    may be missing or all blank; without `label_column` labels are not read. At the end, `digest`
-    (of hashlib) is that of the file.
 
+def open_table(path: str | Path, form: FileFormat, labels_required: bool, digest=None) -> Table:
+    """Open a file, which needs the text columns and, if they are required, the label columns."""
+    labels = form.label_column_name if labels_required else ()
+    return Table(path, form, [*form.text_column_names, *labels], digest)
+
+
+def read_chunks(table: Table, size: int | None, labels_required: bool = True) -> Iterator[Split]:
+    """Read and check the rows of a file, `size` rows at a time or all at once.
+
+    With `labels_required=False` the label column may be missing or all blank.
     Raises: UserError that names the file, the rows and what to do.
     """
-    wanted = [*text_columns, label_column] if labels_required else text_columns
-    hint = ": see --text_column_names" + " and --label_column_name" * labels_required
-    for table in read_tables(path, encoding, wanted, size=size, hint=hint, digest=digest):
-        fields = list(zip(*(table[name] for name in text_columns), strict=True))
+    form, path = table.form, str(table.path)
+    for frame in table.frames(size):
+        fields = list(zip(*(frame[name] for name in form.text_column_names), strict=True))
         kept = np.array([bool("".join(row).strip()) for row in fields])
-        if not kept.all() and not drop_empty:
+        if not kept.all() and not form.drop_empty:
             raise UserError(
-                f"{path}: the text is blank in {row_list(table.index[~kept].tolist())}; "
-                "fill it in, or drop such rows with --drop_empty"
+                f"{path}: the text is blank in {row_list(frame.index[~kept].tolist())}; "
+                f"fill it in, or drop such rows with {form.flag('drop_empty')}"
             )
-        texts = [delimiter.join(row) for row, keep in zip(fields, kept, strict=True) if keep]
-        rows = table.index[kept].tolist()
-        dropped = len(table) - len(rows)
-        table = table[kept].reset_index(drop=True)
-        labels = read_labels(path, table, rows, label_column, multi_label, labels_required)
-        if labels and label_names:
-            labels = [[label_names.get(one, one) for one in row] for row in labels]
-        yield Split(str(path), table, texts, labels, rows, multi_label, dropped)
+        join = form.text_column_delimiter.join
+        texts = [join(row) for row, keep in zip(fields, kept, strict=True) if keep]
+        rows = frame.index[kept].tolist()
+        dropped = len(frame) - len(rows)
+        frame = frame[kept].reset_index(drop=True)
+        labels = read_labels(path, frame, rows, form, labels_required)
+        yield Split(path, frame, texts, labels, rows, form.multi_label, dropped)
 
 
-def read_split(path: str | Path, **options) -> Split:
-    """Read and check a whole CSV file, see `read_chunks`."""
+def read_split(path: str | Path, form: FileFormat, labels_required: bool = True) -> Split:
+    """Read and check a whole file, see `read_chunks`, and log what may be wrong with it."""
     digest = hashlib.sha256()
-    split = next(read_chunks(path, size=None, digest=digest, **options))
-    report_dropped(split.path, split.dropped, len(split))
-    return replace(split, sha256=digest.hexdigest())
+    table = open_table(path, form, labels_required, digest)
+    chunks = read_chunks(table, None, labels_required)
+    split = next(chunks)
+    report(table, split.dropped, len(split))
+    found = {"malformed": table.malformed, "read_as": table.read_as()}
+    return replace(split, sha256=digest.hexdigest(), **found)
 
 
-def report_dropped(path: str, dropped: int, left: int) -> None:
-    """Warn about rows without a text. Raises: UserError if no row has a text."""
+def report(table: Table, dropped: int, left: int) -> None:
+    """Log what may be wrong with a file. Raises: UserError if no row has a text."""
+    for remark in table.remarks():
+        logger.warning("warning: %s", remark)
     if dropped:
-        logger.warning("warning: %s: dropped %d rows without a text", path, dropped)
+        logger.warning("warning: %s: dropped %d rows without a text", table.path, dropped)
     if not left:
-        raise UserError(f"{path}: every text is blank: see --text_column_names")
-
-
-def reading_options(settings: dict) -> dict:
-    """Return the options of `read_chunks` for a run with these settings."""
-    return {
-        "text_columns": settings["text_column_names"],
-        "label_column": settings["label_column_name"],
-        "delimiter": settings["text_column_delimiter"],
-        "encoding": settings["csv_encoding"],
-        "multi_label": settings["problem_type"] == "multi_label_classification",
-        "drop_empty": settings["drop_empty"],
-        "label_names": settings.get("label_names"),
-    }
+        raise UserError(
+            f"{table.path}: every text is blank: see {table.form.flag('text_column_names')}"
+        )
 
 
 @dataclass(frozen=True)
@@ -183,19 +172,20 @@ class Stream:
     columns: list[str]
     labelled: bool
     names: list[str]  # the labels, in the order of their numbers
-    options: dict  # for read_chunks
+    form: FileFormat
+    malformed: int = 0  # rows that were dropped
 
     def __len__(self) -> int:
         return self.rows
 
     def describe(self) -> dict:
         """Return the entry for run.json."""
-        return {"path": self.path, "rows": self.rows, "sha256": self.sha256}
+        return described(self)
 
     def __iter__(self) -> Iterator[Split]:
         digest = hashlib.sha256()
-        options = {"size": CHUNK_ROWS, "labels_required": self.labelled, **self.options}
-        for chunk in read_chunks(self.path, digest=digest, **options):
+        table = open_table(self.path, self.form, self.labelled, digest)
+        for chunk in read_chunks(table, CHUNK_ROWS, self.labelled):
             if len(chunk):
                 yield chunk.number_labels(self.names)
         if digest.hexdigest() != self.sha256:
@@ -258,17 +248,16 @@ class Data:
         return [(name, file) for name, file in files if file is not None]
 
 
-def read_splits(args: Namespace, settings: dict) -> dict[str, Split]:
+def read_splits(args: Namespace, form: FileFormat) -> dict[str, Split]:
     """Read the training and validation files, if needed, as `train` and `eval`."""
     wanted = [("train", args.do_train, args.train_file)]
     wanted += [("eval", args.do_eval, args.validation_file)]
-    options = reading_options(settings)
-    return {name: read_split(path, **options) for name, needed, path in wanted if needed}
+    return {name: read_split(path, form) for name, needed, path in wanted if needed}
 
 
 def prepare(
     args: Namespace,
-    settings: dict,
+    form: FileFormat,
     splits: dict[str, Split],
     names: list[str],
     labels_by_prefix: list[list[str]] | None = None,
@@ -282,7 +271,7 @@ def prepare(
     known: dict[str, frozenset[str]] = {}  # the keys of each file, without those of earlier ones
     if train is not None:
         train = train.sample(args.max_train_samples, args.seed).number_labels(names)
-        keys = known["training file"] = audit(train)
+        keys = known["training file"] = audit(train, names, form)
     if validation is not None:
         validation = validation.number_labels(names)
         if keys is not None:
@@ -290,13 +279,13 @@ def prepare(
             log_seen(validation.path, len(validation), {"training file": share})
             known["validation file alone"] = frozenset(validation.keys) - keys
     if args.do_predict:
-        test = open_stream(args, settings, names, known, labels_by_prefix)
+        test = open_stream(args, form, names, known, labels_by_prefix)
     return Data(names, train, validation, test, keys)
 
 
 def open_stream(
     args: Namespace,
-    settings: dict,
+    form: FileFormat,
     names: list[str],
     known: dict[str, frozenset[str]] | None = None,
     labels_by_prefix: list[list[str]] | None = None,
@@ -306,13 +295,12 @@ def open_stream(
     known: the keys of the texts of other files, by the names of the files.
     Raises: UserError for a bad file, also if only some of its rows have labels.
     """
-    path, options = args.test_file, reading_options(settings)
-    rows, dropped, seen = 0, 0, dict.fromkeys(known or {}, 0)
+    path, rows, dropped = args.test_file, 0, 0
+    seen = dict.fromkeys(known or {}, 0)
     first: dict[bool, list[int]] = {True: [], False: []}  # first rows of chunks, labelled or not
     digest = hashlib.sha256()
-    for chunk in read_chunks(
-        path, size=CHUNK_ROWS, labels_required=False, digest=digest, **options
-    ):
+    table = open_table(path, form, labels_required=False, digest=digest)
+    for chunk in read_chunks(table, CHUNK_ROWS, labels_required=False):
         rows, dropped = rows + len(chunk), dropped + chunk.dropped
         if len(chunk):
             first[chunk.labels is not None] += chunk.rows[:1]
@@ -324,7 +312,7 @@ def open_stream(
         )
         for file in seen:
             seen[file] += seen_texts(known[file], chunk.keys).sum()
-    report_dropped(path, dropped, rows)
+    report(table, dropped, rows)
     if first[True] and first[False] and not chunk.multi_label:  # multi-label: a blank is valid
         raise UserError(
             f"{path}: no '{args.label_column_name}' from row {first[False][0]} on, but other rows "
@@ -332,7 +320,8 @@ def open_stream(
         )
     if seen:
         log_seen(path, rows, {file: count / rows for file, count in seen.items()})
-    return Stream(path, digest.hexdigest(), rows, chunk.columns, bool(first[True]), names, options)
+    labelled, checksum = bool(first[True]), digest.hexdigest()
+    return Stream(path, checksum, rows, table.header, labelled, names, form, table.malformed)
 
 
 def check_labels(
@@ -354,9 +343,10 @@ def label_names(train: Split, order: dict[str, str] | None = None) -> list[str]:
 
     Raises: UserError if there are fewer than two.
     """
-    names = sort_labels({name for row in train.labels for name in row}, order)
+    names = sort_labels((name for row in train.labels for name in row), order)
     if len(names) < 2:
-        raise UserError(f"{train.path} has only one label ({names}): there is nothing to learn")
+        shown = name_list(map(repr, names))
+        raise UserError(f"{train.path} has only one label ({shown}): there is nothing to learn")
     return names
 
 
@@ -371,19 +361,20 @@ def log_seen(path: str, rows: int, shares: dict[str, float]) -> None:
     logger.info("%s: %d rows, %s", path, rows, ", ".join(parts))
 
 
-def audit(train: Split) -> frozenset[str]:
-    """Warn about training data that makes the results less reliable; drop nothing.
+def audit(train: Split, names: list[str], form: FileFormat) -> frozenset[str]:
+    """Log what the training file has, and what makes results less reliable; drop nothing.
 
-    Returns the keys of the training texts.
+    names: the labels, in the order of their numbers. Returns the keys of the training texts.
     """
     keys = frozenset(train.keys)
-    logger.info("%s: %d rows, %d distinct texts", train.path, len(train), len(keys))
-    counts = Counter(name for names in train.labels for name in names)
-    if joined := [name for name in counts if LABEL_SEPARATOR in name]:
-        advice = "if it is several, pass --problem_type multi_label_classification"
-        logger.warning("warning: %s: '%s' is one label; %s", train.path, joined[0], advice)
-    if single := [name for name, count in counts.items() if count == 1]:
-        logger.warning("warning: %s: only one row of label %s", train.path, ", ".join(single))
+    ids = train.label_ids
+    counts = np.bincount(ids, minlength=len(names)) if ids.ndim == 1 else ids.sum(axis=0)
+    each = {name: int(count) for name, count in zip(names, counts, strict=True) if count}
+    for line in form.describe(train.path, len(train), train.read_as, each, train.texts[0]):
+        logger.info(line)
+    logger.info("%s: %d distinct texts", train.path, len(keys))
+    for remark in label_remarks(each, form):
+        logger.warning("warning: %s: %s", train.path, remark)
     if doubtful := contradictions(train):
         message = "warning: %s: %d texts occur with more than one label"
         logger.warning(message, train.path, doubtful)
@@ -393,6 +384,6 @@ def audit(train: Split) -> frozenset[str]:
 def contradictions(split: Split) -> int:
     """Count the distinct texts that occur with more than one set of labels."""
     labels: dict[str, set] = {}
-    for key, names in zip(split.keys, split.labels, strict=True):
-        labels.setdefault(key, set()).add(tuple(sorted(names)))
+    for key, ids in zip(split.keys, split.label_ids, strict=True):
+        labels.setdefault(key, set()).add(ids.tobytes())
     return sum(len(found) > 1 for found in labels.values())

@@ -66,7 +66,7 @@ from runtime import checkpoint as checkpoints
 from runtime import processes
 from runtime.batches import encode, prefix_index
 from runtime.checkpoint import Checkpoint, Tensors
-from runtime.columns import fill_columns, model_folders, precision_for
+from runtime.columns import fill_format, model_folders, precision_for
 from runtime.files import UserError, writing
 from runtime.machine import Machine, pick_machine, set_up_process
 from runtime.output_folder import OutputFolder, opened
@@ -191,16 +191,17 @@ def run(args: Namespace) -> None:
 def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedTokenizerBase, dict]:
     """Find the model, read and check the data, and describe the run."""
     # start: the model to start from
-    fill_columns(args)
+    form = fill_format(args)
     start = find_start(args)
+    form = replace(form, multi_label=start.multi_label)
     logger.info("%s, model %s", machine, start.source.name)
     settings = start.settings(args) | machine.describe()
 
     # data: read, check, audit for leaks
-    splits = dataset.read_splits(args, settings)
+    splits = dataset.read_splits(args, form)
     if args.do_train:
         start.set_labels(dataset.label_names(splits["train"], args.label_names))
-    data = dataset.prepare(args, settings, splits, start.labels, start.labels_by_prefix)
+    data = dataset.prepare(args, form, splits, start.labels, start.labels_by_prefix)
     check_columns(data, args.reject_below)
     tokenizer = start.tokenizer()
 

@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import permutation_test
 
-from dataset import LABEL_SEPARATOR, Split, read_split, reading_options
+from dataset import Split, read_split
 from evaluation.intervals import Scores, difference_interval
+from runtime.file_format import LABEL_SEPARATOR, FileFormat
 from runtime.files import UserError
+from runtime.labels import label_key
 from runtime.record import RUN_FILE, read_record
 
 RESAMPLES = 9999
@@ -35,8 +37,8 @@ def read_run(folder: str | Path) -> tuple[dict, Split]:
     record = read_record(Path(folder) / RUN_FILE)
     if not (settings := record.get("settings")):
         raise UserError(f"{folder} contains no finished run: pass the folder of one")
-    options = reading_options(settings) | {"encoding": "utf-8"}
-    return record, read_split(Path(folder) / "predictions.csv", **options)
+    form = FileFormat.from_settings(settings).written_here()
+    return record, read_split(Path(folder) / "predictions.csv", form)
 
 
 def read_predictions(folder: str | Path) -> pd.DataFrame:
@@ -46,10 +48,12 @@ def read_predictions(folder: str | Path) -> pd.DataFrame:
 
 def answers(split: Split) -> pd.DataFrame:
     """Return predictions as columns text (key), labels, answer (as written) and right."""
-    labels = [frozenset(names) for names in split.labels]
+    labels = [frozenset(map(label_key, names)) for names in split.labels]
     given = split.table["predicted"]
     found = [
-        set(filter(None, answer.split(LABEL_SEPARATOR))) if split.multi_label else {answer}
+        {*map(label_key, filter(None, answer.split(LABEL_SEPARATOR)))}
+        if split.multi_label
+        else {label_key(answer)}
         for answer in given
     ]
     right = [names == answer for names, answer in zip(labels, found, strict=True)]

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from arguments import LABEL_SEPARATOR
+from runtime.file_format import LABEL_SEPARATOR
 
 
 def average(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:

@@ -21,8 +21,8 @@ from model.source import (
     sha256_of,
 )
 from model.tuning import POOLER, TUNING, TuningMethod, method_of
-from runtime.columns import label_numbers
 from runtime.files import UserError, read_json
+from runtime.labels import label_key, label_numbers
 from runtime.training_state import WEIGHT
 
 logger = logging.getLogger(__name__)
@@ -95,12 +95,12 @@ class Start:
 
     def set_labels(self, names: list[str]) -> None:
         """Set the labels to train on; a tuned model keeps its own if they include `names`."""
-        known, folder = self.labels, self.source.folder
-        if self.tuned_by and {*names} - {*known} and {*names} <= label_numbers(known).keys():
+        known, folder, keys = self.labels, self.source.folder, {*map(label_key, names)}
+        if self.tuned_by and keys - {*map(label_key, known)} and keys <= {*label_numbers(known)}:
             known = [str(number) for number in range(len(known))]
             logger.info("%s names no labels: using %s, in this order", folder, known)
         fits = self.tuned_by and self.tuned_pooling == self.config.pooling
-        self.fresh_head = not (fits and set(names) <= set(known))
+        self.fresh_head = not (fits and keys <= {*map(label_key, known)})
         if self.fresh_head and self.tuned_by:
             message = (
                 "warning: initialising a new head: the head of %s, for labels %s, does not fit"

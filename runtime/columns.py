@@ -1,4 +1,4 @@
-"""What a tuned model remembers: which columns it reads, its labels' names, its precision.
+"""What a tuned model remembers: how its files are read, its labels' names, its precision.
 
 A flag decides; else what the trained model remembers; else the split.json beside the training
 file, if it lists the file with its checksum; else the defaults. So labels that are numbers in a
@@ -9,33 +9,24 @@ import re
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
-
-from msgspec import Meta
+from typing import TypedDict
 
 from arguments import fill
-from runtime.files import UserError, read_json, sha256
+from runtime.file_format import MULTI_LABEL, SETTINGS, FileFormat, Reading, read_split_record
+from runtime.files import UserError, read_json
 
 ENSEMBLE_FOLDER = "prefix-{}"  # of each prefix of an ensemble, in one folder
-DEFAULTS = {
+DEFAULTS = {  # of the settings that are never unset
     "text_column_names": ["text"],
-    "text_column_delimiter": " [SEP] ",  # BERT's own separator (results/LOG.md)
+    "text_column_delimiter": FileFormat.text_column_delimiter,
     "label_column_name": "label",
-    "label_names": None,  # {label in the file: name}, in the order of the model's classes
+    "csv_encoding": "utf-8",
 }
 
 
-class Columns(TypedDict, total=False):
-    """The settings that tell which columns a run reads."""
-
-    text_column_names: Annotated[list[str], Meta(min_length=1)]
-    text_column_delimiter: str
-    label_column_name: str
-    label_names: dict[str, str] | None
-
-
-class Settings(Columns, total=False):
+class Settings(Reading, total=False):
     """The settings of a run that are read here."""
 
     precision: str
@@ -53,35 +44,22 @@ class CheckpointState(TypedDict, total=False):
     run: TrainedRun
 
 
-class SplitRecord(TypedDict, total=False):
-    """The entries of split.json that are used."""
-
-    files: dict[str, str]  # checksums by name
-    columns: Columns
-    label_names: dict[str, str] | None
-    synthetic: bool
-    protocol: str
-    input: str
-    input_sha256: str
-    parameters: dict[str, Any]
-
-
 def model_folders(args: Namespace) -> list[str]:
     """Return the folders of the models that the arguments name."""
     return args.prefix_paths or [args.model_name_or_path]
 
 
-def fill_columns(args: Namespace) -> None:
-    """Fill in the columns that no flag gives, and the labels' names.
+def fill_format(args: Namespace) -> FileFormat:
+    """Fill in the settings of reading files that no flag sets; returns them as one value.
 
-    Raises: UserError if the label column is also a text column, or if the folders of several
-        prefixes remember different columns.
+    Raises: UserError if they contradict each other, or if the folders of several prefixes
+        remember different ones.
     """
     folders = model_folders(args)
-    found = [remembered_columns(Path(folder)) for folder in folders]
+    found = [remembered_settings(Path(folder)) for folder in folders]
     known = found[0]
     for folder, other in zip(folders, found, strict=True):
-        for name in ("text_column_names", "text_column_delimiter", "label_column_name"):
+        for name in SETTINGS:
             if getattr(args, name) is None and other.get(name) != known.get(name):
                 raise UserError(
                     f"--prefix_paths: {folders[0]} and {folder} were tuned with different --{name}"
@@ -93,13 +71,18 @@ def fill_columns(args: Namespace) -> None:
         if more:
             known = known | {"label_names": names | more}
     if "text_column_names" not in known:
-        known = split_columns(args.train_file) if args.do_train else {}
-    args.label_names, delimiter = None, args.text_column_delimiter
-    fill(args, {name: known.get(name, default) for name, default in DEFAULTS.items()})
+        known = split_settings(args.train_file) if args.do_train else {}
+    args.label_names = known.get("label_names")
+    given, delimiter = args.csv_encoding, args.text_column_delimiter
+    fill(args, {name: known.get(name, DEFAULTS.get(name)) for name in SETTINGS})
     if args.label_column_name in args.text_column_names:
         raise UserError(f"--text_column_names: '{args.label_column_name}' is the label column")
     if delimiter is not None and len(args.text_column_names) == 1:
         raise UserError("--text_column_delimiter needs two --text_column_names or more: omit it")
+    if "," in args.label_column_name:
+        fill(args, {"problem_type": MULTI_LABEL})
+    form = FileFormat.from_settings(vars(args))
+    return replace(form, encodings=(given,)) if given else form
 
 
 def is_member(name: str) -> bool:
@@ -107,8 +90,8 @@ def is_member(name: str) -> bool:
     return re.fullmatch(ENSEMBLE_FOLDER.format(r"\d+"), name) is not None
 
 
-def remembered_columns(folder: Path) -> Settings:
-    """Return the columns and the precision that a tuned model or checkpoint remembers, or {}.
+def remembered_settings(folder: Path) -> Settings:
+    """Return how a tuned model or checkpoint reads files, and its precision, or {}.
 
     Raises: UserError if its record has other types.
     """
@@ -130,43 +113,11 @@ def precision_for(choice: str, folders: Iterable[str | Path]) -> str:
     known = set()
     for folder in folders:
         with suppress(UserError):  # the model cannot be opened either, and that says why
-            known.add(remembered_columns(Path(folder)).get("precision"))
+            known.add(remembered_settings(Path(folder)).get("precision"))
     return "fp32" if choice == "auto" and known == {"fp32"} else choice
 
 
-def split_columns(path: str | Path) -> dict:
-    """Return the columns and label names in the split.json beside a split file, else `DEFAULTS`."""
+def split_settings(path: str | Path) -> Reading:
+    """Return the settings and label names in the split.json beside a split file, else {}."""
     split = read_split_record(path)
-    return DEFAULTS | {"label_names": split.get("label_names"), **split.get("columns", {})}
-
-
-def read_split_record(path: str | Path, checksum: str | None = None) -> SplitRecord:
-    """Return the split.json beside a split file, or {} if it does not list this very file.
-
-    checksum: the file's, if it is known.
-    """
-    path = Path(path)
-    try:
-        record = read_json(path.parent / "split.json", SplitRecord)
-        return record if record["files"][path.name] == (checksum or sha256(path)) else {}
-    except (OSError, KeyError, UserError):  # none, or of another program or file
-        return {}
-
-
-def label_numbers(names: list[str]) -> dict[str, int]:
-    """Return each label's number; labels without names (LABEL_0, LABEL_1, ...) are numbers too."""
-    numbers = {name: number for number, name in enumerate(names)}
-    if all(name == f"LABEL_{number}" for name, number in numbers.items()):
-        numbers |= {str(number): number for number in range(len(names))}
-    return numbers
-
-
-def sort_labels(names: set[str], order: dict[str, str] | None) -> list[str]:
-    """Sort labels: those with a place in `order` by it, then numbers by value, then words."""
-    places = {name: place for place, name in enumerate((order or {}).values())}
-
-    def key(name: str) -> tuple:
-        number = re.fullmatch(r"[+-]?\d+(\.\d+)?", name)
-        return (places.get(name, len(places)), not number, float(name) if number else 0, name)
-
-    return sorted(names, key=key)
+    return {"label_names": split.get("label_names"), **split.get("columns", {})}

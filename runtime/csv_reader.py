@@ -1,36 +1,31 @@
-"""Read CSV files as text, strictly: a malformed file is rejected with row and line, not misread.
+"""Read tables as text, strictly: a malformed row is refused or counted, never misread.
 
-Also what a cell means: when two texts are the same, and which labels a row has.
+CSV files with four delimiters; `runtime/json_rows.py` reads JSON and Parquet.
 """
 
-import codecs
 import csv
 import hashlib
-import io
 import itertools
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import pandas as pd
 from tokenizers.normalizers import BertNormalizer
 
-from arguments import LABEL_SEPARATOR
-from runtime.files import UserError, check_regular
+from runtime import diagnosis
+from runtime.csv_rows import Dialect, Numbered, csv_rows, find_dialect, open_text
+from runtime.file_format import UTF8, FileFormat
+from runtime.files import UserError, check_regular, name_list
+from runtime.flags import DELIMITERS
+from runtime.json_rows import Bad, json_rows, parquet_rows
 
 NORMALIZER = BertNormalizer(lowercase=True)
-COMPRESSED = {
-    b"\x1f\x8b": "compressed: unpack it with gunzip",
-    b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save the table as CSV",
-}
-PASS_ENCODING = (
-    "pass its encoding (main.py --csv_encoding NAME, preprocess.sh -p csv_encoding NAME)"
-)
-USE_SPLIT = "bash script/split.sh reads semicolons and tabs, and writes commas"
-BLOCK = 2**20  # bytes in memory at a time, when the byte is sought at which decoding fails
-DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
+SHOWN = 5  # numbers of rows in a message
+LOOKED_AT = 1000  # rows, to find the delimiter and to guess columns
+MANY_LINES = 10  # of one row: is a quote missing?
 
 
 def text_key(text: str) -> str:
@@ -41,256 +36,245 @@ def text_key(text: str) -> str:
     return " ".join(NORMALIZER.normalize_str(text).split()).casefold()
 
 
-def canonical_label(text: str) -> str:
-    """Normalise a label: ` 1` and `1.0` (as pandas may write it) become `1`."""
-    text = text.strip()
-    return re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
+class Table:
+    """A file of rows, as text: `for number, row in table`, numbered from 1.
 
-
-class HashedFile(io.FileIO):
-    """A file that adds each byte that is read to a digest."""
-
-    def __init__(self, path: str | Path, digest) -> None:
-        super().__init__(path)
-        self.digest = digest
-
-    def readinto(self, buffer) -> int:
-        count = super().readinto(buffer)
-        self.digest.update(memoryview(buffer)[:count])
-        return count
-
-
-class Lines:
-    """The lines of a file, each repaired by `fix`; `last` is the newest one as it was."""
-
-    def __init__(self, file: TextIO, fix: Callable[[str], str]) -> None:
-        self.file, self.fix, self.last = file, fix, ""
-
-    def __iter__(self) -> Iterator[str]:
-        for line in self.file:
-            self.last = line
-            yield self.fix(line)
-
-
-def header_end(path: str | Path, codec: str, fix_line: Callable[[str], str], delimiter: str) -> str:
-    """Return the characters that end the header's line: a line feed, a carriage return or both."""
-    with open(path, encoding=codec, newline="") as file:
-        lines = Lines(file, fix_line)
-        next(filter(None, csv.reader(lines, strict=True, delimiter=delimiter)), None)
-    return lines.last[len(lines.last.rstrip("\r\n")) :]
-
-
-def read_rows(
-    path: str | Path,
-    encoding: str = "utf-8",
-    fix_line: Callable[[str], str] = str,
-    delimiter: str = ",",
-    digest=None,
-) -> Iterator[list[str]]:
-    """Yield the header and then each row of a CSV file, as text.
-
-    Stricter than pandas, which pads short rows and merges lines after a stray quote: rows never
-    vanish silently. A blank line is skipped, except in a file with one column, where it is a blank
-    text. If the header ends in a line feed, a bare carriage return is an error: some program did
-    not quote it. `fix_line` is applied to each line before parsing, to repair a known flaw. At the
-    end, `digest` (of hashlib) is that of the bytes that were read.
-
-    Raises: UserError for a file that is missing, empty, ragged, not in `encoding`, cut off inside a
-        quoted field, or contains a NUL byte; also for a pipe.
-    """
-    check_regular(path)
-    digest = digest or hashlib.sha256()
-    csv.field_size_limit(2**31 - 1)
-    # The "-sig" codec also accepts a file without the byte order mark.
-    codec = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-    line = 1
-    try:
-        end = header_end(path, codec, fix_line, delimiter)
-        raw = io.BufferedReader(HashedFile(path, digest))
-        with io.TextIOWrapper(raw, codec, newline="" if end == "\r" else "\n") as file:
-            lines = Lines(file, fix_line)
-            reader = csv.reader(lines, strict=True, delimiter=delimiter)
-            header = next(filter(None, reader), None)
-            check_header(path, header)
-            yield header
-            number, line = 0, reader.line_num + 1
-            for row in reader:
-                if not row and len(header) == 1:
-                    row = [""]
-                if row:
-                    number += 1
-                    place = f"{path}, row {number} (line {line})"
-                    bare_return = end == "\n" and lines.last.endswith(("\r\n", "\r"))
-                    check_row(place, row, header, bare_return, delimiter)
-                    yield row
-                line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"{path}, the row that starts at line {line}: {error}; is a quote missing or doubled?"
-        ) from None
-    except UnicodeError as error:
-        raise UserError(encoding_message(path, encoding, codec, error)) from None
-    except (OSError, LookupError) as error:  # LookupError: an encoding that Python lacks
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path} cannot be read: {reason}") from None
-
-
-def check_header(path: str | Path, header: list[str] | None) -> None:
-    """Reject an empty file, and duplicate columns, since one of them would be lost."""
-    if not header:
-        raise UserError(f"{path} is empty: it needs a header and rows")
-    if "\0" in "".join(header):
-        order = "be" if header[0].startswith("\0") else "le"
-        raise UserError(
-            f"{path} has NUL bytes in its header: {PASS_ENCODING}, perhaps utf-16-{order}"
-        )
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise UserError(f"{path} has the column {', '.join(map(repr, twice))} more than once")
-
-
-def check_row(
-    place: str, row: list[str], header: list[str], bare_return: bool, delimiter: str
-) -> None:
-    """Reject a row that is ragged, contains a NUL byte, or ends in a bare carriage return."""
-    if bare_return:
-        raise UserError(
-            f"{place} ends in a carriage return, the header does not: quote fields that contain "
-            "one, or end all lines the same way"
-        )
-    if len(row) != len(header):
-        raise UserError(
-            f"{place} has {len(row)} fields, the header {len(header)}: quote fields that "
-            f"contain a {DELIMITERS.get(delimiter, delimiter)}, a quote or a line break"
-        )
-    if any("\0" in field for field in row):
-        raise UserError(f"{place} contains a NUL byte: remove it")
-    try:
-        "".join(row).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{place} contains half of a surrogate pair: remove it") from None
-
-
-def encoding_message(path: str | Path, encoding: str, codec: str, error: UnicodeError) -> str:
-    """Return a message with the byte at which decoding fails, and the likely encoding."""
-    with open(path, "rb") as file:
-        data = file.read(4)
-    for start, what in COMPRESSED.items():
-        if data.startswith(start):
-            return f"{path} is not a CSV file but {what}"
-    utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-    # `error` counts from the start of a block, not of the file; others have no position
-    position = bad_byte(path, codec) if isinstance(error, UnicodeDecodeError) else None
-    at = "" if position is None else f" at byte {position}"
-    likely = "utf-16" if utf16 else "cp1252"
-    return f"{path} is not {encoding}{at}: {PASS_ENCODING}, perhaps {likely}"
-
-
-def bad_byte(path: str | Path, codec: str) -> int | None:
-    """Return the position of the first byte at which decoding fails; None if there is none."""
-    codec = codec.removesuffix("-sig")  # which counts from after the byte order mark
-    decoder, before = codecs.getincrementaldecoder(codec)(), 0
-    with open(path, "rb") as file:
-        while True:
-            block, held = file.read(BLOCK), len(decoder.getstate()[0])
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:  # it counts from the bytes held back
-                return before - held + error.start
-            if not block:
-                return None
-            before += len(block)
-
-
-def read_tables(
-    path: str | Path,
-    encoding: str,
-    columns: list[str],
-    *,
-    size: int | None = None,
-    fix_line: Callable[[str], str] = str,
-    delimiter: str = ",",
-    hint: str = "",
-    digest=None,
-) -> Iterator[pd.DataFrame]:
-    """Yield a CSV file as text, `size` rows at a time or all at once; see `read_rows`.
-
-    The index counts the file's rows from 1.
-    Raises: UserError, also if there are no rows or, ending with `hint`, if a column is missing.
-    """
-    lines = read_rows(path, encoding, fix_line, delimiter, digest)
-    header = next(lines)
-    if missing := [name for name in columns if name not in header]:
-        if len(header) == 1 and re.search(r"[;\t]", header[0]):
-            hint = f": are its fields separated by something other than commas? {USE_SPLIT}"
-        raise UserError(
-            f"{path} has no column {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(map(repr, header))}{hint}"
-        )
-    first = 1
-    while rows := list(itertools.islice(lines, size)):
-        index = range(first, first + len(rows))
-        yield pd.DataFrame(rows, index=index, columns=header, dtype=object)
-        first += len(rows)
-    if first == 1:
-        raise UserError(f"{path} has a header but no rows")
-
-
-def read_table(path: str | Path, encoding: str, columns: list[str], **options) -> pd.DataFrame:
-    """Read a whole CSV file as text, see `read_tables`; the index counts from 0."""
-    return next(read_tables(path, encoding, columns, **options)).reset_index(drop=True)
-
-
-def find_delimiter(path: str | Path, encoding: str, columns: list[str]) -> str:
-    """Return the delimiter (comma, semicolon or tab) with which a header has most of `columns`.
-
-    Of several, the one with which it has the most columns; a comma if it cannot be read.
+    Stricter than pandas, which pads short rows and merges lines after a stray quote. A malformed
+    row (ragged, with a NUL byte, a misplaced quote or bytes that are not text) is an error, after
+    the last row so that all are counted, or is dropped.
     """
 
-    def columns_found(delimiter: str) -> tuple[int, int]:
+    def __init__(
+        self, path: str | Path, form: FileFormat, columns: Sequence[str] = (), digest=None
+    ) -> None:
+        """Open a file and read its header.
+
+        columns: those that are used. digest: of hashlib; after the last row it is the file's.
+        Raises: UserError for a file that is missing, empty, a pipe or no table, and if a column is
+        missing or occurs twice.
+        """
+        check_regular(path)
+        csv.field_size_limit(2**31 - 1)
+        self.path, self.form, self.columns = path, form.for_file(path), columns
+        self.malformed, self.first_fault, self.droppable = 0, "", True
+        self.longest = range(0), 0  # the lines of the longest row, and its number
+        self.dialect: Dialect | None = None  # None: not CSV
+        digest = digest or hashlib.sha256()
+        with self.reading():
+            if what := diagnosis.not_csv(path):
+                raise UserError(f"{path} is not a CSV file but {what}")
+            self.rows = parquet_rows(path, digest) or json_rows(path, digest)
+            if self.rows is None:
+                named = [*self.form.text_column_names, *self.form.label_column_name, *columns]
+                self.dialect = find_dialect(path, self.form, named)
+                self.rows = self.open_csv(self.dialect, digest)
+            self.header = self.read_header()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turn errors of the disk and of decoding into a UserError."""
         try:
-            header = next(read_rows(path, encoding, delimiter=delimiter))
-        except UserError:
-            return -1, 0
-        return len({*header} & {*columns}), len(header)
+            yield
+        except UnicodeError:
+            raise UserError(self.encoding_message()) from None
+        except (OSError, LookupError) as error:  # LookupError: an encoding that Python lacks
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{self.path} cannot be read: {reason}") from None
 
-    return max(DELIMITERS, key=columns_found)
+    def open_csv(self, dialect: Dialect, digest=None) -> Numbered:
+        """Yield header and rows of a CSV file."""
+        names = self.form.column_names
+        with open_text(self.path, dialect, digest) as file:
+            if names:
+                yield range(0), [*names]
+            yield from csv_rows(file, dialect, len(names or ()))
 
+    def read_header(self) -> list[str]:
+        """Return the names of the columns, without blanks around them; some may be blank."""
+        lines, header = next(self.rows, (None, None))
+        if header is None:
+            raise UserError(f"{self.path} is empty: it needs a header and rows")
+        if isinstance(header, Bad):
+            raise UserError(f"{self.path}, line {lines.start} {header}: correct the header")
+        if broken_text(header):
+            raise UserError(self.encoding_message())
+        header = [name.strip() for name in header]
+        if missing := [name for name in self.columns if name not in header]:
+            raise UserError(self.missing_message(header, missing))
+        if twice := [name for name in self.columns if header.count(name) > 1]:
+            raise UserError(f"{self.path} has the column {twice[0]!r} more than once: rename one")
+        return header
 
-def row_list(rows: np.ndarray | list[int], shown: int = 5) -> str:
-    """Format row numbers as `row 3`, or `9 rows (3, 5, 8, 9, 12, ...)`."""
-    if len(rows) == 1:
-        return f"row {rows[0]}"
-    dots = ", ..." if len(rows) > shown else ""
-    return f"{len(rows)} rows ({', '.join(map(str, rows[:shown]))}{dots})"
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield the number and the fields of each row. Raises: UserError, see the class."""
+        number, numbers, width = 0, [], len(self.header)
+        with self.reading():
+            for number, (lines, row) in enumerate(self.rows, 1):
+                fault = self.fault_of(row, width)
+                if fault is None:
+                    if len(lines) > len(self.longest[0]):
+                        self.longest = lines, number
+                    yield number, row
+                    continue
+                self.malformed += 1
+                self.droppable &= fault.droppable
+                if len(numbers) <= SHOWN:
+                    numbers.append(number)
+                if self.malformed == 1:
+                    place = f"lines {lines.start} to {lines.stop - 1}"
+                    place = place if len(lines) > 1 else f"line {lines.start}"
+                    self.first_fault = f"row {number} ({place}) {fault}"
+        if number == 0:
+            raise UserError(f"{self.path} has a header but no rows")
+        if self.malformed and not (self.droppable and self.form.drop_malformed):
+            raise UserError(self.malformed_message(number, numbers))
 
+    def frames(self, size: int | None = None) -> Iterator[pd.DataFrame]:
+        """Yield the rows as text, `size` at a time or all at once; the index has their numbers."""
+        rows = iter(self)
+        while taken := list(itertools.islice(rows, size)):
+            index, fields = zip(*taken, strict=True)
+            yield pd.DataFrame(list(fields), index=index, columns=self.header, dtype=object)
 
-def read_labels(
-    path: str | Path,
-    table: pd.DataFrame,
-    rows: list[int],
-    column: str | None,
-    multi_label: bool,
-    required: bool,
-) -> list[list[str]] | None:
-    """Return the labels of each row, or None if they are missing and not required.
+    def remarks(self) -> list[str]:
+        """Return what may be wrong with the file, after the last row."""
+        found, (lines, number) = [], self.longest
+        if self.malformed:
+            dropped = f"dropped {self.malformed} malformed rows"
+            found.append(f"{self.path}: {dropped}; the first: {self.first_fault}")
+        if len(lines) >= MANY_LINES:
+            span = f"row {number} goes from line {lines.start} to line {lines.stop - 1}"
+            found.append(f"{self.path}: {span}: is a quote missing there?")
+        if self.dialect and not self.dialect.encoding.startswith("utf"):
+            health = diagnosis.utf8_health(self.path)
+            if health.characters > health.broken:
+                found.append(
+                    f"{self.path} looks like UTF-8, but is read as {self.dialect.encoding}"
+                )
+        return found
 
-    Raises: UserError for a row without a label (in multi-label data, a blank cell means that no
-        label applies).
-    """
-    if column not in table or (not required and not table[column].str.strip().any()):
+    def read_as(self) -> str:
+        """Return how the file is read, if that is not usual, as the end of a sentence."""
+        if self.dialect is None:
+            return " (JSON or Parquet)"
+        name = next((name for name, one in DELIMITERS.items() if one == self.dialect.delimiter), "")
+        kinds = [name] if name != "comma" else []
+        kinds += [self.dialect.encoding] if self.dialect.encoding != UTF8 else []
+        kinds += ["no quoting"] if self.form.quoting == "none" else []
+        return f" ({', '.join(kinds)})" if kinds else ""
+
+    # --------------------------------------------------------------------------- what is wrong
+
+    def fault_of(self, row: list[str] | Bad, width: int) -> Bad | None:
+        """Say what is wrong with a row. Raises: UserError if the file has another encoding."""
+        if isinstance(row, Bad):
+            return row
+        if len(row) != width:
+            return Bad(f"has {len(row)} fields, the header {width}")
+        if (fault := broken_text(row)) and "UTF-8" in str(fault) and not self.malformed:
+            health = diagnosis.utf8_health(self.path)
+            if health.broken >= health.characters:
+                raise UserError(self.encoding_message())
+        return fault
+
+    def malformed_message(self, total: int, numbers: list[int]) -> str:
+        """Say which rows are malformed, and what helps."""
+        message = f"{self.path}, {self.first_fault}: "
+        if self.malformed > 1:
+            which = "all rows" if self.malformed == total else row_list(numbers, self.malformed)
+            message = f"{self.path}: of {total} rows, {which} are malformed; {self.first_fault}: "
+        if works := self.what_works():
+            return f"{message}pass {works}, with which every row can be read"
+        if not self.droppable:
+            return f"{message}correct it"
+        advice = "correct them" if self.malformed > 1 else "correct it"
+        if " fields, " in self.first_fault and self.dialect:
+            separator = {one: name for name, one in DELIMITERS.items()}[self.dialect.delimiter]
+            advice = f"quote fields that contain a {separator}, a quote or a line break"
+        return f"{message}{advice}, or leave such rows out with {self.form.flag('drop_malformed')}"
+
+    def what_works(self) -> str | None:
+        """Return a flag with which no row is malformed, if there is one."""
+        tries = [{"quoting": "none"}] if self.form.quoting != "none" else []
+        if len(self.header) == 1:
+            tries += [{"delimiter": name} for name in DELIMITERS]
+        for change in tries if self.dialect else ():
+            form = replace(self.form, **change)
+            dialect = find_dialect(self.path, form, self.columns)
+            header, quoted = None, 0
+            for _, row in self.open_csv(dialect):
+                header = header or row
+                if isinstance(row, Bad) or len(row) != len(header) or broken_text(row):
+                    break
+                quoted += any(field.startswith('"') and field.endswith('"') for field in row)
+            else:  # quotes around whole fields are meant to be quotes
+                if quoted <= self.malformed:
+                    return self.form.flag(*next(iter(change.items())))
         return None
-    if multi_label:
-        cells = (cell.split(LABEL_SEPARATOR) if cell.strip() else [] for cell in table[column])
-        labels = [list(dict.fromkeys(canonical_label(part) for part in cell)) for cell in cells]
-    else:
-        labels = [[canonical_label(cell)] for cell in table[column]]
-    missing = [row for row, names in zip(rows, labels, strict=True) if "" in names]
-    if missing:
-        advice = "or, if a row may have several labels or none, pass "
-        advice += "--problem_type multi_label_classification"
-        if multi_label:
-            advice = f"or leave out the {LABEL_SEPARATOR} beside an empty label"
-        where = row_list(missing)
-        raise UserError(f"{path}: no '{column}' in {where}; fill it in, remove such rows, {advice}")
-    return labels
+
+    def missing_message(self, header: list[str], missing: list[str]) -> str:
+        """Say which columns are missing, and what the file has instead."""
+        form = self.form
+        rows = [row for _, row in itertools.islice(self.rows, LOOKED_AT)]
+        rows = [row for row in rows if isinstance(row, list) and len(row) == len(header)]
+        guess = diagnosis.guess_columns(header, rows)
+        message = f"{self.path} has no column {name_list(map(repr, missing))}"
+        if guess.header_is_row and not form.column_names:
+            wanted = {"text": form.text_column_names[0], "label": [*form.label_column_name, ""][0]}
+            names = ",".join(wanted.get(name, name) for name in guess.names)
+            flag = form.flag("column_names", names)
+            return f"{message}: its first line looks like a row; name its columns with {flag}"
+        default, flags = FileFormat(), []
+        for name, found in ("text_column_names", guess.text), ("label_column_name", guess.label):
+            columns = getattr(form, name)
+            if {*columns} & {*missing} and columns == getattr(default, name) and found:
+                flags.append(form.flag(name, found))
+        if flags:
+            return f"{message}: try {' '.join(flags)}"
+        used = [
+            name
+            for name in ("text_column_names", "label_column_name")
+            if {*getattr(form, name)} & {*missing}
+        ]
+        hint = f": see {' and '.join(form.flag(name) for name in used)}" if used else ""
+        return f"{message}; it has {name_list(map(repr, header))}{hint}"
+
+    def encoding_message(self) -> str:
+        """Say which encoding the file has, if it is not the expected one."""
+        encoding = self.dialect.encoding if self.dialect else UTF8
+        health = diagnosis.utf8_health(self.path)
+        if health.characters > health.broken > 0 and encoding == UTF8:
+            return f"{self.path} is UTF-8 with broken characters, the first at byte {health.first}"
+        likely = diagnosis.likely_encoding(self.path, [encoding])
+        if likely is None:
+            return f"{self.path} is not {encoding}, nor any likely encoding: save it as UTF-8"
+        name, sample = likely
+        flag = self.form.flag("csv_encoding", name)
+        return f"{self.path} is not {encoding}: pass {flag}, which reads {sample!r} in it"
+
+
+def broken_text(fields: list[str]) -> Bad | None:
+    """Say what is wrong with the characters of a row."""
+    text = "".join(fields)
+    if "\0" in text:
+        return Bad("contains a NUL byte")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        is_byte = "\udc80" <= text[error.start] <= "\udcff"
+        return Bad(
+            "has a byte that is not UTF-8" if is_byte else "contains half of a surrogate pair"
+        )
+    return None
+
+
+def row_list(rows: np.ndarray | list[int], count: int | None = None) -> str:
+    """Format row numbers as `row 3`, or `9 rows (3, 5, 8, 9, 12, ...)`.
+
+    count: of all rows, if not all are in `rows`.
+    """
+    count = len(rows) if count is None else count
+    if count == 1:
+        return f"row {rows[0]}"
+    dots = ", ..." if count > SHOWN else ""
+    return f"{count} rows ({', '.join(map(str, rows[:SHOWN]))}{dots})"

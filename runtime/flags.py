@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+DELIMITERS = {"comma": ",", "tab": "\t", "semicolon": ";", "pipe": "|"}
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports an error in one line and exits with status 2.

@@ -36,7 +36,8 @@ from evaluation.scoring import publish, score
 from model.embeddings import embedder
 from model.predictions import to_logits
 from model.source import Source, locate, sha256_of
-from runtime.columns import fill_columns
+from runtime.columns import fill_format
+from runtime.file_format import SETTINGS as READING
 from runtime.files import UserError
 from runtime.flags import unused_flag
 from runtime.machine import pick_machine, set_up_process
@@ -55,10 +56,10 @@ LINEAR = (*FEATURES, *(f"{name}{SVM}" for name in FEATURES))
 METHODS = ("majority", "lookup", *LINEAR)
 WEIGHTS = {"embeddings": 2}  # beside two TF-IDF vectors of length 1
 SETTINGS = (  # flags of main.py that apply to baselines
-    "train_file validation_file test_file text_column_names text_column_delimiter "
-    "label_column_name label_names problem_type csv_encoding drop_empty output_dir "
-    "max_train_samples seed model_name_or_path safe_csv reject_below"
-).split()
+    *READING,
+    *"train_file validation_file test_file label_names problem_type output_dir".split(),
+    *"max_train_samples seed model_name_or_path safe_csv reject_below".split(),
+)
 # C, the inverse of regularisation: dense embeddings may need little, and TF-IDF much.
 STRENGTHS = (0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 SVM_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10)
@@ -169,13 +170,13 @@ def fit(
 def run(method: str, args: Namespace) -> None:
     """Fit a baseline, score it and publish the results, as `main.run` does."""
     set_up_process()
-    fill_columns(args)
+    form = fill_format(args)
     settings = {name: getattr(args, name) for name in SETTINGS}
-    multi_label = args.problem_type == "multi_label_classification"
+    multi_label = form.multi_label
     with opened(args) as output:
-        splits = dataset.read_splits(args, settings)
+        splits = dataset.read_splits(args, form)
         data = dataset.prepare(
-            args, settings, splits, dataset.label_names(splits["train"], args.label_names)
+            args, form, splits, dataset.label_names(splits["train"], args.label_names)
         )
         check_columns(data, args.reject_below)
         model = {"backbone": method, "weights_sha256": None, "method": f"baseline {method}"}

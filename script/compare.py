@@ -33,13 +33,14 @@ import numpy as np
 import pandas as pd
 
 import arguments
-from dataset import Split, read_split, reading_options
+from dataset import Split, read_split
 from evaluation import pages, plots
 from evaluation.paired import answers, read_run
 from evaluation.predictions import FILES
 from evaluation.review import SHOWN, file_margins, least_plausible
 from evaluation.tables import schedule_name, switch_warning
-from runtime.columns import split_columns
+from runtime.columns import split_settings
+from runtime.file_format import SETTINGS, FileFormat
 from runtime.files import UserError, read_json, sha256
 from runtime.flags import Parser
 from runtime.processes import end_with_parent
@@ -76,11 +77,10 @@ METHODS = {
 NO_MEMBERS = ("majority", "look-up", "ensemble")
 USE_BACKBONE = ("embeddings, linear", "combined, linear", "combined, SVM")  # baselines
 STUDYS_OWN = set(  # flags that the study sets itself, or that would not reach the baselines
-    "--text_column_names --text_column_delimiter --label_column_name --csv_encoding --problem_type "
-    "--drop_empty --max_train_samples --output_dir --seed --train_file --validation_file "
+    "--problem_type --max_train_samples --output_dir --seed --train_file --validation_file "
     "--test_file --do_train --do_eval --do_predict --overwrite_output_dir --tuning_method --prefix "
     "--prefix_depth --resume_from_checkpoint".split()
-)
+) | {f"--{name}" for name in SETTINGS}
 QUICK = ["--num_train_epochs", "3"]
 
 
@@ -135,9 +135,8 @@ def backbone_flags(flags: list[str]) -> list[str]:
 
 def read_file(folder: str, name: str) -> Split:
     """Read a split file, with the columns that its split.json names. Raises: UserError."""
-    columns = split_columns(f"{folder}/train_simple.csv")
-    files = {"csv_encoding": "utf-8", "problem_type": None, "drop_empty": False}
-    return read_split(f"{folder}/{name}_simple.csv", **reading_options(columns | files))
+    form = FileFormat.from_settings(split_settings(f"{folder}/train_simple.csv"))
+    return read_split(f"{folder}/{name}_simple.csv", form)
 
 
 def is_finished(run: dict) -> bool:

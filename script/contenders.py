@@ -34,7 +34,7 @@ def prepared(data: str, *flags: str):
     from arguments import parse_args
     from model.start import Start
     from runtime.batches import encode
-    from runtime.columns import fill_columns
+    from runtime.columns import fill_format
     from runtime.schedule import fill_schedule
 
     fixed = "--num_train_epochs 1 --hidden_dropout_prob 0 --rdrop_alpha 0".split()
@@ -42,12 +42,11 @@ def prepared(data: str, *flags: str):
     args = parse_args(
         ["--do_train", "--train_file", data, "--output_dir", "unused", *fixed, *flags]
     )
-    fill_columns(args)
+    form = fill_format(args)
     start = Start(args)
-    settings = start.settings(args)
-    splits = dataset.read_splits(args, settings)
+    splits = dataset.read_splits(args, form)
     start.set_labels(dataset.label_names(splits["train"], args.label_names))
-    files = dataset.prepare(args, settings, splits, start.labels)
+    files = dataset.prepare(args, form, splits, start.labels)
     fill_schedule(args, files.seen_share, start.config.hidden_size)
     start.set_dropout(args)
     tokenizer = start.tokenizer()

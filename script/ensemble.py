@@ -29,7 +29,8 @@ from evaluation.calibration import ENOUGH_ROWS, calibrate, calibration_rows, fig
 from evaluation.predictions import FILES, check_columns
 from evaluation.scoring import publish, score
 from model.predictions import to_logits
-from runtime.csv_reader import read_table
+from runtime.csv_reader import Table
+from runtime.file_format import SETTINGS, FileFormat
 from runtime.files import UserError, sha256
 from runtime.flags import contains, unused_flag
 from runtime.output_folder import opened
@@ -41,9 +42,9 @@ logger = logging.getLogger(__name__)
 ROUNDS = 50  # so a weight is a multiple of 2 % or more
 SMALLEST = 1e-6  # predictions have 6 decimals, so 0 means less than this
 DATA_SETTINGS = (  # of a run: how its files are read
-    "text_column_names text_column_delimiter label_column_name label_names problem_type "
-    "csv_encoding drop_empty train_file validation_file test_file max_train_samples seed"
-).split()
+    *SETTINGS,
+    *"label_names problem_type train_file validation_file test_file max_train_samples seed".split(),
+)
 
 
 def read_runs(folders: Sequence[str]) -> list[dict]:
@@ -97,7 +98,8 @@ def read_probabilities(
     texts: `texts_of` the file. Raises: UserError if the predictions were changed.
     """
     path, columns = Path(folder) / FILES[name], [f"probability_{label}" for label in labels]
-    table = read_table(path, "utf-8", [*text_columns, *columns])
+    file = Table(path, FileFormat().written_here(), [*text_columns, *columns])
+    table = next(file.frames())
     if texts_of(table, text_columns) != texts:
         raise UserError(f"{path} has other rows than the file it predicts: repeat that run")
     try:
@@ -138,7 +140,8 @@ def run(folders: list[str], args: Namespace) -> None:
         if contains(args.output_dir, folder):
             raise UserError(f"--output_dir contains the run {folder}: choose another one")
     with opened(args) as output:
-        data = dataset.prepare(args, settings, dataset.read_splits(args, settings), names)
+        form = FileFormat.from_settings(settings)
+        data = dataset.prepare(args, form, dataset.read_splits(args, form), names)
         for name, described in data.describe().items():
             if described["sha256"] != records[0]["data"][name]["sha256"]:
                 raise UserError(f"{described['path']} has changed since {folders[0]} used it")

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from runtime.csv_reader import read_table, text_key
+from runtime.csv_reader import Table, text_key
+from runtime.file_format import FileFormat
 from runtime.files import UserError
 from runtime.flags import Parser, encoding
 from script import splits
@@ -93,7 +94,8 @@ def main() -> None:
             for variant, table in tables.items():
                 cut(table, args.output_dir / re.sub(r"\W+", "-", variant))
         else:
-            table = read_table(args.file, args.csv_encoding, ["text", "label", "fold"])
+            form = FileFormat(encodings=(args.csv_encoding,))
+            table = next(Table(args.file, form, ["text", "label", "fold"]).frames())
             cut(table.assign(group=table["text"].map(text_key)), args.output_dir)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")

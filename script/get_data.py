@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.csv_reader import read_table
+from runtime.csv_reader import Table
+from runtime.file_format import FileFormat
 from runtime.files import UserError
 from runtime.flags import Parser
-from script.splits import fix_tags
 
 URL = "https://www.kaggle.com/api/v1/datasets/download/datasnaek/youtube-new"
 BY_HAND = (
@@ -82,7 +82,8 @@ def unpack(archive: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as content:
             content.extractall(staging, FILES)
-        rows = len(read_table(staging / FILES[0], "utf-8", COLUMNS, fix_line=fix_tags))
+        form = FileFormat(("title",), label_column_name=(), delimiter="comma")
+        rows = sum(1 for _ in Table(staging / FILES[0], form, COLUMNS))
         if rows not in ROWS:
             raise UserError(f"{FILES[0]} has {rows:,} rows, not about 40,949")
         for name in reversed(FILES):  # the raw file last: it completes the set

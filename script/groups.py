@@ -14,12 +14,12 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from arguments import LABEL_SEPARATOR
-from runtime.columns import SplitRecord
 from runtime.csv_reader import text_key
-from runtime.files import UserError, read_json, sha256, to_json, writing
+from runtime.file_format import SplitRecord
+from runtime.files import UserError, name_list, read_json, sha256, to_json, writing
 
 SAMPLE_FILE = "csv/USvideos_sample.csv"
+JOINS_LABELS = "\x1f"  # several labels of a row; ASCII's unit separator
 FEW_ROWS = 10  # training rows of a label; with fewer a warning is printed
 
 
@@ -91,28 +91,26 @@ def cut_groups(
     return part[groups]
 
 
-def each_label(labels: pd.Series, multi_label: bool) -> pd.Series:
+def each_label(labels: pd.Series) -> pd.Series:
     """Return every label of every row; the index repeats for rows with several labels."""
-    if not multi_label:
-        return labels
-    names = labels.str.split(LABEL_SEPARATOR).explode()
+    names = labels.str.split(JOINS_LABELS).explode()
     return names[names != ""]
 
 
 def keep_training_labels(
-    splits: dict[str, pd.DataFrame], multi_label: bool = False
+    splits: dict[str, pd.DataFrame],
 ) -> dict[str, pd.DataFrame]:
     """Drop rows with a label that does not occur in training, with a warning.
 
     Raises: UserError if a split has no row left, or if fewer than two labels are left.
     """
-    known, kept = set(each_label(splits["train"]["label"], multi_label)), {}
+    known, kept = set(each_label(splits["train"]["label"])), {}
     for name, split in splits.items():
-        labels = each_label(split["label"], multi_label)
+        labels = each_label(split["label"])
         labels = labels[~labels.isin(known)]
         kept[name] = split[~split.index.isin(labels.index)]
         if count := len(split) - len(kept[name]):
-            shown = ", ".join(sorted(set(labels)))
+            shown = name_list(sorted(set(labels)))
             print(f"warning: {name}: dropped {count} rows with labels not in training: {shown}")
         if kept[name].empty:
             raise UserError(
@@ -124,7 +122,7 @@ def keep_training_labels(
     return kept
 
 
-def describe(splits: dict[str, pd.DataFrame], multi_label: bool = False) -> dict[str, dict]:
+def describe(splits: dict[str, pd.DataFrame]) -> dict[str, dict]:
     """Count rows, distinct texts and labels, and measure how much the training file gives away.
 
     `share_in_train` is the share of rows with a seen text. `lookup_accuracy` is the accuracy of a
@@ -137,7 +135,7 @@ def describe(splits: dict[str, pd.DataFrame], multi_label: bool = False) -> dict
     for name, split in splits.items():
         keys = split["text"].map(text_key)
         found = keys.map(label_of)
-        labels = each_label(split["label"], multi_label)
+        labels = each_label(split["label"])
         figures[name] = {
             "rows": len(split),
             "distinct_texts": keys.nunique(),

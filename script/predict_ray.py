@@ -18,9 +18,9 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import ray
 
 import dataset
@@ -30,18 +30,18 @@ from model.bank_start import find_start
 from model.classifier import Classifier
 from model.predictions import Predictions
 from model.start import Start
-from runtime.columns import fill_columns
+from runtime.columns import fill_format
+from runtime.file_format import SETTINGS, FileFormat
 from runtime.files import UserError, read_json, sha256, sync, to_json, write_text, writing
 from runtime.flags import Parser, unused_flag
 from runtime.machine import set_up_process
 from runtime.record import Record, describe_run, run_differences
 from script.command import reported
 
-FORMATS = (".csv", ".parquet")
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 SHOWN = 5  # names of skipped entries
-FLAGS = set(  # of main.py that change predictions
-    "--text_column_names --text_column_delimiter --label_column_name --problem_type --csv_encoding "
-    "--drop_empty --safe_csv --reject_below --max_seq_length --per_device_eval_batch_size "
+FLAGS = {f"--{name}" for name in SETTINGS} | set(  # of main.py that change predictions
+    "--problem_type --safe_csv --reject_below --max_seq_length --per_device_eval_batch_size "
     "--precision".split()
 )
 
@@ -57,8 +57,8 @@ class Predictor:
 
     def __init__(self, argv: list[str], record: dict) -> None:
         set_up_process()
-        self.args, start = open_model(argv)
-        self.classifier, self.settings = Classifier.of(start, self.args), start.settings(self.args)
+        self.args, start, self.form = open_model(argv)
+        self.classifier = Classifier.of(start, self.args)
         self.record = record
 
     def __call__(self, row: dict[str, str]) -> dict[str, str | int]:
@@ -66,15 +66,13 @@ class Predictor:
 
         Returns the rows, or the error.
         """
-        source, output, rows = Path(row["path"]), Path(row["output"]), 0
+        output, rows = Path(row["output"]), 0
         with tempfile.TemporaryDirectory(dir=row["staging"]) as staging:
-            path = Path(staging) / f"{source.stem}.csv"
             try:
-                write_csv(source, path)
                 new = Path(staging) / "predictions.csv"
-                args = Namespace(**vars(self.args) | {"test_file": str(path)})
+                args = Namespace(**vars(self.args) | {"test_file": row["path"]})
                 names, multi_label = self.classifier.labels, self.classifier.multi_label
-                file = dataset.open_stream(args, self.settings, names, None)
+                file = dataset.open_stream(args, self.form, names, None)
                 check_added(row["path"], file.columns, names, args.reject_below)
                 options = file.columns, names, args.safe_csv, args.reject_below
                 with prediction_writer(new, *options) as write:
@@ -82,8 +80,7 @@ class Predictor:
                         found = Predictions.of(self.classifier.logits(chunk), multi_label)
                         write(chunk.table, found)
                         rows += len(chunk)
-                checksum = sha256(source) if is_parquet(source) else file.sha256
-                data = {"test": {"path": row["path"], "rows": rows, "sha256": checksum}}
+                data = {"test": file.describe()}
                 record = self.record | {"data": data, "predictions_sha256": sha256(new)}
                 write_text(Path(staging) / "record.json", to_json(record))
                 with writing(output):
@@ -92,32 +89,16 @@ class Predictor:
                     os.replace(Path(staging) / "record.json", output.with_suffix(".json"))
                     os.replace(new, output)
             except UserError as error:
-                return row | {"rows": 0, "error": str(error).replace(str(path), row["path"])}
+                return row | {"rows": 0, "error": str(error)}
         return row | {"rows": rows, "error": ""}
 
 
-def open_model(argv: list[str]) -> tuple[Namespace, Start]:
-    """Return the arguments, with the columns that the model remembers, and the model."""
+def open_model(argv: list[str]) -> tuple[Namespace, Start, FileFormat]:
+    """Return the arguments, the model, and how it reads files."""
     args = parse_args(argv)
-    fill_columns(args)
-    return args, find_start(args)
-
-
-def is_parquet(path: Path) -> bool:
-    """Whether a file is to be read as Parquet, else as CSV."""
-    return path.suffix.lower() == ".parquet"
-
-
-def write_csv(path: Path, converted: Path) -> None:
-    """Write the content of a file as CSV: a link, or converted from Parquet. Raises: UserError."""
-    if not is_parquet(path):
-        converted.symlink_to(path)
-        return
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise UserError(f"{path} cannot be read as Parquet: {error}") from None
-    table.astype(object).where(table.notna(), "").astype(str).to_csv(converted, index=False)
+    form = fill_format(args)
+    start = find_start(args)
+    return args, start, replace(form, multi_label=start.multi_label)
 
 
 def shards(texts: Path, output_dir: Path) -> list[dict[str, str]]:
@@ -132,13 +113,14 @@ def shards(texts: Path, output_dir: Path) -> list[dict[str, str]]:
     entries = sorted(texts.iterdir())
     files = [path for path in entries if path.suffix.lower() in FORMATS and path.is_file()]
     if not files:
-        raise UserError(f"{texts} contains no .csv or .parquet file")
+        raise UserError(f"{texts} contains no file that ends with {', '.join(FORMATS)}")
     names = [path.stem for path in files]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{texts} has two files with the name {twice[0]}: rename one")
     if skipped := [path.name for path in entries if path not in files]:
         shown = ", ".join(skipped[:SHOWN]) + ", ..." * (len(skipped) > SHOWN)
-        print(f"skipped {len(skipped)} of {texts} that are no .csv or .parquet files: {shown}")
+        kinds = ", ".join(FORMATS)
+        print(f"skipped {len(skipped)} of {texts} that do not end with {kinds}: {shown}")
     pairs = ((path.resolve(), output_dir.resolve() / f"{path.stem}.csv") for path in files)
     return [{"path": str(path), "output": str(output)} for path, output in pairs]
 
@@ -177,7 +159,7 @@ def run(args: Namespace, flags: list[str]) -> None:
     """Predict all files that are not finished yet. Raises: UserError naming those that failed."""
     argv = ["--do_predict", "--model_name_or_path", args.model, "--output_dir", args.output_dir]
     argv += flags
-    given, start = open_model(argv)  # a bad flag or model is reported before Ray starts
+    given, start, _ = open_model(argv)  # a bad flag or model is reported before Ray starts
     record = describe_run(start.settings(given), start.describe(), start.labels, {})
     texts, output_dir = Path(args.texts), Path(args.output_dir)
     every = shards(texts, output_dir)

@@ -14,6 +14,7 @@ import contextlib
 import io
 import shlex
 import sys
+from dataclasses import replace
 from itertools import filterfalse
 from pathlib import Path
 
@@ -25,22 +26,23 @@ from arguments import (
     FILE,
     INF,
     INT,
-    LABEL_SEPARATOR,
     NAME,
+    READING,
     SEED,
     STR,
     USES,
     Parser,
-    choice,
     column_names,
-    encoding,
     number,
     value,
 )
-from runtime.csv_reader import canonical_label, find_delimiter, read_table, row_list, text_key
-from runtime.files import UserError, sha256
+from runtime.csv_reader import Table, row_list, text_key
+from runtime.file_format import MULTI_LABEL, SETTINGS, FileFormat
+from runtime.files import UserError, name_list, sha256
+from runtime.labels import label_key, label_remarks, read_labels
 from script.groups import (
     FEW_ROWS,
+    JOINS_LABELS,
     SAMPLE_FILE,
     connected,
     cut_groups,
@@ -57,15 +59,7 @@ FILES = tuple(USES.values())
 LARGE_SHARE = 0.9  # of a label, beyond which a warning is printed
 SHARE = value(number(float, 0, 1, open_low=True), "S")
 FOLDS = value(number(int, 2, INF))
-SINGLE, MULTI = "single_label_classification", "multi_label_classification"
-RUN_FLAGS = (  # as in main.py
-    ("--text_column_names", value(column_names, "A,B"), ["text"], "columns [text]"),
-    ("--label_column_name", NAME, "label", "[label]"),
-    ("--csv_encoding", value(encoding, "NAME"), "utf-8",
-     "encoding of the file, e.g. cp1252 or utf-16 [utf-8]"),
-    ("--problem_type", choice(SINGLE, MULTI), SINGLE, "multi: labels are separated by | [single]"),
-    ("--seed", SEED, 42, "seed of the shuffle [42]"),
-)  # fmt: skip
+RUN_FLAGS = (*READING, ("--seed", SEED, 42, "seed of the shuffle [42]"))  # as in main.py
 OWN_FLAGS = (
     ("--output_dir", DIR, None, "[csv/split/ and the file's name without its ending]"),
     ("--group_by", value(column_names, "A,B"), [],
@@ -98,9 +92,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         args, _ = parser.parse_known_args(argv)
         args.file = args.train_file
         vars(args).update({name[2:]: default for name, _, default, _ in OWN_FLAGS})
-    args.within_run, args.multi_label = within_run, args.problem_type == MULTI
-    if args.label_column_name in args.text_column_names:
-        parser.error(f"--text_column_names: '{args.label_column_name}' is the label column")
+    if "," in (args.label_column_name or "") and args.problem_type is None:
+        args.problem_type = MULTI_LABEL
+    form = FileFormat.from_settings(vars(args))
+    args.form = replace(form, encodings=form.encodings[-1:]) if args.csv_encoding else form
+    args.within_run, args.multi_label = within_run, form.multi_label
+    if both := {*form.label_column_name} & {*form.text_column_names}:
+        parser.error(f"--text_column_names: '{min(both)}' is the label column")
     args.output_dir = args.output_dir and Path(args.output_dir)  # None: see `find_folder`
     args.min_label_count = args.min_label_count or 3
     args.shares = [args.val_share or 0.1, args.test_share or 0.1]
@@ -120,10 +118,11 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         if args.folds and getattr(args, name):
             parser.error(f"--{name} cannot be used with --folds")
     for name in ("min_label_count", "merge_rare"):
-        if args.problem_type == MULTI and getattr(args, name):
-            parser.error(f"--{name} cannot be used with {MULTI}")
+        several = args.problem_type == MULTI_LABEL or "," in (args.label_column_name or "")
+        if several and getattr(args, name):
+            parser.error(f"--{name} cannot be used with labels of which a row may have several")
     if args.merge_rare is not None:
-        args.merge_rare = canonical_label(args.merge_rare)
+        args.merge_rare = args.merge_rare.strip()
         if not args.merge_rare:
             parser.error("--merge_rare: the name is blank")
 
@@ -135,22 +134,23 @@ def read_file(args: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, dic
     `time`, and the counts of what was dropped or renamed.
     Raises: UserError, also if fewer than two labels or three groups are left.
     """
-    times = [args.time_column] if args.time_column else []
-    wanted = [*args.text_column_names, args.label_column_name, *args.group_by, *times]
-    delimiter = find_delimiter(args.file, args.csv_encoding, wanted)
-    table = read_table(args.file, args.csv_encoding, wanted, delimiter=delimiter)
-    rows = pd.DataFrame({"text": table[args.text_column_names].agg(" ".join, axis=1)})
-    rows["label"] = table[args.label_column_name].map(
-        canonical_labels if args.multi_label else canonical_label
-    )
-    counts = {"rows": len(rows)}
-    for name in ("text", "label"):
-        blank = rows[name].str.strip() == ""
-        if name == "label" and args.multi_label:  # then a blank cell means that no label applies
-            blank[:] = False
-        counts[f"rows_without_{name}"] = int(blank.sum())
-        say(blank, f"dropped {{}} without a {name}")
-        rows = rows[~blank]
+    times, form = [args.time_column] if args.time_column else [], args.form
+    named = [*form.text_column_names, *form.label_column_name]
+    file = Table(args.file, form, [*named, *args.group_by, *times])
+    table = next(file.frames())
+    counts = {"rows": len(table), "rows_malformed": file.malformed}
+    for remark in file.remarks():
+        print(f"warning: {remark}")
+    cells = table[list(form.text_column_names)].agg(" ".join, axis=1)
+    table = drop_blank(table, cells, "text", counts)
+    one_column = not form.multi_label and len(form.label_column_name) == 1
+    if one_column:
+        table = drop_blank(table, table[form.label_column_name[0]], "label", counts)
+    else:
+        counts["rows_without_label"] = 0
+    rows = pd.DataFrame({"text": cells[table.index]})
+    labels = read_labels(args.file, table, [*table.index], form, required=True)
+    rows["label"] = one_spelling(labels)
     if rows.empty:
         raise UserError(f"{args.file}: no row has both a text and a label")
     keys = rows["text"].map(text_key)
@@ -166,21 +166,37 @@ def read_file(args: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, dic
     several = rows.groupby(keys[rows.index])["label"].nunique() > 1
     counts["texts_with_several_labels"] = int(several.sum())
     say(several, "kept {} with more than one label, together", "texts")
-    if (labels := each_label(rows["label"], args.multi_label)).nunique() < 2:
-        few = ", ".join(sorted(set(labels))) or "none"
+    if (labels := each_label(rows["label"])).nunique() < 2:
+        few = name_list(sorted(set(labels))) or "none"
         raise UserError(
             f"{args.file}: fewer than two labels are left ({few}): add rows, lower "
             "--min_label_count, or use --merge_rare"
         )
     table = table.loc[rows.index]
-    table[args.label_column_name] = rows["label"]
+    if one_column:
+        table[form.label_column_name[0]] = rows["label"]
+    label_counts = labels.value_counts().to_dict()
+    text = rows["text"].iloc[0]
+    args.was_read = form.describe(args.file, counts["rows"], file.read_as(), label_counts, text)
+    for remark in label_remarks(label_counts, form):
+        print(f"warning: {args.file}: {remark}")
     return table, rows, counts
 
 
-def canonical_labels(cell: str) -> str:
-    """Normalise each label of a multi-label cell; without blank and repeated ones."""
-    labels = dict.fromkeys(map(canonical_label, cell.split(LABEL_SEPARATOR)))
-    return LABEL_SEPARATOR.join(filter(None, labels))
+def drop_blank(table: pd.DataFrame, cells: pd.Series, what: str, counts: dict) -> pd.DataFrame:
+    """Drop, count and report the rows whose cell, a text or a label, is blank."""
+    blank = cells.str.strip() == ""
+    counts[f"rows_without_{what}"] = int(blank.sum())
+    say(blank, f"dropped {{}} without a {what}")
+    return table[~blank]
+
+
+def one_spelling(labels: list[list[str]]) -> list[str]:
+    """Return the labels of each row as one string, equal labels as they are first written."""
+    first: dict[str, str] = {}
+    return [
+        JOINS_LABELS.join(first.setdefault(label_key(one), one) for one in row) for row in labels
+    ]
 
 
 def say(affected: pd.Series, message: str, noun: str = "rows") -> None:
@@ -204,7 +220,7 @@ def parse_times(table: pd.DataFrame, args: argparse.Namespace) -> pd.Series:
     if (bad := times.isna()).any():
         raise UserError(
             f"{args.file}: '{args.time_column}' is not a time in "
-            f"{row_list((table.index[bad] + 1).tolist())}, such as {text[bad].iloc[0]!r}: see "
+            f"{row_list(table.index[bad].tolist())}, such as {text[bad].iloc[0]!r}: see "
             "--time_format"
         )
     return times.astype("int64") if is_date else times
@@ -222,11 +238,11 @@ def handle_rare(rows: pd.DataFrame, args: argparse.Namespace, counts: dict) -> p
     if args.merge_rare and found.any():
         names = sorted(set(rows["label"][found]))
         counts["rows_renamed"] = int(found.sum())
-        say(found, f"renamed {{}} to {args.merge_rare}, of rare labels: {', '.join(names)}")
+        say(found, f"renamed {{}} to {args.merge_rare}, of rare labels: {name_list(names)}")
         rows = rows.assign(label=rows["label"].mask(found, args.merge_rare))
         found = rare()
     counts["rows_with_rare_labels"] = int(found.sum())
-    names = ", ".join(sorted(set(rows["label"][found])))
+    names = name_list(sorted(set(rows["label"][found])))
     say(
         found,
         f"dropped {{}} of labels with fewer than {args.min_label_count} distinct texts: {names} "
@@ -239,7 +255,7 @@ def cut(rows: pd.DataFrame, args: argparse.Namespace) -> dict[str, dict[str, pd.
     """Assign the rows to files; returns the index of each file's rows, by folder and file name."""
     strata = rows["label"]
     if args.multi_label:  # a row's label that is the most frequent in the file
-        each = each_label(strata, True)
+        each = each_label(strata)
         each = pd.DataFrame({"row": each.index, "label": each.to_numpy()})
         each["count"] = each.groupby("label")["row"].transform("size")
         each = each.sort_values(["count", "label"], ascending=[False, True])
@@ -269,8 +285,10 @@ def run(args: argparse.Namespace) -> None:
     parameters |= {"output_dir": None, "shares": args.shares}
     record = {"protocol": "own", "input": args.file, "input_sha256": checksum}
     record |= {"synthetic": Path(args.file).name == Path(SAMPLE_FILE).name}
-    columns = ("text_column_names", "label_column_name")
-    record |= {"columns": {name: getattr(args, name) for name in columns}}
+    settings = {name: getattr(args, name, None) for name in SETTINGS}
+    settings |= {"text_column_names": [*args.form.text_column_names]}
+    settings |= {"label_column_name": ",".join(args.form.label_column_name)}
+    record |= {"columns": {name: one for name, one in settings.items() if one}}
     record |= {"parameters": parameters}
     if args.folds:
         check_folder(args)
@@ -279,9 +297,9 @@ def run(args: argparse.Namespace) -> None:
         path = args.output_dir / folder
         kept = {name: rows.loc[index] for name, index in parts.items()}
         before = sum(map(len, kept.values()))
-        kept = keep_training_labels(kept, args.multi_label)
+        kept = keep_training_labels(kept)
         counts["rows_with_labels_not_in_training"] = before - sum(map(len, kept.values()))
-        figures[str(path)] = describe(kept, args.multi_label)
+        figures[str(path)] = describe(kept)
         tables = {name: table.loc[split.index] for name, split in kept.items()}
         folders[path] = tables, record | {"counts": {**counts}, "splits": figures[str(path)]}
         warn_of_labels(figures[str(path)]["train"], path)
@@ -301,7 +319,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         files = " ".join(f"--{use}_file {paths}/{n}_simple.csv" for use, n in USES.items())
         command = f"bash script/run_og.sh {files}"
-        command += f" --problem_type {MULTI}" * args.multi_label
+        command += f" --problem_type {MULTI_LABEL}" * args.multi_label
     print(f"next: {command} --output_dir {shlex.quote(f'checkpoints/{name}')}")
 
 
@@ -360,7 +378,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(held.getvalue(), end="", file=sys.stderr if args.within_run else sys.stdout)
+    out = sys.stderr if args.within_run else sys.stdout
+    print(*args.was_read, sep="\n", file=out)
+    print(held.getvalue(), end="", file=out)
     if args.within_run:  # for script/data.sh
         print(args.output_dir)
     return 0

@@ -11,8 +11,10 @@ import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from arguments import USES
-from runtime.csv_reader import canonical_label, read_table, read_tables, row_list, text_key
+from runtime.csv_reader import Table, row_list, text_key
+from runtime.file_format import FileFormat
 from runtime.files import UserError, read_json
+from runtime.labels import label_key
 from script.groups import (
     FEW_ROWS,
     SAMPLE_FILE,
@@ -131,11 +133,11 @@ def read_raw(
         needed["id_column"] = [id_column]
     if group_by == "channel":
         needed["group_by"] = ["channel_title"]
-    for parameter, columns in needed.items():
-        hint = f": see -p {parameter}"
-        next(read_tables(path, encoding, columns, size=1, fix_line=fix_tags, hint=hint))
-    table = read_table(path, encoding, [], fix_line=fix_tags)
-    label = table[label_column].map(canonical_label)
+    for _parameter, columns in needed.items():
+        form = FileFormat((), label_column_name=(), encodings=(encoding,), flag_form="-p {} {}")
+        table = Table(path, form, columns)
+    table = next(table.frames()).reset_index(drop=True)
+    label = table[label_column].map(label_key)
     is_number = label.str.fullmatch(r"\d+")
     is_id = label_column == "category_id" and is_number.any()
     day = pd.Series(range(len(table)))

@@ -1,24 +1,21 @@
 """Label the rows of an uploaded CSV file, as `main.py --do_predict` does, byte for byte."""
 
-import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dataset import CHUNK_ROWS, read_chunks
+from dataset import CHUNK_ROWS, open_table, read_chunks
 from evaluation.predictions import check_added, prediction_writer
 from model.predictions import Predictions
 from runtime.batches import TextRows
-from runtime.csv_reader import PASS_ENCODING, USE_SPLIT
 from runtime.files import UserError
 from runtime.flags import column_names, encoding
 from serving.models import Model
-
-ADVICE = {PASS_ENCODING: "pass its encoding with --csv_encoding", USE_SPLIT: "save it with commas"}
 
 
 def predict_csv(
@@ -27,7 +24,7 @@ def predict_csv(
     content: bytes,
     folder: Path,
     columns: str | None,
-    csv_encoding: str,
+    csv_encoding: str | None,
     drop_empty: bool,
 ) -> Path:
     """Predict each row; returns the file, in `folder`. Labels in the file are not used.
@@ -38,32 +35,27 @@ def predict_csv(
     path, output = folder / "upload.csv", folder / "predictions.csv"
     path.write_bytes(content)
     try:
-        names = model.columns["text_column_names"]
+        form = replace(model.form, label_column_name=(), drop_empty=drop_empty, flag_form="{}={}")
         if columns:
             names = checked(column_names, "text_column_names", columns)
-        options = {"text_columns": names, "delimiter": model.columns["text_column_delimiter"]}
-        options |= {"encoding": checked(encoding, "csv_encoding", csv_encoding)}
-        options |= {"labels_required": False, "label_column": None, "drop_empty": drop_empty}
-        chunks = filter(len, read_chunks(path, size=CHUNK_ROWS, **options))
+            form = replace(form, text_column_names=tuple(names))
+        if csv_encoding:
+            name = checked(encoding, "csv_encoding", csv_encoding)
+            form = replace(form, encodings=(name,))
+        table = open_table(path, form, labels_required=False)
+        chunks = filter(len, read_chunks(table, CHUNK_ROWS, labels_required=False))
         first = next(chunks, None)
         if first is None:
             raise UserError(f"{path}: every text is blank")
-        check_added(str(path), first.columns, model.labels)
-        with prediction_writer(output, first.columns, model.labels) as write:
+        check_added(str(path), table.header, model.labels)
+        with prediction_writer(output, table.header, model.labels) as write:
             for chunk in chain([first], chunks):
                 write(chunk.table, Predictions.of(classify(chunk), model.multi_label))
     except UserError as error:
         if isinstance(error.__context__, OSError):  # of `prediction_writer`: the disk is full
             raise error.__context__ from None
-        raise UserError(for_client(str(error).replace(str(path), "the file"))) from None
+        raise UserError(str(error).replace(str(path), "the file")) from None
     return output
-
-
-def for_client(message: str) -> str:
-    """Return a message of the command line with the advice that a client can follow."""
-    for advice, other in ADVICE.items():
-        message = message.replace(advice, other)
-    return re.sub(r"--(\w+)", r"the query parameter \1", message)
 
 
 def checked(kind: Callable[[str], Any], name: str, text: str) -> Any:

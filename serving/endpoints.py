@@ -140,7 +140,7 @@ async def predict(body: PredictRequest, request: Request, engine: Shared) -> Res
     rows = [[row] if isinstance(row, str) else row for row in rows]
     if any(len(row) not in (1, 2) for row in rows):
         raise ApiError(422, "each input is a text or a pair of texts", "validation")
-    delimiter = model.columns["text_column_delimiter"]
+    delimiter = model.form.text_column_delimiter
     joined = [delimiter.join(row) if "".join(row).strip() else "" for row in rows]
     job = await engine.score(request, model, joined, body.truncate)
     logits = job.future.result()
@@ -181,7 +181,7 @@ async def classify_csv(
     text_column_names: Annotated[
         str | None, Query(description="Separated by commas; else those of the model.")
     ] = None,
-    csv_encoding: str = "utf-8",
+    csv_encoding: str | None = None,
     drop_empty: Annotated[bool, Query(description="Leave out rows without a text.")] = False,
 ) -> Response:
     """Label the rows of a CSV file, as `main.py --do_predict` does."""

@@ -41,7 +41,8 @@ from model.source import (
 from model.start import check_backbone, read_model_config
 from model.tuning import TUNING
 from runtime.batches import Encoded
-from runtime.columns import DEFAULTS, is_member, remembered_columns
+from runtime.columns import is_member, remembered_settings
+from runtime.file_format import FileFormat
 from runtime.files import UserError, read_json
 from runtime.machine import Machine
 from serving.prefixes import Adapter, Changed, PrefixCache, stamp_of
@@ -138,7 +139,7 @@ class Model:
     created: int = 0  # seconds since 1970
     stored_bytes: int = 0
     scores: dict[str, float] = field(default_factory=dict)  # of its test
-    columns: dict[str, Any] = field(default_factory=lambda: DEFAULTS)  # that it was trained on
+    form: FileFormat = field(default_factory=FileFormat)  # of the files that it was trained on
 
     def describe(self) -> dict[str, Any]:
         """Return the model's entry in /v1/models."""
@@ -151,7 +152,7 @@ class Model:
             "multi_label": self.multi_label,
             "method": self.title,
             "max_seq_length": self.max_seq_length,
-            "text_column_names": self.columns["text_column_names"],
+            "text_column_names": list(self.form.text_column_names),
             "stored_bytes": self.stored_bytes,
             "scores": self.scores,
         }
@@ -354,5 +355,5 @@ def stored(folder: Path, members: list[Path]) -> dict[str, Any]:
         "created": int(max(one.st_mtime for one in files)),
         "stored_bytes": sum(one.st_size for one in files),
         "scores": read_scores(folder),
-        "columns": DEFAULTS | remembered_columns(folder),
+        "form": FileFormat.from_settings(remembered_settings(folder)),
     }

@@ -1,0 +1,169 @@
+"""The labels of rows: what a cell says, which labels are the same, and their order."""
+
+import json
+import re
+import unicodedata
+from ast import literal_eval
+from collections import Counter
+from collections.abc import Iterable
+
+import pandas as pd
+
+from runtime.csv_reader import row_list
+from runtime.file_format import LABEL_SEPARATOR, MULTI_LABEL, FileFormat
+from runtime.files import UserError, name_list
+
+TRUE, FALSE = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no", ""}
+
+
+def label_key(label: str) -> str:
+    """Return what equal labels have in common: `1` and `1.0` are equal, and é in both its forms.
+
+    Programs change one into the other: pandas whole numbers with a missing one among them, and
+    some systems the form of accents (https://unicode.org/reports/tr15/).
+    """
+    text = unicodedata.normalize("NFC", label.strip())
+    return re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
+
+
+def look_alike_key(label: str) -> str:
+    """Return a key that is the same for labels that a reader may take for the same."""
+    text = unicodedata.normalize("NFKC", label).casefold()
+    visible = (one for one in text if unicodedata.category(one) != "Cf")
+    return " ".join("".join(visible).split())
+
+
+def cell_labels(cell: str, separator: str) -> list[str]:
+    """Return the labels in a cell such as `a|b`, `['a', 'b']` or `["a", "b"]`, each once."""
+    text = cell.strip()
+    parts = text.split(separator) if text else []
+    if is_list(text):
+        parts = list_items(text)
+    return list(dict.fromkeys(part.strip() for part in parts))
+
+
+def is_list(text: str) -> bool:
+    """Whether a cell looks like a list of Python or JSON."""
+    return text[:1] == "[" and text[-1:] == "]"
+
+
+def list_items(text: str) -> list[str]:
+    """Return the items of a list that Python, JSON or NumPy wrote."""
+    text = re.sub(r"""(?<=['"])\s+(?=['"])""", ", ", text)  # NumPy writes ['a' 'b']
+    for parse in (json.loads, literal_eval):
+        try:
+            found = parse(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        return [item if isinstance(item, str) else str(item) for item in found]
+    return [item.strip(" '\"") for item in text[1:-1].split(",") if item.strip()]
+
+
+def read_labels(
+    path: str, table: pd.DataFrame, rows: list[int], form: FileFormat, required: bool
+) -> list[list[str]] | None:
+    """Return the labels of each row as they are written, or None if the file has none.
+
+    rows: their numbers. required: a file without labels is an error.
+    Raises: UserError for a row without a label (in multi-label data, a blank cell means that no
+        label applies), and for a column of 0 and 1 with something else.
+    """
+    names = [name for name in form.label_column_name if name in table]
+    if len(names) < len(form.label_column_name) or not names:
+        return None
+    if not required and not any(table[name].str.strip().any() for name in names):
+        return None
+    if len(names) > 1:
+        labels = flagged(path, table, rows, names)
+    elif form.multi_label:
+        labels = [cell_labels(cell, form.label_separator) for cell in table[names[0]]]
+    else:
+        labels = [[cell.strip()] for cell in table[names[0]]]
+    if form.multi_label:
+        advice = f"leave out the {form.label_separator} beside an empty label"
+        missing = [row for row, one in zip(rows, labels, strict=True) if "" in one]
+    else:
+        advice = "fill it in, remove such rows, or, if a row may have several labels or none, pass "
+        advice += form.flag("problem_type", MULTI_LABEL)
+        missing = [row for row, one in zip(rows, labels, strict=True) if one[1:] or not any(one)]
+    if missing:
+        what = f"'{names[0]}'" if len(names) == 1 else f"single label of {', '.join(names)}"
+        raise UserError(f"{path}: no {what} in {row_list(missing)}; {advice}")
+    if form.label_names:
+        named = {label_key(label): name for label, name in form.label_names.items()}
+        labels = [[named.get(label_key(one), one) for one in row] for row in labels]
+    return labels
+
+
+def flagged(path: str, table: pd.DataFrame, rows: list[int], names: list[str]) -> list[list[str]]:
+    """Return the names of the columns that hold 1, of each row. Raises: UserError."""
+    columns = []
+    for name in names:
+        cells = table[name].str.strip().str.casefold()
+        odd = ~cells.isin(TRUE | FALSE)
+        if odd.any():
+            where = row_list([row for row, is_odd in zip(rows, odd, strict=True) if is_odd])
+            raise UserError(f"{path}: '{name}' is {cells[odd].iloc[0]!r}, not 0 or 1, in {where}")
+        columns.append(cells.isin(TRUE))
+    return [
+        [name for name, holds in zip(names, row, strict=True) if holds]
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def label_numbers(names: list[str]) -> dict[str, int]:
+    """Return each label's number by its key; LABEL_0 and so on are numbers too."""
+    numbers = {label_key(name): number for number, name in enumerate(names)}
+    if all(name == f"LABEL_{number}" for name, number in numbers.items()):
+        numbers |= {str(number): number for number in range(len(names))}
+    return numbers
+
+
+def sort_labels(labels: Iterable[str], order: dict[str, str] | None) -> list[str]:
+    """Return each label once, as it is first written: in `order`, then numbers, then words."""
+    places = {label_key(name): place for place, name in enumerate((order or {}).values())}
+    first: dict[str, str] = {}
+    for label in labels:
+        first.setdefault(label_key(label), label)
+
+    def sort_key(name: str) -> tuple:
+        number = re.fullmatch(r"[+-]?\d+(\.\d+)?", name)
+        place = places.get(label_key(name), len(places))
+        return (place, not number, float(name) if number else 0, name)
+
+    return sorted(first.values(), key=sort_key)
+
+
+def label_remarks(counts: dict[str, int], form: FileFormat) -> list[str]:
+    """Return what may be wrong with labels. counts: of the training rows, by label."""
+    found = []
+    alike: dict[str, list[str]] = {}
+    for name in counts:
+        alike.setdefault(look_alike_key(name), []).append(name)
+    if pairs := [names for names in alike.values() if len(names) > 1]:
+        shown = " and ".join(ascii(name[:40]) for name in pairs[0])
+        more = f" (and {len(pairs) - 1} more)" if len(pairs) > 1 else ""
+        found.append(f"labels {shown} look alike but count as different{more}: are they the same?")
+    if joined := separator_of(counts):
+        name, separator = joined
+        flags = [] if form.multi_label else [form.flag("problem_type", MULTI_LABEL)]
+        if separator:
+            flags.append(form.flag("label_separator", separator))
+        found.append(f"{name[:40]!r} is one label; if it is several, pass {' '.join(flags)}")
+    if single := [name for name, count in counts.items() if count == 1]:
+        found.append(f"only one row of label {name_list(single)}")
+    return found
+
+
+def separator_of(labels: Iterable[str]) -> tuple[str, str] | None:
+    """Return a label that seems to be several, and their separator if it is not the default."""
+    labels = list(labels)
+    if joined := [name for name in labels if is_list(name) or LABEL_SEPARATOR in name]:
+        return joined[0], ""
+    for separator in ",;":
+        parts = {name: [*map(str.strip, name.split(separator))] for name in labels}
+        uses = Counter(part for several in parts.values() for part in set(several))
+        for name, several in parts.items():
+            if len(several) > 1 and any(uses[part] > 1 for part in several):
+                return name, separator
+    return None
