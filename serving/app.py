@@ -39,10 +39,10 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
         app.add_exception_handler(error, handler)
     app.include_router(router)
     app.include_router(page)
-    if settings.cors_origins:  # around all else: browsers show a page no error without its headers
+    if settings.allow_origins:  # around all else: browsers show a page no error without its headers
         app.middleware_stack = CORSMiddleware(
             app.build_middleware_stack(),
-            allow_origins=settings.cors_origins,
+            allow_origins=settings.allow_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
             expose_headers=["retry-after", *TIMES],

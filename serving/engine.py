@@ -36,7 +36,7 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost")
     api_key: str | None = None
     updates_from: Path | None = None  # the folder that /v1/load_adapter may read
-    cors_origins: tuple[str, ...] = ()  # of pages that may call this server; "*": any
+    allow_origins: tuple[str, ...] = ()  # of pages that may call this server; "*": any
 
 
 class ApiError(Exception):

@@ -253,7 +253,7 @@ def test_pages_of_allowed_origins_may_call_and_read_every_answer(served, monkeyp
     """Errors, too: of the key, of the request and of the server itself."""
     page = {"origin": "https://example.org"}
     key = page | {"authorization": "Bearer a secret word"}
-    limits = {"cors_origins": ("https://example.org",), "api_key": "a secret word"}
+    limits = {"allow_origins": ("https://example.org",), "api_key": "a secret word"}
     with serving(registry_of({"one": served["short"]}), **limits) as (base, app):
         url = f"{base}/v1/classify"
         asks = {"access-control-request-method": "POST"}

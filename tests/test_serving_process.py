@@ -97,7 +97,7 @@ def test_a_process_survives_too_many_clients_and_ends_after_what_is_in_flight(se
         (["nowhere"], "folder nowhere does not exist"),
         (["tests"], "tests contains no tuned model"),
         (["--port", "80000"], "--port"),
-        (["--cors_origins", "https://a.org/page"], "'https://a.org/page' is no origin"),
+        (["--allow_origins", "https://a.org/page"], "'https://a.org/page' is no origin"),
         (["tests", "--api_key_file", "README.md"], "must contain a word"),
         (["tests", "--allow_updates", "nowhere"], "folder nowhere does not exist"),
     ],
