@@ -17,6 +17,7 @@ from runtime.csv_reader import PASS_ENCODING, USE_SPLIT
 from runtime.files import UserError
 from runtime.flags import column_names, encoding
 from serving.models import Model
+from serving.schemas import CsvOptions
 
 ADVICE = {PASS_ENCODING: "pass its encoding with --csv_encoding", USE_SPLIT: "save it with commas"}
 
@@ -24,26 +25,23 @@ ADVICE = {PASS_ENCODING: "pass its encoding with --csv_encoding", USE_SPLIT: "sa
 def predict_csv(
     classify: Callable[[TextRows], torch.Tensor],
     model: Model,
-    content: bytes,
-    folder: Path,
-    columns: str | None,
-    csv_encoding: str,
-    drop_empty: bool,
+    path: Path,
+    wanted: CsvOptions,
 ) -> Path:
-    """Predict each row; returns the file, in `folder`. Labels in the file are not used.
+    """Predict each row; returns the new file, in the same folder. Labels in `path` are not used.
 
-    classify: rows -> logits [N, C]. columns: the text columns, separated by commas [the model's].
+    classify: rows -> logits [N, C].
     Raises: UserError for a bad file, which it calls "the file"; OSError if it cannot be stored.
     """
-    path, output = folder / "upload.csv", folder / "predictions.csv"
-    path.write_bytes(content)
+    output = path.with_name("predictions.csv")
     try:
         names = model.columns["text_column_names"]
-        if columns:
-            names = checked(column_names, "text_column_names", columns)
+        if wanted.text_column_names:
+            names = checked(column_names, "text_column_names", wanted.text_column_names)
         options = {"text_columns": names, "delimiter": model.columns["text_column_delimiter"]}
-        options |= {"encoding": checked(encoding, "csv_encoding", csv_encoding)}
-        options |= {"labels_required": False, "label_column": None, "drop_empty": drop_empty}
+        options |= {"encoding": checked(encoding, "csv_encoding", wanted.csv_encoding)}
+        options |= {"labels_required": False, "label_column": None}
+        options |= {"drop_empty": wanted.drop_empty}
         chunks = filter(len, read_chunks(path, size=CHUNK_ROWS, **options))
         first = next(chunks, None)
         if first is None:
@@ -63,7 +61,8 @@ def for_client(message: str) -> str:
     """Return a message of the command line with the advice that a client can follow."""
     for advice, other in ADVICE.items():
         message = message.replace(advice, other)
-    return re.sub(r"--(\w+)", r"the query parameter \1", message)
+    names = "|".join(CsvOptions.model_fields)  # and no column that is called "--x"
+    return re.sub(rf"--({names})\b", r"the query parameter \1", message)
 
 
 def checked(kind: Callable[[str], Any], name: str, text: str) -> Any:
