@@ -158,7 +158,8 @@ def report(table: Table, dropped: int, left: int) -> None:
         logger.warning("warning: %s: dropped %d rows without a text", table.path, dropped)
     if not left:
         raise UserError(
-            f"{table.path}: every text is blank: see {table.form.flag('text_column_names')}"
+            f"{table.path}: every text is blank; name another column with "
+            f"{table.form.flag('text_column_names', 'NAME')}"
         )
 
 

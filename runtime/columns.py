@@ -9,7 +9,6 @@ import re
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -81,8 +80,7 @@ def fill_format(args: Namespace) -> FileFormat:
         raise UserError("--text_column_delimiter needs two --text_column_names or more: omit it")
     if "," in args.label_column_name:
         fill(args, {"problem_type": MULTI_LABEL})
-    form = FileFormat.from_settings(vars(args))
-    return replace(form, encodings=(given,)) if given else form
+    return FileFormat.from_settings(vars(args)).in_encoding(given)
 
 
 def is_member(name: str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 BLOCK = 2**20  # bytes in memory at a time
 MANY = 100_000  # broken bytes, after which counting them stops
-SAMPLE = 2**14  # bytes from which an encoding is guessed
+SAMPLE = 2**12  # bytes from which an encoding is guessed
 KINDS = {  # the first bytes: what the file is, and the way to a CSV file
     rb"\x1f\x8b": "compressed: unpack it with gunzip < FILE > NEW.csv",
     rb"BZh[1-9]1AY&SY": "compressed: unpack it with bunzip2 < FILE > NEW.csv",
@@ -238,6 +238,7 @@ def code_pages(data: bytes) -> list[str]:
         text = decode_start(data, candidate.split()[-1])
         if text is not None:
             score = max(plausibility(text, part, alphabets) for part in alphabets.split())
+            score += 0.02 * (candidate == "cp1252")  # English with names of all kinds
             if score > best:
                 best, names = score, candidate
     return names.split()
@@ -246,8 +247,9 @@ def code_pages(data: bytes) -> list[str]:
 def likely_encoding(path: str | Path, tried: Collection[str]) -> tuple[str, str] | None:
     """Return the encoding that a file most likely has, and a sample of at most 40 characters.
 
-    The sample is from the first line beyond ASCII. The whole file can be decoded, and the encoding
-    is not among `tried`. None if no encoding fits, or if most of the file is UTF-8.
+    The sample is from the first line beyond ASCII (in UTF-16 and UTF-32, of the file's start). The
+    whole file can be decoded, and the encoding is not among `tried`. None if no encoding fits, or
+    if the file is UTF-8 with a few broken bytes.
     """
     with open(path, "rb") as file:
         start = file.read(SAMPLE)
@@ -256,7 +258,7 @@ def likely_encoding(path: str | Path, tried: Collection[str]) -> tuple[str, str]
         names, beyond = [wide], start
     else:
         health = utf8_health(path)
-        names = ["utf-8"] if health.characters >= health.broken else code_pages(beyond)
+        names = ["utf-8"] if health.characters >= 4 * health.broken else code_pages(beyond)
     known = {codecs.lookup(name).name for name in tried}
     for name in names:
         if codecs.lookup(name).name not in known and decodes(path, name):

@@ -101,6 +101,10 @@ class FileFormat:
         names = settings.get("label_names")
         return cls(**known, multi_label=multi_label, label_names=names, encodings=encodings)
 
+    def in_encoding(self, encoding: str | None) -> Self:
+        """Return the format of files in this very encoding, if one is given."""
+        return replace(self, encodings=(encoding,)) if encoding else self
+
     def flag(self, name: str, value: str = "") -> str:
         """Return a setting as its user writes it, such as `--csv_encoding cp1252`."""
         if not value and self.flag_form != FileFormat.flag_form:

@@ -59,7 +59,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="further names by which clients call this server, such as example.org; '*': any",
     )
     add(
-        "--cors_origins",
+        "--allow_origins",
         nargs="+",
         default=[],
         **value(origin, "URL"),
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
         allowed_hosts=("127.0.0.1", "localhost", args.host, *args.allowed_hosts),
         api_key=read_key(args.api_key_file),
         updates_from=updates,
-        cors_origins=tuple(args.cors_origins),
+        allow_origins=tuple(args.allow_origins),
     )
     listener = listen(args.host, args.port)
     set_up_process()

@@ -14,7 +14,6 @@ import contextlib
 import io
 import shlex
 import sys
-from dataclasses import replace
 from itertools import filterfalse
 from pathlib import Path
 
@@ -94,8 +93,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         vars(args).update({name[2:]: default for name, _, default, _ in OWN_FLAGS})
     if "," in (args.label_column_name or "") and args.problem_type is None:
         args.problem_type = MULTI_LABEL
-    form = FileFormat.from_settings(vars(args))
-    args.form = replace(form, encodings=form.encodings[-1:]) if args.csv_encoding else form
+    args.form = form = FileFormat.from_settings(vars(args)).in_encoding(args.csv_encoding)
     args.within_run, args.multi_label = within_run, form.multi_label
     if both := {*form.label_column_name} & {*form.text_column_names}:
         parser.error(f"--text_column_names: '{min(both)}' is the label column")

@@ -17,6 +17,14 @@ from serving.guards import Guards, error_body
 from serving.models import Registry
 from serving.schemas import UNKNOWN
 
+PROBLEMS = {  # that FastAPI and pydantic say less well; by field, or by their own words
+    "input": "send a text or a list of texts",
+    "inputs": "send a text, a pair of texts, or a list of lists of one text or two",
+    "name": "send a name of 1 to 200 characters, without blanks and slashes",
+    "There was an error parsing the body": "the body is not UTF-8, or is nested too deeply",
+    "Not Found": "nothing has this address: see /openapi.json",
+    "Method Not Allowed": "this address does not take this method: see /openapi.json",
+}
 KINDS = {404: "not_found", 408: "timeout", 413: "too_large"}  # of errors of the framework
 
 
@@ -39,11 +47,11 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
         app.add_exception_handler(error, handler)
     app.include_router(router)
     app.include_router(page)
-    if settings.cors_origins:  # around all else: browsers show a page no error without its headers
+    if settings.allow_origins:  # around all else: browsers show a page no error without its headers
         app.middleware_stack = CORSMiddleware(
             app.build_middleware_stack(),
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_origins=settings.allow_origins,
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["authorization", "content-type"],
             expose_headers=["retry-after", *TIMES],
         )
@@ -67,16 +75,20 @@ async def on_invalid(request: Request, error: RequestValidationError) -> Respons
     if first["type"] == "json_invalid":
         return await on_api_error(request, ApiError(400, "the body is not JSON", "validation"))
     _, *where = map(str, first["loc"])  # after "body" or "query"
+    if first["type"] != "missing" and where and where[0] in PROBLEMS:
+        first["msg"], where = PROBLEMS[where[0]], where[:1]
     message = ": ".join(filter(None, [".".join(where), first["msg"]]))
     if not where and first["type"] != UNKNOWN:  # it is no JSON, or not an object
         message = "send a JSON object, and the header content-type: application/json"
+        message += " (CSV files: to /v1/predict_csv)"
     return await on_api_error(request, ApiError(422, message, "validation"))
 
 
 async def on_http(request: Request, error: HTTPException) -> Response:
     """Pass on an error of the framework or of the guards."""
     kind = KINDS.get(error.status_code, "validation")
-    found = await on_api_error(request, ApiError(error.status_code, str(error.detail), kind))
+    message = PROBLEMS.get(error.detail, error.detail)
+    found = await on_api_error(request, ApiError(error.status_code, message, kind))
     found.headers.update(error.headers or {})
     return found
 

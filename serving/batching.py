@@ -199,7 +199,8 @@ class Batcher:
             except Exception as error:  # whatever it is, the other models' rows go on
                 if not isinstance(error, Changed):
                     logger.exception("model %s cannot be read", model.name)
-                refused[model] = Refused(f"the folder of model '{model.name}' has changed")
+                why = f"the folder of model '{model.name}' has changed: it must be loaded again"
+                refused[model] = Refused(why)
         for part in by_length([row for row in rows if row[0] in prepared]):
             found = backend.logits(
                 [list(ids) for _, ids in part], [prepared[model] for model, _ in part]

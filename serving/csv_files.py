@@ -13,36 +13,27 @@ from dataset import CHUNK_ROWS, open_table, read_chunks
 from evaluation.predictions import check_added, prediction_writer
 from model.predictions import Predictions
 from runtime.batches import TextRows
+from runtime.file_format import FileFormat
 from runtime.files import UserError
 from runtime.flags import column_names, encoding
 from serving.models import Model
+from serving.schemas import CsvOptions
 
 
 def predict_csv(
     classify: Callable[[TextRows], torch.Tensor],
     model: Model,
-    content: bytes,
-    folder: Path,
-    columns: str | None,
-    csv_encoding: str | None,
-    drop_empty: bool,
+    path: Path,
+    wanted: CsvOptions,
 ) -> Path:
-    """Predict each row; returns the file, in `folder`. Labels in the file are not used.
+    """Predict each row; returns the new file, in the same folder. Labels in `path` are not used.
 
-    classify: rows -> logits [N, C]. columns: the text columns, separated by commas [the model's].
+    classify: rows -> logits [N, C].
     Raises: UserError for a bad file, which it calls "the file"; OSError if it cannot be stored.
     """
-    path, output = folder / "upload.csv", folder / "predictions.csv"
-    path.write_bytes(content)
+    output = path.with_name("predictions.csv")
     try:
-        form = replace(model.form, label_column_name=(), drop_empty=drop_empty, flag_form="{}={}")
-        if columns:
-            names = checked(column_names, "text_column_names", columns)
-            form = replace(form, text_column_names=tuple(names))
-        if csv_encoding:
-            name = checked(encoding, "csv_encoding", csv_encoding)
-            form = replace(form, encodings=(name,))
-        table = open_table(path, form, labels_required=False)
+        table = open_table(path, wanted_format(model.form, wanted), labels_required=False)
         chunks = filter(len, read_chunks(table, CHUNK_ROWS, labels_required=False))
         first = next(chunks, None)
         if first is None:
@@ -56,6 +47,18 @@ def predict_csv(
             raise error.__context__ from None
         raise UserError(str(error).replace(str(path), "the file")) from None
     return output
+
+
+def wanted_format(form: FileFormat, wanted: CsvOptions) -> FileFormat:
+    """Return how to read the file: as a request says, else as the model. Raises: UserError."""
+    given = wanted.model_dump(exclude={"model"}, exclude_none=True)
+    encoding_name = given.pop("csv_encoding", None)
+    if encoding_name is not None:
+        checked(encoding, "csv_encoding", encoding_name)
+    for name in {"text_column_names", "column_names"} & {*given}:
+        given[name] = tuple(checked(column_names, name, given[name]))
+    form = replace(form, **given, label_column_name=(), flag_form="{}={}")
+    return form.in_encoding(encoding_name)
 
 
 def checked(kind: Callable[[str], Any], name: str, text: str) -> Any:

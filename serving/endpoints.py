@@ -24,8 +24,10 @@ from serving.batching import Job
 from serving.csv_files import predict_csv
 from serving.engine import ApiError, Engine
 from serving.schemas import (
+    CSV_BODY,
     ClassifyRequest,
     ClassifyResponse,
+    CsvOptions,
     LoadRequest,
     PredictRequest,
     Score,
@@ -33,11 +35,11 @@ from serving.schemas import (
     find_unknown,
     refusals,
 )
+from serving.uploads import store_upload
 
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
-SEND_FILE = "send the CSV file itself as the body, with curl by --data-binary @FILE"
 TIMES = ("x-total-time", "x-queue-time", "x-inference-time")  # headers of answers
 MOST_EXPLAINED = 32  # texts of a request, since each of their words is left out once
 
@@ -46,7 +48,8 @@ async def check_query(request: Request) -> None:
     """Check the names of the query parameters, but not those of probes. Raises: ApiError."""
     if request.method != "POST":
         return
-    known = [one.alias for one in request.scope["route"].dependant.query_params]
+    params = request.scope["route"].dependant.query_params
+    known = [name for one in params for name in one.field_info.annotation.model_fields]
     if message := find_unknown("query parameter", request.query_params, known):
         raise ApiError(422, message, "validation")
 
@@ -139,7 +142,8 @@ async def predict(body: PredictRequest, request: Request, engine: Shared) -> Res
     rows = body.inputs if several else [body.inputs]
     rows = [[row] if isinstance(row, str) else row for row in rows]
     if any(len(row) not in (1, 2) for row in rows):
-        raise ApiError(422, "each input is a text or a pair of texts", "validation")
+        message = 'each input is a text or a pair of texts; send several as [["one"], ["two"]]'
+        raise ApiError(422, message, "validation")
     delimiter = model.form.text_column_delimiter
     joined = [delimiter.join(row) if "".join(row).strip() else "" for row in rows]
     job = await engine.score(request, model, joined, body.truncate)
@@ -172,32 +176,27 @@ def timed(content: dict | list, job: Job, began: float) -> Response:
         200: {"content": {"text/csv": {}}, "description": "the rows with their predictions"},
         **refusals(404, 408, 413, 429, 503),
     },
-    openapi_extra={"requestBody": {"required": True, "content": {"text/csv": {}}}},
+    openapi_extra={"requestBody": {"required": True, "content": CSV_BODY}},
 )
 async def classify_csv(
     request: Request,
     engine: Shared,
-    model: str | None = None,
-    text_column_names: Annotated[
-        str | None, Query(description="Separated by commas; else those of the model.")
-    ] = None,
-    csv_encoding: str | None = None,
-    drop_empty: Annotated[bool, Query(description="Leave out rows without a text.")] = False,
+    options: Annotated[CsvOptions, Query()],
 ) -> Response:
-    """Label the rows of a CSV file, as `main.py --do_predict` does."""
+    """Label the rows of a CSV file: the body, or the one file of a form, whose fields are options.
+
+    The answer is the same file with predictions added.
+    """
     began = time.perf_counter()
     engine.metrics.requests.labels("predict_csv").inc()
-    found, body = engine.find(model), await request.body()
-    if request.headers.get("content-type", "").lower().startswith("multipart/"):
-        raise ApiError(422, f"the body is a form: {SEND_FILE}", "validation")
-    if body and b"\n" not in body and b"\r" not in body:
-        raise ApiError(422, f"the file has no line breaks: {SEND_FILE}", "validation")
     folder = None
     try:
         folder = tempfile.TemporaryDirectory(prefix="predictions-")
-        place, options = Path(folder.name), (text_column_names, csv_encoding, drop_empty)
+        upload = Path(folder.name) / "upload.csv"
+        options = await store_upload(request, upload, options)
+        model = engine.find(options.model)
         output = await engine.in_thread(
-            request, found, lambda score: predict_csv(score, found, body, place, *options)
+            request, model, lambda score: predict_csv(score, model, upload, options)
         )
     except BaseException as error:
         if folder:
@@ -206,7 +205,9 @@ async def classify_csv(
             raise ApiError(422, str(error), "validation") from None
         if isinstance(error, OSError):
             logger.error("a CSV file could not be stored: %s", error)
-            raise ApiError(503, "the server cannot store the file", "unavailable") from None
+            raise ApiError(
+                503, "the server cannot store the file: try again later", "unavailable"
+            ) from None
         raise
     engine.finished("predict_csv", began)
     return FileResponse(
@@ -255,7 +256,7 @@ async def unload_adapter(body: UnloadRequest, engine: Shared) -> dict:
 def updates_of(engine: Engine) -> Path:
     """Return the folder that models may be loaded from. Raises: ApiError if there is none."""
     if engine.settings.updates_from is None:
-        raise ApiError(403, "updates are off: start with --allow_updates FOLDER", "forbidden")
+        raise ApiError(403, "updates are off: whoever runs the server can allow them", "forbidden")
     return engine.settings.updates_from.resolve()
 
 
@@ -264,7 +265,7 @@ def below(root: Path, path: str) -> Path:
     try:
         folder = (root / path).resolve()
     except (OSError, ValueError):
-        raise ApiError(422, "path: not a path", "validation") from None
+        raise ApiError(422, "path: it is not the name of a folder", "validation") from None
     if folder == root or not folder.is_relative_to(root):
         raise ApiError(422, "path: it must be below the folder of updates", "validation")
     return folder

@@ -36,7 +36,7 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost")
     api_key: str | None = None
     updates_from: Path | None = None  # the folder that /v1/load_adapter may read
-    cors_origins: tuple[str, ...] = ()  # of pages that may call this server; "*": any
+    allow_origins: tuple[str, ...] = ()  # of pages that may call this server; "*": any
 
 
 class ApiError(Exception):
@@ -96,12 +96,12 @@ class Engine:
             if not text.strip():
                 raise ApiError(422, f"text {number} is blank: leave it out", "validation")
             if len(text) > limit:
-                message = f"text {number} has more than {limit:,} characters"
+                message = f"text {number} has more than {limit:,} characters: shorten it"
                 raise ApiError(413, message, "too_large")
             try:
                 text.encode()
             except UnicodeEncodeError:
-                message = f"text {number} is not valid Unicode"
+                message = f"text {number} is not valid Unicode: it has half of a surrogate pair"
                 raise ApiError(422, message, "tokenization") from None
 
     async def score(
@@ -120,7 +120,9 @@ class Engine:
                 )
                 token_ids += ids
                 if any(is_cut) and not truncate:
-                    message = f"a text is longer than {model.max_seq_length} tokens"
+                    message = (
+                        f"a text has more than {model.max_seq_length} tokens: leave out truncate"
+                    )
                     raise ApiError(422, message, "validation")
             job = self.batcher.submit(model, token_ids, arrived)
             waiting = asyncio.wrap_future(job.future)

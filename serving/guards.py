@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 PUBLIC = ("/", "/health", "/page.css", "/page.js")  # without a key: the page asks for it
 BODY_SECONDS = 30  # for a client to send its body
-MOST_BODIES = 16  # of the largest size, in memory at a time
+MOST_BODIES = 16  # of the largest size, in memory or the temporary folder at a time
 CLOSE = {"connection": "close"}  # rather than read the rest of the body
 
 POLICY = (  # nothing from elsewhere, no inline code
@@ -39,7 +39,7 @@ class Guards:
     """ASGI middleware: the key, the size of a body and its time, and headers for browsers."""
 
     def __init__(self, app: ASGIApp, max_body: int, api_key: str | None) -> None:
-        self.app, self.max_body, self.held = app, max_body, 0  # bytes of all bodies in memory
+        self.app, self.max_body, self.held = app, max_body, 0  # bytes of all bodies
         self.expected = f"Bearer {api_key}".encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,7 +72,7 @@ class Guards:
             if self.held > MOST_BODIES * self.max_body:
                 raise HTTPException(503, "too many large requests at once: try again", CLOSE)
             if received > self.max_body:
-                text = f"the body has more than {self.max_body:,} bytes: send fewer texts at a time"
+                text = f"the body has more than {self.max_body:,} bytes: send less at a time"
                 raise HTTPException(413, text, CLOSE)
             is_whole = not message.get("more_body")
             return message

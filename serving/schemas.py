@@ -6,6 +6,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from runtime.flags import DELIMITERS
+
 UNKNOWN = "unknown_name"  # type of the error
 
 
@@ -53,11 +55,36 @@ class PredictRequest(Body):
     truncation_direction: Literal["Right", "right"] = Field("Right", description="Cut the end.")
 
 
+class CsvOptions(Body):
+    """What /v1/predict_csv takes beside the file, as query parameters or fields of a form."""
+
+    model: str | None = None
+    text_column_names: str | None = Field(
+        None, description="Separated by commas; else those of the model."
+    )
+    column_names: str | None = Field(
+        None, description="Of all columns, separated by commas, if the file has no header."
+    )
+    delimiter: Literal[tuple(DELIMITERS)] | None = Field(
+        None, description="Between columns; else found by the header."
+    )
+    quoting: Literal["minimal", "none"] | None = None
+    csv_encoding: str | None = Field(None, description="Else UTF-8, or that of the model.")
+    drop_empty: bool = Field(False, description="Leave out rows without a text.")
+    drop_malformed: bool = Field(False, description="Leave out rows that cannot be read.")
+
+
+FILE_FIELD = {"file": {"type": "string", "format": "binary"}}
+CSV_FORM = CsvOptions.model_json_schema() | {"required": ["file"]}
+CSV_FORM["properties"] |= FILE_FIELD
+CSV_BODY = {"text/csv": {}, "multipart/form-data": {"schema": CSV_FORM}}  # for OpenAPI
+
+
 class LoadRequest(Body):
     """What /v1/load_adapter takes."""
 
     name: str = Field(min_length=1, max_length=200, pattern=r"^[^/\\\s]+$")
-    path: str = Field(min_length=1, description="Below the folder of --allow_updates.")
+    path: str = Field(min_length=1, description="Below the folder of updates.")
 
 
 class UnloadRequest(Body):

@@ -97,7 +97,7 @@ def test_a_process_survives_too_many_clients_and_ends_after_what_is_in_flight(se
         (["nowhere"], "folder nowhere does not exist"),
         (["tests"], "tests contains no tuned model"),
         (["--port", "80000"], "--port"),
-        (["--cors_origins", "https://a.org/page"], "'https://a.org/page' is no origin"),
+        (["--allow_origins", "https://a.org/page"], "'https://a.org/page' is no origin"),
         (["tests", "--api_key_file", "README.md"], "must contain a word"),
         (["tests", "--allow_updates", "nowhere"], "folder nowhere does not exist"),
     ],
@@ -177,6 +177,12 @@ def test_the_page_classifies_compares_uploads_and_explains_errors(served, tmp_pa
         assert download.value.suggested_filename == "titles-predictions.csv"
         lines = download.value.path().read_text().splitlines()
         assert len(lines) == 3 and lines[0].startswith('"title","predicted","confidence"')
+        typed = "async () => { const form = new FormData(); form.append('model', 'short'); "
+        typed += "form.append('file', new File(['text\\na cat\\n'], 'x.csv')); "
+        typed += "const answer = await fetch('v1/predict_csv', {method: 'POST', body: form}); "
+        sent = page.evaluate(f"{typed} return answer.text(); }}")  # a form, as browsers write it
+        url = f"{base}/v1/predict_csv?model=short"
+        assert sent == httpx.post(url, content="text\na cat\n").text
         assert [one for one in problems if "422" not in one] == []  # the browser logs the status
 
         # a slow answer shows that it waits; then the server is gone
