@@ -20,6 +20,7 @@ from runtime.csv_rows import Dialect, Numbered, csv_rows, find_dialect, open_tex
 from runtime.file_format import UTF8, FileFormat
 from runtime.files import UserError, check_regular, name_list
 from runtime.flags import DELIMITERS
+from runtime.guess import guess_columns
 from runtime.json_rows import Bad, json_rows, parquet_rows
 
 NORMALIZER = BertNormalizer(lowercase=True)
@@ -217,7 +218,7 @@ class Table:
         form = self.form
         rows = [row for _, row in itertools.islice(self.rows, LOOKED_AT)]
         rows = [row for row in rows if isinstance(row, list) and len(row) == len(header)]
-        guess = diagnosis.guess_columns(header, rows)
+        guess = guess_columns(header, rows)
         message = f"{self.path} has no column {name_list(map(repr, missing))}"
         if guess.header_is_row and not form.column_names:
             wanted = {"text": form.text_column_names[0], "label": [*form.label_column_name, ""][0]}
@@ -231,17 +232,14 @@ class Table:
                 flags.append(form.flag(name, found))
         if flags:
             return f"{message}: try {' '.join(flags)}"
-        used = [
-            name
-            for name in ("text_column_names", "label_column_name")
-            if {*getattr(form, name)} & {*missing}
-        ]
-        hint = f": see {' and '.join(form.flag(name) for name in used)}" if used else ""
+        names = ("text_column_names", "label_column_name")
+        used = [form.flag(name, "NAME") for name in names if {*getattr(form, name)} & {*missing}]
+        hint = f": name another with {' '.join(used)}" if used else ""
         return f"{message}; it has {name_list(map(repr, header))}{hint}"
 
     def encoding_message(self) -> str:
         """Say which encoding the file has, if it is not the expected one."""
-        encoding = self.dialect.encoding if self.dialect else UTF8
+        encoding = self.dialect.encoding if self.dialect else self.form.encodings[0]
         health = diagnosis.utf8_health(self.path)
         if health.characters > health.broken > 0 and encoding == UTF8:
             return f"{self.path} is UTF-8 with broken characters, the first at byte {health.first}"
@@ -262,9 +260,8 @@ def broken_text(fields: list[str]) -> Bad | None:
         text.encode()
     except UnicodeEncodeError as error:
         is_byte = "\udc80" <= text[error.start] <= "\udcff"
-        return Bad(
-            "has a byte that is not UTF-8" if is_byte else "contains half of a surrogate pair"
-        )
+        what = "has a byte that is not UTF-8" if is_byte else "contains half of a surrogate pair"
+        return Bad(what)
     return None
 
 

@@ -1,0 +1,113 @@
+"""Guess which columns of a table hold the text and the label, for messages."""
+
+import re
+from typing import NamedTuple
+
+TEXT_NAMES = set(  # as key() writes them
+    "text texts sentence title headline tweet comment comments commenttext review reviews "
+    "reviewtext content message question query utterance body sms".split()
+)
+LABEL_NAMES = set(
+    "label labels class category categoryid target sentiment intent topic tag emotion y".split()
+)
+NUMBER = re.compile(r"\s*[+-]?[\d.,]*\d%?\s*")
+NO_LETTER = re.compile(r"[\W\d_]+")
+DATE = re.compile(r"(?=.{,40}$).*(\d:\d\d|\d{4}[-/.]\d\d?[-/.]\d|\d[-/.]\d\d?[-/.]\d{4}).*")
+# Several words, or a script without blanks between words
+WORDS = re.compile(r"(?s).*(\w\S?\s|[\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]{4}).*")
+
+
+class Guess(NamedTuple):
+    """What the columns of a table probably are."""
+
+    header_is_row: bool
+    names: list[str]
+    text: str | None
+    label: str | None
+
+
+def key(name: str) -> str:
+    """Return a column's name as it is compared: `Comment Text` and `comment_text` are the same."""
+    return re.sub(r"[\W_]", "", name).lower()
+
+
+def share(pattern: re.Pattern, values: list[str]) -> float:
+    """Return the share of values that a pattern matches as a whole."""
+    return sum(bool(pattern.fullmatch(value)) for value in values) / max(len(values), 1)
+
+
+def looks_like_row(header: list[str], rows: list[list[str]]) -> bool:
+    """Whether the first line of a table is a row and not the names of the columns."""
+    keys = {key(cell) for cell in header}
+    filled = [cell for cell in header if cell.strip()]
+    if keys & TEXT_NAMES and keys & LABEL_NAMES:
+        return False
+    if len(filled) > 1 and filled == [str(number) for number in range(len(filled))]:
+        return False  # as pandas numbers columns without names
+    rows = [row for row in rows if row != header]  # headers repeat if files were joined
+    repeats = False
+    for place, cell in enumerate(header):
+        if not cell.strip():
+            continue
+        column = [row[place] for row in rows if row[place].strip()]
+        number = NUMBER.fullmatch(cell)
+        if not number and len(column) > 2 and share(NUMBER, column) == 1:
+            return False
+        count = column.count(cell)
+        often = count and 20 * count >= len(rows)
+        repeats |= bool(often if key(cell) in TEXT_NAMES | LABEL_NAMES else often or count > 1)
+    return repeats or any(len(cell) > 60 or NUMBER.fullmatch(cell) for cell in filled)
+
+
+def is_label(values: list[str], rows: int) -> bool:
+    """Whether values look like labels: few, short and repeated."""
+    filled = [value for value in values if value.strip()]
+    kinds = len(set(filled))
+    return (
+        len(filled) >= 0.9 * rows
+        and 2 <= kinds <= rows / 2
+        and max(map(len, filled)) <= 40
+        and share(DATE, filled) < 0.5
+        and (kinds <= 20 or share(NUMBER, filled) < 0.5)
+    )
+
+
+def text_length(values: list[str]) -> float:
+    """Return the mean length of values that look like texts: of several words, mostly distinct."""
+    filled = [value for value in values if value.strip()]
+    if len(set(filled)) <= len(values) / 2 or share(WORDS, filled) <= 0.5:
+        return 0.0
+    if share(DATE, filled) > 0.5 or share(NO_LETTER, filled) > 0.5:
+        return 0.0
+    return sum(map(len, filled)) / len(filled)
+
+
+def guess_columns(header: list[str], rows: list[list[str]]) -> Guess:
+    """Guess which columns hold the text and the label; a column that is not obvious is None.
+
+    rows: the first rows after the header, as long as the header. If the first line is itself a
+        row, `names` are those to pass as --column_names; otherwise they are the header's.
+    """
+    is_row = looks_like_row(header, rows)
+    names = [f"column_{place}" for place in range(1, len(header) + 1)] if is_row else [*header]
+    rows = [header, *rows] if is_row else rows
+    places = [p for p, name in enumerate(names) if name.strip() and names.count(name) == 1]
+    columns = {place: [row[place] for row in rows] for place in places}
+
+    def named(known: set[str], first: str) -> list[int]:
+        found = [p for p in places if key(names[p]) in known]
+        return [p for p in found if key(names[p]) in (first, f"{first}s")] or found
+
+    texts, labels = named(TEXT_NAMES, "text"), named(LABEL_NAMES, "label")
+    if len(texts) != 1:
+        lengths = {p: text_length(columns[p]) for p in texts or places if p not in labels}
+        first, second = [*sorted(lengths.values(), reverse=True), 0, 0][:2]
+        texts = [p for p in lengths if lengths[p] == first > 1.5 * second]
+    if len(labels) != 1:
+        labels = [p for p in labels or places if p not in texts and is_label(columns[p], len(rows))]
+    text, label = (found[0] if len(found) == 1 else None for found in (texts, labels))
+    if is_row:
+        for place, name in (text, "text"), (label, "label"):
+            if place is not None:
+                names[place] = name
+    return Guess(is_row, names, *(None if p is None else names[p] for p in (text, label)))
