@@ -16,6 +16,7 @@ from pathlib import Path
 from runtime import flags
 from runtime.flags import (
     DELIMITERS,
+    QUOTINGS,
     Parser,
     boolean,
     choice,
@@ -103,7 +104,7 @@ READING = (  # how a file is read: flags of main.py and split.sh
     ("--column_names", value(column_names, "A,B"), None,
      "names of all columns, of a file without a header"),
     ("--delimiter", choice(*DELIMITERS), None, "between columns [found by the header]"),
-    ("--quoting", choice("minimal", "none"), None,
+    ("--quoting", choice(*QUOTINGS), None,
      "none: quotes are characters like any other, as in many files with tabs [minimal]"),
     ("--csv_encoding", value(encoding, "NAME"), None,
      f"encoding of the files, e.g. cp1252 [utf-8, {TUNED_FOLDER} if a file is not UTF-8]"),

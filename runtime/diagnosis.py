@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 2**20  # bytes in memory at a time
+BLOCK = 2**18  # bytes in memory at a time
 MANY = 100_000  # broken bytes, after which counting them stops
 SAMPLE = 2**12  # bytes from which an encoding is guessed
 KINDS = {  # the first bytes: what the file is, and the way to a CSV file

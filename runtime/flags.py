@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 DELIMITERS = {"comma": ",", "tab": "\t", "semicolon": ";", "pipe": "|"}
+QUOTINGS = ("minimal", "none")
 
 
 class Parser(argparse.ArgumentParser):

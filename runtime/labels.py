@@ -39,7 +39,7 @@ def cell_labels(cell: str, separator: str) -> list[str]:
     parts = text.split(separator) if text else []
     if is_list(text):
         parts = list_items(text)
-    return list(dict.fromkeys(part.strip() for part in parts))
+    return list(dict.fromkeys(filter(None, (part.strip() for part in parts))))
 
 
 def is_list(text: str) -> bool:
@@ -79,15 +79,12 @@ def read_labels(
         labels = [cell_labels(cell, form.label_separator) for cell in table[names[0]]]
     else:
         labels = [[cell.strip()] for cell in table[names[0]]]
-    if form.multi_label:
-        advice = f"leave out the {form.label_separator} beside an empty label"
-        missing = [row for row, one in zip(rows, labels, strict=True) if "" in one]
-    else:
+    one = not form.multi_label
+    missing = [n for n, row in zip(rows, labels, strict=True) if one and (row[1:] or not any(row))]
+    if missing:
+        what = f"'{names[0]}'" if len(names) == 1 else f"single label of {name_list(names)}"
         advice = "fill it in, remove such rows, or, if a row may have several labels or none, pass "
         advice += form.flag("problem_type", MULTI_LABEL)
-        missing = [row for row, one in zip(rows, labels, strict=True) if one[1:] or not any(one)]
-    if missing:
-        what = f"'{names[0]}'" if len(names) == 1 else f"single label of {', '.join(names)}"
         raise UserError(f"{path}: no {what} in {row_list(missing)}; {advice}")
     if form.label_names:
         named = {label_key(label): name for label, name in form.label_names.items()}

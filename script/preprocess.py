@@ -4,19 +4,20 @@ import ast
 import base64
 import logging
 import sys
-from argparse import HelpFormatter
+from argparse import ArgumentTypeError, HelpFormatter
 from pathlib import Path
 
+import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from runtime.flags import Parser
+from runtime.flags import Parser, encoding
 
 NOTEBOOK = "preprocessing.ipynb"
 # Parameters that stay text, even if they look like a number.
 TEXTS = (
     "input_file csv_encoding output_dir text_columns cleaning group_by label_column date_column "
-    "date_format id_column"
+    "date_format id_column quoting"
 ).split()
 
 
@@ -32,9 +33,14 @@ def main() -> None:
     )
     metavar, usage = ("NAME", "VALUE"), "set a parameter of the notebook; can be repeated"
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=metavar, help=usage)
-    parameters = {name: parse(name, value) for name, value in parser.parse_args().p}
-    if unknown := sorted(set(parameters) - set(known)):
+    given = parser.parse_args().p
+    if unknown := sorted({name for name, _ in given} - set(known)):
         parser.exit(2, f"error: -p {unknown[0]}: no such parameter; use {', '.join(known)}\n")
+    parameters = {name: parse(name, value, known[name]["default"]) for name, value in given}
+    try:
+        encoding(parameters.get("csv_encoding", "utf-8"))
+    except ArgumentTypeError as error:
+        parser.exit(2, f"error: -p csv_encoding: {error}; use one such as utf-8 or cp1252\n")
 
     executed = Path(parameters.get("output_dir", "csv")) / "executed"
     try:
@@ -54,28 +60,42 @@ def main() -> None:
     except PapermillExecutionError as error:
         if error.ename != "UserError":
             raise
+        print_output(nbformat.read(executed / NOTEBOOK, as_version=4))
         parser.exit(2, f"error: {error.evalue}\n")
-    show(notebook, executed)
+    count = save_plots(notebook, executed)
+    print_output(notebook)
+    print(f"executed notebook and {count} pictures: {executed}")
 
 
-def parse(name: str, text: str) -> object:
-    """Return the value of a parameter: a Python literal such as `0.7` or `None`, or else text."""
+def parse(name: str, text: str, default: str) -> object:
+    """Return the value of a parameter: a Python literal such as `0.7` or `None`, or else text.
+
+    default: as written in the notebook; `None` is a text's value only if it is the default.
+    """
     try:
-        return text if name in TEXTS else ast.literal_eval(text)
+        is_text = name in TEXTS and not text == default == "None"
+        return text if is_text else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
 
 
-def show(notebook, executed: Path) -> None:
-    """Print what the notebook printed, and save its plots next to the executed notebook."""
-    for old in executed.glob("*.png"):
+def save_plots(notebook: nbformat.NotebookNode, folder: Path) -> int:
+    """Save the notebook's plots as `picture_1.png` and so on; returns their number."""
+    for old in folder.glob("*.png"):
         old.unlink()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    plots = [one.data["image/png"] for one in outputs if "image/png" in one.get("data", {})]
+    outputs = [
+        output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])
+    ]
+    plots = [data["image/png"] for data in outputs if "image/png" in data]
     for number, plot in enumerate(plots, start=1):
-        (executed / f"picture_{number}.png").write_bytes(base64.b64decode(plot))
+        (folder / f"picture_{number}.png").write_bytes(base64.b64decode(plot))
+    return len(plots)
+
+
+def print_output(notebook: nbformat.NotebookNode) -> None:
+    """Print what the notebook printed."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     print("".join(output.text for output in outputs if output.get("name") == "stdout"), end="")
-    print(f"executed notebook and {len(plots)} pictures: {executed}")
 
 
 if __name__ == "__main__":

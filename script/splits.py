@@ -6,14 +6,14 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from arguments import USES
 from runtime.csv_reader import Table, row_list, text_key
 from runtime.file_format import FileFormat
-from runtime.files import UserError, read_json
+from runtime.files import UserError, name_list, read_json
+from runtime.flags import QUOTINGS
 from runtime.labels import label_key
 from script.groups import (
     FEW_ROWS,
@@ -27,9 +27,16 @@ from script.groups import (
 RAW_FILES = ("csv/USvideos.csv", "csv/USvideo.csv")
 TEXT_COLUMNS = ("title", "channel_title", "tags", "description")
 GROUPINGS = ("video", "channel", "time")
+# The columns' names in the first version of the data set, which the code uses, and newer names.
+DEFAULT_COLUMNS = {
+    "label_column": "category_id", "date_column": "trending_date", "id_column": "video_id"
+}  # fmt: skip
+NEWER_NAMES = {"categoryId": "category_id", "channelTitle": "channel_title"}
+DATE_FORMATS = ("%y.%d.%m", "ISO8601")  # of the first and of the newer version
+MANY_ROWS, MANY_LOSSES = 0.01, 0.1  # shares of rows that cleaning drops, or takes words from
 FOLDERS = {"original": ".", "unseen": "unseen"}  # of the protocols, inside output_dir
 
-# Category ids of the YouTube Data API, used if US_category_id.json is not next to the raw file.
+# Category ids of the YouTube Data API, used if no XX_category_id.json is next to the raw file.
 CATEGORY_NAMES = {
     1: "Film & Animation", 2: "Autos & Vehicles", 10: "Music", 15: "Pets & Animals", 17: "Sports",
     18: "Short Movies", 19: "Travel & Events", 20: "Gaming", 21: "Videoblogging",
@@ -60,10 +67,12 @@ STOP_WORDS = frozenset(
 def check_parameters(**parameters) -> dict:
     """Check the notebook's parameters; `text_columns` may be one string, `title,tags`.
 
+    Returns them, with a list of the first version's names as `text_columns`.
     Raises: UserError naming the parameter.
     """
     columns = parameters["text_columns"]
-    columns = columns.split(",") if isinstance(columns, str) else list(columns)
+    columns = columns.split(",") if isinstance(columns, str) else columns
+    columns = [NEWER_NAMES.get(name.strip(), name.strip()) for name in columns]
     valid = len(columns) == len(set(columns)) > 0 and set(columns) <= set(TEXT_COLUMNS)
     quantile, seed = parameters["top_quantile"], parameters["seed"]
     share = "a number between 0 and 1"
@@ -73,6 +82,8 @@ def check_parameters(**parameters) -> dict:
         ("group_by", parameters["group_by"] in GROUPINGS, f"one of {', '.join(GROUPINGS)}"),
         ("top_quantile", quantile is None or is_share(quantile), f"{share}, or None"),
         ("balance", isinstance(parameters["balance"], bool), "True or False"),
+        ("drop_malformed", isinstance(parameters["drop_malformed"], bool), "True or False"),
+        ("quoting", parameters["quoting"] in QUOTINGS, f"one of {', '.join(QUOTINGS)}"),
         ("seed", type(seed) is int and 0 <= seed < 2**32, "a whole number from 0 to 4294967295"),
         ("train_share", is_share(parameters["train_share"]), share),
         ("test_share", is_share(parameters["test_share"]), share),
@@ -97,86 +108,140 @@ def find_raw(input_file: str | None) -> tuple[str, bool]:
     return path, Path(path).name == Path(SAMPLE_FILE).name
 
 
-def fix_tags(line: str) -> str:
-    r"""Turn the raw file's tags into valid CSV: `"a"|"b"` becomes one field, `"a""|""b"`.
-
-    A lenient reader would accept the tags unchanged, but also a field that is cut off.
-    """
-    return re.sub(r'(?<=[^",])"\|"(?=[^",])', '""|""', line)
-
-
 def read_raw(
     path: str,
     encoding: str,
     text_columns: list[str],
     *,
-    label_column: str = "category_id",
-    date_column: str = "trending_date",
-    date_format: str = "%y.%d.%m",
-    id_column: str = "video_id",
+    label_column: str | None = None,
+    date_column: str | None = None,
+    date_format: str | None = None,
+    id_column: str | None = None,
     group_by: str = "video",
+    **dialect,
 ) -> pd.DataFrame:
     """Read the raw rows, as text except the added `category_id`, `day` and `video_id`.
 
-    `category_id` is an int, or a name if the label column has names. The default date and id
-    columns may be missing: `day` is then the row's number and `video_id` the text. An invalid id
-    gets the text appended: spreadsheets turn ids that start with a minus into "#NAME?", which many
-    videos share.
+    dialect: of `FileFormat`, such as drop_malformed. Columns get the names of the data set's first version. A parameter that is None is found; the
+    table's `attrs["found"]` has the four that were used, "counts" the malformed
+    rows that were dropped. `category_id` is an int, or a name if the
+    label column has names. If date or id column are not needed, they may be missing: `day` is then
+    the row's number and `video_id` the text. An invalid id gets the text appended: spreadsheets
+    turn ids that start with a minus into "#NAME?", which many videos share.
 
     Raises: UserError for a malformed file, a missing column, and rows with an invalid category
         id or date.
     """
-    needed = {"text_columns": text_columns, "label_column": [label_column]}
-    if group_by == "time" or date_column != "trending_date":
-        needed["date_column"] = [date_column]
-    if id_column != "video_id":
-        needed["id_column"] = [id_column]
-    if group_by == "channel":
-        needed["group_by"] = ["channel_title"]
-    for _parameter, columns in needed.items():
-        form = FileFormat((), label_column_name=(), encodings=(encoding,), flag_form="-p {} {}")
-        table = Table(path, form, columns)
-    table = next(table.frames()).reset_index(drop=True)
-    label = table[label_column].map(label_key)
-    is_number = label.str.fullmatch(r"\d+")
-    is_id = label_column == "category_id" and is_number.any()
-    day = pd.Series(range(len(table)))
-    if date_column in table:
-        try:
-            day = pd.to_datetime(table[date_column], format=date_format, errors="coerce")
-        except ValueError as error:
-            raise UserError(f"parameter date_format is {date_format!r}: {error}") from None
-    for column, good, wanted in (
-        (label_column, is_number if is_id else label != "", "a whole number" if is_id else "given"),
-        (date_column, day.notna(), f"a date in the format {date_format} (-p date_format)"),
-    ):
-        if not good.all():
+    form = FileFormat(label_column_name=(), encodings=(encoding,), flag_form="-p {} {}", **dialect)
+    file = Table(path, form)
+    header = file.header
+    newer = {old: new for new, old in NEWER_NAMES.items() if new in header and old not in header}
+    given = {"label_column": label_column, "date_column": date_column, "id_column": id_column}
+    found = {key: given[key] or newer.get(name, name) for key, name in DEFAULT_COLUMNS.items()}
+    dated = bool(group_by == "time" or date_column or date_format)  # are dates needed?
+    texts = [newer.get(name, name) for name in text_columns]
+    needed = {
+        "text_columns": texts,
+        "label_column": [found["label_column"]],
+        "date_column": [found["date_column"]] if dated else [],
+        "id_column": [id_column] if id_column else [],
+        "group_by": [newer.get("channel_title", "channel_title")] if group_by == "channel" else [],
+    }
+    for parameter, names in needed.items():
+        if missing := [name for name in names if header.count(name) != 1]:
             raise UserError(
-                f"{path}: {column} is not {wanted} in {row_list(np.flatnonzero(~good) + 1)}: "
-                "correct or remove these rows; is a quote missing in the row above?"
+                f"{path} has no column {missing[0]!r}; it has {name_list(map(repr, header))}: set "
+                f"-p {parameter}"
             )
-    ids = text = table[text_columns].agg(" ".join, axis=1)
-    if id_column in table:
-        form = r"[\w-]{11}" if id_column == "video_id" else r"[^#\s].*"
-        valid = table[id_column].str.fullmatch(form)
-        ids = table[id_column].where(valid, table[id_column] + " " + text)
-    label = label.astype(int) if is_number.all() else label
-    return table.assign(category_id=label, video_id=ids, day=day)
+    table = next(file.frames())
+    for remark in file.remarks():
+        print(f"warning: {remark}")
+    ids = text = table[texts].agg(" ".join, axis=1)
+    if (column := found["id_column"]) in table:
+        form = r"[\w-]{11}" if column == "video_id" else r"[^#\s].*"
+        ids = table[column].where(table[column].str.fullmatch(form), table[column] + " " + text)
+    label = parse_labels(path, table[found["label_column"]])
+    day, found["date_format"] = parse_days(path, table, found["date_column"], date_format, dated)
+    table = table.rename(columns={new: old for old, new in newer.items()})
+    table = table.assign(category_id=label, video_id=ids, day=day)
+    counts = {"rows_malformed": file.malformed} if file.malformed else {}
+    table.attrs |= {"found": found, "counts": counts}
+    return table
 
 
-def category_names(folder: Path, ids: pd.Series) -> dict[int, str]:
-    """Return a distinct name for each id, from the folder's US_category_id.json if it exists.
+def parse_labels(path: str, column: pd.Series) -> pd.Series:
+    """Return each row's category id as an int, or its name.
+
+    Raises: UserError for an empty cell, or for a name among numbers.
+    """
+    label = column.map(label_key)
+    is_number = label.str.fullmatch(r"\d+")
+    is_id = NEWER_NAMES.get(column.name, column.name) == "category_id" and is_number.any()
+    good, wanted = (is_number, "a whole number") if is_id else (label != "", "given")
+    check_column(path, column, good, wanted, "-p label_column")
+    return label.astype(int) if is_number.all() else label
+
+
+def parse_days(
+    path: str, table: pd.DataFrame, column: str, date_format: str | None, needed: bool
+) -> tuple[pd.Series, str]:
+    """Return each row's day, and the dates' format; without a given one, the one that most have.
+
+    If dates are not needed, and there is none in the format, the day is the row's number.
+    Raises: UserError for invalid dates, and for a format that Python does not know.
+    """
+    rows = pd.Series(table.index, table.index)
+    formats = (date_format,) if date_format else DATE_FORMATS
+    if column not in table:
+        return rows, formats[0]
+    try:
+        days = [
+            pd.to_datetime(table[column], format=form, errors="coerce", utc=True)
+            for form in formats
+        ]
+    except ValueError as error:
+        raise UserError(
+            f"parameter date_format is {date_format!r}: {error}; set it to one such as %d/%m/%Y"
+        ) from None
+    day, form = max(zip(days, formats, strict=True), key=lambda pair: pair[0].notna().sum())
+    if not needed and day.isna().all():
+        print(
+            f"warning: {column} is not a date in the format {' or '.join(formats)}: the rows are "
+            "taken to be in order of time (-p date_format)"
+        )
+        return rows, form
+    other = "another -p date_format or -p date_column"
+    other = other if date_format else "-p date_format, such as %d/%m/%Y"
+    check_column(path, table[column], day.notna(), f"a date in the format {form}", other)
+    return day, form
+
+
+def check_column(path: str, column: pd.Series, good: pd.Series, wanted: str, other: str) -> None:
+    """Raise a UserError that lists the rows of a column that are not good; other: a parameter."""
+    if not good.all():
+        rows = row_list([*column.index[~good]])
+        fix = "correct or remove these rows (is a quote missing in the row above?) or "
+        advice = f"{fix * bool(good.any())}set {other}"
+        raise UserError(f"{path}: {column.name} is not {wanted} in {rows}: {advice}")
+
+
+def category_names(path: str, ids: pd.Series) -> dict[int, str]:
+    """Return a distinct name for each id.
+
+    It comes from the file beside the raw file that is named after its country, as
+    `KR_category_id.json` of `KRvideos.csv`, or else from `US_category_id.json`, if they exist.
 
     Raises: UserError if that file is not the data set's.
     """
-    path = folder / "US_category_id.json"
-    names = CATEGORY_NAMES
-    if path.exists():
+    names, raw = CATEGORY_NAMES, Path(path)
+    country = raw.name[:2] if re.match("[A-Z]{2}(videos|_)", raw.name) else "US"
+    files = [raw.with_name(f"{name}_category_id.json") for name in (country, "US")]
+    if file := next(filter(Path.exists, files), None):
         try:
-            items = read_json(path)["items"]
+            items = read_json(file)["items"]
             names = names | {int(item["id"]): item["snippet"]["title"] for item in items}
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no valid category file ({error!r}): replace it") from None
+            raise UserError(f"{file} is no valid category file ({error!r}): remove it") from None
     if not pd.api.types.is_integer_dtype(ids):  # they are names already
         return {name: name for name in sorted(set(ids))}
     found = pd.Series({i: names.get(i, f"category {i}") for i in sorted(set(ids))})
@@ -191,19 +256,21 @@ def clean(text: str) -> str:
     return " ".join(word for word in words if re.fullmatch(r"\d*[a-zA-Z]\w*", word))
 
 
+# The start of a word with letters that the original's cleaning drops: its first is not a to z.
+DROPPED_WORD = re.compile(r"(?<![^\W_])\d*[^\W\d_a-zA-Z]")
 CLEANINGS = {"original": clean, "none": lambda text: " ".join(text.split())}
 
 
 def make_texts(raw: pd.DataFrame, text_columns: list[str], cleaning: str) -> pd.Series:
     r"""Make one text per row: the columns in the given order, joined by " | ", then cleaned.
 
-    The tags `a"|"b` become `a, b`, "[none]" becomes blank, and the two characters `\n` of
-    descriptions become a space.
+    The tags `a"|"b` become `a, b`, "[none]" (newer: "[None]") becomes blank, and the two
+    characters `\n` of descriptions become a space.
     """
     columns = raw[text_columns].copy()
     if "tags" in columns:
         tags = columns["tags"].str.replace('"', "").str.replace("|", ", ")
-        columns["tags"] = tags.replace("[none]", "")
+        columns["tags"] = tags.replace(["[none]", "[None]"], "")
     if "description" in columns:
         columns["description"] = columns["description"].str.replace(r"\n", " ")
     joined = [" | ".join(filter(str.strip, row)) for row in columns.to_numpy()]
@@ -211,13 +278,35 @@ def make_texts(raw: pd.DataFrame, text_columns: list[str], cleaning: str) -> pd.
 
 
 def drop_empty(table: pd.DataFrame, text_columns: list[str]) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Drop rows without a text, before or after cleaning, and count both kinds."""
-    blank = (table[text_columns].map(str.strip) == "").all(axis=1)
+    """Drop rows without a text, before or after cleaning; count both kinds and print the counts.
+
+    Also prints the share of the other rows whose text lost words with letters, if it is large.
+    Raises: UserError if no row is left.
+    """
+    whole, keep = make_texts(table, text_columns, "none"), "-p cleaning none keeps them"
+    blank, empty = whole == "", table["text"] == ""
+    rows, cleaned_away = len(table), int((empty & ~blank).sum())
+    many = cleaned_away > MANY_ROWS * rows
     if blank.any():
-        print(f"warning: dropped rows without text: {row_list(np.flatnonzero(blank) + 1)}")
-    empty = table["text"] == ""
-    cleaned_away = empty & ~blank
-    counts = {"rows_without_text": int(blank.sum()), "rows_cleaned_away": int(cleaned_away.sum())}
+        where = row_list([*table.index[blank]])
+        print(f"warning: dropped {blank.sum():,} of {rows:,} rows without a text: {where}")
+    if cleaned_away:
+        print(
+            f"{'warning: ' * many}dropped {cleaned_away:,} of {rows:,} rows whose text is empty "
+            f"after cleaning{f': {keep}' * many}"
+        )
+    if empty.all():
+        raise UserError(
+            f"none of the {rows:,} rows has a text"
+            + (f" after cleaning: {keep}" if cleaned_away else ": set -p text_columns")
+        )
+    lost = (whole.str.contains(DROPPED_WORD) & ~table["text"].str.contains(DROPPED_WORD))[~empty]
+    if lost.mean() > MANY_LOSSES:
+        print(
+            "warning: cleaning dropped words that do not start with a letter from a to z in "
+            f"{lost.mean():.0%} of the remaining texts: {keep}"
+        )
+    counts = {"rows_without_text": int(blank.sum()), "rows_cleaned_away": cleaned_away}
     return table[~empty], counts
 
 
@@ -227,18 +316,24 @@ def make_labels(
     """Return each row's label, and the name of each label.
 
     With a quantile, as in the original: the categories with more rows than that quantile of all
-    categories' counts are 0, 1, ... by descending count; all others share the next number. With
-    None each category's name is its label.
+    categories' counts are 0, 1, ... by descending count; all others share the next number. If no
+    category has more, since several are equally frequent, the most frequent ones are numbered.
+    With None each category's name is its label.
+
+    Raises: UserError if there is only one category.
     """
+    if category_ids.nunique() < 2:
+        name = names.get(category_ids.iloc[0], category_ids.iloc[0])
+        raise UserError(f"all rows have one category, {name}: add others, or set -p label_column")
     if top_quantile is None:
         labels = category_ids.map(names)
         return labels, {name: name for name in sorted(set(labels))}
     counts = category_ids.value_counts().sort_index().sort_values(ascending=False, kind="stable")
-    top = counts.index[counts > counts.quantile(top_quantile)]
+    top = counts.index[counts > min(counts.quantile(top_quantile), counts.max() - 1)]
     numbers = {category: str(number) for number, category in enumerate(top)}
     titles = {number: names[category] for category, number in numbers.items()}
-    other = str(len(top))
-    return category_ids.map(numbers).fillna(other), titles | {other: "other"}
+    other = {str(len(top)): "other"} if len(top) < len(counts) else {}
+    return category_ids.map(numbers).fillna(str(len(top))), titles | other
 
 
 def original_splits(
@@ -261,8 +356,11 @@ def original_splits(
         test, val = train_test_split(
             rest, train_size=test_share, random_state=seed, stratify=None if rare else rest["label"]
         )
-    except ValueError as error:
-        raise UserError(f"too few rows for these shares and labels: {error}") from None
+    except ValueError:
+        raise UserError(
+            f"too few rows ({len(table)}) for these shares and labels: add rows, or set "
+            "-p train_share and -p test_share"
+        ) from None
     if balance:
         groups = train.groupby("label")
         each = groups.size().min()
@@ -283,15 +381,14 @@ def unseen_splits(
     Videos with equal texts stay together and, with `group_by="channel"`, so do all videos of a
     channel. With "time" the earliest videos are for training and the latest for test.
 
-    Raises: UserError if channel_title is needed but missing, or if there are too few videos.
+    Raises: UserError if there are too few videos.
     """
-    if group_by == "channel" and "channel_title" not in table:
-        raise UserError("group_by 'channel' needs the column channel_title")
     videos = table.sort_values("day", kind="stable").drop_duplicates("video_id")
     others = [videos["channel_title"]] if group_by == "channel" else []
     groups = connected(videos["text"].map(text_key), *others)
     if (found := len(set(groups))) < 3:
-        raise UserError(f"too few videos to split: they form {found} groups of texts")
+        advice = ", or use -p group_by video" if others else ""
+        raise UserError(f"too few videos to split: they form {found} groups: add videos{advice}")
     shares = [train_share, (1 - train_share) * (1 - test_share), (1 - train_share) * test_share]
     order = videos["day"] if group_by == "time" else None
     part = cut_groups(groups, videos["label"], shares, seed, order)

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 
 import pandas as pd
 import pytest
+from sklearn.model_selection import train_test_split
 
-from conftest import REAL_DATA, ROOT, bash
+from conftest import REAL_DATA, ROOT, bash, write_csv
 from dataset import read_split, text_key
 from script import splits
 from test_splits import needs_real_data, raw_table
@@ -49,8 +51,9 @@ def test_neither_protocol_is_written_if_one_would_overwrite_foreign_files(clone)
     mine = clone / "out" / "unseen" / "train_simple.csv"
     mine.parent.mkdir(parents=True)
     mine.write_text("text,label\nmine,1\n")
-    done, folder = preprocess(clone, out="out")
+    done, folder = preprocess(clone, "-p", "text_columns", "description", out="out")
     assert done.returncode == 2
+    assert "dropped 80 of 2,429 rows without a text" in done.stdout  # also before an error
     assert "was not written by split.sh or preprocess.sh: move it" in done.stderr
     assert {path.name for path in folder.iterdir()} == {"unseen", "executed"}
 
@@ -61,8 +64,7 @@ def test_neither_protocol_is_written_if_one_would_overwrite_foreign_files(clone)
         (["-p", "group_by", "day"], "parameter group_by is 'day'"),
         (["-p", "colour", "red"], "-p colour: no such parameter; use input_file, "),
         (["-p", "input_file", "nowhere.csv"], "nowhere.csv cannot be read"),
-        (["-p", "csv_encoding", "1525"], "cannot be read: unknown encoding: 1525"),
-        (["-p", "text_columns", "5"], "parameter text_columns is '5'"),
+        (["-p", "csv_encoding", "1525"], "-p csv_encoding: Python cannot read files in '1525'"),
         (["-p", "output_dir", "main.py"], "main.py/executed cannot be written"),
     ],
 )
@@ -74,6 +76,67 @@ def test_user_errors_of_the_runner_are_one_line(clone, flags, message):
     assert len(lines) == 1
     assert message in lines[0]
     assert not (folder / "train_simple.csv").exists()
+
+
+def test_every_documented_parameter_works_through_the_command(clone):
+    """Each has a value that is not its default, and an effect on the files."""
+    columns = ("day", "genre", "number", "title", "tags", "video_id", "trending_date")
+    days = [f"{1 + i % 28:02}/{12 - i // 28:02}/2017" for i in range(200)]
+    rows = [
+        (day, "café" if i % 3 else "bar", f"n{i // 2}", f'"The" {i}!', '"a"|"b"', i, "17.14.11")
+        for i, day in enumerate(days)
+    ]  # without quotes around fields, and with a row that is cut off
+    lines = [",".join(map(str, row)) for row in [columns, *rows, ("1",)]]
+    (clone / "raw.csv").write_text("\n".join(lines), encoding="cp1252")
+    given = {
+        "input_file": "raw.csv", "csv_encoding": "cp1252", "label_column": "genre",
+        "date_column": "day", "date_format": "%d/%m/%Y", "id_column": "number", "seed": 7,
+        "text_columns": "tags,title", "cleaning": "none", "top_quantile": None, "balance": False,
+        "group_by": "time", "train_share": 0.5, "test_share": 0.6, "quoting": "none",
+        "drop_malformed": True,
+    }  # fmt: skip
+    flags = [word for name, value in given.items() for word in ("-p", name, str(value))]
+    done, folder = preprocess(clone, *flags, out="made")
+    assert done.returncode == 0, done.stderr
+    cell = json.loads((ROOT / "preprocessing.ipynb").read_text())["cells"][1]["source"]
+    documented = {line.partition(" = ")[0] for line in cell}
+    assert documented == given.keys() | {"output_dir"} and "Unable to parse" not in done.stderr
+
+    texts = [f'a, b | "The" {i}!' for i in range(200)]  # text_columns and cleaning
+    expected = train_test_split(texts, train_size=0.5, random_state=7)[0]  # not balanced
+    train = pd.read_csv(folder / "train_simple.csv")
+    assert train["text"].tolist() == expected
+    assert len(pd.read_csv(folder / "test_simple.csv")) == 60
+    assert set(train["label"]) == {"café", "bar"}
+    numbers = {}
+    for name in ("train", "val", "test"):
+        part = pd.read_csv(folder / "unseen" / f"{name}_simple.csv")
+        numbers[name] = part["text"].str.extract(r"(\d+)", expand=False).astype(int)
+    ids = pd.concat(numbers.values()) // 2
+    assert sorted(ids) == list(range(100))  # one row for each number in id_column
+    order = [datetime.strptime(days[i], "%d/%m/%Y") for part in numbers.values() for i in part]
+    assert max(order[:50]) <= min(order[50:]) and max(order[:-30]) <= min(order[-30:])
+
+
+def test_a_file_of_another_country_and_version_needs_no_parameters(clone):
+    """Its own category names, and the terminal says what cleaning drops from its texts."""
+    columns = ("video_id", "title", "channelTitle", "categoryId", "trending_date")
+    titles = ["뉴스 속보 {}", "새로운 노래 Live song{}"]
+    rows = [
+        (f"v{i:010}", titles[i % 2].format(i), f"c{i % 9}", i // 2 % 2, "2020-08-01T00:00:00Z")
+        for i in range(200)
+    ]
+    raw = write_csv(clone / "csv" / "KRvideos.csv", rows, columns)
+    names = enumerate(["음악", "뉴스"])
+    items = [{"id": str(number), "snippet": {"title": name}} for number, name in names]
+    (clone / "csv" / "KR_category_id.json").write_text(json.dumps({"items": items}))
+    done, folder = preprocess(clone, "-p", "input_file", raw, "-p", "group_by", "channel")
+    assert done.returncode == 0, done.stderr
+    assert "dropped 100 of 200 rows whose text is empty after cleaning: -p cleaning" in done.stdout
+    assert "in 100% of the remaining texts: -p cleaning none keeps them" in done.stdout
+    about = json.loads((folder / "split.json").read_text())
+    assert about["label_names"] == {"0": "음악", "1": "뉴스"}
+    assert about["parameters"]["label_column"] == "categoryId"
 
 
 def test_outputs_are_stripped():

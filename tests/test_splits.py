@@ -1,5 +1,7 @@
 """From the raw file to split files: the functions that the notebook calls, and the sample."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,7 +26,7 @@ def raw_table(path: str = SAMPLE, encoding: str = "utf-8") -> pd.DataFrame:
     raw = splits.read_raw(path, encoding, ["title"])
     table = raw.assign(text=splits.make_texts(raw, ["title"], "original"))
     table, _ = splits.drop_empty(table, ["title"])
-    names = splits.category_names(ROOT, table["category_id"])
+    names = splits.category_names(path, table["category_id"])
     return table.assign(label=splits.make_labels(table["category_id"], 0.7, names)[0])
 
 
@@ -55,6 +57,12 @@ def test_labels_are_numbered_by_descending_count_or_named():
     labels, names = splits.make_labels(ids, 0.4, titles)
     assert names == {"0": "five", "1": "three", "2": "other"}
     assert labels.tolist() == ["0"] * 9 + ["1"] * 6 + ["2"] * 3
+    labels, names = splits.make_labels(pd.Series([8, 5, 3] * 2 + [9]), 0.7, titles)
+    assert names == {"0": "three", "1": "five", "2": "eight", "3": "other"}  # none is above
+    assert labels.tolist() == ["2", "1", "0"] * 2 + ["3"]
+    assert "other" not in splits.make_labels(pd.Series([3, 5]), 0.7, titles)[1].values()
+    with pytest.raises(UserError, match="all rows have one category, five"):
+        splits.make_labels(pd.Series([5, 5]), 0.7, titles)
     labels, names = splits.make_labels(ids, None, titles)
     assert set(labels) == set(names) == set(titles.values())
 
@@ -138,16 +146,16 @@ def test_other_versions_of_the_raw_file_are_read(tmp_path):
     raw = splits.read_raw(path, "utf-8", ["title"], label_column="category")
     assert raw["category_id"].tolist() == ["Music", "Comedy", "Music"]
     assert raw["video_id"].nunique() == 2 and raw["day"].tolist() == [0, 1, 2]
-    names = splits.category_names(tmp_path, raw["category_id"])
+    names = splits.category_names(path, raw["category_id"])
     assert splits.make_labels(raw["category_id"], None, names)[0].tolist() == [
         "Music",
         "Comedy",
         "Music",
     ]
     columns = {"label_column": "category", "date_column": "date", "date_format": "%Y-%m-%d"}
-    with pytest.raises(UserError, match=r"date is not a date in the format %Y-%m-%d .* in row 3"):
+    with pytest.raises(UserError, match=r"date is not a date in the format %Y-%m-%d in row 3: "):
         splits.read_raw(path, "utf-8", ["title"], **columns)
-    with pytest.raises(UserError, match=r"no column 'trending_date'; .*-p .*date_column"):
+    with pytest.raises(UserError, match=r"no column 'trending_date'; .*: set -p date_column"):
         splits.read_raw(path, "utf-8", ["title"], label_column="category", group_by="time")
 
 
@@ -157,10 +165,10 @@ def test_columns_of_ones_own_are_checked_and_give_one_row_per_id(tmp_path):
     columns = {"label_column": "title", "id_column": "number"}
     assert splits.read_raw(path, "utf-8", ["title"], **columns)["video_id"].nunique() == 3
     for wrong, message in (
-        ({"id_column": "nubmer"}, r"no column 'nubmer'; .*see -p id_column"),
-        ({"date_column": "day"}, r"no column 'day'; .*see -p date_column"),
+        ({"id_column": "nubmer"}, r"no column 'nubmer'; .*set -p id_column"),
+        ({"date_column": "day"}, r"no column 'day'; .*set -p date_column"),
         ({"label_column": "genre"}, "genre is not given in row 1"),
-        ({"group_by": "channel"}, r"no column 'channel_title'; .*see -p group_by"),
+        ({"group_by": "channel"}, r"no column 'channel_title'; .*set -p group_by"),
     ):
         with pytest.raises(UserError, match=message):
             splits.read_raw(path, "utf-8", ["title"], **columns | wrong)
@@ -172,6 +180,46 @@ def test_columns_of_ones_own_are_checked_and_give_one_row_per_id(tmp_path):
         splits.read_raw(path, "utf-8", ["title"], date_format="%Q")
 
 
+def test_dates_of_another_form_matter_only_if_they_are_needed(tmp_path, capsys):
+    rows = [("a", "15/11/2017", "t", 1), ("b", "14/11/2017", "u", 2)]
+    path = write_csv(tmp_path / "r.csv", rows, COLUMNS)
+    assert splits.read_raw(path, "utf-8", ["title"])["day"].tolist() == [0, 1]
+    assert "taken to be in order of time (-p date_format)" in capsys.readouterr().out
+    advice = r"in 2 rows \(1, 2\): set -p date_format, such as %d/%m/%Y"
+    with pytest.raises(UserError, match=advice):
+        splits.read_raw(path, "utf-8", ["title"], group_by="time")
+    raw = splits.read_raw(path, "utf-8", ["title"], group_by="time", date_format="%d/%m/%Y")
+    assert raw["day"].is_monotonic_decreasing
+
+
+def test_the_newer_version_of_the_data_set_is_recognised_by_its_columns(tmp_path):
+    columns = ("video_id", "title", "channelTitle", "categoryId", "trending_date", "tags")
+    days = ["2020-08-02T00:00:00Z", "2020-08-01T00:00:00Z"]
+    rows = [(f"vid-{i:07}", f"t{i}", f"c{i}", i, day, "[None]") for i, day in enumerate(days)]
+    path = write_csv(tmp_path / "r.csv", rows, columns)
+    for group_by in splits.GROUPINGS:
+        raw = splits.read_raw(path, "utf-8", ["title", "channel_title", "tags"], group_by=group_by)
+        assert raw["category_id"].tolist() == [0, 1]
+        assert raw["video_id"].tolist() == ["vid-0000000", "vid-0000001"]
+        assert raw["day"].is_monotonic_decreasing
+        texts = splits.make_texts(raw, ["channel_title", "title", "tags"], "none")
+        assert texts.tolist() == ["c0 | t0", "c1 | t1"]
+    assert raw.attrs["found"] == {
+        "label_column": "categoryId",
+        "date_column": "trending_date",
+        "date_format": "ISO8601",
+        "id_column": "video_id",
+    }
+    raw = splits.read_raw(path, "utf-8", ["title"], label_column="channelTitle")
+    assert raw["category_id"].tolist() == ["c0", "c1"]  # a given parameter wins
+    with pytest.raises(UserError, match=r"no column 'category_id'; .*: set -p label_column"):
+        splits.read_raw(path, "utf-8", ["title"], label_column="category_id")
+    rows = [("1", "x"), ("Music", "y")]
+    path = write_csv(tmp_path / "s.csv", rows, ("categoryId", "title"))
+    with pytest.raises(UserError, match="categoryId is not a whole number in row 2"):
+        splits.read_raw(path, "utf-8", ["title"])
+
+
 def test_a_useless_balanced_training_file_is_named(capsys):
     table = pd.DataFrame(
         {"text": [f"text {i}" for i in range(100)], "label": ["a"] * 92 + ["b"] * 8}
@@ -180,21 +228,39 @@ def test_a_useless_balanced_training_file_is_named(capsys):
     assert "training rows per label" in capsys.readouterr().out
 
 
-def test_rows_without_a_title_are_dropped_and_counted(tmp_path, capsys):
-    rows = [("a", "17.14.11", title, 1) for title in ("cats", " ", "the 42", "")]
-    raw = splits.read_raw(write_csv(tmp_path / "r.csv", rows, COLUMNS), "utf-8", ["title"])
-    table = raw.assign(text=splits.make_texts(raw, ["title"], "original"))
-    table, counts = splits.drop_empty(table, ["title"])
+def cleaned(titles: list[str], cleaning: str = "original"):
+    table = pd.DataFrame({"title": titles}, dtype=object)
+    table["text"] = splits.make_texts(table, ["title"], cleaning)
+    return splits.drop_empty(table, ["title"])
+
+
+def test_the_terminal_says_which_texts_cleaning_drops_or_damages(capsys):
+    table, counts = cleaned(["cats", " ", "the 42", ""])
     assert table["text"].tolist() == ["cats"]
     assert counts == {"rows_without_text": 2, "rows_cleaned_away": 1}
-    assert "dropped rows without text: 2 rows (2, 4)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "dropped 2 of 4 rows without a text: 2 rows (2, 4)\n" in out
+    keep = ": -p cleaning none keeps them\n"
+    assert "dropped 1 of 4 rows whose text is empty after cleaning" + keep in out
+    cleaned(["cats"] * 200 + ["42", "École des cats"])
+    assert capsys.readouterr().out == "dropped 1 of 202 rows whose text is empty after cleaning\n"
+    cleaned(["École à la maison: été 2018", "_über cats", "5я cats", "9x cats", "2018 café"])
+    assert f"do not start with a letter from a to z in 60% of the remaining texts{keep}" in (
+        capsys.readouterr().out
+    )
+    cleaned(["École à la maison", "뉴스 속보"], "none")
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError, match="after cleaning: -p cleaning none keeps them"):
+        cleaned(["뉴스 속보"])
+    with pytest.raises(UserError, match="has a text: set -p text_columns"):
+        cleaned([" "])
 
 
 def test_too_few_rows_are_user_errors():
     few = raw_table().drop_duplicates("text").head(3)
     with pytest.raises(UserError, match="too few"):
         splits.unseen_splits(few, 1, 0.8, 0.8, "video")
-    with pytest.raises(UserError, match="too few"):
+    with pytest.raises(UserError, match=r"too few rows \(3\) .* set -p train_share"):
         splits.original_splits(few, 1, 0.8, 0.8, balance=True)
 
 
@@ -232,7 +298,7 @@ GOOD = ("2kyS6SvSYSE", "17.14.11", "a title", "22")
     [
         (
             b"video_id,title\nx,y\n",
-            "no column 'category_id'; it has 'video_id', 'title': see -p label_column",
+            "no column 'category_id'; it has 'video_id', 'title': set -p label_column",
         ),
         (b"video_id,trending_date,title,category_id\n", "a header but no rows"),
         (
@@ -240,8 +306,8 @@ GOOD = ("2kyS6SvSYSE", "17.14.11", "a title", "22")
             "category_id is not a whole number in row 2",
         ),
         (
-            b"video_id,trending_date,title,category_id\na,2017-11-14,t,22\n",
-            "trending_date is not a date in the format %y.%d.%m (-p date_format) in row 1",
+            b"video_id,trending_date,title,category_id\na,17.14.11,t,22\nb,,t,22\n",
+            "trending_date is not a date in the format %y.%d.%m in row 2: correct or remove",
         ),
         (
             b'video_id,trending_date,category_id,title\na,17.14.11,22,t\nb,17.14.11,22,"cut of',
@@ -285,20 +351,25 @@ def test_invalid_parameters_are_user_errors(name, value):
     good = {"text_columns": "title,tags", "cleaning": "none", "group_by": "time", "seed": 1}
     good |= {"top_quantile": None, "balance": False, "train_share": 0.5, "test_share": 0.5}
     assert splits.check_parameters(**good)["text_columns"] == ["title", "tags"]
+    newer = splits.check_parameters(**good | {"text_columns": "channelTitle, tags"})
+    assert newer["text_columns"] == ["channel_title", "tags"]
     with pytest.raises(UserError, match=f"parameter {name} is"):
         splits.check_parameters(**good | {name: value})
 
 
-def test_category_names_come_from_the_file_if_it_exists(tmp_path):
+def test_category_names_come_from_the_file_of_the_country_if_it_exists(tmp_path):
     ids = pd.Series([10, 10, 99, 23, 34])
+    raw, newer = str(tmp_path / "KRvideos.csv"), str(tmp_path / "KR_youtube_trending_data.csv")
     names = {10: "Music", 23: "Comedy (23)", 34: "Comedy (34)", 99: "category 99"}
-    assert splits.category_names(tmp_path, ids) == names
-    path = tmp_path / "US_category_id.json"
-    path.write_text('{"items": [{"id": "10", "snippet": {"title": "Songs"}}]}')
-    assert splits.category_names(tmp_path, ids)[10] == "Songs"
-    path.write_text("{}")
+    assert splits.category_names(raw, ids) == names
+    for country, title in (("US", "Songs"), ("KR", "음악")):
+        content = json.dumps({"items": [{"id": "10", "snippet": {"title": title}}]})
+        (tmp_path / f"{country}_category_id.json").write_text(content)
+        assert splits.category_names(raw, ids)[10] == splits.category_names(newer, ids)[10] == title
+        assert splits.category_names(str(tmp_path / "mine.csv"), ids)[10] == "Songs"
+    (tmp_path / "KR_category_id.json").write_text("{}")
     with pytest.raises(UserError, match="is no valid category file"):
-        splits.category_names(tmp_path, ids)
+        splits.category_names(raw, ids)
 
 
 def test_the_sample_matches_its_generator_and_resembles_the_real_file():
