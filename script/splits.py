@@ -122,13 +122,14 @@ def read_raw(
 ) -> pd.DataFrame:
     """Read the raw rows, as text except the added `category_id`, `day` and `video_id`.
 
-    dialect: of `FileFormat`, such as drop_malformed. Columns get the names of the data set's first version. A parameter that is None is found; the
-    table's `attrs["found"]` has the four that were used, "counts" the malformed
-    rows that were dropped. `category_id` is an int, or a name if the
-    label column has names. If date or id column are not needed, they may be missing: `day` is then
-    the row's number and `video_id` the text. An invalid id gets the text appended: spreadsheets
-    turn ids that start with a minus into "#NAME?", which many videos share.
+    Columns get the names of the data set's first version. A parameter that is None is found; the
+    table's `attrs["found"]` has the four that were used, `attrs["counts"]` the malformed rows that
+    were dropped. `category_id` is an int, or a name if the label column has names. If date or id
+    column are not needed, they may be missing: `day` is then the row's number and `video_id` the
+    text. An invalid id gets the text appended: spreadsheets turn ids that start with a minus into
+    "#NAME?", which many videos share.
 
+    dialect: fields of `FileFormat`.
     Raises: UserError for a malformed file, a missing column, and rows with an invalid category
         id or date.
     """
