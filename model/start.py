@@ -22,7 +22,7 @@ from model.source import (
 )
 from model.tuning import POOLER, TUNING, TuningMethod, method_of
 from runtime.columns import label_numbers
-from runtime.files import UserError, read_json
+from runtime.files import UserError, name_list, read_json
 from runtime.training_state import WEIGHT
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class Start:
             message = (
                 "warning: initialising a new head: the head of %s, for labels %s, does not fit"
             )
-            logger.warning(message, folder, ", ".join(known))
+            logger.warning(message, folder, name_list(known))
         loading.set_labels(self.config, names if self.fresh_head else known)
 
     def settings(self, args: Namespace) -> dict:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import msgspec
 from safetensors import SafetensorError
 
 MAX_JSON_BYTES = 2**28  # far more than any file of a run
+NAME_LENGTH, LIST_LENGTH = 40, 150  # characters of a name, and of a list of names, in a message
 JSON_KINDS = {  # msgspec's names, in words
     "int": "a whole number",
     "float": "a number",
@@ -25,6 +26,22 @@ JSON_KINDS = {  # msgspec's names, in words
 
 class UserError(Exception):
     """An error the user can fix: one line that says what is wrong, where, and what to do."""
+
+
+def name_list(names: Iterable[str], shown: int = 10) -> str:
+    """Format names, such as labels, for a message: `a, b, c and 7 more`, in one short line.
+
+    At most `shown` of them, and fewer if they are long; long names are cut.
+    """
+    names, kept = list(names), []
+    for name in names[:shown]:
+        name = name if name.isprintable() else ascii(name)[1:-1]  # no line breaks
+        cut = name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…"
+        if kept and len(", ".join([*kept, cut])) > LIST_LENGTH:
+            break
+        kept.append(cut)
+    more = len(names) - len(kept)
+    return ", ".join(kept) + f" and {more:,} more" * bool(more)
 
 
 @contextmanager
