@@ -103,8 +103,8 @@ def class_weights(train: Split, choice: str | None, names: list[str]) -> dict[st
     else:
         given = read_json(Path(choice), dict[str, Annotated[float, Meta(gt=0, le=1e6)]])
         if unknown := sorted(given.keys() - set(names)):
-            labels = f"{name_list(unknown[:1])}; labels are {name_list(names)}"
-            raise UserError(f"--class_weights: {choice} has the unknown label {labels}")
+            labels = f"'{name_list(unknown[:1])}'; labels are {name_list(names)}"
+            raise UserError(f"--class_weights: {choice} has {labels}")
         weights = {name: given.get(name, 1.0) for name in names}
     if train.multi_label:
         return weights
