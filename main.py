@@ -193,7 +193,8 @@ def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedT
     # start: the model to start from
     form = fill_format(args)
     start = find_start(args)
-    form = replace(form, multi_label=start.multi_label)
+    tokenizer = start.tokenizer()
+    form = start.complete(form, args, tokenizer)
     logger.info("%s, model %s", machine, start.source.name)
     settings = start.settings(args) | machine.describe()
 
@@ -203,7 +204,6 @@ def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedT
         start.set_labels(dataset.label_names(splits["train"], args.label_names))
     data = dataset.prepare(args, form, splits, start.labels, start.labels_by_prefix)
     check_columns(data, args.reject_below)
-    tokenizer = start.tokenizer()
 
     # schedule: for the backbone's width, and texts that repeat or new ones, unless flags set it
     if args.do_train:

@@ -22,7 +22,7 @@ from model.sequence_classification import classification_loss, divergence
 from model.tuning import method_of
 from runtime.batches import Encoded, chunks, padding_share, training_batches
 from runtime.checkpoint import Checkpoint, Tensors
-from runtime.files import UserError, read_json
+from runtime.files import UserError, name_list, read_json
 from runtime.machine import Machine
 from runtime.schedule import advice_after_collapse
 from runtime.training_state import Progress, TrainingState
@@ -103,8 +103,8 @@ def class_weights(train: Split, choice: str | None, names: list[str]) -> dict[st
     else:
         given = read_json(Path(choice), dict[str, Annotated[float, Meta(gt=0, le=1e6)]])
         if unknown := sorted(given.keys() - set(names)):
-            labels = ", ".join(map(repr, names))
-            raise UserError(f"--class_weights: {choice} has '{unknown[0]}'; labels are {labels}")
+            labels = f"'{name_list(unknown[:1])}'; labels are {name_list(names)}"
+            raise UserError(f"--class_weights: {choice} has {labels}")
         weights = {name: given.get(name, 1.0) for name in names}
     if train.multi_label:
         return weights
@@ -145,6 +145,7 @@ def train(
     is_main = machine.group.is_main
     progress = Progress(total, steps_per_epoch, args.logging_steps, write_metrics, is_main)
     state = TrainingState(model, build_optimizer(model, args), progress, args, checkpoint)
+    one_class = False
 
     with logging_redirect_tqdm(), progress:
         while not state.is_over(args.early_stopping_patience):
@@ -170,8 +171,11 @@ def train(
 
             # evaluate on the validation file, remember the best epoch, save a checkpoint
             if eval_set is not None:
-                evaluate_epoch(state, eval_set, args, machine, write_metrics)
+                one_class = evaluate_epoch(state, eval_set, args, machine, write_metrics)
             save_if_due(state, args.save_strategy != "no", machine, save, stop_requested)
+    if one_class:
+        message = "warning: in the last epoch every prediction is the same class; %s"
+        logger.warning(message, advice_after_collapse(args))
     return state.finish()
 
 
@@ -208,16 +212,21 @@ def evaluate_epoch(
     args: Namespace,
     machine: Machine,
     write_metrics: WriteMetrics,
-) -> None:
-    """Evaluate the averaged weights at the end of an epoch, and keep them if they are the best."""
+) -> bool:
+    """Evaluate the averaged weights at the end of an epoch, and keep them if they are the best.
+
+    Returns whether every prediction is the same class.
+    """
     step, epoch = state.progress.done, state.progress.epoch
     with state.average.applied():
-        metrics = evaluate(state.model, eval_set, args, machine)
+        metrics, one_class = evaluate(state.model, eval_set, args, machine)
         better = state.best.update(state.model, epoch, metrics)
     write_metrics({"step": step, "epoch": epoch, **prefixed("eval", metrics)})
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    shown += ", all predictions the same class" * one_class
     best = " (best)" * (better and args.load_best_model_at_end)
     logger.info("epoch %d: validation %s%s", epoch, shown, best)
+    return one_class
 
 
 def training_step(
@@ -276,15 +285,12 @@ def training_step(
 
 def evaluate(
     model: nn.Module, data: Encoded, args: Namespace, machine: Machine
-) -> dict[str, float]:
-    """Compute the metrics of the whole file at once, see `compute_metrics`."""
+) -> tuple[dict[str, float], bool]:
+    """Compute the metrics of the whole file at once, see `compute_metrics`.
+
+    Also returns whether every prediction is the same class, though the labels are not.
+    """
     logits = predict(model, data, args.per_device_eval_batch_size, machine)
     found = Predictions.of(logits, data.labels.ndim == 2)
     one_class = data.labels.ndim == 1 and len(set(found.label)) == 1 < len(set(data.labels))
-    if one_class and len(data) >= ENOUGH_ROWS:
-        logger.warning(
-            "warning: every prediction is the same class: the model has collapsed or has not "
-            "learned yet; if the last epoch says so too, %s",
-            advice_after_collapse(args),
-        )
-    return compute_metrics(found, data.labels)
+    return compute_metrics(found, data.labels), one_class and len(data) >= ENOUGH_ROWS

@@ -5,6 +5,7 @@ To add a plot of a run, write a function that returns its pictures and give it a
 """
 
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import cycle, repeat
@@ -23,6 +24,8 @@ from evaluation.metrics import IN_MATRIX
 COLORS = BLUE, ORANGE, *_ = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 DRAWN = IN_MATRIX  # labels at most in a picture; the tables have all of them
 FEW = 20  # predictions; with fewer behind it, a point of the reliability curve says little
+MARKED = 20  # a curve of fewer points shows them
+WIDE = "\u0900"  # letters from this one on are mostly drawn twice as wide as Latin ones
 INK = "#123456"  # becomes the page's text colour, dark or light
 STYLE = Path(__file__).with_name("report.mplstyle")
 
@@ -38,11 +41,21 @@ class Run(NamedTuple):
 def svg(figure: Figure, words: str) -> Markup:
     """Render a figure as an SVG element, with `words` that describe it to screen readers."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():  # the browser picks a font, which has more than matplotlib's
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(
+            file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     picture = file.getvalue()
     picture = picture[picture.index("<svg") :].replace(INK, "currentColor")
     label = f'<svg role="img" aria-label="{escape(words)}"'
     return Markup(picture.replace("<svg", label, 1))  # matplotlib escapes what it draws
+
+
+def room_for(labels: list[str]) -> float:
+    """Return the inches that labels beside an axis take at most, with the axis' title."""
+    letters = max(len(label) + sum(letter >= WIDE for letter in label) for label in labels)
+    return max(1.5, 0.3 + 0.1 * letters)
 
 
 def learning_curves(run: Run) -> list[Markup]:
@@ -56,8 +69,10 @@ def learning_curves(run: Run) -> list[Markup]:
         words = f"Learning curve of {title}."
         if key == "loss" and steps:
             by_step = [x["loss"] for x in steps]
-            axis.plot([x["epoch"] for x in steps], by_step, color=BLUE, label="training")
-            words += f" In training it falls from {by_step[0]:.2f} to {by_step[-1]:.2f}."
+            marker = "o" if len(steps) < MARKED else None  # a single point has no line
+            at = [x["epoch"] for x in steps]
+            axis.plot(at, by_step, marker=marker, markersize=4, color=BLUE, label="training")
+            words += f" In training it goes from {by_step[0]:.2f} to {by_step[-1]:.2f}."
         if epochs:
             at, values = [x["epoch"] for x in epochs], [x[f"eval_{key}"] for x in epochs]
             axis.plot(at, values, "o-", color=ORANGE, label="validation")
@@ -79,7 +94,7 @@ def confusion(run: Run) -> list[Markup]:
         return []
     table = np.array(run.details["confusion"])
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    size = max(3.5, 0.45 * len(labels) + 1.5)
+    size = max(2, 0.45 * len(labels)) + room_for(labels)
     figure = Figure(figsize=(size, size))
     axis = figure.subplots()
     axis.pcolormesh(share, cmap="Blues", vmin=0, vmax=1)  # vectors, where imshow puts a bitmap
@@ -105,9 +120,9 @@ def class_bars(run: Run) -> list[Markup]:
     labels, f1, support = run.labels, run.details["f1"], run.details["support"]
     if len(labels) > DRAWN:
         return []
-    figure = Figure(figsize=(6, 0.35 * len(labels) + 1))
-    axis = figure.subplots()
     names = [f"{name} ({rows:,})" for name, rows in zip(labels, support, strict=True)]
+    figure = Figure(figsize=(4 + room_for(names), 0.35 * len(labels) + 1))
+    axis = figure.subplots()
     bars = axis.barh(names, f1, color=BLUE)
     axis.bar_label(bars, fmt="%.2f", padding=3)
     axis.set(xlim=(0, 1.1), xlabel="F1 (rows in brackets)")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
 from msgspec import Meta
@@ -17,6 +17,7 @@ from model.source import Source, check_weights
 from runtime.files import UserError, read_json
 
 TUNED = ["BertForSequenceClassification"]  # `architectures` of a model with a head
+CAPITALS = 0.01  # share of words with capitals, from which on a vocabulary is cased
 
 Size = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, lt=1)]
@@ -53,6 +54,13 @@ class BertSettings(TypedDict, total=False):
     backbone_path: str | None
     pooling: Literal[tuple(POOLINGS)]
     num_prefixes: Size
+
+
+class TokenizerSettings(TypedDict, total=False):
+    """The entries of tokenizer_config.json and tokenizer.json that are read here."""
+
+    do_lower_case: Any
+    normalizer: dict[str, Any] | None
 
 
 @contextmanager
@@ -195,10 +203,11 @@ def load_tokenizer(source: Source, config: BertConfig) -> PreTrainedTokenizerBas
     if not any((source.backbone / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         # transformers would build a tokenizer that knows only the special tokens
         raise UserError(f"{source.backbone} has no tokenizer.json or vocab.txt")
+    options = {"do_lower_case": False} if is_cased(source.backbone) else {}
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
-                source.backbone, use_fast=True, trust_remote_code=False
+                source.backbone, use_fast=True, trust_remote_code=False, **options
             )
     except Exception as error:  # tokenizers has no narrower exception
         first = str(error).strip().split("\n")[0]
@@ -210,6 +219,31 @@ def load_tokenizer(source: Source, config: BertConfig) -> PreTrainedTokenizerBas
         )
     tokenizer.model_max_length = config.max_seq_length
     return tokenizer
+
+
+def is_cased(folder: Path) -> bool:
+    """Whether a tokenizer keeps capitals although no `do_lower_case` in its files says so.
+
+    Without that entry transformers lower-cases for every BERT. tokenizer.json decides; without it,
+    the words of vocab.txt do: those of BioBERT and SciBERT have capitals, and nothing else says so.
+    """
+    settings, whole, words = (
+        folder / name for name in ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
+    )
+    if settings.is_file() and "do_lower_case" in read_json(settings, TokenizerSettings):
+        return False
+    if whole.is_file():
+        return (read_json(whole, TokenizerSettings).get("normalizer") or {}).get(
+            "lowercase"
+        ) is False
+    vocabulary = words.read_text(encoding="utf-8", errors="replace").split("\n")
+    capitals = sum(word != word.lower() and word[0] not in "[<" for word in vocabulary)
+    return capitals > CAPITALS * len(vocabulary)
+
+
+def separator(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what joins the columns of a text: the tokenizer's separator, such as ` [SEP] `."""
+    return f" {tokenizer.sep_token} " if tokenizer.sep_token else " "
 
 
 def load_weights(

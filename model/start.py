@@ -3,6 +3,7 @@
 import logging
 import os
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
+from arguments import fill
 from model import adapter, loading
 from model.loading import list_labels, read_config, read_shapes
 from model.source import (
@@ -21,7 +23,8 @@ from model.source import (
     sha256_of,
 )
 from model.tuning import POOLER, TUNING, TuningMethod, method_of
-from runtime.files import UserError, read_json
+from runtime.file_format import FileFormat
+from runtime.files import UserError, name_list, read_json
 from runtime.labels import label_key, label_numbers
 from runtime.training_state import WEIGHT
 
@@ -105,7 +108,7 @@ class Start:
             message = (
                 "warning: initialising a new head: the head of %s, for labels %s, does not fit"
             )
-            logger.warning(message, folder, ", ".join(known))
+            logger.warning(message, folder, name_list(known))
         loading.set_labels(self.config, names if self.fresh_head else known)
 
     def settings(self, args: Namespace) -> dict:
@@ -123,6 +126,17 @@ class Start:
             "library": self.method.library(self.config),
             "started_from": self.started_from,
         }
+
+    def complete(
+        self, form: FileFormat, args: Namespace, tokenizer: PreTrainedTokenizerBase
+    ) -> FileFormat:
+        """Return how to read a run's files, with what only the model knows; also sets it in `args`.
+
+        That is whether a row may have several labels, and the separator between text columns.
+        """
+        fill(args, {"text_column_delimiter": loading.separator(tokenizer)})
+        joined = args.text_column_delimiter
+        return replace(form, multi_label=self.multi_label, text_column_delimiter=joined)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the backbone's tokenizer."""

@@ -19,7 +19,6 @@ from runtime.files import UserError, read_json
 ENSEMBLE_FOLDER = "prefix-{}"  # of each prefix of an ensemble, in one folder
 DEFAULTS = {  # of the settings that are never unset
     "text_column_names": ["text"],
-    "text_column_delimiter": FileFormat.text_column_delimiter,
     "label_column_name": "label",
     "csv_encoding": "utf-8",
 }
@@ -50,6 +49,8 @@ def model_folders(args: Namespace) -> list[str]:
 
 def fill_format(args: Namespace) -> FileFormat:
     """Fill in the settings of reading files that no flag sets; returns them as one value.
+
+    `text_column_delimiter` stays None if neither a flag nor the tuned model sets it.
 
     Raises: UserError if they contradict each other, or if the folders of several prefixes
         remember different ones.

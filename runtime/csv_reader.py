@@ -189,6 +189,8 @@ class Table:
         if not self.droppable:
             return f"{message}correct it"
         advice = "correct them" if self.malformed > 1 else "correct it"
+        if "not UTF-8" in self.first_fault:
+            advice = "remove such bytes (iconv -c -f utf-8 -t utf-8 OLD.csv > NEW.csv)"
         if " fields, " in self.first_fault and self.dialect:
             separator = {one: name for name, one in DELIMITERS.items()}[self.dialect.delimiter]
             advice = f"quote fields that contain a {separator}, a quote or a line break"

@@ -85,6 +85,8 @@ def text_length(values: list[str]) -> float:
 def guess_columns(header: list[str], rows: list[list[str]]) -> Guess:
     """Guess which columns hold the text and the label; a column that is not obvious is None.
 
+    Several label columns of 0 and 1 are joined by commas.
+
     rows: the first rows after the header, as long as the header. If the first line is itself a
         row, `names` are those to pass as --column_names; otherwise they are the header's.
     """
@@ -105,6 +107,10 @@ def guess_columns(header: list[str], rows: list[list[str]]) -> Guess:
         texts = [p for p in lengths if lengths[p] == first > 1.5 * second]
     if len(labels) != 1:
         labels = [p for p in labels or places if p not in texts and is_label(columns[p], len(rows))]
+    flags = [p for p in places if {*columns[p]} == {"0", "1"}]
+    if len(labels) != 1 and len(flags) > 1 and not is_row:  # a column of 0 and 1 for each label
+        text = names[texts[0]] if len(texts) == 1 else None
+        return Guess(False, names, text, ",".join(names[p] for p in flags))
     text, label = (found[0] if len(found) == 1 else None for found in (texts, labels))
     if is_row:
         for place, name in (text, "text"), (label, "label"):

@@ -253,7 +253,7 @@ class Progress:
         self.bar.close()
 
     def step(self, rows: list[int], loss: torch.Tensor, norm: torch.Tensor, rate: float) -> None:
-        """Count one step; report every `logging_steps` and at the end.
+        """Count one step; report the first, every `logging_steps` and the last.
 
         Loss and norm are read at once on the CPU, but only for a report on a GPU, which would be
         waited for. rows: their numbers in the training file. Raises: UserError, see `read`.
@@ -261,7 +261,7 @@ class Progress:
         self.done += 1
         self.unread.append((self.done, rows, loss, norm))
         self.rate = rate
-        due = self.done % self.logging_steps == 0 or self.done == self.total
+        due = self.done % self.logging_steps == 0 or self.done in (1, self.total)
         if due or loss.device.type == "cpu":
             self.read()
         self.bar.update()
@@ -304,7 +304,7 @@ class Progress:
         self.record(line)
         speed = f"loss {line['loss']:.4f}, {line['samples_per_second']:.0f} examples/s"
         self.bar.set_postfix_str(speed)
-        if self.bar.disable:
+        if self.bar.disable and not self.done == 1 < self.total:  # too early to tell the time
             left = line["eta_seconds"]
             logger.info("step %d of %d: %s, %.0f s left", self.done, self.total, speed, left)
 

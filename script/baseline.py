@@ -28,7 +28,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import LinearSVC
 
 import dataset
-from arguments import parse_args
+from arguments import fill, parse_args
 from evaluation.calibration import Calibration, calibrate
 from evaluation.metrics import compute_metrics
 from evaluation.predictions import Predictions, check_columns
@@ -171,6 +171,7 @@ def run(method: str, args: Namespace) -> None:
     """Fit a baseline, score it and publish the results, as `main.run` does."""
     set_up_process()
     form = fill_format(args)
+    fill(args, {"text_column_delimiter": form.text_column_delimiter})
     settings = {name: getattr(args, name) for name in SETTINGS}
     multi_label = form.multi_label
     with opened(args) as output:

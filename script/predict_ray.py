@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -98,7 +97,7 @@ def open_model(argv: list[str]) -> tuple[Namespace, Start, FileFormat]:
     args = parse_args(argv)
     form = fill_format(args)
     start = find_start(args)
-    return args, start, replace(form, multi_label=start.multi_label)
+    return args, start, start.complete(form, args, start.tokenizer())
 
 
 def shards(texts: Path, output_dir: Path) -> list[dict[str, str]]:

@@ -302,7 +302,7 @@ def test_each_distinct_text_is_encoded_once_and_truncation_is_counted(tmp_path, 
     data = batches.encode(AutoTokenizer.from_pretrained(backbone), read(path), 4)
     assert data.text_index.tolist() == [0, 1, 0]
     assert (data.lengths.tolist(), data.row_lengths.tolist()) == ([3, 4], [3, 4, 3])
-    assert "1 of 3 texts are longer than 4 tokens" in caplog.text
+    assert "1 of 3 texts (rows 1 to 3) are longer than 4 tokens" in caplog.text
     batch = data.collate(np.array([0, 1]))
     assert batch["input_ids"][0, 3] == data.pad_token_id
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]

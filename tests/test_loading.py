@@ -11,19 +11,25 @@ import pytest
 import torch
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from conftest import ROWS, one_line, registry_of, write_csv
 from model import load as load_classifier
 from model import prefix_encoder
 from model import source as model_source
 from model.bank_start import open_bank
-from model.loading import list_labels, load_tokenizer, set_labels, set_max_seq_length
+from model.loading import list_labels, load_tokenizer, separator, set_labels, set_max_seq_length
 from model.sequence_classification import POOLINGS, Pooling, pool_mean
 from model.source import BUNDLED_NAME, locate, sha256_of
 from model.start import read_model_config
 from model.tuning import TUNING
-from runtime.files import UserError
+from runtime.files import UserError, name_list
 from test_model import HIDDEN, IDS, KINDS, MASKS, save
 
 
@@ -317,3 +323,69 @@ def test_weights_in_other_files_are_converted_by_the_command_of_the_message(
     python = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(["bash", "-c", command], env=os.environ | python, check=True)
     assert load_classifier(folder, "fp32")("a cat") == expected
+
+
+def test_capitals_are_kept_if_the_vocabulary_has_them(run, backbone, tmp_path):
+    """BioBERT and SciBERT are a vocab.txt alone, which transformers lower-cases."""
+    words = (Path(backbone) / "vocab.txt").read_text()
+    cased = tmp_path / "cased"
+    shutil.copytree(backbone, cased)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (cased / name).unlink()
+
+    def tokens(text: str) -> list[str]:
+        config, _ = read_model_config(locate(str(cased)))
+        config.max_seq_length = 16
+        return load_tokenizer(locate(str(cased)), config).tokenize(text)
+
+    assert tokens("Cat DOG") == ["cat", "dog"]
+    (cased / "vocab.txt").write_text(words.replace("\none\ntwo\n", "\nCat\nDOG\n"))
+    assert tokens("Cat cat DOG") == ["Cat", "cat", "DOG"]
+    folder = run("--model_name_or_path", str(cased))
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert loaded.tokenize("Cat cat DOG") == ["Cat", "cat", "DOG"]
+    found = load_classifier(folder, "fp32")("Cat DOG")[0]
+    other = pipeline("text-classification", model=str(folder))("Cat DOG")[0]
+    assert (other["label"], other["score"]) == (
+        found["label"],
+        pytest.approx(found["confidence"], abs=1e-5),
+    )
+    # an entry decides, and then tokenizer.json, which transformers ignores
+    AutoTokenizer.from_pretrained(cased, do_lower_case=False).save_pretrained(cased)
+    settings = json.loads((cased / "tokenizer_config.json").read_text())
+    for entry, expected in (({"do_lower_case": True}, ["cat"]), ({}, ["Cat"])):
+        settings.pop("do_lower_case", None)
+        (cased / "tokenizer_config.json").write_text(json.dumps(settings | entry))
+        assert tokens("Cat") == expected
+
+
+def test_columns_are_joined_by_the_tokenizers_own_separator(backbone):
+    pieces = [(word, -1.0) for word in ("<s>", "</s>", "<unk>", "▁cat", "▁dog", "▁", *"[]SEP")]
+    unigram = Tokenizer(models.Unigram(pieces, unk_id=2))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    sentencepiece = PreTrainedTokenizerFast(
+        tokenizer_object=unigram, sep_token="</s>", unk_token="<unk>"
+    )
+    bert = AutoTokenizer.from_pretrained(backbone)
+    assert separator(bert) == " [SEP] " and separator(sentencepiece) == " </s> "
+    for tokenizer in (bert, sentencepiece):
+        ids = tokenizer(f"cat{separator(tokenizer)}dog", add_special_tokens=False)["input_ids"]
+        assert ids.count(tokenizer.sep_token_id) == 1
+        assert tokenizer.unk_token_id not in ids
+    assert separator(PreTrainedTokenizerFast(tokenizer_object=unigram)) == " "
+
+
+def test_a_message_lists_a_few_labels_on_one_short_line(run, caplog, tmp_path):
+    """The labels of a model with many, or long ones, filled the terminal."""
+    rows = [(f"cat {number}", f"label {number} {'x' * 90}\n") for number in range(50)]
+    many = write_csv(tmp_path / "many.csv", rows)
+    files = ("--train_file", many, "--validation_file", many, "--test_file", many)
+    folder = run(*files, name="many")
+    caplog.clear()
+    run("--model_name_or_path", str(folder), name="tuned")
+    said = next(one for one in caplog.messages if "initialising a new head" in one)
+    assert "and 47 more" in said and "\n" not in said
+    assert len(said.replace(str(folder), "")) < 250
+    assert name_list("abc") == "a, b, c" and name_list([]) == ""
+    assert name_list(map(str, range(12))) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+    assert name_list(["x" * 41, "a\nb\u200b"]) == f"{'x' * 39}…, a\\nb\\u200b"

@@ -1,5 +1,6 @@
 """report.html: complete, self-contained, readable, and safe whatever the texts contain."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 import main
 from conftest import ROWS, write_csv
-from evaluation.plots import FEW, merge_sparse
+from evaluation.plots import BLUE, FEW, Run, learning_curves, merge_sparse, run_plots
 from test_main import load
 
 pytestmark = pytest.mark.pictures
@@ -149,3 +150,28 @@ def test_every_point_of_the_reliability_curve_stands_for_enough_rows():
         merged = merge_sparse(bins)
         assert (merged[0] >= FEW).all() or len(merged[0]) == 1
         assert np.allclose(merged.sum(axis=1), bins.sum(axis=1))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["정치", "文化", "ไทย", "עברית", "😂", "ENTERTAINMENT NEWS"])
+@pytest.mark.parametrize("times", [1, 10])
+def test_labels_of_any_script_and_length_are_drawn_as_text_without_a_warning(name, times):
+    """The browser has fonts that matplotlib lacks; long labels left no room for the picture."""
+    labels = [(name * times)[:60], "b"]
+    bins = {"rows": [9], "hits": [5], "confidence": [6]}
+    details = {"confusion": [[1, 0], [0, 1]], "f1": [1, 1], "support": [1, 1], "reliability": bins}
+    plots = run_plots(Run(labels, details | {"coverage": {"all": [[0, 1, 1]]}}, []))
+    assert (
+        "".join(map("".join, plots.values())).count(f">{labels[0]}") == 3
+    )  # two axes and the bars
+
+
+def test_the_curve_of_a_short_run_begins_at_its_first_step_and_shows_its_points(run):
+    """It had one point, without a mark, at the end."""
+    lines = (run() / "metrics.jsonl").read_text().splitlines()  # 6 steps, one line in 50
+    records = [line for line in map(json.loads, lines) if "loss" in line]
+    assert [(line["step"], line["epoch"]) for line in records] == [(1, 1 / 3), (6, 2)]
+    for count in (1, 2):
+        (picture,) = learning_curves(Run([], {}, records[:count]))
+        marks = re.findall(rf"<use [^>]*fill: {BLUE.lower()}", picture)
+        assert len(marks) == count + 1  # and one in the legend

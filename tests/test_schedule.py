@@ -137,7 +137,7 @@ def test_weights_of_unknown_labels_are_refused(run, files, tmp_path, capsys, sev
             write_csv(Path(path), [(text, f"{label}|9") for text, label in ROWS])
         flags += ["--problem_type", "multi_label_classification"]
     for content, expected in (
-        ('{"x": 2}', "has 'x'; labels are '0', '1', '2'"),
+        ('{"x": 2}', "has 'x'; labels are 0, 1, 2"),
         ('{"0": -1}', "0"),
     ):
         (tmp_path / "weights.json").write_text(content)

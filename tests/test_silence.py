@@ -127,7 +127,7 @@ def test_a_few_equal_predictions_are_no_collapse(run, tmp_path, caplog, monkeypa
     assert "every prediction is the same class" not in caplog.text
     write_csv(tmp_path / "val.csv", ROWS)
     run(name="more")
-    assert "every prediction is the same class" in caplog.text
+    assert caplog.text.count("every prediction is the same class") == 1  # of two epochs
     assert "try --learning_rate 7e-05" in caplog.text
 
 
@@ -146,7 +146,7 @@ def test_long_texts_are_cut_before_they_are_tokenized(backbone, tmp_path, monkey
     random = np.random.default_rng(0)
     pieces = ["cat", "dog", " ", " ", ",", "x" * 30, "\u0301", "中", "-", "song "]
     texts = ["".join(random.choice(pieces, size)) for size in random.integers(1, 60, 300)]
-    rows = type("Rows", (), {"path": "x", "texts": texts, "label_ids": None, "rows": [1] * 300})
+    rows = type("Rows", (), {"path": "", "texts": texts, "label_ids": None, "rows": [1] * 300})
     rows.__len__ = lambda self: 300
     expected = batches.encode(noted, rows(), 8).token_ids
     assert (

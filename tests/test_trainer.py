@@ -179,7 +179,7 @@ def test_the_averaged_weights_are_evaluated_and_kept(make_model, data, monkeypat
 
     def evaluate(*rest):
         evaluated.append(bias())
-        return {"loss": 1.0, "accuracy": 0.0, "macro_f1": 0.0}
+        return {"loss": 1.0, "accuracy": 0.0, "macro_f1": 0.0}, False
 
     monkeypatch.setattr(trainer, "training_step", step)
     monkeypatch.setattr(trainer, "evaluate", evaluate)
@@ -225,7 +225,7 @@ def test_the_best_epoch_is_chosen_by_validation(make_model, data, monkeypatch, f
 
     def evaluate(model, *rest):
         states.append(model.classifier.weight.detach().clone())
-        return {"loss": 1.0, "accuracy": next(values), "macro_f1": 0.0}
+        return {"loss": 1.0, "accuracy": next(values), "macro_f1": 0.0}, False
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)
     model = make_model()
@@ -238,8 +238,9 @@ def test_the_best_epoch_is_chosen_by_validation(make_model, data, monkeypatch, f
 
 
 def test_early_stopping_counts_evaluations_without_improvement(make_model, data, monkeypatch):
-    losses = iter([0.9, 0.5, 0.6, 0.7, 0.1])
-    monkeypatch.setattr(trainer, "evaluate", lambda *rest: {"loss": next(losses), "accuracy": 0.0})
+    losses = [0.9, 0.5, 0.6, 0.7, 0.1]
+    metrics = ({"loss": loss, "accuracy": 0.0} for loss in losses)
+    monkeypatch.setattr(trainer, "evaluate", lambda *rest: (next(metrics), False))
     flags = ["--num_train_epochs", "5", "--early_stopping_patience", "2"]
     flags += ["--metric_for_best_model", "loss"]
     results, lines = tune(make_model(), data, *flags, eval_set=data)
@@ -282,11 +283,12 @@ def test_a_model_that_diverged_in_its_last_step_predicts_nothing(make_model, dat
 
 
 def test_the_last_losses_are_recorded_when_stopping_early(make_model, data, monkeypatch):
-    monkeypatch.setattr(trainer, "evaluate", lambda *rest: {"loss": 1.0, "accuracy": 0.0})
+    found = {"loss": 1.0, "accuracy": 0.0}, False
+    monkeypatch.setattr(trainer, "evaluate", lambda *rest: found)
     lines = []
     args = arguments("--early_stopping_patience", "1", "--num_train_epochs", "9")
     trainer.train(make_model(), data, data, args, FP32, write_metrics=lines.append, save=nowhere)
-    assert [line["step"] for line in lines if "loss" in line] == [2]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
 
 
 def test_metrics_cover_the_whole_file():

@@ -15,11 +15,13 @@ import pytest
 import torch
 import transformers
 
+import dataset
 import main
-from conftest import one_line
+from conftest import one_line, write_csv
 from model import load as load_classifier
+from model.source import BUNDLED_NAME, locate
 from runtime import machine
-from runtime.batches import encode, rows_of
+from runtime.batches import UNREADABLE, encode, rows_of, unreadable
 from runtime.columns import precision_for
 from runtime.files import UserError
 
@@ -229,3 +231,47 @@ def test_a_model_predicts_in_the_precision_that_it_was_calibrated_in(run, monkey
     monkeypatch.setattr(machine, "bfloat16_gain", lambda: 9)
     assert load_classifier(checkpoint).machine.precision == "fp32"
     assert precision_for("auto", [folder, checkpoint]) == "auto"  # they differ
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--prefix",), ("--prefix", "--num_prefixes", "2"), ("--rdrop_alpha", "1")]
+)
+def test_no_warning_of_a_run_comes_twice(run, predict, monkeypatch, caplog, tmp_path, flags):
+    """Each file is encoded up to three times, and the test file in chunks."""
+    monkeypatch.setattr(dataset, "CHUNK_ROWS", 2)
+    for name in ("train", "val", "test"):
+        rows = [(f"中文 的 {number} 中 文 cat", number % 3) for number in range(12)]
+        write_csv(tmp_path / f"{name}.csv", rows)
+
+    def said() -> list[str]:
+        found = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return [line for line in found if "are cut" in line or "are unknown" in line]
+
+    folder = run("--max_seq_length", "4", *flags)
+    lines = said()
+    for name, rows in (("train", 12), ("val", 12), ("test", 2)):
+        shown = f"{name}.csv: {rows} of {rows} texts (rows 1 to {rows}) are longer than 4 tokens"
+        assert sum(shown in line for line in lines) == 1
+    language = [line for line in lines if "train.csv: 100 % of the tokens are unknown" in line]
+    assert (len(lines), len(language)) == (4, 1)
+    assert predict(folder)[0] == 0
+    assert [f"{tmp_path}/test.csv: " in line for line in said()] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("texts", "known"),
+    [
+        (["We went to the park, it was great! 😂", "iPhone 15: what's new?", "café, naïve"], True),
+        (["今天天气很好我们去公园散步", "这部电影非常精彩值得一看"], False),
+        (["iPhone 15 Pro 开箱视频 unboxing", "BTS 新歌 MV 首播 Official Video"], False),
+        (["Сегодня хорошая погода, мы идем в парк", "Новый клип: видео"], False),
+        (["오늘 날씨가 좋아서 공원에 갔다", "이 영화는 정말 재미있어요"], False),
+        ([], True),
+    ],
+)
+def test_texts_in_a_script_that_the_model_does_not_know_are_noticed(texts, known):
+    """Russian and Korean have few unknown tokens: they fall apart into letters."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(locate(BUNDLED_NAME).backbone)
+    share = unreadable(tokenizer, tokenizer(texts)["input_ids"] if texts else [])
+    assert (share < UNREADABLE / 2) if known else (share > UNREADABLE)
