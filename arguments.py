@@ -14,18 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from runtime import flags
-from runtime.flags import (
-    DELIMITERS,
-    QUOTINGS,
-    Parser,
-    boolean,
-    choice,
-    column_names,
-    contains,
-    encoding,
-    number,
-    value,
-)
+from runtime.flags import Parser, boolean, choice, column_names, contains, encoding, number, value
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -103,8 +92,8 @@ READING = (  # how a file is read: flags of main.py and split.sh
     ("--label_separator", value(metavar="S"), None, "separates several labels in one cell [|]"),
     ("--column_names", value(column_names, "A,B"), None,
      "names of all columns, of a file without a header"),
-    ("--delimiter", choice(*DELIMITERS), None, "between columns [found by the header]"),
-    ("--quoting", choice(*QUOTINGS), None,
+    ("--delimiter", choice(*flags.DELIMITERS), None, "between columns [found by the header]"),
+    ("--quoting", choice(*flags.QUOTINGS), None,
      "none: quotes are characters like any other, as in many files with tabs [minimal]"),
     ("--csv_encoding", value(encoding, "NAME"), None,
      f"encoding of the files, e.g. cp1252 [utf-8, {TUNED_FOLDER} if a file is not UTF-8]"),
@@ -363,7 +352,8 @@ def fill(args: argparse.Namespace, defaults: dict) -> None:
 def check_training(parser: Parser, args: argparse.Namespace) -> None:
     """Check the flags of training and evaluation, and fill in their defaults."""
     strategy = "epoch" if args.do_eval else "no"
-    fill(args, {"problem_type": "single_label_classification", "eval_strategy": strategy})
+    kind = "multi" if "," in (args.label_column_name or "") else "single"
+    fill(args, {"problem_type": f"{kind}_label_classification", "eval_strategy": strategy})
     multi_label = args.problem_type == "multi_label_classification"
     if args.eval_strategy == "no":
         needs = ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model")

@@ -18,7 +18,14 @@ from runtime.batches import prefix_index
 from runtime.csv_reader import Table, row_list, text_key
 from runtime.file_format import FileFormat
 from runtime.files import UserError, name_list
-from runtime.labels import label_key, label_numbers, label_remarks, read_labels, sort_labels
+from runtime.labels import (
+    label_counts,
+    label_key,
+    label_numbers,
+    label_remarks,
+    read_labels,
+    sort_labels,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -296,7 +303,7 @@ def open_stream(
     known: the keys of the texts of other files, by the names of the files.
     Raises: UserError for a bad file, also if only some of its rows have labels.
     """
-    path, rows, dropped = args.test_file, 0, 0
+    path, rows, dropped, text = args.test_file, 0, 0, ""
     seen = dict.fromkeys(known or {}, 0)
     first: dict[bool, list[int]] = {True: [], False: []}  # first rows of chunks, labelled or not
     digest = hashlib.sha256()
@@ -304,6 +311,7 @@ def open_stream(
     for chunk in read_chunks(table, CHUNK_ROWS, labels_required=False):
         rows, dropped = rows + len(chunk), dropped + chunk.dropped
         if len(chunk):
+            text = text or chunk.texts[0]
             first[chunk.labels is not None] += chunk.rows[:1]
         check_labels(
             chunk,
@@ -319,9 +327,12 @@ def open_stream(
             f"{path}: no '{args.label_column_name}' from row {first[False][0]} on, but other rows "
             "have one: fill it in, or leave it blank in all rows"
         )
+    labelled, checksum = bool(first[True]), digest.hexdigest()
     if seen:
         log_seen(path, rows, {file: count / rows for file, count in seen.items()})
-    labelled, checksum = bool(first[True]), digest.hexdigest()
+    else:
+        used = form if labelled else replace(form, label_column_name=())
+        logger.info(used.describe(path, f"{rows:,} rows", text, table.read_as()))
     return Stream(path, checksum, rows, table.header, labelled, names, form, table.malformed)
 
 
@@ -371,9 +382,9 @@ def audit(train: Split, names: list[str], form: FileFormat) -> frozenset[str]:
     ids = train.label_ids
     counts = np.bincount(ids, minlength=len(names)) if ids.ndim == 1 else ids.sum(axis=0)
     each = {name: int(count) for name, count in zip(names, counts, strict=True) if count}
-    for line in form.describe(train.path, len(train), train.read_as, each, train.texts[0]):
-        logger.info(line)
-    logger.info("%s: %d distinct texts", train.path, len(keys))
+    rows = f"{len(train):,} rows, {len(keys):,} distinct texts"
+    logger.info(form.describe(train.path, rows, train.texts[0], train.read_as))
+    logger.info("labels: %s", label_counts(each))
     for remark in label_remarks(each, form):
         logger.warning("warning: %s: %s", train.path, remark)
     if doubtful := contradictions(train):

@@ -4,7 +4,6 @@
 """
 
 import shlex
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self, TypedDict
@@ -111,18 +110,16 @@ class FileFormat:
             value = "True"  # only the command line can do without
         return self.flag_form.format(name, shlex.quote(value) if value else "").strip()
 
-    def describe(
-        self, path: str | Path, rows: int, read_as: str, counts: dict[str, int], text: str
-    ) -> list[str]:
-        """Return what was read, in two lines: so that a wrong guess is seen at once.
+    def describe(self, path: str | Path, rows: str, first: str, read_as: str) -> str:
+        """Return what was read, in a line: so that a wrong guess is seen at once.
 
-        read_as: see `Table.read_as`. counts: of the rows, by label. text: the first.
+        rows: how many, in words. first: the first text. read_as: see `Table.read_as`.
         """
-        columns = f"text from {name_list(self.text_column_names)}, labels from "
-        columns += f"{name_list(self.label_column_name)}{read_as}"
-        labels = name_list(f"{name} {count:,}" for name, count in Counter(counts).most_common())
-        shown = text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
-        return [f"{path}: {rows:,} rows; {columns}; the first text: {shown!r}", f"labels: {labels}"]
+        columns = f"text from {name_list(self.text_column_names)}"
+        if self.label_column_name:
+            columns += f", labels from {name_list(self.label_column_name)}"
+        shown = first if len(first) <= SHOWN else first[: SHOWN - 1] + "…"
+        return f"{path}: {rows}; {columns}{read_as}; the first text: {shown!r}"
 
     def for_file(self, path: str | Path) -> Self:
         """Return the format to read a file with: that of split.sh's files is known."""

@@ -131,6 +131,11 @@ def sort_labels(labels: Iterable[str], order: dict[str, str] | None) -> list[str
     return sorted(first.values(), key=sort_key)
 
 
+def label_counts(counts: dict[str, int]) -> str:
+    """Format the rows of each label, the most frequent first."""
+    return name_list(f"{name} {count:,}" for name, count in Counter(counts).most_common())
+
+
 def label_remarks(counts: dict[str, int], form: FileFormat) -> list[str]:
     """Return what may be wrong with labels. counts: of the training rows, by label."""
     found = []

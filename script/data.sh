@@ -19,7 +19,7 @@ PYTHON
 DATA=()
 if [[ " $*" == *" --train_file"* && " $*" != *" --validation_file"* && " $*" != *" --test_file"* ]]; then
     folder=$("$PYTHON" -m script.split --within_run "$@") || exit
-    DATA=(--train_file "$folder/train_simple.csv" --csv_encoding utf-8)
+    DATA=(--train_file "$folder/train_simple.csv")
     off='[= ](false|no|0)( |$)'
     shopt -s nocasematch
     [[ "$*" =~ --do_eval$off ]] || DATA+=(--validation_file "$folder/val_simple.csv")

@@ -38,7 +38,7 @@ from arguments import (
 from runtime.csv_reader import Table, row_list, text_key
 from runtime.file_format import MULTI_LABEL, SETTINGS, FileFormat
 from runtime.files import UserError, name_list, sha256
-from runtime.labels import label_key, label_remarks, read_labels
+from runtime.labels import label_counts, label_key, label_remarks, read_labels
 from script.groups import (
     FEW_ROWS,
     JOINS_LABELS,
@@ -173,10 +173,10 @@ def read_file(args: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, dic
     table = table.loc[rows.index]
     if one_column:
         table[form.label_column_name[0]] = rows["label"]
-    label_counts = labels.value_counts().to_dict()
-    text = rows["text"].iloc[0]
-    args.was_read = form.describe(args.file, counts["rows"], file.read_as(), label_counts, text)
-    for remark in label_remarks(label_counts, form):
+    each, first = labels.value_counts().to_dict(), rows["text"].iloc[0]
+    line = form.describe(args.file, f"{counts['rows']:,} rows", first, file.read_as())
+    args.was_read = [line, f"labels: {label_counts(each)}"]
+    for remark in label_remarks(each, form):
         print(f"warning: {args.file}: {remark}")
     return table, rows, counts
 

@@ -161,7 +161,7 @@ def test_the_leak_is_found_regardless_of_case_and_white_space(tmp_path, caplog):
     caplog.set_level("INFO")
     training_keys = audit(train)
     assert dataset.seen_texts(training_keys, test.keys).tolist() == [True, False, True]
-    assert "a.csv: 3 distinct texts" in caplog.text
+    assert "4 rows, 3 distinct texts" in caplog.text
     known = {"training file": training_keys, "validation file alone": frozenset(["bird"])}
     open_stream(tmp_path / "b.csv", ["0", "1", "2"], known)
     assert "3 rows, 66.7 % of them with a text from the training file, 33.3 %" in caplog.text
