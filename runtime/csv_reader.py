@@ -16,7 +16,7 @@ import pandas as pd
 from tokenizers.normalizers import BertNormalizer
 
 from runtime import diagnosis
-from runtime.csv_rows import Dialect, Numbered, csv_rows, find_dialect, open_text
+from runtime.csv_rows import OTHER_END, Dialect, Numbered, csv_rows, find_dialect, open_text
 from runtime.file_format import UTF8, FileFormat
 from runtime.files import UserError, check_regular, name_list
 from runtime.flags import DELIMITERS
@@ -182,12 +182,18 @@ class Table:
         """Say which rows are malformed, and what helps."""
         message = f"{self.path}, {self.first_fault}: "
         if self.malformed > 1:
-            which = "all rows" if self.malformed == total else row_list(numbers, self.malformed)
-            message = f"{self.path}: of {total} rows, {which} are malformed; {self.first_fault}: "
+            which = f"of {total:,} rows, {row_list(numbers, self.malformed)}"
+            which = f"all {total:,} rows" if self.malformed == total else which
+            message = f"{self.path}: {which} are malformed; {self.first_fault}: "
         if works := self.what_works():
             return f"{message}pass {works}, with which every row can be read"
+        if OTHER_END in self.first_fault:
+            return message + r"remove carriage returns (tr -d '\r' < OLD.csv > NEW.csv)"
         if not self.droppable:
             return f"{message}correct it"
+        width = len(self.header)
+        if self.malformed == total and f" {width + 1} fields, " in self.first_fault:
+            return f"{message}does the header lack a name, as of the first column? Add it"
         advice = "correct them" if self.malformed > 1 else "correct it"
         if "not UTF-8" in self.first_fault:
             advice = "remove such bytes (iconv -c -f utf-8 -t utf-8 OLD.csv > NEW.csv)"
@@ -224,9 +230,11 @@ class Table:
         message = f"{self.path} has no column {name_list(map(repr, missing))}"
         if guess.header_is_row and not form.column_names:
             wanted = {"text": form.text_column_names[0], "label": [*form.label_column_name, ""][0]}
-            names = ",".join(wanted.get(name, name) for name in guess.names)
-            flag = form.flag("column_names", names)
-            return f"{message}: its first line looks like a row; name its columns with {flag}"
+            message += ": its first line looks like a row; name its columns with "
+            names = [wanted.get(name, name) for name in guess.names]
+            if not {*self.columns} <= {*names}:
+                return f"{message}{form.flag('column_names', 'A,B')}, one for each of {len(names)}"
+            return message + form.flag("column_names", ",".join(names))
         default, flags = FileFormat(), []
         for name, found in ("text_column_names", guess.text), ("label_column_name", guess.label):
             columns = getattr(form, name)

@@ -16,6 +16,8 @@ from runtime.json_rows import Bad
 
 LOOKED_AT = 1000  # rows, to find the delimiter
 
+OTHER_END = "ends in another way than the first row, with or without a carriage return"
+
 Numbered = Iterator[tuple[range, list[str] | Bad]]  # the lines of a row, and its fields
 
 
@@ -87,7 +89,8 @@ def csv_rows(file: TextIO, dialect: Dialect, width: int = 0) -> Numbered:
     lines = Lines(itertools.islice(file, dialect.skipped, None))
     lines.number = dialect.skipped
     reader = parser(lines, dialect)
-    ends: set[bool] = set()  # whether a carriage return ends the rows; None: any may end so
+    ends: bool | None = None  # whether the first row ends in a carriage return and a line feed
+    may_differ = dialect.newline != "\n"  # no row has a carriage return of its own
     while True:
         lines.row.clear()
         start = lines.number + 1
@@ -104,11 +107,11 @@ def csv_rows(file: TextIO, dialect: Dialect, width: int = 0) -> Numbered:
         end = lines.row[-1][-2:]
         if not width:
             width = len(row) if isinstance(row, list) else 0
-            ends = None if end == "\r\n" or dialect.newline != "\n" else ends
-        elif ends is not None and end.endswith("\n"):
-            ends.add(end == "\r\n")
-            if len(ends) > 1:
-                row = Bad("ends in a carriage return and other rows do not, or the reverse", False)
+            may_differ |= end == "\r\n"
+        elif end.endswith("\n") and not may_differ:
+            ends = end == "\r\n" if ends is None else ends
+            if ends != (end == "\r\n"):
+                row = Bad(OTHER_END, droppable=False)
         yield range(start, lines.number + 1), row
 
 

@@ -1,0 +1,198 @@
+"""Files of strangers: what is refused says how to read it, and that works."""
+
+import json
+import re
+import shlex
+
+import pandas as pd
+import pytest
+
+from conftest import write_csv
+from dataset import read_split
+from runtime.file_format import FileFormat
+from runtime.files import UserError
+from runtime.labels import label_key
+from script import split
+
+WORDS = ("free prize £9 now", "win cash, today", "see you at home", "ok lar… joking")
+ROWS = [(f"{WORDS[i % 4]} {i}", "ham" if i % 4 > 1 else "spam") for i in range(40)]
+
+
+def lines(form: str, *, head: str = "", end: str = "\n") -> str:
+    """Write each of `ROWS` as `form` says, after a header."""
+    rows = [
+        form.format(text=text, plain=text.replace(",", ""), label=label) for text, label in ROWS
+    ]
+    return end.join([head, *rows] if head else rows) + end
+
+
+PLAIN = lines('"{text}",{label}', head="text,label")
+TABLE = pd.DataFrame(ROWS, columns=["text", "label"])
+READ = {  # name: content, and the flags that the messages must lead to
+    "spam.csv": (
+        lines('{label},"{text}",,,', head="v1,v2,,,", end="\r\n").encode("cp1252"),
+        "--text_column_names v2 --label_column_name v1 --csv_encoding cp1252",
+    ),
+    "no header": (lines('{label},"{text}"'), "--column_names label,text"),
+    "tabs, no header, quotes": (
+        lines("{label}\t{text}") + 'ham\t"so what\n',
+        "--column_names label,text --quoting none",
+    ),
+    "index and capitals": (
+        TABLE.rename(columns=str.title).to_csv(),
+        "--text_column_names Text --label_column_name Label",
+    ),
+    "columns of 0 and 1": (
+        "comment_text,toxic,rude\n" + "".join(f"a b {i},{i % 2},{i % 3 % 2}\n" for i in range(40)),
+        "--text_column_names comment_text --label_column_name toxic,rude",
+    ),
+    "inner quote": (PLAIN + '"a "quoted" word, here",ham\n', "--drop_malformed"),
+    "two ragged rows": (PLAIN + "one\na,b,c\n", "--drop_malformed"),
+    "broken byte": (PLAIN.encode() + b"br\xffoken,ham\n", "--drop_malformed"),
+    "code page": (PLAIN.encode("cp1252"), "--csv_encoding cp1252"),
+    "cyrillic": (PLAIN.replace("see you at home", "увидимся дома вечером").replace("£", "")
+                 .replace("…", "").encode("cp1251"), "--csv_encoding cp1251"),
+    "utf-16 without mark": (PLAIN.encode("utf-16-le"), "--csv_encoding utf-16-le"),
+    "semicolons": (lines("{text};{label}", head="text;label"), ""),
+    "pipes": (lines("{text}|{label}", head="text|label"), ""),
+    "sep=": ("sep=;\r\n" + lines('"{text}";{label}', head="text;label", end="\r\n"), ""),
+    "unicode text": (lines("{text}\t{label}", head="text\tlabel", end="\r\n").encode("utf-16"), ""),
+    "blanks before quotes": (lines('"{text}", "{label}"', head='"text", "label"'), ""),
+    "blanks around names": (lines('"{text}",{label}', head=" text , label "), ""),
+    "returns of a Mac": (lines('"{text}",{label}', head="text,label", end="\r"), ""),
+    "header by hand": ("text,label\n" + lines('"{text}",{label}', end="\r\n"), ""),
+    "nameless columns": (lines('"{text}",{label},,', head="text,label,,"), ""),
+    "double columns": (lines('"{text}",{label},1,2', head="text,label,n,n"), ""),
+    "json lines": (TABLE.to_json(orient="records", lines=True), ""),
+    "json array": (TABLE.to_json(orient="records", indent=1), ""),
+    "tags": (lines('"{text}",{label},"a"|"b"', head="text,label,tags"), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_the_flags_of_each_message_read_the_file(tmp_path, capsys, name):
+    """Each error names flags; with those of all errors the file is read, row for row."""
+    content, expected = READ[name]
+    path = tmp_path / "a.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    flags: list[str] = []
+    while status := split.main([str(path), *flags, "--output_dir", str(tmp_path / "out")]):
+        message = capsys.readouterr().err.strip()
+        assert status == 2 and "\n" not in message and len(message) <= 300 + 2 * len(str(path))
+        advised = re.findall(r"--[a-z_]+(?: [^ ;-][^ ;]*(?<!,))?", message.partition(": ")[2])
+        words = [word for flag in advised for word in shlex.split(flag) if word != "with"]
+        assert words and not {*words} <= {*flags}, message
+        flags += words
+    assert {*flags} == {*expected.split()}
+    output = capsys.readouterr().out.splitlines()
+    assert re.match(rf"{path}: \d+ rows; text from .*; the first text: ", output[0])
+    assert output[1].startswith("labels: ") and all(len(line) < 301 for line in output[:-1])
+    parts = [pd.read_csv(tmp_path / f"out/{part}_simple.csv") for part in ("train", "val", "test")]
+    table = pd.concat(parts)
+    table.columns = [{"v2": "text", "v1": "label", "Text": "text", "Label": "label"}.get(n, n)
+                     for n in table.columns]  # fmt: skip
+    if "text" in table and name != "cyrillic":
+        extra = [('"so what', "ham")] * ("none" in expected)
+        assert sorted(zip(table["text"], table["label"], strict=True)) == sorted(ROWS + extra)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label,label\na,1,2\n", "has the column 'label' more than once: rename one"),
+        ("x" * 90 + ",y\na,1\n", "has no column 'text', 'label'"),
+        (",".join(f"name{i}" for i in range(99)) + "\n", "'name9' and 89 more"),
+        ('{"text": {"0": "a"}, "label": {"0": "x"}}', "orient='records' writes them"),
+        (b"PAR1\x15\x04\x15\x10", "is a Parquet file that cannot be read"),
+        ("text,label\na,1\n" + 'b"c,"d\ne\n', "row 2 (lines 3 to 4) opens a quote"),
+        ("text,label\na,1\r\nb,2\n", r"remove carriage returns (tr -d '\r' < OLD.csv"),
+        ('text,label\n1,"a",x\n2,"b",y\n', "all 2 rows are malformed"),
+        ('text,label\n"a,1\nb,2\n"c,1\n', "has a quote inside a quoted field"),
+        ("version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+    ],
+)
+def test_a_refusal_is_one_short_line(tmp_path, content, message):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        read_split(path, FileFormat())
+    assert message in str(error.value) and len(str(error.value)) <= 300 + len(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_rows_that_a_quote_has_merged_are_named(tmp_path, caplog):
+    rows = "".join(f"text {i},{i % 2}\n" for i in range(20))
+    (tmp_path / "a.csv").write_text(f'text,label\n{rows}"opens here,0\n{rows}closes here",1\n')
+    assert len(read_split(tmp_path / "a.csv", FileFormat())) == 21
+    assert "row 21 goes from line 22 to line 43: is a quote missing there?" in caplog.text
+
+
+def test_dropped_rows_are_counted_and_recorded(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("text,label\na,1\nb\nc,0\nd,e,f\n")
+    split_ = read_split(tmp_path / "a.csv", FileFormat(drop_malformed=True))
+    assert (split_.texts, split_.rows) == (["a", "c"], [1, 3])
+    assert split_.describe()["malformed"] == 2
+    assert "dropped 2 malformed rows; the first: row 2 (line 3) has 1 fields" in caplog.text
+
+
+def test_another_encoding_than_the_files_is_pointed_out(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("text,label\ncafé,1\nthé,0\n")
+    read_split(tmp_path / "a.csv", FileFormat(encodings=("cp1252",)))
+    assert "looks like UTF-8, but is read as cp1252" in caplog.text
+    both = FileFormat.from_settings({"csv_encoding": "cp1252"})  # as a model remembers it
+    assert read_split(tmp_path / "a.csv", both).texts == ["café", "thé"]
+    (tmp_path / "a.csv").write_text("text,label\ncafé,1\nthé,0\n", encoding="cp1252")
+    assert read_split(tmp_path / "a.csv", both).texts == ["café", "thé"]
+
+
+@pytest.mark.parametrize("kind", ["lines", "array", "parquet"])
+def test_values_of_json_and_parquet_become_text(tmp_path, kind):
+    rows = [{"text": "a", "n": 1, "on": True, "label": ["x", "y"]}, {"text": "b", "label": ["x"]}]
+    path = tmp_path / "a.csv"
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+        pd.DataFrame(rows).astype({"n": "Int64"}).to_parquet(path)
+    else:
+        texts = map(json.dumps, rows)
+        path.write_text("\n".join(texts) if kind == "lines" else f"[{', '.join(texts)}]")
+    found = read_split(path, FileFormat(multi_label=True))
+    assert found.texts == ["a", "b"] and found.labels == [["x", "y"], ["x"]]
+    assert found.table["n"].tolist() == ["1", ""] and found.table["on"].tolist() == ["True", ""]
+    assert len(found.sha256) == 64
+
+
+@pytest.mark.parametrize(
+    ("cell", "labels"),
+    [
+        ("a|b", ["a", "b"]), ("['a', 'b']", ["a", "b"]), ('["a", "b"]', ["a", "b"]),
+        ("['a' 'b']", ["a", "b"]), ("[a, b]", ["a", "b"]), ("[1, 2.0]", ["1", "2.0"]),
+        ("[]", []), ("", []), ("a||a", ["a"]), ('["it\'s", "b"]', ["it's", "b"]),
+    ],
+)  # fmt: skip
+def test_several_labels_in_a_cell(tmp_path, cell, labels):
+    path = write_csv(tmp_path / "a.csv", [("x", cell)])
+    assert read_split(path, FileFormat(multi_label=True)).labels == [labels]
+
+
+@pytest.mark.parametrize(
+    ("labels", "remark"),
+    [
+        (["Spam", "spam"] * 2, "labels 'Spam' and 'spam' look alike but count as different"),
+        (["a\u200b", "a"] * 2, r"labels 'a\u200b' and 'a' look alike"),
+        (["['a', 'b']", "c"] * 2, "if it is several, pass --problem_type multi_label_class"),
+        (["a, b", "b"] * 2, "multi_label_classification --label_separator ,"),
+        (["News, Politics", "Sport"] * 2, None),
+        (["1.0", "1", "2"] * 2, None),
+    ],
+)
+def test_labels_that_are_probably_meant_otherwise_are_named(tmp_path, capsys, labels, remark):
+    rows = [(f"t {i}", label) for i, label in enumerate(labels * 5)]
+    path = write_csv(tmp_path / "a.csv", rows)
+    assert split.main([str(path), "--output_dir", str(tmp_path / "out")]) == 0
+    found = [line for line in capsys.readouterr().out.splitlines() if "warning: " + path in line]
+    assert len(found) == (remark is not None) and all(remark in line for line in found)
+
+
+def test_labels_come_back_as_they_are_written_and_equal_ones_are_one():
+    assert label_key("1.0") == label_key(" 1") != label_key("1.10")
+    assert label_key("cafe\u0301") == label_key("café") != label_key("cafe")
