@@ -67,6 +67,7 @@ class Table:
             self.rows = parquet_rows(path, digest) or json_rows(path, digest)
             if self.rows is None:
                 named = [*self.form.text_column_names, *self.form.label_column_name, *columns]
+                self.form = header_found(path, self.form, named)
                 self.dialect = find_dialect(path, self.form, named)
                 self.rows = self.open_csv(self.dialect, digest)
             self.header = self.read_header()
@@ -259,6 +260,21 @@ class Table:
         name, sample = likely
         flag = self.form.flag("csv_encoding", name)
         return f"{self.path} is not {encoding}: pass {flag}, which reads {sample!r} in it"
+
+
+def header_found(path: str | Path, form: FileFormat, named: list[str]) -> FileFormat:
+    """Return a format without `column_names` if the file has a header with the text columns.
+
+    So a model that was tuned on a file without a header also reads files that have one.
+    """
+    if not form.column_names:
+        return form
+    other = replace(form, column_names=None)
+    dialect = find_dialect(path, other, named)
+    with open_text(path, dialect) as file:
+        _, first = next(csv_rows(file, dialect), (None, []))
+    cells = {cell.strip() for cell in first} if isinstance(first, list) else set()
+    return other if {*form.text_column_names} <= cells else form
 
 
 def broken_text(fields: list[str]) -> Bad | None:

@@ -196,3 +196,10 @@ def test_labels_that_are_probably_meant_otherwise_are_named(tmp_path, capsys, la
 def test_labels_come_back_as_they_are_written_and_equal_ones_are_one():
     assert label_key("1.0") == label_key(" 1") != label_key("1.10")
     assert label_key("cafe\u0301") == label_key("café") != label_key("cafe")
+
+
+def test_names_of_columns_are_for_files_without_a_header(tmp_path):
+    form = FileFormat(column_names=("label", "text"))
+    for content in ("a,some words\n", "text,label\nsome words,a\n", "id;text\n1;some words\n"):
+        (tmp_path / "a.csv").write_text(content)
+        assert read_split(tmp_path / "a.csv", form, labels_required=False).texts == ["some words"]
