@@ -33,40 +33,12 @@ KINDS = {  # the first bytes: what the file is, and the way to a CSV file
 }
 ZIP = b"PK\x03\x04"
 
-# Characters beyond ASCII, lower case, for each language of an encoding; frequent ones first if it
-# has another alphabet than the Latin one. Of several names, the first that reads the whole file is
-# returned; of equally plausible rows, the first.
-HANZI, KANA = "一", "".join(map(chr, range(0x3041, 0x30FF)))
-RUSSIAN = "оеаинтсрвлкмдпуяыьгзбчйхжюшцщэъфё"
-FRENCH_GERMAN_SPANISH = "àâçéèêëîïôùûüœ äöüß áéíñóúü"
-IN_ENGLISH = "éèêëñöüçâîôûïåóíáàã"  # as in crème brûlée, Motörhead and El Niño
-ENCODINGS = {
-    "cp1252": f"{FRENCH_GERMAN_SPANISH} {IN_ENGLISH} àáâãçéêíóôõú àèéìòù åäöæøé",
-    "gb18030": HANZI
-    + "的是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自"
-    "之年过发后作里用道行所然家种事成方多经么去法学如都同现当没动面起看定天分还进好小部其些主样",
-    "big5 cp950": HANZI
-    + "的是不了在人有我他這個們中來上大為和國地到以說時要就出會可也你對生能而子那得於著下"
-    "自之年過發後作裡用道行所然家種事成方多經麼去法學如都同現當沒動面起看定天分還進好小部其些主樣",
-    "shift_jis cp932": HANZI + KANA,
-    "euc_jp": HANZI + KANA,
-    "euc_kr cp949": "가이다는에의을를은하고지로한사기도어서시자리나있대인아들부해그제정일수전만"
-    "보라장상과주구게면관으원비스경개우위선신여모공안었및니습요것",
-    "cp1251": f"{RUSSIAN} оаниівтерслкдумпзябьгчйхцїжщєюшфґ аиоетнрсвлкдпмзягъбучцщжйхшюфь",
-    "koi8_r": RUSSIAN,
-    "cp866": RUSSIAN,
-    "cp1254": "çğıöşüâ",
-    "cp1250": "ąćęłńóśźż áčéěíňřšťúůýž áéíóöőúüű ăâîşţ ćčđšž",
-    "iso8859_2": "ąćęłńóśźż áčéěíňřšťúůýž",
-    "cp1253": "αοιετσνηυρπκμλςίάόέήύγδωώθχφβξζψ",
-    "cp1255": "יוהלאמשרתבנכדעחפסקגצטזםןףץך",
-    "cp1256": "اليمونرتبةعدسفهكقأحجشطصخإىذضثزئءغظآؤ",
-    "cp874": "านรอกเงมยลวดทสต่้ับหปิคพีแใช์จขไโะื็ุูผถณซศธฐึำ",
-    "mac_roman": FRENCH_GERMAN_SPANISH,
-    "cp850": FRENCH_GERMAN_SPANISH,
-}
-PUNCTUATION = "‘’“”„–—…«»‹›€£¥§°º©®™•·¿¡\xa0、。「」『』・！？，：；（）《》～　"
-INSIDE_WORDS = "’–—…·"  # also between two letters
+# What charset-normalizer may find: it knows many more, which are rare and easily mistaken.
+CODE_PAGES = (
+    "cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 koi8_r cp874 gb18030 big5 cp932 euc_jp cp949"
+).split()
+# Beyond ASCII, in texts of western Europe: letters, and marks that word processors set.
+WESTERN = {*"àâãåäæçéèêëíîïñóôõöøúùûüßáìòœÀÂÅÄÆÇÉÈÊÍÎÑÓÔÖØÚÜÁŒ", *"‘’“”„–—…«»€£¥§°º®™•·¿¡\xa0©"}
 
 
 class Utf8Health(NamedTuple):
@@ -141,37 +113,6 @@ def sample_lines(path: str | Path) -> bytes:
     return b"".join(lines)[:SAMPLE]
 
 
-def plausibility(text: str, alphabet: str, others: str) -> float:
-    """Return how much the characters beyond ASCII look like an alphabet: 1 all, below 0 not at all.
-
-    others: all alphabets of the encoding, since texts contain foreign names.
-    """
-    total, count = 0.0, 0
-    latin, ranked = alphabet[0] < "\u0250", "\u0370" <= alphabet[0] < "\u2000"
-    weights = {c: 1 - ranked * place / len(alphabet) / 2 for place, c in enumerate(alphabet)}
-    for match in re.finditer(r"[^\W\d_]+|[^\x00-\x7f]", text):
-        token = match[0]
-        beyond = re.sub(r"[\x00-\x7f]", "", token)
-        count += len(beyond)
-        if not beyond:
-            continue
-        if not token[0].isalpha() and token not in alphabet:
-            around = text[match.start() - 1 : match.start()] + text[match.end() : match.end() + 1]
-            inside = len(around) == 2 and around.isalpha() and token < "\u3000"
-            good = token in PUNCTUATION and (not inside or token in INSIDE_WORDS)
-            good &= token not in "¿¡" or not text[match.start() - 1 : match.start()].isalpha()
-            total += 1 if good else -1
-        elif token not in (token.lower(), token.upper(), token.title()):
-            total -= len(beyond)
-        elif len(beyond) > 3 and 3 * len(beyond) > 2 * len(token) if latin else token != beyond:
-            total -= len(beyond)  # Latin words are mostly ASCII, words of other alphabets unmixed
-        elif not ranked or len(token) > 1:
-            for char in beyond.lower():
-                block = HANZI if "一" <= char <= "鿿" else "가" if "가" <= char <= "힣" else char
-                total += weights.get(char, 0.5 if block in others else -0.5)
-    return total / max(count, 1)
-
-
 def decodes(path: str | Path, encoding: str) -> bool:
     """Whether the whole file can be decoded."""
     decoder = codecs.getincrementaldecoder(encoding)()
@@ -208,17 +149,20 @@ def wide_encoding(start: bytes) -> str | None:
     return f"utf-{bits}-{order}" if is_text else None
 
 
-def code_pages(data: bytes) -> list[str]:
-    """Return the names of the encoding in which bytes are most plausible; none if all are odd."""
-    best, names = 0.25, ""
-    for candidate, alphabets in ENCODINGS.items():
-        text = decode_start(data, candidate.split()[-1])
-        if text is not None:
-            score = max(plausibility(text, part, alphabets) for part in alphabets.split())
-            score += 0.02 * (candidate == "cp1252")  # English with names of all kinds
-            if score > best:
-                best, names = score, candidate
-    return names.split()
+def code_page(data: bytes) -> str:
+    """Return the code page that a text is most likely in: cp1252, or what charset-normalizer finds.
+
+    That package alone finds it seldom in English with a few quotes or accents, the usual case.
+    """
+    text = decode_start(data, "cp1252") or ""
+    beyond = [char for char in text if not char.isascii()]
+    known = sum(char in WESTERN for char in beyond)
+    if beyond and known >= 0.98 * len(beyond) and 10 * len(beyond) < 3 * len(text):
+        return "cp1252"
+    from charset_normalizer import from_bytes
+
+    best = from_bytes(data, cp_isolation=CODE_PAGES).best()
+    return best.encoding if best else "cp1252"
 
 
 def likely_encoding(path: str | Path, tried: Collection[str]) -> tuple[str, str] | None:
@@ -232,16 +176,16 @@ def likely_encoding(path: str | Path, tried: Collection[str]) -> tuple[str, str]
         start = file.read(SAMPLE)
     beyond = sample_lines(path)
     if wide := wide_encoding(start):
-        names, beyond = [wide], start
+        name, beyond = wide, start
     else:
         health = utf8_health(path)
-        names = ["utf-8"] if health.characters >= 4 * health.broken else code_pages(beyond)
-    known = {codecs.lookup(name).name for name in tried}
-    for name in names:
-        if codecs.lookup(name).name not in known and decodes(path, name):
-            lines = (decode_start(beyond or start, name) or "").splitlines() or [""]
-            line = next((line for line in lines if not line.isascii()), lines[0])
-            place = next((i for i, char in enumerate(line) if not char.isascii()), 0)
-            line = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", line)  # what would move a cursor
-            return name, line[max(place - 15, 0) :][:40].strip()
-    return None
+        name = "utf-8" if health.characters >= 4 * health.broken else code_page(beyond)
+    if codecs.lookup(name).name in {codecs.lookup(one).name for one in tried} or not decodes(
+        path, name
+    ):
+        return None
+    lines = (decode_start(beyond or start, name) or "").splitlines() or [""]
+    line = next((line for line in lines if not line.isascii()), lines[0])
+    place = next((i for i, char in enumerate(line) if not char.isascii()), 0)
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", line)  # what would move a cursor
+    return name, line[max(place - 15, 0) :][:40].strip()
