@@ -225,10 +225,13 @@ class Table:
     def missing_message(self, header: list[str], missing: list[str]) -> str:
         """Say which columns are missing, and what the file has instead."""
         form = self.form
-        rows = [row for _, row in itertools.islice(self.rows, LOOKED_AT)]
-        rows = [row for row in rows if isinstance(row, list) and len(row) == len(header)]
-        guess = guess_columns(header, rows)
+        found = [row for _, row in itertools.islice(self.rows, LOOKED_AT)]
+        rows = [row for row in found if isinstance(row, list) and len(row) == len(header)]
         message = f"{self.path} has no column {name_list(map(repr, missing))}"
+        if 2 * len(rows) < len(found):
+            shown = f"its first line {','.join(header)[:60]!r} has other fields than the next lines"
+            return f"{message}: {shown}: remove it if it is not the header"
+        guess = guess_columns(header, rows)
         if guess.header_is_row and not form.column_names:
             wanted = {"text": form.text_column_names[0], "label": [*form.label_column_name, ""][0]}
             message += ": its first line looks like a row; name its columns with "

@@ -108,6 +108,10 @@ def test_the_flags_of_each_message_read_the_file(tmp_path, capsys, name):
         ("text,label\na,1\r\nb,2\n", r"remove carriage returns (tr -d '\r' < OLD.csv"),
         ('text,label\n1,"a",x\n2,"b",y\n', "all 2 rows are malformed"),
         ('text,label\n"a,1\nb,2\n"c,1\n', "has a quote inside a quoted field"),
+        (
+            "# of 2024\ntext,label\na,1\n",
+            "its first line '# of 2024' has other fields than the next",
+        ),
         ("version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
     ],
 )
