@@ -228,7 +228,9 @@ class Table:
         found = [row for _, row in itertools.islice(self.rows, LOOKED_AT)]
         rows = [row for row in found if isinstance(row, list) and len(row) == len(header)]
         message = f"{self.path} has no column {name_list(map(repr, missing))}"
-        if 2 * len(rows) < len(found):
+        counts = [{row[0].count(one) for row in rows} for one in DELIMITERS.values()]
+        more = len(header) == 1 and any(len(count) == 1 and max(count) > 0 for count in counts)
+        if more or 2 * len(rows) < len(found):
             shown = f"its first line {','.join(header)[:60]!r} has other fields than the next lines"
             return f"{message}: {shown}: remove it if it is not the header"
         guess = guess_columns(header, rows)
