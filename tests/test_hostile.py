@@ -13,6 +13,7 @@ from dataset import read_split
 from model import source
 from model.source import locate, sha256_of
 from runtime import checkpoint
+from runtime.file_format import FileFormat
 from runtime.files import UserError
 
 DEEP = '{"a":' * 100_000
@@ -61,9 +62,8 @@ def test_a_kept_checkpoint_knows_its_columns(run, predict, tmp_path):
     columns = ("--text_column_names", "title", "--label_column_name", "topic")
     folder = run(*columns, *EPOCHS)
     assert predict(folder / "checkpoint-6")[0] == 0
-    table = read_split(
-        tmp_path / "predicted" / "predictions.csv", text_columns=["title"], label_column="topic"
-    ).table
+    form = FileFormat(text_column_names=("title",), label_column_name=("topic",))
+    table = read_split(tmp_path / "predicted" / "predictions.csv", form).table
     assert len(table) == len(ROWS) and "predicted" in table
 
 
