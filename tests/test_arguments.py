@@ -207,6 +207,8 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
         (["--text_column_names", "a,,b"], "'a,,b' contains an empty column name"),
         (["--delimiter", ";"], "--delimiter: invalid choice: ';'"),
         (["--quoting", "all"], "--quoting: invalid choice: 'all'"),
+        (["--label_separator", ""], "--label_separator: '' separates nothing: pass one such as"),
+        (["--label_column_name", "a,b,a"], "--label_column_name: 'a,b,a' names a column twice"),
         (["--column_names", "a,a"], "--column_names: 'a,a' names a column twice"),
         (["--csv_encoding", "utf-9"], "Python cannot read files in 'utf-9'"),
         (["--model_name_or_path", "./out"], "--output_dir contains the model ./out"),

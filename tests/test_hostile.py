@@ -13,6 +13,7 @@ from dataset import read_split
 from model import source
 from model.source import locate, sha256_of
 from runtime import checkpoint
+from runtime.columns import remembered_settings
 from runtime.file_format import FileFormat
 from runtime.files import UserError
 
@@ -109,6 +110,23 @@ def test_a_checkpoint_with_a_bad_state_is_not_used(run, stopped, caplog, capsys,
     one_line((2, capsys.readouterr().err))
     run(*EPOCHS, *AUTO)
     assert f"resuming from {stopped / 'checkpoint-3'}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"label_separator": ""},
+        {"delimiter": ";"},
+        {"quoting": "all"},
+        {"csv_encoding": "a\0b"},
+        {"csv_encoding": "y" * 3000},
+    ],
+)
+def test_a_remembered_setting_that_no_flag_takes_is_refused(tmp_path, setting):
+    (tmp_path / "run.json").write_text(json.dumps({"settings": setting}))
+    with pytest.raises(UserError, match=next(iter(setting))) as error:
+        FileFormat.from_settings(remembered_settings(tmp_path))
+    assert len(str(error.value).replace(str(tmp_path), "")) < 300
 
 
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "run.json"])
