@@ -331,7 +331,7 @@ def minutes() -> None:
             (bench.command_line, several, st.sampled_from(["train", "predict"])),
         ]
         options = settings(
-            max_examples=60,
+            max_examples=25,
             phases=[Phase.generate] + [Phase.shrink] * args.shrink,
             deadline=None,
             database=None,
