@@ -84,12 +84,12 @@ TUNED_FOLDER = "or the tuned model's"
 # fmt: off
 READING = (  # how a file is read: flags of main.py and split.sh
     ("--text_column_names", value(column_names, "A,B"), None, f"columns [text, {TUNED_FOLDER}]"),
-    ("--label_column_name", NAME, None,
+    ("--label_column_name", value(flags.label_columns, "NAME"), None,
      f"a column; A,B,C: a column of 0 and 1 for each label [label, {TUNED_FOLDER}]"),
     ("--problem_type", choice("single_label_classification", "multi_label_classification"), None,
      "multi-label: a row has several labels, or none, such as a|b or ['a', 'b'] "
      f"[single, {TUNED_FOLDER}]"),
-    ("--label_separator", value(metavar="S"), None, "separates several labels in one cell [|]"),
+    ("--label_separator", value(flags.separator, "S"), None, "separates several labels in one cell [|]"),
     ("--column_names", value(column_names, "A,B"), None,
      "names of all columns, of a file without a header"),
     ("--delimiter", choice(*flags.DELIMITERS), None, "between columns [found by the header]"),

@@ -42,7 +42,7 @@ class Table:
 
     Stricter than pandas, which pads short rows and merges lines after a stray quote. A malformed
     row (ragged, with a NUL byte, a misplaced quote or bytes that are not text) is an error, after
-    the last row so that all are counted, or is dropped.
+    the last row so that all are counted, or is dropped; if all are, that is an error.
     """
 
     def __init__(
@@ -128,7 +128,8 @@ class Table:
                     self.first_fault = f"row {number} ({place}) {fault}"
         if number == 0:
             raise UserError(f"{self.path} has a header but no rows")
-        if self.malformed and not (self.droppable and self.form.drop_malformed):
+        dropped = self.droppable and self.form.drop_malformed and self.malformed < number
+        if self.malformed and not dropped:
             raise UserError(self.malformed_message(number, numbers))
 
     def frames(self, size: int | None = None) -> Iterator[pd.DataFrame]:
@@ -201,12 +202,14 @@ class Table:
         if " fields, " in self.first_fault and self.dialect:
             separator = {one: name for name, one in DELIMITERS.items()}[self.dialect.delimiter]
             advice = f"quote fields that contain a {separator}, a quote or a line break"
-        return f"{message}{advice}, or leave such rows out with {self.form.flag('drop_malformed')}"
+        if self.malformed < total:
+            advice += f", or leave such rows out with {self.form.flag('drop_malformed')}"
+        return f"{message}{advice}"
 
     def what_works(self) -> str | None:
         """Return a flag with which no row is malformed, if there is one."""
         tries = [{"quoting": "none"}] if self.form.quoting != "none" else []
-        if len(self.header) == 1:
+        if len(self.header) == 1 or self.form.delimiter:
             tries += [{"delimiter": name} for name in DELIMITERS]
         for change in tries if self.dialect else ():
             form = replace(self.form, **change)

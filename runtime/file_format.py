@@ -6,11 +6,12 @@
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Self, TypedDict
+from typing import Annotated, Any, Literal, Self, TypedDict
 
 from msgspec import Meta
 
 from runtime.files import UserError, name_list, read_json, sha256
+from runtime.flags import DELIMITERS, QUOTINGS, is_encoding
 
 LABEL_SEPARATOR = "|"
 MULTI_LABEL = "multi_label_classification"
@@ -29,10 +30,10 @@ class Reading(TypedDict, total=False):
     text_column_names: Annotated[list[str], Meta(min_length=1)]
     text_column_delimiter: str
     label_column_name: str
-    label_separator: str | None
+    label_separator: Annotated[str, Meta(min_length=1)] | None
     column_names: list[str] | None
-    delimiter: str | None
-    quoting: str | None
+    delimiter: Literal[tuple(DELIMITERS)] | None
+    quoting: Literal[QUOTINGS] | None
     csv_encoding: str
     label_names: dict[str, str] | None
 
@@ -86,10 +87,12 @@ class FileFormat:
     def from_settings(cls, settings: dict[str, Any]) -> Self:
         """Return the format that a run with these settings remembers.
 
-        A file that is not UTF-8 has the remembered encoding.
+        A file that is not UTF-8 has the remembered encoding. Raises: UserError if Python lacks it.
         """
         known = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
         encoding = known.pop("csv_encoding", UTF8)
+        if not is_encoding(encoding):
+            raise UserError(f"csv_encoding: Python cannot read files in {encoding[:40]!r}")
         for name in ("text_column_names", "column_names"):
             if name in known:
                 known[name] = tuple(known[name])

@@ -73,13 +73,30 @@ def column_names(text: str) -> list[str]:
     return found
 
 
-def encoding(text: str) -> str:
-    """Check that Python can read files in an encoding."""
+def label_columns(text: str) -> str:
+    """Check the names of label columns, such as `label` or `toxic,insult`."""
+    return ",".join(column_names(text))
+
+
+def separator(text: str) -> str:
+    """Check that a separator is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' separates nothing: pass one such as ';'")
+    return text
+
+
+def is_encoding(name: str) -> bool:
+    """Whether Python can read files in an encoding."""
     found = None
     with suppress(LookupError, ValueError):  # punycode, for one, cannot be read piece by piece
-        pieces = (bytes([byte]) for byte in "a,\n".encode(text))
-        found = "".join(codecs.iterdecode(pieces, text))
-    if found != "a,\n":
+        pieces = (bytes([byte]) for byte in "a,\n".encode(name))
+        found = "".join(codecs.iterdecode(pieces, name))
+    return found == "a,\n"
+
+
+def encoding(text: str) -> str:
+    """Check that Python can read files in an encoding."""
+    if not is_encoding(text):
         raise argparse.ArgumentTypeError(f"Python cannot read files in '{text}'")
     return text
 

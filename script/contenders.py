@@ -231,8 +231,9 @@ def write_engine(data: str, parent: str, name: str) -> None:
 def distinct(data: str, count: int):
     """Return a `Split` of the first `count` distinct texts of a file."""
     import dataset
+    from runtime.file_format import FileFormat
 
-    split = dataset.read_split(data, text_columns=["text"], labels_required=False)
+    split = dataset.read_split(data, FileFormat(), labels_required=False)
     return dataclasses.replace(split, texts=list(dict.fromkeys(split.texts))[:count])
 
 

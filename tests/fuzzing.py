@@ -9,7 +9,6 @@ the earlier results unchanged; within 30 s, whatever it is given. Hypothesis shr
 # ruff: noqa: E402 - the path is set before the project is imported
 
 import csv
-import io
 import json
 import os
 import random
@@ -32,8 +31,9 @@ from hypothesis import strategies as st
 import conftest
 import killing
 from arguments import GROUPS
+from dialects import check_predictions, in_dialect, read_plain
 from killing import end_with_parent, main
-from runtime.flags import Parser
+from runtime.flags import DELIMITERS, Parser
 
 SECONDS = 30
 MEMORY = 8 * 2**30  # bytes of address space beyond what the process has
@@ -202,19 +202,34 @@ class Bench:
 
     # ------------------------------------------------------------------------- what is damaged
 
-    def csv_file(self, name: str, changes: list, encoding: str, drop: bool, several: bool) -> None:
-        """Damage a CSV file, then train on it or predict it."""
-        files = dict(zip(self.files[::2], map(Path, self.files[1::2]), strict=True))
-        damaged = self.folder / "damaged.csv"
-        damaged.write_bytes(change_bytes(files[f"--{name}_file"].read_bytes(), changes))
-        flags = ["--csv_encoding", encoding] + ["--drop_empty"] * drop
+    def csv_file(self, name: str, changes: list, written: dict, encoding: str, switches: set):
+        """Write a CSV file in some dialect, damage it, then train on it or predict it."""
+        flags = [f"--{switch}" for switch in switches & {"drop_empty", "drop_malformed"}]
+        flags += ["--csv_encoding", encoding] if encoding else []
+        flags += ["--delimiter", written["delimiter"]] if "delimiter" in switches else []
+        flags += ["--quoting", "none"] if written["quoting"] == csv.QUOTE_NONE else []
+        files = list(self.files)
+        if "column_names" in switches:  # no file has a header
+            flags += ["--column_names", "text,label"]
+            for place in 1, 3, 5:
+                rows = read_plain(self.files[place])[1:]
+                files[place] = str(self.folder / f"bare_{place}.csv")
+                Path(files[place]).write_bytes(in_dialect(rows, "comma", csv.QUOTE_ALL, "utf-8"))
+        place, damaged = files.index(f"--{name}_file") + 1, self.folder / "damaged.csv"
+        content = in_dialect(read_plain(files[place]), **written)
+        damaged.write_bytes(change_bytes(content, changes))
+        files[place] = str(damaged)
         work = self.fresh(self.models["full"])
         if name != "test":
-            flags += ["--problem_type", "multi_label_classification"] * several
-            argv = [*self.train, f"--{name}_file", str(damaged), *flags, "--overwrite_output_dir"]
-            self.judge("CSV", argv, work)
+            if "several" in switches:
+                flags += ["--problem_type", "multi_label_classification"]
+            self.judge("CSV", [*self.train, *files, *flags, "--overwrite_output_dir"], work)
         elif self.judge("CSV", [*self.predict(self.models["full"], damaged), *flags], work):
-            check_predictions(damaged, work / "predictions.csv", encoding)
+            names = ["text", "label"] if "column_names" in switches else None
+            delimiter = written["delimiter"] if "delimiter" in switches else None
+            dialect = {"names": names, "delimiter": delimiter, "quoting": written["quoting"]}
+            dialect["drop_malformed"] = "drop_malformed" in switches
+            check_predictions(damaged, work, encoding, **dialect)
 
     def model_folder(self, kind: str, number: int, harm: tuple) -> None:
         """Damage a file of a model folder, then predict with it."""
@@ -228,7 +243,7 @@ class Bench:
         damage(paths[number % len(paths)], *harm)
         test, work = Path(self.files[5]), self.fresh(self.models["prefix"])
         if self.judge("model", self.predict(model, test), work):
-            check_predictions(test, work / "predictions.csv", "utf-8")
+            check_predictions(test, work)
 
     def checkpoint_folder(self, number: int, harm: tuple) -> None:
         """Damage a file of an unfinished run, then resume it."""
@@ -266,23 +281,6 @@ def damage(path: Path, instead: str, changes: list, places: list, value: object)
         path.write_bytes(change_bytes(data, changes))
 
 
-def check_predictions(test: Path, predictions: Path, encoding: str) -> None:
-    """Check that predictions.csv has each row's text, in order, and probabilities."""
-    codec = "utf-8-sig" if encoding == "utf-8" else encoding
-    text = test.read_bytes().decode(codec)
-    first = next(line for line in io.StringIO(text, newline="") if line.strip("\r\n"))
-    newline = "" if first.endswith("\r") and not first.endswith("\r\n") else "\n"
-    rows = [row for row in csv.reader(io.StringIO(text, newline=newline), strict=True) if row]
-    place = rows[0].index("text")
-    kept = [row[place] for row in rows[1:] if row[place].strip()]
-    with open(predictions, encoding="utf-8", newline="") as file:
-        found = list(csv.DictReader(file))
-    assert [row["text"] for row in found] == kept
-    for row in found:
-        shares = [float(v) for k, v in row.items() if k.startswith("probability_")]
-        assert all(0 <= share <= 1 for share in shares) and abs(sum(shares) - 1) < 1e-4
-
-
 def flags_of_the_parser() -> list[tuple[str, str]]:
     """List flags with values, likely and odd, but none that make a run long or write elsewhere."""
     left_out = {"--output_dir", "--num_train_epochs", "--text", "--overwrite_output_dir"}
@@ -306,22 +304,34 @@ def minutes() -> None:
     changes = st.lists(BYTES, max_size=4)
     index = st.integers(0, 30)
     words = st.lists(st.sampled_from(flags_of_the_parser()), max_size=3)
-    encodings = st.sampled_from(["utf-8"] * 5 + ["cp1252", "utf-16", "latin-1", "utf-7", "ascii"])
+    encodings = st.sampled_from(
+        [None] * 3 + ["utf-8"] * 3 + ["cp1252", "utf-16", "latin-1", "utf-7", "ascii"]
+    )
+    written = st.fixed_dictionaries(
+        {
+            "delimiter": st.sampled_from([*DELIMITERS]),
+            "quoting": st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONE]),
+            "encoding": st.sampled_from(["utf-8"] * 4 + ["utf-8-sig", "utf-16"]),
+        }
+    )
+    switches = st.sets(
+        st.sampled_from("drop_empty drop_malformed delimiter column_names several".split()),
+        max_size=3,
+    )
     with tempfile.TemporaryDirectory() as parent:
         bench = Bench(Path(parent))
         several = words.map(lambda pairs: [word for pair in pairs for word in pair if word])
         instead = st.sampled_from([""] * 9 + ["folder", "pipe", "nothing", "empty", "link"])
         harm = st.tuples(instead, changes, places, VALUES)
         files = st.sampled_from(["train", "validation", "test", "test"])
-        yes = st.booleans()
         tests = [
-            (bench.csv_file, files, changes, encodings, yes, yes),
+            (bench.csv_file, files, changes, written, encodings, switches),
             (bench.model_folder, st.sampled_from(["full", "prefix"]), index, harm),
             (bench.checkpoint_folder, index, harm),
             (bench.command_line, several, st.sampled_from(["train", "predict"])),
         ]
         options = settings(
-            max_examples=60,
+            max_examples=25,
             phases=[Phase.generate] + [Phase.shrink] * args.shrink,
             deadline=None,
             database=None,

@@ -103,11 +103,10 @@ def holds(folder: Path, start: str) -> bool:
 
 def kill_point(event: str) -> str:
     """Name a file operation by the function of the project that is about to do it."""
-    frame = sys._getframe(2)
-    while frame and not (
-        frame.f_code.co_filename.startswith(str(conftest.ROOT))
-        and "/tests/" not in frame.f_code.co_filename
-        and "/.venv/" not in frame.f_code.co_filename
+    frame, others = sys._getframe(2), (f"{conftest.ROOT}/tests/", f"{conftest.ROOT}/.venv/")
+    while frame and (
+        not frame.f_code.co_filename.startswith(f"{conftest.ROOT}/")
+        or frame.f_code.co_filename.startswith(others)
     ):
         frame = frame.f_back
     if frame is None:

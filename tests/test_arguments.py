@@ -31,11 +31,14 @@ ORIGINAL = (
 FLAGS = """
     --attention_probs_dropout_prob
     --class_weights
+    --column_names
     --csv_encoding
+    --delimiter
     --do_eval
     --do_predict
     --do_train
     --drop_empty
+    --drop_malformed
     --early_stopping_patience
     --ema_decay
     --eval_strategy
@@ -45,6 +48,7 @@ FLAGS = """
     --head_learning_rate
     --hidden_dropout_prob
     --label_column_name
+    --label_separator
     --learning_rate
     --load_best_model_at_end
     --logging_steps
@@ -71,6 +75,7 @@ FLAGS = """
     --prefix_paths
     --prefix_projection
     --problem_type
+    --quoting
     --rdrop_alpha
     --reject_below
     --report_to
@@ -200,6 +205,11 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
         (["--eval_strategy", "no", "--early_stopping_patience", "1"], "--early_stopping_patience"),
         (["--metric_for_best_model", "micro_f1"], "micro_f1 is for multi-label data"),
         (["--text_column_names", "a,,b"], "'a,,b' contains an empty column name"),
+        (["--delimiter", ";"], "--delimiter: invalid choice: ';'"),
+        (["--quoting", "all"], "--quoting: invalid choice: 'all'"),
+        (["--label_separator", ""], "--label_separator: '' separates nothing: pass one such as"),
+        (["--label_column_name", "a,b,a"], "--label_column_name: 'a,b,a' names a column twice"),
+        (["--column_names", "a,a"], "--column_names: 'a,a' names a column twice"),
         (["--csv_encoding", "utf-9"], "Python cannot read files in 'utf-9'"),
         (["--model_name_or_path", "./out"], "--output_dir contains the model ./out"),
         (["--model_name_or_path", "out/a/b"], "--output_dir contains the model out/a/b"),
@@ -266,6 +276,8 @@ def test_training_flags_need_do_train(flag, capsys):
                 ["--csv_encoding", "cp1252"],
                 ["--safe_csv"],
                 ["--label_column_name", "x"],
+                ["--delimiter", "tab"],
+                ["--drop_malformed"],
                 ["--learning_rate", "1"],
                 ["--overwrite_output_dir"],
             )

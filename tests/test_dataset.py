@@ -117,6 +117,37 @@ def test_blank_texts_are_dropped_if_allowed_and_rows_keep_their_numbers(tmp_path
     assert "dropped 1 rows without a text" in caplog.text
 
 
+def test_malformed_rows_are_counted_and_dropped_if_allowed(tmp_path, caplog):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\na,x\nb\nc,y\nd,1,2\n")
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert "of 4 rows, 2 rows (2, 4) are malformed; row 2 (line 3) has 1 fields" in str(error.value)
+    assert str(error.value).endswith("or leave such rows out with --drop_malformed")
+    split = read(path, drop_malformed=True)
+    assert (split.texts, split.rows, split.malformed) == (["a", "c"], [1, 3], 2)
+    assert "dropped 2 malformed rows; the first: row 2 (line 3) has 1 fields" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({}, "quote fields that contain a comma, a quote or a line break"),
+        ({"column_names": ("text", "label"), "delimiter": "tab"}, "pass --delimiter comma, with"),
+    ],
+)
+def test_a_file_of_malformed_rows_alone_is_refused(tmp_path, options, advice):
+    path = tmp_path / "a.csv"
+    path.write_text("b,x\nd,y\n" if options else "text,label\nb\nd\n")
+    for read_whole in (True, False):
+        with pytest.raises(UserError, match="all rows are malformed; .*" + advice) as error:
+            if read_whole:
+                read(path, drop_malformed=True, **options)
+            else:
+                open_stream(path, [], drop_malformed=True, **options)
+        assert "--drop_malformed" not in str(error.value)
+
+
 def test_labels_are_equal_regardless_of_spelling_and_sort_as_numbers(tmp_path):
     rows = [("a", "10"), ("b", "9"), ("c", "9.0"), ("d", " 10 "), ("e", "other"), ("f", "-1")]
     split = read(write_csv(tmp_path / "a.csv", rows))

@@ -13,6 +13,8 @@ from dataset import read_split
 from model import source
 from model.source import locate, sha256_of
 from runtime import checkpoint
+from runtime.columns import remembered_settings
+from runtime.file_format import FileFormat
 from runtime.files import UserError
 
 DEEP = '{"a":' * 100_000
@@ -61,9 +63,8 @@ def test_a_kept_checkpoint_knows_its_columns(run, predict, tmp_path):
     columns = ("--text_column_names", "title", "--label_column_name", "topic")
     folder = run(*columns, *EPOCHS)
     assert predict(folder / "checkpoint-6")[0] == 0
-    table = read_split(
-        tmp_path / "predicted" / "predictions.csv", text_columns=["title"], label_column="topic"
-    ).table
+    form = FileFormat(text_column_names=("title",), label_column_name=("topic",))
+    table = read_split(tmp_path / "predicted" / "predictions.csv", form).table
     assert len(table) == len(ROWS) and "predicted" in table
 
 
@@ -109,6 +110,23 @@ def test_a_checkpoint_with_a_bad_state_is_not_used(run, stopped, caplog, capsys,
     one_line((2, capsys.readouterr().err))
     run(*EPOCHS, *AUTO)
     assert f"resuming from {stopped / 'checkpoint-3'}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"label_separator": ""},
+        {"delimiter": ";"},
+        {"quoting": "all"},
+        {"csv_encoding": "a\0b"},
+        {"csv_encoding": "y" * 3000},
+    ],
+)
+def test_a_remembered_setting_that_no_flag_takes_is_refused(tmp_path, setting):
+    (tmp_path / "run.json").write_text(json.dumps({"settings": setting}))
+    with pytest.raises(UserError, match=next(iter(setting))) as error:
+        FileFormat.from_settings(remembered_settings(tmp_path))
+    assert len(str(error.value).replace(str(tmp_path), "")) < 300
 
 
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "run.json"])

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 import main
 from conftest import ROOT, ROWS, write_csv
 from dataset import read_split
+from runtime.file_format import FileFormat
 
 RESULTS = set(
     "README.md all_results.json evaluation.json metrics.jsonl predictions.csv report.html "
@@ -231,7 +232,7 @@ def test_any_text_is_unchanged_in_the_predictions(run, tmp_path):
     texts = ["a\rb", "c\nd", 'e "f"', " g ", "NA", "h,i", "עברית 🎉"]
     path = write_csv(tmp_path / "t.csv", [(text, "007") for text in texts], ("text", "note"))
     folder = run("--test_file", path)
-    back = read_split(folder / "predictions.csv", text_columns=["text"], labels_required=False)
+    back = read_split(folder / "predictions.csv", FileFormat(), labels_required=False)
     assert back.texts == texts
     assert back.table["note"].tolist() == ["007"] * len(texts)
 

@@ -13,6 +13,7 @@ from sklearn.model_selection import train_test_split
 
 from conftest import REAL_DATA, ROOT, bash, write_csv
 from dataset import read_split, text_key
+from runtime.file_format import FileFormat
 from script import splits
 from test_splits import needs_real_data, raw_table
 
@@ -35,7 +36,7 @@ def test_the_notebook_runs_headless_on_the_sample_and_is_reproducible(clone):
     for place in (folder, folder / "unseen"):
         counted = json.loads((place / "split.json").read_text())["splits"]
         for name in ("train", "val", "test"):
-            split = read_split(place / f"{name}_simple.csv", text_columns=["text"])
+            split = read_split(place / f"{name}_simple.csv", FileFormat())
             assert len(split) == counted[name]["rows"]
     before = {path for path in clone.rglob("*") if ".git" not in path.parts}
     again, second = preprocess(clone, out="again")
@@ -152,7 +153,7 @@ def test_real_titles_are_cleaned_as_the_original_did():
     found = set(raw_table(raw, "cp1252")["text"])
     names = ("train", "val", "test")
     files = [REAL_DATA / "seed_splits" / f"{name}_simple.csv" for name in names]
-    known = {text for path in files for text in read_split(path, text_columns=["text"]).texts}
+    known = {text for path in files for text in read_split(path, FileFormat()).texts}
     assert len(found & known) / len(found) > 0.875
 
 
@@ -172,7 +173,7 @@ def test_both_protocols_work_on_the_real_titles(clone):
     assert unseen["lookup_accuracy"] < 0.5
     names = ("train", "val", "test")
     files = [folder / "unseen" / f"{name}_simple.csv" for name in names]
-    texts = [set(map(text_key, read_split(path, text_columns=["text"]).texts)) for path in files]
+    texts = [set(map(text_key, read_split(path, FileFormat()).texts)) for path in files]
     assert sum(map(len, texts)) == len(set.union(*texts))
 
 

@@ -65,12 +65,12 @@ def test_predictions_of_another_model_input_or_flag_are_not_taken_for_finished(
     weights = load_file(other / "model.safetensors")
     save_file(weights | {"classifier.bias": torch.ones(3)}, other / "model.safetensors")
     (texts / "more").mkdir(parents=True)
-    for name in ("a.csv", "B.CSV", "c.tsv"):
+    for name in ("a.csv", "B.CSV", "c.txt"):
         write_csv(texts / name, ROWS)
     command = [model, texts, "--output_dir", output]
     status, said = call(*command)
     assert (status, {*contents(output)}) == (0, {"a.csv", "a.json", "B.csv", "B.json"})
-    assert "skipped 2 of" in said and ": c.tsv, more" in said
+    assert "skipped 2 of" in said and ": c.txt, more" in said
     assert "2 of them already finished" in call(*command)[1]
 
     for what, changed in (
@@ -154,7 +154,6 @@ def test_flags_that_would_have_no_effect_are_refused(tmp_path, capsys):
 
 
 def test_errors_name_the_file(model, tmp_path):
-    """One of Parquet is converted before it is read, and the error names the original."""
     argv = ["--do_predict", "--model_name_or_path", str(model), "--output_dir", "unused"]
     predictor = predict_ray.Predictor(argv, {})
     pd.DataFrame({"title": ["a cat"]}).to_parquet(tmp_path / "columns.parquet")
@@ -164,8 +163,8 @@ def test_errors_name_the_file(model, tmp_path):
     for name, fault in {
         "clash.csv": "has a column 'predicted', which the predictions would add",
         "columns.parquet": "no column 'text'",
-        "torn.parquet": "cannot be read as Parquet",
-        "quote.csv": "quote",
+        "torn.parquet": "is a Parquet file that cannot be read: ",
+        "quote.csv": "opens a quote that never closes",
     }.items():
         row = {"path": str(tmp_path / name), "output": "unused", "staging": str(tmp_path)}
         error = predictor(row)["error"]

@@ -14,6 +14,7 @@ from transformers import pipeline
 
 from conftest import REAL_DATA, ROOT, ROWS, bash, make_backbone, one_line, write_csv
 from dataset import read_split
+from runtime.file_format import FileFormat
 from script import benchmark, contenders, folds, splits
 
 SAMPLE = "csv/USvideos_sample.csv"
@@ -76,7 +77,7 @@ def test_each_fold_is_tested_once_and_no_training_text_is_validated(tmp_path, mo
     assert call("folds", [path, str(tmp_path / "folds")], monkeypatch, capsys)[0] is None
     for fold in range(3):
         train, val, test = (
-            read_split(tmp_path / "folds" / str(fold) / f"{name}_simple.csv", text_columns=["text"])
+            read_split(tmp_path / "folds" / str(fold) / f"{name}_simple.csv", FileFormat())
             for name in ("train", "val", "test")
         )
         assert [len(part) for part in (train, val, test)] == [72, 8, 40]
@@ -145,7 +146,7 @@ def test_variants_of_a_text_are_in_the_same_files(tmp_path, monkeypatch, capsys)
     for fold in range(folds.FOLDS):
         train, val, test = (
             [
-                read_split(tmp_path / name / str(fold) / f"{use}_simple.csv", text_columns=["text"])
+                read_split(tmp_path / name / str(fold) / f"{use}_simple.csv", FileFormat())
                 for name in ("original-title", "none-title-channel_title")
             ]
             for use in ("train", "val", "test")
@@ -239,11 +240,11 @@ import dataset, sys
 from arguments import parse_args
 from model.start import Start
 from runtime import batches
-from runtime.columns import fill_columns
+from runtime.columns import fill_format
 args = parse_args(["--do_train", "--output_dir", "x", "--train_file", sys.argv[1]])
-fill_columns(args)
+form = fill_format(args)
 start = Start(args)
-split = dataset.read_splits(args, start.settings(args))["train"]
+split = dataset.read_splits(args, form)["train"]
 lengths = batches.encode(start.tokenizer(), split, 128).row_lengths
 print(batches.padding_share(lengths, batches.training_batches(lengths, 32, 42, 0)))
 """

@@ -28,6 +28,7 @@ from model.source import locate
 from model.start import read_model_config
 from runtime import batches, machine, record
 from runtime.csv_reader import text_key
+from runtime.file_format import FileFormat
 from runtime.files import UserError
 from test_main import hashes
 
@@ -98,21 +99,22 @@ def test_pipes_and_devices_are_refused(predict, run, tmp_path, kind):
 def test_files_that_are_no_csv_get_a_hint(tmp_path, caplog):
     """Defect 19."""
 
+    path = tmp_path / "x.csv"
+
     def refusal(data: bytes, **options) -> str:
-        (tmp_path / "x.csv").write_bytes(data)
+        path.write_bytes(data)
         with pytest.raises(UserError) as error:
-            read_split(tmp_path / "x.csv", text_columns=["text"], **options)
+            read_split(path, FileFormat(**options))
         return str(error.value)
 
     assert "unpack it with gunzip" in refusal(b"\x1f\x8b\x08\x00\x00")
-    assert "half of a surrogate pair" in refusal(b"text,label\na +2AA- b,1\n", encoding="utf-7")
-    assert "save the table as CSV" in refusal(b"PK\x03\x04\x14\x00\x08\x08\x08\x00\xa5")
-    assert "perhaps utf-16-le" in refusal("text,label\na,1\n".encode("utf-16-le"))
-    assert "perhaps utf-16-be" in refusal("text,label\na,1\n".encode("utf-16-be"))
-    several = refusal(b"text,label\nsong,a||b\n", multi_label=True)
-    assert "leave out the |" in several and "--problem_type" not in several
-    (tmp_path / "x.csv").write_bytes(b"\n\r\ntext,label\na,1\n")
-    assert read_split(tmp_path / "x.csv", text_columns=["text"]).texts == ["a"]
+    assert "half of a surrogate pair" in refusal(b"text,label\na +2AA- b,1\n", encodings=("utf-7",))
+    for encoding in "utf-16-le", "utf-16-be":
+        said = refusal("text,label\na,1\n".encode(encoding))
+        assert f"pass --csv_encoding {encoding}, which reads 'text,label'" in said
+        assert read_split(path, FileFormat(encodings=(encoding,))).texts == ["a"]
+    path.write_bytes(b"\n\r\ntext,label\na,1\n")
+    assert read_split(path, FileFormat()).texts == ["a"]
 
 
 def test_a_few_equal_predictions_are_no_collapse(run, tmp_path, caplog, monkeypatch):

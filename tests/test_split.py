@@ -157,14 +157,22 @@ def test_several_labels_per_row_are_split_by_the_most_frequent(tmp_path):
         assert set(table["label"]) == {"a|b", "c"}
 
 
-def test_cells_with_several_labels_are_normalised_and_may_be_blank(tmp_path, capsys):
-    cells = ["1.0|2", "2.0||1", "", "3"]
+def test_cells_with_several_labels_stay_as_they_are_and_may_be_blank(tmp_path, capsys):
+    """Equal labels in other spellings are the same to the split, in which each occurs."""
+    cells = ["1.0|2", "2.0||1", "", "['3', '1']"]
     path = write(tmp_path / "a.csv", [(f"text {i}", cells[i % 4]) for i in range(80)])
     flags = ["--problem_type", "multi_label_classification", "--output_dir", str(tmp_path / "out")]
     assert split.main([path, *flags]) == 0
     assert "--problem_type multi_label_classification --output_dir" in capsys.readouterr().out
     table = pd.concat(read(tmp_path / "out").values())
-    assert table["label"].value_counts().to_dict() == {"1|2": 20, "2|1": 20, "": 20, "3": 20}
+    assert table["label"].value_counts().to_dict() == dict.fromkeys(cells, 20)
+    record = json.loads((tmp_path / "out" / "split.json").read_text())
+    counts = [part["labels"] for part in record["splits"].values()]
+    assert {name: sum(part[name] for part in counts) for name in counts[0]} == {
+        "1.0": 60,
+        "2": 40,
+        "3": 20,
+    }
 
 
 @pytest.mark.parametrize("size", [3, 4, 6, 7])

@@ -145,7 +145,7 @@ def test_other_versions_of_the_raw_file_are_read(tmp_path):
     (tmp_path / "r.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "r.csv").read_bytes())
     raw = splits.read_raw(path, "utf-8", ["title"], label_column="category")
     assert raw["category_id"].tolist() == ["Music", "Comedy", "Music"]
-    assert raw["video_id"].nunique() == 2 and raw["day"].tolist() == [0, 1, 2]
+    assert raw["video_id"].nunique() == 2 and raw["day"].tolist() == [1, 2, 3]
     names = splits.category_names(path, raw["category_id"])
     assert splits.make_labels(raw["category_id"], None, names)[0].tolist() == [
         "Music",
@@ -183,7 +183,7 @@ def test_columns_of_ones_own_are_checked_and_give_one_row_per_id(tmp_path):
 def test_dates_of_another_form_matter_only_if_they_are_needed(tmp_path, capsys):
     rows = [("a", "15/11/2017", "t", 1), ("b", "14/11/2017", "u", 2)]
     path = write_csv(tmp_path / "r.csv", rows, COLUMNS)
-    assert splits.read_raw(path, "utf-8", ["title"])["day"].tolist() == [0, 1]
+    assert splits.read_raw(path, "utf-8", ["title"])["day"].tolist() == [1, 2]
     assert "taken to be in order of time (-p date_format)" in capsys.readouterr().out
     advice = r"in 2 rows \(1, 2\): set -p date_format, such as %d/%m/%Y"
     with pytest.raises(UserError, match=advice):
@@ -229,7 +229,7 @@ def test_a_useless_balanced_training_file_is_named(capsys):
 
 
 def cleaned(titles: list[str], cleaning: str = "original"):
-    table = pd.DataFrame({"title": titles}, dtype=object)
+    table = pd.DataFrame({"title": titles}, range(1, len(titles) + 1), dtype=object)
     table["text"] = splits.make_texts(table, ["title"], cleaning)
     return splits.drop_empty(table, ["title"])
 
@@ -310,10 +310,13 @@ GOOD = ("2kyS6SvSYSE", "17.14.11", "a title", "22")
             "trending_date is not a date in the format %y.%d.%m in row 2: correct or remove",
         ),
         (
-            b'video_id,trending_date,category_id,title\na,17.14.11,22,t\nb,17.14.11,22,"cut of',
-            "the row that starts at line 3: unexpected end of data",
+            b'video_id,trending_date,category_id,title\na,17.14.11,2,"t, u"\nb,17.14.11,2,"cut of',
+            "row 2 (line 3) opens a quote that never closes: correct it",
         ),
-        ("video_id,trending_date,title,category_id\na,b,c,1\n".encode("utf-16"), "perhaps utf-16"),
+        (
+            "video_id,trending_date,title,category_id\na,17.14.11,Beyoncé,1\n".encode("cp1252"),
+            "is not utf-8: pass -p csv_encoding cp1252, which reads",
+        ),
     ],
 )
 def test_malformed_raw_files_are_user_errors(tmp_path, content, message):
@@ -329,7 +332,7 @@ def test_tags_of_the_real_file_are_read_despite_invalid_csv(tmp_path):
     header = "video_id,trending_date,category_id,title,tags\n"
     path.write_text(header + 'a,17.14.11,1,"t ""|"" u","x y"|"z"|"v, w"\n')
     raw = splits.read_raw(str(path), "utf-8", ["title", "tags"])
-    assert raw.loc[0, "title"] == 't "|" u'
+    assert raw.loc[1, "title"] == 't "|" u'
     assert splits.make_texts(raw, ["tags"], "none").tolist() == ["x y, z, v, w"]
 
 
@@ -345,11 +348,14 @@ def test_tags_of_the_real_file_are_read_despite_invalid_csv(tmp_path):
         ("balance", "yes"),
         ("train_share", 1.0),
         ("test_share", "half"),
+        ("quoting", "all"),
+        ("drop_malformed", "no"),
     ],
 )
 def test_invalid_parameters_are_user_errors(name, value):
     good = {"text_columns": "title,tags", "cleaning": "none", "group_by": "time", "seed": 1}
     good |= {"top_quantile": None, "balance": False, "train_share": 0.5, "test_share": 0.5}
+    good |= {"quoting": "minimal", "drop_malformed": False}
     assert splits.check_parameters(**good)["text_columns"] == ["title", "tags"]
     newer = splits.check_parameters(**good | {"text_columns": "channelTitle, tags"})
     assert newer["text_columns"] == ["channel_title", "tags"]
