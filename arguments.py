@@ -89,7 +89,7 @@ READING = (  # how a file is read: flags of main.py and split.sh
     ("--problem_type", choice("single_label_classification", "multi_label_classification"), None,
      "multi-label: a row has several labels, or none, such as a|b or ['a', 'b'] "
      f"[single, {TUNED_FOLDER}]"),
-    ("--label_separator", value(flags.separator, "S"), None, "between several labels in a cell [|]"),
+    ("--label_separator", value(flags.separator, "S"), None, "between labels in one cell [|]"),
     ("--column_names", value(column_names, "A,B"), None,
      "names of all columns, of a file without a header"),
     ("--delimiter", choice(*flags.DELIMITERS), None, "between columns [found by the header]"),
