@@ -7,6 +7,7 @@ import shlex
 import pandas as pd
 import pytest
 
+import dataset
 from conftest import write_csv
 from dataset import read_split
 from runtime.file_format import FileFormat
@@ -207,3 +208,18 @@ def test_names_of_columns_are_for_files_without_a_header(tmp_path):
     for content in ("a,some words\n", "text,label\nsome words,a\n", "id;text\n1;some words\n"):
         (tmp_path / "a.csv").write_text(content)
         assert read_split(tmp_path / "a.csv", form, labels_required=False).texts == ["some words"]
+
+
+def test_no_remark_is_longer_than_a_few_lines(tmp_path, capsys, caplog):
+    """Not even of 300 labels with long names, in split.sh and in a run."""
+    rows = [(f"text {i}", f"{'long ' * 20}{i // 2}") for i in range(600)] + [("x", "Y"), ("z", "y")]
+    rows += [(f"more {i}", "ab"[i % 2]) for i in range(40)]
+    path = write_csv(tmp_path / "a.csv", rows)
+    assert split.main([path, "--output_dir", str(tmp_path / "out")]) == 0
+    train = read_split(path, FileFormat())
+    names = dataset.label_names(train)
+    dataset.audit(train.number_labels(names), names, FileFormat())
+    with pytest.raises(UserError) as error:
+        read_split(path, FileFormat()).number_labels(["a"])
+    said = [*capsys.readouterr().out.splitlines()[:-1], *caplog.messages, str(error.value)]
+    assert len(said) > 6 and max(len(line.replace(str(tmp_path), "")) for line in said) <= 300
