@@ -355,6 +355,8 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
     kind = "multi" if "," in (args.label_column_name or "") else "single"
     fill(args, {"problem_type": f"{kind}_label_classification", "eval_strategy": strategy})
     multi_label = args.problem_type == "multi_label_classification"
+    if args.label_separator and not multi_label:
+        parser.error("--label_separator needs --problem_type multi_label_classification")
     if args.eval_strategy == "no":
         needs = ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model")
         if given := [name for name in needs if getattr(args, name)]:

@@ -384,7 +384,8 @@ def audit(train: Split, names: list[str], form: FileFormat) -> frozenset[str]:
     each = {name: int(count) for name, count in zip(names, counts, strict=True) if count}
     rows = f"{len(train):,} rows, {len(keys):,} distinct texts"
     logger.info(form.describe(train.path, rows, train.texts[0], train.read_as))
-    logger.info("labels: %s", label_counts(each))
+    without = 0 if ids.ndim == 1 else int((ids.sum(axis=1) == 0).sum())
+    logger.info("labels: %s", label_counts(each, without))
     for remark in label_remarks(each, form):
         logger.warning("warning: %s: %s", train.path, remark)
     if doubtful := contradictions(train):

@@ -9,10 +9,12 @@ import re
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
 from arguments import fill
+from runtime.csv_reader import Table
 from runtime.file_format import MULTI_LABEL, SETTINGS, FileFormat, Reading, read_split_record
 from runtime.files import UserError, read_json
 
@@ -81,7 +83,12 @@ def fill_format(args: Namespace) -> FileFormat:
         raise UserError("--text_column_delimiter needs two --text_column_names or more: omit it")
     if "," in args.label_column_name:
         fill(args, {"problem_type": MULTI_LABEL})
-    return FileFormat.from_settings(vars(args)).in_encoding(given)
+    form = FileFormat.from_settings(vars(args)).in_encoding(given)
+    if args.do_train and args.column_names and not args.delimiter:
+        table = Table(args.train_file, form)
+        if not table.is_ours:  # then split.json has the delimiter, which no header tells
+            args.delimiter = table.delimiter
+    return replace(form, delimiter=args.delimiter)
 
 
 def is_member(name: str) -> bool:

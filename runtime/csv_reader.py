@@ -18,7 +18,7 @@ from tokenizers.normalizers import BertNormalizer
 from runtime import diagnosis
 from runtime.csv_rows import OTHER_END, Dialect, Numbered, csv_rows, find_dialect, open_text
 from runtime.file_format import UTF8, FileFormat
-from runtime.files import UserError, check_regular, name_list
+from runtime.files import UserError, check_regular, name_list, plural
 from runtime.flags import DELIMITERS
 from runtime.guess import guess_columns
 from runtime.json_rows import Bad, json_rows, parquet_rows
@@ -57,6 +57,7 @@ class Table:
         check_regular(path)
         csv.field_size_limit(2**31 - 1)
         self.path, self.form, self.columns = path, form.for_file(path), columns
+        self.is_ours = self.form is not form  # a file of split.sh, which has named its faults
         self.malformed, self.first_fault, self.droppable = 0, "", True
         self.longest = range(0), 0  # the lines of the longest row, and its number
         self.dialect: Dialect | None = None  # None: not CSV
@@ -67,7 +68,8 @@ class Table:
             self.rows = parquet_rows(path, digest) or json_rows(path, digest)
             if self.rows is None:
                 named = [*self.form.text_column_names, *self.form.label_column_name, *columns]
-                self.form = header_found(path, self.form, named)
+                if self.form.column_names:
+                    self.form = with_names(path, self.form, named, columns)
                 self.dialect = find_dialect(path, self.form, named)
                 self.rows = self.open_csv(self.dialect, digest)
             self.header = self.read_header()
@@ -143,9 +145,9 @@ class Table:
         """Return what may be wrong with the file, after the last row."""
         found, (lines, number) = [], self.longest
         if self.malformed:
-            dropped = f"dropped {self.malformed} malformed rows"
+            dropped = f"dropped {plural(self.malformed, 'malformed row')}"
             found.append(f"{self.path}: {dropped}; the first: {self.first_fault}")
-        if len(lines) >= MANY_LINES:
+        if len(lines) >= MANY_LINES and not self.is_ours:
             span = f"row {number} goes from line {lines.start} to line {lines.stop - 1}"
             found.append(f"{self.path}: {span}: is a quote missing there?")
         if self.dialect and not self.dialect.encoding.startswith("utf"):
@@ -156,12 +158,17 @@ class Table:
                 )
         return found
 
+    @property
+    def delimiter(self) -> str | None:
+        """The delimiter's name as a flag takes it, if it has one."""
+        found = self.dialect and self.dialect.delimiter
+        return next((name for name, one in DELIMITERS.items() if one == found), None)
+
     def read_as(self) -> str:
         """Return how the file is read, if that is not usual, as the end of a sentence."""
         if self.dialect is None:
             return " (JSON or Parquet)"
-        name = next((name for name, one in DELIMITERS.items() if one == self.dialect.delimiter), "")
-        kinds = [name] if name != "comma" else []
+        kinds = [self.delimiter] if self.delimiter != "comma" and len(self.header) > 1 else []
         kinds += [self.dialect.encoding] if self.dialect.encoding != UTF8 else []
         kinds += ["no quoting"] if self.form.quoting == "none" else []
         return f" ({', '.join(kinds)})" if kinds else ""
@@ -173,7 +180,8 @@ class Table:
         if isinstance(row, Bad):
             return row
         if len(row) != width:
-            return Bad(f"has {len(row)} fields, the header {width}")
+            names = "--column_names" if self.form.column_names else "the header"
+            return Bad(f"has {plural(len(row), 'field')}, {names} {width}")
         if (fault := broken_text(row)) and "UTF-8" in str(fault) and not self.malformed:
             health = diagnosis.utf8_health(self.path)
             if health.broken >= health.characters:
@@ -184,7 +192,7 @@ class Table:
         """Say which rows are malformed, and what helps."""
         message = f"{self.path}, {self.first_fault}: "
         if self.malformed > 1:
-            which = f"of {total:,} rows, {row_list(numbers, self.malformed)}"
+            which = row_list(numbers, self.malformed)
             which = f"all {total:,} rows" if self.malformed == total else which
             message = f"{self.path}: {which} are malformed; {self.first_fault}: "
         if works := self.what_works():
@@ -194,17 +202,28 @@ class Table:
         if not self.droppable:
             return f"{message}correct it"
         width = len(self.header)
-        if self.malformed == total and f" {width + 1} fields, " in self.first_fault:
+        if self.malformed == total and f" {width + 1} fields, the header" in self.first_fault:
             return f"{message}does the header lack a name, as of the first column? Add it"
         advice = "correct them" if self.malformed > 1 else "correct it"
         if "not UTF-8" in self.first_fault:
             advice = "remove such bytes (iconv -c -f utf-8 -t utf-8 OLD.csv > NEW.csv)"
-        if " fields, " in self.first_fault and self.dialect:
-            separator = {one: name for name, one in DELIMITERS.items()}[self.dialect.delimiter]
-            advice = f"quote fields that contain a {separator}, a quote or a line break"
+        if ", --column_names" in self.first_fault:
+            advice = f"name as many columns with {self.form.flag('column_names', 'A,B')}"
+        elif " field" in self.first_fault and self.dialect and self.form.quoting != "none":
+            advice = f"quote fields that contain a {self.delimiter}, a quote or a line break"
         if self.malformed < total:
             advice += f", or leave such rows out with {self.form.flag('drop_malformed')}"
         return f"{message}{advice}"
+
+    def works_with(self, form: FileFormat) -> str | None:
+        """Return the flag that the file also needs beside another format, if there is one."""
+        table = Table(self.path, form, self.columns)
+        try:
+            for _ in table:
+                pass
+        except UserError:
+            return table.what_works()
+        return None
 
     def what_works(self) -> str | None:
         """Return a flag with which no row is malformed, if there is one."""
@@ -243,18 +262,29 @@ class Table:
             names = [wanted.get(name, name) for name in guess.names]
             if not {*self.columns} <= {*names}:
                 return f"{message}{form.flag('column_names', 'A,B')}, one for each of {len(names)}"
-            return message + form.flag("column_names", ",".join(names))
+            changed = replace(form, column_names=tuple(names))
+            more = self.encoding_flag() or [self.works_with(changed)]
+            flags = [form.flag("column_names", ",".join(names)), *filter(None, more)]
+            return message + " ".join(flags)
         default, flags = FileFormat(), []
         for name, found in ("text_column_names", guess.text), ("label_column_name", guess.label):
             columns = getattr(form, name)
             if {*columns} & {*missing} and columns == getattr(default, name) and found:
                 flags.append(form.flag(name, found))
         if flags:
-            return f"{message}: try {' '.join(flags)}"
+            return f"{message}: try {' '.join([*flags, *self.encoding_flag()])}"
         names = ("text_column_names", "label_column_name")
         used = [form.flag(name, "NAME") for name in names if {*getattr(form, name)} & {*missing}]
         hint = f": name another with {' '.join(used)}" if used else ""
         return f"{message}; it has {name_list(map(repr, header))}{hint}"
+
+    def encoding_flag(self) -> list[str]:
+        """Return the flag that the file also needs if it is not in the encoding to read it in."""
+        health = diagnosis.utf8_health(self.path)
+        if self.form.encodings != (UTF8,) or health.broken <= health.characters:
+            return []
+        likely = diagnosis.likely_encoding(self.path, [UTF8])
+        return [self.form.flag("csv_encoding", likely[0])] if likely else []
 
     def encoding_message(self) -> str:
         """Say which encoding the file has, if it is not the expected one."""
@@ -270,19 +300,32 @@ class Table:
         return f"{self.path} is not {encoding}: pass {flag}, which reads {sample!r} in it"
 
 
-def header_found(path: str | Path, form: FileFormat, named: list[str]) -> FileFormat:
-    """Return a format without `column_names` if the file has a header with the text columns.
+def with_names(
+    path: str | Path, form: FileFormat, named: list[str], columns: Sequence[str]
+) -> FileFormat:
+    """Return the format whose `column_names` fit a file: none if it has a header.
 
-    So a model that was tuned on a file without a header also reads files that have one.
+    So a model that was tuned on a file without a header also reads files that have one, and those
+    of texts alone. columns: those that are used.
     """
-    if not form.column_names:
-        return form
-    other = replace(form, column_names=None)
+    other = replace(form, column_names=None, delimiter=None)
     dialect = find_dialect(path, other, named)
     with open_text(path, dialect) as file:
         _, first = next(csv_rows(file, dialect), (None, []))
-    cells = {cell.strip() for cell in first} if isinstance(first, list) else set()
-    return other if {*form.text_column_names} <= cells else form
+    if isinstance(first, list) and {*form.text_column_names} <= {cell.strip() for cell in first}:
+        return other
+    texts = [name for name in form.column_names if name not in form.label_column_name]
+    shorter = replace(form, column_names=tuple(texts))
+    if {*columns} <= {*texts} and fit(path, shorter) > fit(path, form):
+        return shorter
+    return form
+
+
+def fit(path: str | Path, form: FileFormat) -> int:
+    """Return how many of the first rows have as many fields as `column_names`."""
+    with open_text(path, dialect := find_dialect(path, form, [])) as file:
+        rows = [row for _, row in itertools.islice(csv_rows(file, dialect, 1), LOOKED_AT)]
+    return sum(len(row) == len(form.column_names) for row in rows if isinstance(row, list))
 
 
 def broken_text(fields: list[str]) -> Bad | None:

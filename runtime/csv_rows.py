@@ -14,6 +14,7 @@ from runtime.file_format import UTF8, FileFormat
 from runtime.flags import DELIMITERS
 from runtime.json_rows import Bad
 
+MERGED = 5  # lines; a row of more, each like a row, was merged by a stray quote
 LOOKED_AT = 1000  # rows, to find the delimiter
 
 OTHER_END = "ends in another way than the first row, with or without a carriage return"
@@ -112,7 +113,15 @@ def csv_rows(file: TextIO, dialect: Dialect, width: int = 0) -> Numbered:
             ends = end == "\r\n" if ends is None else ends
             if ends != (end == "\r\n"):
                 row = Bad(OTHER_END, droppable=False)
+        if len(lines.row) > MERGED and are_rows(lines.row[1:-1], dialect, width):
+            row = Bad("goes on over lines that look like rows: is a quote missing or too many?")
         yield range(start, lines.number + 1), row
+
+
+def are_rows(lines: list[str], dialect: Dialect, width: int) -> bool:
+    """Whether each of the lines within a field would be a row of its own."""
+    loose = (next(csv.reader([one], delimiter=dialect.delimiter), []) for one in lines)
+    return width > 1 and all(len(row) == width and all(map(str.strip, row)) for row in loose)
 
 
 def parser(lines: Iterator[str], dialect: Dialect) -> Iterator[list[str]]:
@@ -131,7 +140,7 @@ def misplaced_quote(message: str) -> Bad:
     if "unexpected end of data" in message:
         return Bad("opens a quote that never closes", droppable=False)
     if "expected after" in message:
-        return Bad("has a quote inside a quoted field: it must be doubled")
+        return Bad("has a quote inside a quoted field")
     return Bad("has a carriage return outside quotes")
 
 

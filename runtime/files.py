@@ -29,6 +29,11 @@ class UserError(Exception):
     """An error the user can fix: one line that says what is wrong, where, and what to do."""
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 row` or `2 rows`."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
 def name_list(names: Iterable[str], shown: int = 10) -> str:
     """Format names, such as labels, for a message: `a, b, c and 7 more`, in one short line.
 

@@ -131,9 +131,10 @@ def sort_labels(labels: Iterable[str], order: dict[str, str] | None) -> list[str
     return sorted(first.values(), key=sort_key)
 
 
-def label_counts(counts: dict[str, int]) -> str:
-    """Format the rows of each label, the most frequent first."""
-    return name_list(f"{name} {count:,}" for name, count in Counter(counts).most_common())
+def label_counts(counts: dict[str, int], without: int = 0) -> str:
+    """Format the rows of each label, the most frequent first. without: rows without a label."""
+    shown = name_list(f"{name} {count:,}" for name, count in Counter(counts).most_common())
+    return shown + f"; {without:,} without a label" * bool(without)
 
 
 def label_remarks(counts: dict[str, int], form: FileFormat) -> list[str]:
@@ -151,7 +152,10 @@ def label_remarks(counts: dict[str, int], form: FileFormat) -> list[str]:
         flags = [] if form.multi_label else [form.flag("problem_type", MULTI_LABEL)]
         if separator:
             flags.append(form.flag("label_separator", separator))
-        found.append(f"{name[:40]!r} is one label; if it is several, pass {' '.join(flags)}")
+        advice = f"pass {' '.join(flags)}"
+        if form.label_separator != LABEL_SEPARATOR:
+            advice = "separate its labels as the others are"
+        found.append(f"{name[:40]!r} is one label; if it is several, {advice}")
     if single := [name for name, count in counts.items() if count == 1]:
         found.append(f"only one row of label {name_list(single)}")
     return found

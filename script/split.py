@@ -37,7 +37,7 @@ from arguments import (
 )
 from runtime.csv_reader import Table, row_list, text_key
 from runtime.file_format import MULTI_LABEL, SETTINGS, FileFormat
-from runtime.files import UserError, name_list, sha256
+from runtime.files import UserError, name_list, plural, sha256
 from runtime.labels import label_counts, label_key, label_remarks, read_labels
 from script.groups import (
     FEW_ROWS,
@@ -119,6 +119,8 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
         several = args.problem_type == MULTI_LABEL or "," in (args.label_column_name or "")
         if several and getattr(args, name):
             parser.error(f"--{name} cannot be used with labels of which a row may have several")
+    if args.label_separator and args.problem_type != MULTI_LABEL:
+        parser.error(f"--label_separator needs --problem_type {MULTI_LABEL}")
     if args.merge_rare is not None:
         args.merge_rare = args.merge_rare.strip()
         if not args.merge_rare:
@@ -136,6 +138,8 @@ def read_file(args: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, dic
     named = [*form.text_column_names, *form.label_column_name]
     file = Table(args.file, form, [*named, *args.group_by, *times])
     table = next(file.frames())
+    if args.column_names:  # no header tells the delimiter of other files
+        args.delimiter = file.delimiter
     counts = {"rows": len(table), "rows_malformed": file.malformed}
     for remark in file.remarks():
         print(f"warning: {remark}")
@@ -175,9 +179,10 @@ def read_file(args: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, dic
         table[form.label_column_name[0]] = rows["label"]
     each, first = labels.value_counts().to_dict(), rows["text"].iloc[0]
     line = form.describe(args.file, f"{counts['rows']:,} rows", first, file.read_as())
-    args.was_read = [line, f"labels: {label_counts(each)}"]
-    for remark in label_remarks(each, form):
-        print(f"warning: {args.file}: {remark}")
+    args.was_read = [line, f"labels: {label_counts(each, int((rows['label'] == '').sum()))}"]
+    if not args.within_run:  # which says the same of the training file
+        for remark in label_remarks(each, form):
+            print(f"warning: {args.file}: {remark}")
     return table, rows, counts
 
 
@@ -286,6 +291,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name, None) for name in SETTINGS}
     settings |= {"text_column_names": [*args.form.text_column_names]}
     settings |= {"label_column_name": ",".join(args.form.label_column_name)}
+    settings |= {"delimiter": args.delimiter}
     record |= {"columns": {name: one for name, one in settings.items() if one}}
     record |= {"parameters": parameters}
     if args.folds:
@@ -360,7 +366,7 @@ def warn_of_labels(train: dict, path: Path) -> None:
     """Warn of labels with few training rows, and of one that has nearly all of them."""
     for label, count in train["labels"].items():
         if count < FEW_ROWS:
-            print(f"warning: {path}: only {count} training rows of label {label}")
+            print(f"warning: {path}: only {plural(count, 'training row')} of label {label}")
         if count > LARGE_SHARE * train["rows"]:
             share = f"{count / train['rows']:.0%}"
             print(f"warning: {path}: label {label} has {share} of the training rows")

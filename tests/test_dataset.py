@@ -45,10 +45,10 @@ def test_odd_texts_are_read_unchanged(tmp_path):
         (b"text,label\n", "a header but no rows"),
         (b"title,label\nx,1\n", "has no column 'text': try --text_column_names title"),
         (b"text,text,label\nx,y,1\n", "the column 'text' more than once"),
-        (b"text,label\nx,1\ny\n", "row 2 (line 3) has 1 fields, the header 2"),
+        (b"text,label\nx,1\ny\n", "row 2 (line 3) has 1 field, the header 2"),
         (b'text,label\n"x\ny",1\nz,1,2\n', "row 2 (line 4) has 3 fields, the header 2"),
         (b"text,label\nx,1\n \t,1\n,0\n", "the text is blank in 2 rows (2, 3)"),
-        (b"text,label\nx,1\n\n\ny\n", "row 2 (line 5) has 1 fields"),
+        (b"text,label\nx,1\n\n\ny\n", "row 2 (line 5) has 1 field"),
         (b"text\na\n\nb\n", "the text is blank in row 2"),
         (b"text,label\nx\0y,1\n", "row 1 (line 2) contains a NUL byte"),
         (b'text,label\nx,1\n"y,1\nz,1\n', "row 2 (lines 3 to 4) opens a quote that never closes"),
@@ -122,11 +122,11 @@ def test_malformed_rows_are_counted_and_dropped_if_allowed(tmp_path, caplog):
     path.write_text("text,label\na,x\nb\nc,y\nd,1,2\n")
     with pytest.raises(UserError) as error:
         read(path)
-    assert "of 4 rows, 2 rows (2, 4) are malformed; row 2 (line 3) has 1 fields" in str(error.value)
+    assert ": 2 rows (2, 4) are malformed; row 2 (line 3) has 1 field" in str(error.value)
     assert str(error.value).endswith("or leave such rows out with --drop_malformed")
     split = read(path, drop_malformed=True)
     assert (split.texts, split.rows, split.malformed) == (["a", "c"], [1, 3], 2)
-    assert "dropped 2 malformed rows; the first: row 2 (line 3) has 1 fields" in caplog.text
+    assert "dropped 2 malformed rows; the first: row 2 (line 3) has 1 field" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_file_of_malformed_rows_alone_is_refused(tmp_path, options, advice):
     path = tmp_path / "a.csv"
     path.write_text("b,x\nd,y\n" if options else "text,label\nb\nd\n")
     for read_whole in (True, False):
-        with pytest.raises(UserError, match="all rows are malformed; .*" + advice) as error:
+        with pytest.raises(UserError, match="all 2 rows are malformed; .*" + advice) as error:
             if read_whole:
                 read(path, drop_malformed=True, **options)
             else:

@@ -126,9 +126,15 @@ def test_a_refusal_is_one_short_line(tmp_path, content, message):
 
 
 def test_rows_that_a_quote_has_merged_are_named(tmp_path, caplog):
+    """They are refused if each looks like a row, and named if they may be a long text."""
     rows = "".join(f"text {i},{i % 2}\n" for i in range(20))
-    (tmp_path / "a.csv").write_text(f'text,label\n{rows}"opens here,0\n{rows}closes here",1\n')
-    assert len(read_split(tmp_path / "a.csv", FileFormat())) == 21
+    path = tmp_path / "a.csv"
+    path.write_text(f'text,label\n{rows}"opens here,0\n{rows}closes here",1\n')
+    with pytest.raises(UserError, match=r"row 21 \(lines 22 to 43\) goes on .* --quoting none"):
+        read_split(path, FileFormat())
+    inner = "and so on\n" * 20
+    path.write_text(f'text,label\n{rows}"opens here\n{inner}closes here",1\n')
+    assert len(read_split(path, FileFormat())) == 21
     assert "row 21 goes from line 22 to line 43: is a quote missing there?" in caplog.text
 
 
@@ -137,7 +143,7 @@ def test_dropped_rows_are_counted_and_recorded(tmp_path, caplog):
     split_ = read_split(tmp_path / "a.csv", FileFormat(drop_malformed=True))
     assert (split_.texts, split_.rows) == (["a", "c"], [1, 3])
     assert split_.describe()["malformed"] == 2
-    assert "dropped 2 malformed rows; the first: row 2 (line 3) has 1 fields" in caplog.text
+    assert "dropped 2 malformed rows; the first: row 2 (line 3) has 1 field" in caplog.text
 
 
 def test_another_encoding_than_the_files_is_pointed_out(tmp_path, caplog):
@@ -201,6 +207,15 @@ def test_labels_that_are_probably_meant_otherwise_are_named(tmp_path, capsys, la
 def test_labels_come_back_as_they_are_written_and_equal_ones_are_one():
     assert label_key("1.0") == label_key(" 1") != label_key("1.10")
     assert label_key("cafe\u0301") == label_key("café") != label_key("cafe")
+
+
+def test_a_model_of_a_file_without_a_header_reads_texts_alone(tmp_path):
+    """With the delimiter of the training file, which no header tells."""
+    form = FileFormat(column_names=("label", "text"), delimiter="tab", quoting="none")
+    for content in ('Free, "prize"\nSee you\n"Hi\n', "a, b\n", "ham\ta, b\n"):
+        (tmp_path / "a.csv").write_text(content)
+        found = read_split(tmp_path / "a.csv", form, labels_required=False)
+        assert found.texts == [line.split("\t")[-1] for line in content.splitlines()]
 
 
 def test_names_of_columns_are_for_files_without_a_header(tmp_path):
