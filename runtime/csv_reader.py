@@ -210,6 +210,8 @@ class Table:
                 header = header or row
                 if isinstance(row, Bad) or len(row) != len(header) or broken_text(row):
                     break
+                if not {*self.columns} <= {*map(str.strip, header)}:
+                    break
                 quoted += any(field.startswith('"') and field.endswith('"') for field in row)
             else:  # quotes around whole fields are meant to be quotes
                 if quoted <= self.malformed:
@@ -231,7 +233,7 @@ class Table:
         default, flags = FileFormat(), []
         for name, found in ("text_column_names", guess.text), ("label_column_name", guess.label):
             columns = getattr(form, name)
-            if {*columns} & {*missing} and columns == getattr(default, name) and found:
+            if {*columns} & {*missing} and columns == getattr(default, name) and can_type(found):
                 flags.append(form.flag(name, found))
         if flags:
             return f"{message}: try {' '.join(flags)}"
@@ -252,6 +254,11 @@ class Table:
         name, sample = likely
         flag = self.form.flag("csv_encoding", name)
         return f"{self.path} is not {encoding}: pass {flag}, which reads {sample!r} in it"
+
+
+def can_type(name: str | None) -> bool:
+    """Whether a message can show a column's name as the value of a flag."""
+    return name is not None and name.isprintable() and len(name) <= 60 and "," not in name
 
 
 def broken_text(fields: list[str]) -> Bad | None:
