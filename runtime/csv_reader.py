@@ -238,6 +238,8 @@ class Table:
                 header = header or row
                 if isinstance(row, Bad) or len(row) != len(header) or broken_text(row):
                     break
+                if not {*self.columns} <= {*map(str.strip, header)}:
+                    break
                 quoted += any(field.startswith('"') and field.endswith('"') for field in row)
             else:  # quotes around whole fields are meant to be quotes
                 if quoted <= self.malformed:
@@ -269,7 +271,7 @@ class Table:
         default, flags = FileFormat(), []
         for name, found in ("text_column_names", guess.text), ("label_column_name", guess.label):
             columns = getattr(form, name)
-            if {*columns} & {*missing} and columns == getattr(default, name) and found:
+            if {*columns} & {*missing} and columns == getattr(default, name) and can_type(found):
                 flags.append(form.flag(name, found))
         if flags:
             return f"{message}: try {' '.join([*flags, *self.encoding_flag()])}"
@@ -326,6 +328,11 @@ def fit(path: str | Path, form: FileFormat) -> int:
     with open_text(path, dialect := find_dialect(path, form, [])) as file:
         rows = [row for _, row in itertools.islice(csv_rows(file, dialect, 1), LOOKED_AT)]
     return sum(len(row) == len(form.column_names) for row in rows if isinstance(row, list))
+
+
+def can_type(name: str | None) -> bool:
+    """Whether a message can show a column's name as the value of a flag."""
+    return name is not None and name.isprintable() and len(name) <= 100
 
 
 def broken_text(fields: list[str]) -> Bad | None:

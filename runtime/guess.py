@@ -93,7 +93,8 @@ def guess_columns(header: list[str], rows: list[list[str]]) -> Guess:
     is_row = looks_like_row(header, rows)
     names = [f"column_{place}" for place in range(1, len(header) + 1)] if is_row else [*header]
     rows = [header, *rows] if is_row else rows
-    places = [p for p, name in enumerate(names) if name.strip() and names.count(name) == 1]
+    usable = [name.strip() and "," not in name and names.count(name) == 1 for name in names]
+    places = [place for place, is_usable in enumerate(usable) if is_usable]
     columns = {place: [row[place] for row in rows] for place in places}
 
     def named(known: set[str], first: str) -> list[int]:

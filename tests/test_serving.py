@@ -178,28 +178,28 @@ BAD = {
     "without line breaks": ("/v1/predict_csv", b"texta cat", 422, "curl -F file=@FILE URL"),
     "an empty file": ("/v1/predict_csv", b"", 422, "the file is empty"),
     "a header": ("/v1/predict_csv", b"text\n", 422, "a header but no rows"),
-    "a column like a flag": ("/v1/predict_csv", b"--x\na\n", 422, "it has '--x': see the query"),
+    "a column like a flag": ("/v1/predict_csv", b"--x\na\n", 422, "it has '--x': name another"),
     "a ragged row": ("/v1/predict_csv", b"text,n\na\n", 422, "the file, row 1 (line 2) has 1"),
     "a blank row": (
         "/v1/predict_csv",
         b"text,n\na cat,1\n ,2\n",
         422,
-        "drop such rows with the query parameter drop_empty",
+        "or drop such rows with drop_empty=True",
     ),
     "blank rows": ("/v1/predict_csv?drop_empty=true", b"text,n\n ,1\n", 422, "text is blank"),
     "other columns": (
         "/v1/predict_csv",
         b"title\na cat\n",
         422,
-        "it has 'title': see the query parameter text_column_names",
+        "the file has no column 'text': try text_column_names=title",
     ),
     "another encoding": (
         "/v1/predict_csv",
         b"text\ncaf\xe9\n",
         422,
-        "with the query parameter csv_encoding, perhaps cp1252",
+        "the file is not utf-8: pass csv_encoding=cp1252, which reads 'café'",
     ),
-    "semicolons": ("/v1/predict_csv", b"text;n\na;1\n", 422, "commas? save it with commas"),
+    "a quote": ("/v1/predict_csv", b'text,n\n"a,1\n', 422, "pass quoting=none, with which every"),
     "an encoding": ("/v1/predict_csv?csv_encoding=a%00b", b"text\na cat\n", 422, "csv_encoding"),
 }
 

@@ -170,7 +170,7 @@ def test_the_page_classifies_compares_uploads_and_explains_errors(served, tmp_pa
         page.get_by_role("button", name="Classify the file").click()
         error = page.locator("#csv-error")
         error.wait_for()
-        assert "no column 'text'; it has 'title'" in error.inner_text()
+        assert "no column 'text': try text_column_names=title" in error.inner_text()
         page.get_by_label("Text columns").fill("title")
         with page.expect_download() as download:
             page.get_by_role("button", name="Classify the file").click()

@@ -53,13 +53,13 @@ BAD = {
     "many": ([FILE] * 11, "(Too many files. Maximum number of files is 10)" + CURL),
     "an unknown field": (
         [FILE, ("text_column", (None, "a"))],
-        "unknown field 'text_column'; this endpoint takes model, text_column_names, csv_encoding",
+        "unknown field 'text_column'; this endpoint takes model, text_column_names, column_names",
     ),
     "a wrong value": ([FILE, ("drop_empty", (None, "maybe"))], "drop_empty: Input should be a"),
     "twice": ([FILE, *[("model", (None, "one"))] * 2], "model is given twice: leave one out"),
     "other columns": (
         [("file", ("x.csv", b"title\na\n"))],
-        "the file has no column 'text'; it has 'title': see the query parameter text_column_names",
+        "the file has no column 'text': try text_column_names=title",
     ),
 }
 RAW = {
@@ -115,13 +115,13 @@ def test_the_curl_line_of_an_error_works(served, tmp_path):
 
 @pytest.mark.parametrize("headers", [{"content-type": "text/csv"}, FORM], ids=["body", "form"])
 def test_an_upload_is_written_to_the_disk_as_it_arrives(served, headers):
-    """Memory stays far below its size; the file lacks the text column, so no row is read."""
+    """Memory stays far below its size; the file lacks the text column, so few rows are read."""
     size = 2**25
 
     def body():
         yield PART % (b"file", b'; filename="a"') if headers == FORM else b""
         yield b"title\n"
-        yield from [b"a" * 2**15] * (size // 2**15)
+        yield from [b"a\n" * 2**14] * (size // 2**15)
         yield b"\r\n--x--\r\n" if headers == FORM else b""
 
     with serving(registry_of({"one": served["short"]}), max_body=2 * size) as (base, _):
@@ -132,7 +132,7 @@ def test_an_upload_is_written_to_the_disk_as_it_arrives(served, headers):
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-    assert "no column 'text'; it has 'title'" in answer.text
+    assert "no column 'text': try text_column_names=title" in answer.text
     assert peak < size / 4
 
 
