@@ -332,7 +332,9 @@ def fit(path: str | Path, form: FileFormat) -> int:
 
 def can_type(name: str | None) -> bool:
     """Whether a message can show a column's name as the value of a flag."""
-    return name is not None and name.isprintable() and len(name) <= 100
+    if name is None or not name.isprintable() or len(name) > 150:
+        return False
+    return all(len(part) <= 60 for part in name.split(","))
 
 
 def broken_text(fields: list[str]) -> Bad | None:

@@ -87,7 +87,10 @@ def test_files_of_every_dialect_are_read_back_row_for_row(data, kind):
     names = tuple(columns) if layout == "no header" else None
     encodings = (encoding,) if encoding in ("cp1252", "utf-16") else ("utf-8",)
     form = FileFormat(
-        column_names=names, encodings=encodings, quoting="none" if quoting == "none" else "minimal"
+        column_names=names,
+        delimiter=delimiter if names else None,  # no header tells it
+        encodings=encodings,
+        quoting="none" if quoting == "none" else "minimal",
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.csv"
