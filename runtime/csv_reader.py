@@ -26,6 +26,7 @@ from runtime.json_rows import Bad, json_rows, parquet_rows
 NORMALIZER = BertNormalizer(lowercase=True)
 SHOWN = 5  # numbers of rows in a message
 LOOKED_AT = 1000  # rows, to find the delimiter and to guess columns
+REMOVE_BYTES = "remove such bytes (iconv -c -f utf-8 -t utf-8 OLD.csv > NEW.csv)"
 MANY_LINES = 10  # of one row: is a quote missing?
 
 
@@ -206,7 +207,7 @@ class Table:
             return f"{message}does the header lack a name, as of the first column? Add it"
         advice = "correct them" if self.malformed > 1 else "correct it"
         if "not UTF-8" in self.first_fault:
-            advice = "remove such bytes (iconv -c -f utf-8 -t utf-8 OLD.csv > NEW.csv)"
+            advice = REMOVE_BYTES
         if ", --column_names" in self.first_fault:
             advice = f"name as many columns with {self.form.flag('column_names', 'A,B')}"
         elif " field" in self.first_fault and self.dialect and self.form.quoting != "none":
@@ -293,7 +294,8 @@ class Table:
         encoding = self.dialect.encoding if self.dialect else self.form.encodings[0]
         health = diagnosis.utf8_health(self.path)
         if health.characters > health.broken > 0 and encoding == UTF8:
-            return f"{self.path} is UTF-8 with broken characters, the first at byte {health.first}"
+            where = f"the first at byte {health.first}"
+            return f"{self.path} is UTF-8 with broken characters, {where}: {REMOVE_BYTES}"
         likely = diagnosis.likely_encoding(self.path, [encoding])
         if likely is None:
             return f"{self.path} is not {encoding}, nor any likely encoding: save it as UTF-8"

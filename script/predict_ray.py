@@ -1,8 +1,9 @@
-"""Predict a folder of CSV or Parquet files on many cores or machines, with Ray Data.
+"""Predict a folder of files on many cores or machines, with Ray Data.
 
     bash script/predict_ray.sh MODEL TEXTS --output_dir DIR [--workers N] [flags of main.py]
 
-MODEL is a model or adapter folder. Each file of the folder TEXTS becomes DIR/NAME.csv, with the
+MODEL is a model or adapter folder. Each CSV, TSV, JSON lines or Parquet file of the folder TEXTS
+becomes DIR/NAME.csv, with the
 bytes that `main.py --do_predict` would write as predictions.csv. Beside it, DIR/NAME.json records
 the model, the input and the flags by their checksums and values. A file appears when it is whole,
 and is not predicted again if its record fits, so the same command resumes. If the record differs,
