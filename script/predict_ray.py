@@ -3,12 +3,12 @@
     bash script/predict_ray.sh MODEL TEXTS --output_dir DIR [--workers N] [flags of main.py]
 
 MODEL is a model or adapter folder. Each CSV, TSV, JSON lines or Parquet file of the folder TEXTS
-becomes DIR/NAME.csv, with the
-bytes that `main.py --do_predict` would write as predictions.csv. Beside it, DIR/NAME.json records
-the model, the input and the flags by their checksums and values. A file appears when it is whole,
-and is not predicted again if its record fits, so the same command resumes. If the record differs,
-nothing is predicted; --overwrite_output_dir predicts such files again. A lost worker is started
-again and repeats its file. A file that cannot be read is named at the end; the rest is predicted.
+becomes DIR/NAME.csv, with the bytes that `main.py --do_predict` would write as predictions.csv.
+Beside it, DIR/NAME.json records the model, the input and the flags by their checksums and values. A
+file appears when it is whole, and is not predicted again if its record fits, so the same command
+resumes. If the record differs, nothing is predicted; --overwrite_output_dir predicts such files
+again. A lost worker is started again and repeats its file. A file that cannot be read is named at
+the end; the rest is predicted.
 
 With RAY_ADDRESS set, the workers are those of a cluster, whose machines need this program, MODEL,
 TEXTS and DIR at the same places. Otherwise there are N workers here [one per core].
