@@ -204,7 +204,8 @@ class Table:
             return f"{message}correct it"
         width = len(self.header)
         if self.malformed == total and f" {width + 1} fields, the header" in self.first_fault:
-            return f"{message}does the header lack a name, as of the first column? Add it"
+            advice = f"quote fields with a {self.delimiter}, or add a name that the header lacks"
+            return f"{message}{advice}, as of a first column"
         advice = "correct them" if self.malformed > 1 else "correct it"
         if "not UTF-8" in self.first_fault:
             advice = REMOVE_BYTES
