@@ -202,9 +202,9 @@ class Table:
             return message + r"remove carriage returns (tr -d '\r' < OLD.csv > NEW.csv)"
         if not self.droppable:
             return f"{message}correct it"
-        width = len(self.header)
+        width, between = len(self.header), self.delimiter or "delimiter"
         if self.malformed == total and f" {width + 1} fields, the header" in self.first_fault:
-            advice = f"quote fields with a {self.delimiter}, or add a name that the header lacks"
+            advice = f"quote fields with a {between}, or add a name that the header lacks"
             return f"{message}{advice}, as of a first column"
         advice = "correct them" if self.malformed > 1 else "correct it"
         if "not UTF-8" in self.first_fault:
@@ -212,7 +212,7 @@ class Table:
         if ", --column_names" in self.first_fault:
             advice = f"name as many columns with {self.form.flag('column_names', 'A,B')}"
         elif " field" in self.first_fault and self.dialect and self.form.quoting != "none":
-            advice = f"quote fields that contain a {self.delimiter}, a quote or a line break"
+            advice = f"quote fields that contain a {between}, a quote or a line break"
         if self.malformed < total:
             advice += f", or leave such rows out with {self.form.flag('drop_malformed')}"
         return f"{message}{advice}"
