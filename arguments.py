@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from runtime import flags
-from runtime.flags import Parser, boolean, choice, column_names, contains, encoding, number, value
+from runtime.flags import Parser, boolean, choice, column_names, encoding, fill, number, value
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -226,7 +226,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the arguments, and fill in the defaults that depend on the tuning method.
 
     Without --do_train, training flags are None. `max_seq_length` and `problem_type` may be None, if
-    only the model knows them; so may rates and schedule, see `runtime.schedule`. A bad flag ends
+    only the model knows them; so may rates and schedule, see `model.schedule`. A bad flag ends
     the program with one line and exit status 2.
     """
     parser = build_parser()
@@ -297,7 +297,7 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
     if not (args.output_dir or args.text):
         parser.error("--output_dir is missing: name a folder for the results")
     for model in (args.model_name_or_path, *(args.prefix_paths or ())):
-        if args.output_dir and contains(args.output_dir, model):
+        if args.output_dir and flags.contains(args.output_dir, model):
             parser.error(f"--output_dir contains the model {model}: choose another one")
 
 
@@ -342,11 +342,6 @@ def fill_prefix(parser: Parser, args: argparse.Namespace) -> None:
     if (args.num_prefixes or 1) > 1 and (args.prefix_projection or args.prefix_depth == "input"):
         parser.error("--num_prefixes: several prefixes need --prefix_depth all, unprojected")
     fill(args, {"pre_seq_len": PRE_SEQ_LEN[args.prefix_depth]})
-
-
-def fill(args: argparse.Namespace, defaults: dict) -> None:
-    """Set each argument that was not given to its default."""
-    vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
 
 
 def check_training(parser: Parser, args: argparse.Namespace) -> None:

@@ -60,6 +60,7 @@ from evaluation.scoring import publish, score, show
 from evaluation.tables import schedule_name, summary
 from model.bank_start import find_start
 from model.classifier import Classifier, as_texts
+from model.schedule import fill_schedule, learning_rate_warning
 from model.sequence_classification import train_words_in_use
 from model.start import Start, read_tensors
 from runtime import checkpoint as checkpoints
@@ -73,7 +74,6 @@ from runtime.output_folder import OutputFolder, opened
 from runtime.processes import Group, stop_signals
 from runtime.record import check_same_run, describe_run, identity
 from runtime.recorder import recorder
-from runtime.schedule import fill_schedule, learning_rate_warning
 
 logger = logging.getLogger("main")
 

@@ -18,13 +18,13 @@ from dataset import Split
 from evaluation.metrics import compute_metrics, prefixed
 from model.classifier import predict
 from model.predictions import Predictions
+from model.schedule import advice_after_collapse
 from model.sequence_classification import classification_loss, divergence
 from model.tuning import method_of
 from runtime.batches import Encoded, chunks, padding_share, training_batches
 from runtime.checkpoint import Checkpoint, Tensors
 from runtime.files import UserError, name_list, read_json
 from runtime.machine import Machine
-from runtime.schedule import advice_after_collapse
 from runtime.training_state import Progress, TrainingState
 
 logger = logging.getLogger(__name__)

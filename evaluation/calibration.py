@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from dataset import Data, seen_texts
 from evaluation.metrics import Counts
 from model.predictions import Predictions, average
-from runtime.schedule import coming_texts
+from model.schedule import coming_texts
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from arguments import MOSTLY_SEEN
 from evaluation.metrics import TITLES
-from runtime.schedule import coming_texts
+from model.schedule import coming_texts
 
 
 def shown(value: float | int | list[float] | None) -> str:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
-from arguments import fill
 from model import adapter, loading
 from model.loading import list_labels, read_config, read_shapes
 from model.source import (
@@ -25,6 +24,7 @@ from model.source import (
 from model.tuning import POOLER, TUNING, TuningMethod, method_of
 from runtime.file_format import FileFormat
 from runtime.files import UserError, name_list, read_json
+from runtime.flags import fill
 from runtime.labels import label_key, label_numbers
 from runtime.training_state import WEIGHT
 

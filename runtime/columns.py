@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
-from arguments import fill
 from runtime.csv_reader import Table
 from runtime.file_format import MULTI_LABEL, SETTINGS, FileFormat, Reading, read_split_record
 from runtime.files import UserError, read_json
+from runtime.flags import fill
 
 ENSEMBLE_FOLDER = "prefix-{}"  # of each prefix of an ensemble, in one folder
 DEFAULTS = {  # of the settings that are never unset

@@ -125,3 +125,8 @@ def value(kind=str, metavar: str = "N", **options) -> dict:
 def choice(*words: str) -> dict:
     """Return the argparse options of a flag that takes one of `words`."""
     return {"choices": words}
+
+
+def fill(args: argparse.Namespace, defaults: dict) -> None:
+    """Set each argument that was not given to its default."""
+    vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})

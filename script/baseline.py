@@ -28,7 +28,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import LinearSVC
 
 import dataset
-from arguments import fill, parse_args
+from arguments import parse_args
 from evaluation.calibration import Calibration, calibrate
 from evaluation.metrics import compute_metrics
 from evaluation.predictions import Predictions, check_columns
@@ -39,7 +39,7 @@ from model.source import Source, locate, sha256_of
 from runtime.columns import fill_format
 from runtime.file_format import SETTINGS as READING
 from runtime.files import UserError
-from runtime.flags import unused_flag
+from runtime.flags import fill, unused_flag
 from runtime.machine import pick_machine, set_up_process
 from runtime.output_folder import opened
 from runtime.record import describe_run

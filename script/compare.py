@@ -39,13 +39,13 @@ from evaluation.paired import answers, read_run
 from evaluation.predictions import FILES
 from evaluation.review import SHOWN, file_margins, least_plausible
 from evaluation.tables import schedule_name, switch_warning
+from model.schedule import advice_after_collapse
 from runtime.columns import split_settings
 from runtime.file_format import SETTINGS, FileFormat
 from runtime.files import UserError, read_json, sha256
 from runtime.flags import Parser
 from runtime.processes import end_with_parent
 from runtime.record import RUN_FILE, read_record
-from runtime.schedule import advice_after_collapse
 from script import learning_curve
 from script.study_table import COLUMNS, format_cell, summarise
 from script.study_tests import (

@@ -32,10 +32,10 @@ def prepared(data: str, *flags: str):
     """
     import dataset
     from arguments import parse_args
+    from model.schedule import fill_schedule
     from model.start import Start
     from runtime.batches import encode
     from runtime.columns import fill_format
-    from runtime.schedule import fill_schedule
 
     fixed = "--num_train_epochs 1 --hidden_dropout_prob 0 --rdrop_alpha 0".split()
     fixed += ["--max_seq_length", str(MOST_TOKENS)]

@@ -8,7 +8,7 @@ import pandas as pd
 
 from evaluation.intervals import BINS, Scores
 from evaluation.metrics import calibration_error, confidence_counts
-from runtime.schedule import coming_texts
+from model.schedule import coming_texts
 
 ACCURACIES = {  # columns of the table: over the texts of which `seen`
     "accuracy": (True, False),

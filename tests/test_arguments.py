@@ -15,7 +15,7 @@ from arguments import (
     parse_args,
 )
 from conftest import ROOT
-from runtime.schedule import advice_after_collapse, fill_schedule, learning_rate_warning
+from model.schedule import advice_after_collapse, fill_schedule, learning_rate_warning
 from script import serve, split
 
 TASK = ["--do_train", "--do_eval", "--output_dir", "out"]

@@ -16,12 +16,12 @@ from conftest import ROWS, without_dropout
 from evaluation.metrics import Counts, Score, compute_metrics
 from model.classifier import predict
 from model.predictions import Predictions
+from model.schedule import fill_schedule
 from model.sequence_classification import train_words_in_use
 from runtime import batches
 from runtime.batches import Encoded
 from runtime.files import UserError
 from runtime.machine import Machine, pick_machine
-from runtime.schedule import fill_schedule
 
 FP32 = Machine(torch.device("cpu"), "fp32")
 
