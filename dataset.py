@@ -16,7 +16,7 @@ import pandas as pd
 
 from runtime.batches import prefix_index
 from runtime.csv_reader import Table, row_list, text_key
-from runtime.file_format import FileFormat
+from runtime.file_format import LABEL_SEPARATOR, FileFormat
 from runtime.files import UserError, name_list
 from runtime.labels import (
     label_counts,
@@ -64,6 +64,12 @@ class Split:
     def describe(self) -> dict:
         """Return the entry for run.json."""
         return described(self)
+
+    def count_labels(self, names: list[str]) -> dict[str, int]:
+        """Count the rows of each label, after `number_labels(names)`."""
+        ids = self.label_ids
+        counts = np.bincount(ids, minlength=len(names)) if ids.ndim == 1 else ids.sum(axis=0)
+        return {name: int(count) for name, count in zip(names, counts, strict=True)}
 
     def sample(self, count: int | None, seed: int) -> "Split":
         """Draw `count` rows at random, in file order; all rows if `count` is None or too large."""
@@ -116,16 +122,20 @@ def described(file: "Split | Stream") -> dict:
     return {"path": file.path, "rows": len(file), "sha256": file.sha256} | malformed
 
 
-def open_table(path: str | Path, form: FileFormat, labels_required: bool, digest=None) -> Table:
+def open_table(
+    path: str | Path, form: FileFormat, labels_required: bool | None, digest=None
+) -> Table:
     """Open a file, which needs the text columns and, if they are required, the label columns."""
     labels = form.label_column_name if labels_required else ()
     return Table(path, form, [*form.text_column_names, *labels], digest)
 
 
-def read_chunks(table: Table, size: int | None, labels_required: bool = True) -> Iterator[Split]:
+def read_chunks(
+    table: Table, size: int | None, labels_required: bool | None = True
+) -> Iterator[Split]:
     """Read and check the rows of a file, `size` rows at a time or all at once.
 
-    With `labels_required=False` the label column may be missing or all blank.
+    labels_required: False: the label column may be missing or all blank; None: it is not read.
     Raises: UserError that names the file, the rows and what to do.
     """
     form, path = table.form, str(table.path)
@@ -142,7 +152,9 @@ def read_chunks(table: Table, size: int | None, labels_required: bool = True) ->
         rows = frame.index[kept].tolist()
         dropped = len(frame) - len(rows)
         frame = frame[kept].reset_index(drop=True)
-        labels = read_labels(path, frame, rows, form, labels_required)
+        labels = None
+        if labels_required is not None:
+            labels = read_labels(path, frame, rows, form, labels_required)
         yield Split(path, frame, texts, labels, rows, form.multi_label, dropped)
 
 
@@ -356,6 +368,11 @@ def label_names(train: Split, order: dict[str, str] | None = None) -> list[str]:
     Raises: UserError if there are fewer than two.
     """
     names = sort_labels((name for row in train.labels for name in row), order)
+    if train.multi_label and (joined := [name for name in names if LABEL_SEPARATOR in name]):
+        raise UserError(
+            f"{train.path}: label {joined[0]!r} has a {LABEL_SEPARATOR}, which separates several "
+            "labels in predictions: rename it"
+        )
     if len(names) < 2:
         shown = name_list(map(repr, names))
         raise UserError(f"{train.path} has only one label ({shown}): there is nothing to learn")
@@ -379,13 +396,10 @@ def audit(train: Split, names: list[str], form: FileFormat) -> frozenset[str]:
     names: the labels, in the order of their numbers. Returns the keys of the training texts.
     """
     keys = frozenset(train.keys)
-    ids = train.label_ids
-    counts = np.bincount(ids, minlength=len(names)) if ids.ndim == 1 else ids.sum(axis=0)
-    each = {name: int(count) for name, count in zip(names, counts, strict=True) if count}
+    each = {name: count for name, count in train.count_labels(names).items() if count}
     rows = f"{len(train):,} rows, {len(keys):,} distinct texts"
     logger.info(form.describe(train.path, rows, train.texts[0], train.read_as))
-    without = 0 if ids.ndim == 1 else int((ids.sum(axis=1) == 0).sum())
-    logger.info("labels: %s", label_counts(each, without))
+    logger.info("labels: %s", label_counts(each, sum(not labels for labels in train.labels)))
     for remark in label_remarks(each, form):
         logger.warning("warning: %s: %s", train.path, remark)
     if doubtful := contradictions(train):

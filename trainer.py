@@ -3,7 +3,6 @@
 import logging
 import math
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +23,7 @@ from model.tuning import method_of
 from runtime.batches import Encoded, chunks, padding_share, training_batches
 from runtime.checkpoint import Checkpoint, Tensors
 from runtime.files import UserError, name_list, read_json
+from runtime.labels import label_key
 from runtime.machine import Machine
 from runtime.training_state import Progress, TrainingState
 
@@ -94,7 +94,7 @@ def class_weights(train: Split, choice: str | None, names: list[str]) -> dict[st
     """
     if choice is None:
         return None
-    counts = Counter(name for labels in train.labels for name in labels)
+    counts = train.count_labels(names)
     if choice == "balanced":
         others = {name: len(train) - counts[name] * train.multi_label for name in names}
         weights = {name: max(others[name], 1) / max(counts[name], 1) for name in names}
@@ -102,6 +102,8 @@ def class_weights(train: Split, choice: str | None, names: list[str]) -> dict[st
         raise UserError(f"--class_weights: '{choice}' is neither 'balanced' nor a file")
     else:
         given = read_json(Path(choice), dict[str, Annotated[float, Meta(gt=0, le=1e6)]])
+        known = {label_key(name): name for name in names}
+        given = {known.get(label_key(name), name): weight for name, weight in given.items()}
         if unknown := sorted(given.keys() - set(names)):
             labels = f"'{name_list(unknown[:1])}'; labels are {name_list(names)}"
             raise UserError(f"--class_weights: {choice} has {labels}")
@@ -141,8 +143,7 @@ def train(
     """
     step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(train_set) / args.num_prefixes / step_size)
-    total = steps_per_epoch * args.num_train_epochs
-    is_main = machine.group.is_main
+    total, is_main = steps_per_epoch * args.num_train_epochs, machine.group.is_main
     progress = Progress(total, steps_per_epoch, args.logging_steps, write_metrics, is_main)
     state = TrainingState(model, build_optimizer(model, args), progress, args, checkpoint)
     one_class = False

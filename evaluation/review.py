@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from dataset import Split
+from runtime.labels import label_key, label_numbers
 
 COLUMNS = ["text", "label", "suggestion", "margin", "file", "row"]
 LISTED, SHOWN = 200, 20  # in the file, and in the report
@@ -23,7 +24,8 @@ def label_margins(
     2021, "Confident learning", https://arxiv.org/abs/1911.00068. probability: [N, C], in the order
     of `names`.
     """
-    rows, own = np.arange(len(labels)), np.array([names.index(label) for label in labels])
+    numbers = label_numbers(names)
+    rows, own = np.arange(len(labels)), np.array([numbers[label_key(label)] for label in labels])
     others = probability.copy()
     others[rows, own] = -1
     best = others.argmax(axis=1)

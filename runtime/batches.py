@@ -218,8 +218,9 @@ def prefix_index(split: TextRows, column: str | None, paths: list[str] | None) -
     """
     if column is None:
         return None
-    if column not in split.table:
-        raise UserError(f"{split.path} has no column '{column}' (--prefix_column)")
+    if (count := list(split.table).count(column)) != 1:
+        what = "has no column" if count == 0 else "has more than once the column"
+        raise UserError(f"{split.path} {what} '{column}' (--prefix_column)")
     numbers: dict[str, set[int]] = {}
     for number, path in enumerate(paths):
         for name in {path, path.rstrip("/"), Path(path).name}:

@@ -77,13 +77,12 @@ def fill_format(args: Namespace) -> FileFormat:
     args.label_names = known.get("label_names")
     given, delimiter = args.csv_encoding, args.text_column_delimiter
     fill(args, {name: known.get(name, DEFAULTS.get(name)) for name in SETTINGS})
-    if args.label_column_name in args.text_column_names:
-        raise UserError(f"--text_column_names: '{args.label_column_name}' is the label column")
     if delimiter is not None and len(args.text_column_names) == 1:
         raise UserError("--text_column_delimiter needs two --text_column_names or more: omit it")
     if "," in args.label_column_name:
         fill(args, {"problem_type": MULTI_LABEL})
     form = FileFormat.from_settings(vars(args)).in_encoding(given)
+    form.check()
     if args.do_train and args.column_names and not args.delimiter:
         table = Table(args.train_file, form)
         if not table.is_ours:  # then split.json has the delimiter, which no header tells

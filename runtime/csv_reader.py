@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,24 @@ import pandas as pd
 from tokenizers.normalizers import BertNormalizer
 
 from runtime import diagnosis
-from runtime.csv_rows import OTHER_END, Dialect, Numbered, csv_rows, find_dialect, open_text
+from runtime.csv_rows import (
+    LOOKED_AT,
+    OTHER_END,
+    Bad,
+    Dialect,
+    Numbered,
+    csv_rows,
+    find_dialect,
+    open_text,
+)
 from runtime.file_format import UTF8, FileFormat
 from runtime.files import UserError, check_regular, name_list, plural
 from runtime.flags import DELIMITERS
 from runtime.guess import guess_columns
-from runtime.json_rows import Bad, json_rows, parquet_rows
+from runtime.json_rows import json_rows, parquet_rows
 
 NORMALIZER = BertNormalizer(lowercase=True)
 SHOWN = 5  # numbers of rows in a message
-LOOKED_AT = 1000  # rows, to find the delimiter and to guess columns
 REMOVE_BYTES = "remove such bytes (iconv -c -f utf-8 -t utf-8 OLD.csv > NEW.csv)"
 MANY_LINES = 10  # of one row: is a quote missing?
 
@@ -60,20 +69,67 @@ class Table:
         self.path, self.form, self.columns = path, form.for_file(path), columns
         self.is_ours = self.form is not form  # a file of split.sh, which has named its faults
         self.malformed, self.first_fault, self.droppable = 0, "", True
+        self.is_broken = False  # whether a row has bytes that are not UTF-8
         self.longest = range(0), 0  # the lines of the longest row, and its number
         self.dialect: Dialect | None = None  # None: not CSV
         digest = digest or hashlib.sha256()
         with self.reading():
             if what := diagnosis.not_csv(path):
                 raise UserError(f"{path} is not a CSV file but {what}")
-            self.rows = parquet_rows(path, digest) or json_rows(path, digest)
+            self.encoding = self.find_encoding()
+            self.rows = parquet_rows(path, digest)
+            self.rows = self.rows or json_rows(path, Dialect(self.encoding), digest)
             if self.rows is None:
-                named = [*self.form.text_column_names, *self.form.label_column_name, *columns]
                 if self.form.column_names:
-                    self.form = with_names(path, self.form, named, columns)
-                self.dialect = find_dialect(path, self.form, named)
+                    self.form = self.with_names()
+                self.dialect = find_dialect(path, self.form, self.encoding, self.named)
                 self.rows = self.open_csv(self.dialect, digest)
             self.header = self.read_header()
+
+    @property
+    def named(self) -> list[str]:
+        """The columns by which the header is recognised."""
+        return [*self.form.text_column_names, *self.form.label_column_name, *self.columns]
+
+    @cached_property
+    def health(self) -> diagnosis.Utf8Health:
+        """How much of the file is UTF-8; takes a pass over the file."""
+        return diagnosis.utf8_health(self.path)
+
+    def find_encoding(self) -> str:
+        """Return the first encoding of the format in which the file can be read."""
+        first, *others = self.form.encodings
+        with open(self.path, "rb") as file:
+            if first == UTF8 and file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                return "utf-16"
+        return others[0] if others and self.health.broken > self.health.characters else first
+
+    def with_names(self) -> FileFormat:
+        """Return the format whose `column_names` fit the file: none if it has a header.
+
+        So a model that was tuned on a file without a header also reads files that have one, and
+        those of texts alone.
+        """
+        form = self.form
+        other = replace(form, column_names=None, delimiter=None)
+        dialect = find_dialect(self.path, other, self.encoding, self.named)
+        with open_text(self.path, dialect) as file:
+            _, first = next(csv_rows(file, dialect), (None, []))
+        cells = {cell.strip() for cell in first} if isinstance(first, list) else set()
+        if {*form.text_column_names} <= cells:
+            return other
+        texts = [name for name in form.column_names if name not in form.label_column_name]
+        shorter = replace(form, column_names=tuple(texts))
+        if {*self.columns} <= {*texts} and self.fit(shorter) > self.fit(form):
+            return shorter
+        return form
+
+    def fit(self, form: FileFormat) -> int:
+        """Return how many of the first rows have as many fields as `column_names`."""
+        dialect = find_dialect(self.path, form, self.encoding)
+        with open_text(self.path, dialect) as file:
+            rows = [row for _, row in itertools.islice(csv_rows(file, dialect, 1), LOOKED_AT)]
+        return sum(len(row) == len(form.column_names) for row in rows if isinstance(row, list))
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -81,9 +137,10 @@ class Table:
         try:
             yield
         except UnicodeError:
-            raise UserError(self.encoding_message()) from None
+            message = f"{self.path} is not {self.encoding}: save it as UTF-8"
+            raise UserError(self.encoding_message() or message) from None
         except (OSError, LookupError) as error:  # LookupError: an encoding that Python lacks
-            reason = error.strerror if isinstance(error, OSError) else error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise UserError(f"{self.path} cannot be read: {reason}") from None
 
     def open_csv(self, dialect: Dialect, digest=None) -> Numbered:
@@ -101,12 +158,15 @@ class Table:
             raise UserError(f"{self.path} is empty: it needs a header and rows")
         if isinstance(header, Bad):
             raise UserError(f"{self.path}, line {lines.start} {header}: correct the header")
-        if broken_text(header):
-            raise UserError(self.encoding_message())
+        if (fault := broken_text(header)) and (message := self.encoding_message()):
+            raise UserError(message)
+        if fault:
+            advice = REMOVE_BYTES if "UTF-8" in str(fault) else "correct it"
+            raise UserError(f"{self.path}: the header {fault}: {advice}")
         header = [name.strip() for name in header]
         if missing := [name for name in self.columns if name not in header]:
             raise UserError(self.missing_message(header, missing))
-        if twice := [name for name in self.columns if header.count(name) > 1]:
+        if twice := [name for name in self.named if header.count(name) > 1]:
             raise UserError(f"{self.path} has the column {twice[0]!r} more than once: rename one")
         return header
 
@@ -151,12 +211,10 @@ class Table:
         if len(lines) >= MANY_LINES and not self.is_ours:
             span = f"row {number} goes from line {lines.start} to line {lines.stop - 1}"
             found.append(f"{self.path}: {span}: is a quote missing there?")
-        if self.dialect and not self.dialect.encoding.startswith("utf"):
-            health = diagnosis.utf8_health(self.path)
-            if health.characters > health.broken:
-                found.append(
-                    f"{self.path} looks like UTF-8, but is read as {self.dialect.encoding}"
-                )
+        if not self.encoding.startswith("utf") and self.health.characters > self.health.broken:
+            found.append(f"{self.path} looks like UTF-8, but is read as {self.encoding}")
+        if self.encoding == UTF8 and self.is_broken and (flags := self.encoding_flag()):
+            found.append(f"{self.path}: rows were dropped that {flags[0]} may read")
         return found
 
     @property
@@ -181,12 +239,12 @@ class Table:
         if isinstance(row, Bad):
             return row
         if len(row) != width:
-            names = "--column_names" if self.form.column_names else "the header"
-            return Bad(f"has {plural(len(row), 'field')}, {names} {width}")
-        if (fault := broken_text(row)) and "UTF-8" in str(fault) and not self.malformed:
-            health = diagnosis.utf8_health(self.path)
-            if health.broken >= health.characters:
-                raise UserError(self.encoding_message())
+            names = self.form.flag("column_names", "A,B") if self.form.column_names else ""
+            return Bad(f"has {plural(len(row), 'field')}, {names or 'the header'} {width}")
+        if (fault := broken_text(row)) and "UTF-8" in str(fault) and not self.is_broken:
+            self.is_broken = True
+            if not self.form.drop_malformed and (message := self.encoding_message()):
+                raise UserError(message)
         return fault
 
     def malformed_message(self, total: int, numbers: list[int]) -> str:
@@ -209,7 +267,7 @@ class Table:
         advice = "correct them" if self.malformed > 1 else "correct it"
         if "not UTF-8" in self.first_fault:
             advice = REMOVE_BYTES
-        if ", --column_names" in self.first_fault:
+        if self.form.column_names and " field" in self.first_fault:
             advice = f"name as many columns with {self.form.flag('column_names', 'A,B')}"
         elif " field" in self.first_fault and self.dialect and self.form.quoting != "none":
             advice = f"quote fields that contain a {between}, a quote or a line break"
@@ -234,7 +292,7 @@ class Table:
             tries += [{"delimiter": name} for name in DELIMITERS]
         for change in tries if self.dialect else ():
             form = replace(self.form, **change)
-            dialect = find_dialect(self.path, form, self.columns)
+            dialect = find_dialect(self.path, form, self.encoding, self.columns)
             header, quoted = None, 0
             for _, row in self.open_csv(dialect):
                 header = header or row
@@ -284,53 +342,24 @@ class Table:
 
     def encoding_flag(self) -> list[str]:
         """Return the flag that the file also needs if it is not in the encoding to read it in."""
-        health = diagnosis.utf8_health(self.path)
-        if self.form.encodings != (UTF8,) or health.broken <= health.characters:
+        if self.form.encodings != (UTF8,) or self.health.broken <= self.health.characters:
             return []
         likely = diagnosis.likely_encoding(self.path, [UTF8])
         return [self.form.flag("csv_encoding", likely[0])] if likely else []
 
-    def encoding_message(self) -> str:
-        """Say which encoding the file has, if it is not the expected one."""
-        encoding = self.dialect.encoding if self.dialect else self.form.encodings[0]
-        health = diagnosis.utf8_health(self.path)
-        if health.characters > health.broken > 0 and encoding == UTF8:
-            where = f"the first at byte {health.first}"
-            return f"{self.path} is UTF-8 with broken characters, {where}: {REMOVE_BYTES}"
-        likely = diagnosis.likely_encoding(self.path, [encoding])
+    def encoding_message(self) -> str | None:
+        """Say which encoding the file has instead of the expected one; None if none is likely."""
+        if self.encoding == UTF8 and self.health.characters > self.health.broken:
+            return None
+        likely = diagnosis.likely_encoding(self.path, [self.encoding])
         if likely is None:
-            return f"{self.path} is not {encoding}, nor any likely encoding: save it as UTF-8"
+            return None
         name, sample = likely
-        flag = self.form.flag("csv_encoding", name)
-        return f"{self.path} is not {encoding}: pass {flag}, which reads {sample!r} in it"
-
-
-def with_names(
-    path: str | Path, form: FileFormat, named: list[str], columns: Sequence[str]
-) -> FileFormat:
-    """Return the format whose `column_names` fit a file: none if it has a header.
-
-    So a model that was tuned on a file without a header also reads files that have one, and those
-    of texts alone. columns: those that are used.
-    """
-    other = replace(form, column_names=None, delimiter=None)
-    dialect = find_dialect(path, other, named)
-    with open_text(path, dialect) as file:
-        _, first = next(csv_rows(file, dialect), (None, []))
-    if isinstance(first, list) and {*form.text_column_names} <= {cell.strip() for cell in first}:
-        return other
-    texts = [name for name in form.column_names if name not in form.label_column_name]
-    shorter = replace(form, column_names=tuple(texts))
-    if {*columns} <= {*texts} and fit(path, shorter) > fit(path, form):
-        return shorter
-    return form
-
-
-def fit(path: str | Path, form: FileFormat) -> int:
-    """Return how many of the first rows have as many fields as `column_names`."""
-    with open_text(path, dialect := find_dialect(path, form, [])) as file:
-        rows = [row for _, row in itertools.islice(csv_rows(file, dialect, 1), LOOKED_AT)]
-    return sum(len(row) == len(form.column_names) for row in rows if isinstance(row, list))
+        message = f"{self.path} is not {self.encoding}: pass {self.form.flag('csv_encoding', name)}"
+        message += f", which reads {sample!r} in it"
+        if self.health.broken <= SHOWN:
+            message += f", or leave such rows out with {self.form.flag('drop_malformed')}"
+        return message
 
 
 def can_type(name: str | None) -> bool:

@@ -1,30 +1,39 @@
 """The rows of a CSV file, as they are written: encoding, delimiter, quotes and ends of lines."""
 
 import csv
-import hashlib
 import io
 import itertools
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from runtime import diagnosis
 from runtime.file_format import UTF8, FileFormat
 from runtime.flags import DELIMITERS
-from runtime.json_rows import Bad
 
 MERGED = 5  # lines; a row of more, each like a row, was merged by a stray quote
 LOOKED_AT = 1000  # rows, to find the delimiter
 
 OTHER_END = "ends in another way than the first row, with or without a carriage return"
 
-Numbered = Iterator[tuple[range, list[str] | Bad]]  # the lines of a row, and its fields
-
 
 def fix_tags(line: str) -> str:
     r"""Turn tags as some YouTube files have them into valid CSV: `"a"|"b"` becomes `"a""|""b"`."""
     return re.sub(r'(?<=[^",])"\|"(?=[^",])', '""|""', line)
+
+
+class Bad:
+    """Why a row cannot be read, as the end of a sentence that names the row."""
+
+    def __init__(self, fault: str, droppable: bool = True) -> None:
+        self.fault, self.droppable = fault, droppable
+
+    def __str__(self) -> str:
+        return self.fault
+
+
+Numbered = Iterator[tuple[range, list[str] | Bad]]  # the lines of a row, and its fields
 
 
 class HashedFile(io.FileIO):
@@ -46,14 +55,14 @@ class Lines:
     def __init__(self, file: TextIO) -> None:
         self.file, self.number = file, 0
         self.row: list[str] = []
-        self.again: list[str] = []
+        self.again: deque[str] = deque()
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
         if self.again:
-            line = self.again.pop(0)
+            line = self.again.popleft()
         else:
             line = next(self.file)
             self.number += 1
@@ -75,7 +84,7 @@ class Dialect(NamedTuple):
 def open_text(path: str | Path, dialect: Dialect, digest=None) -> TextIO:
     """Open a file as text; bytes that are not UTF-8 become surrogates, which `fault_of` finds."""
     is_utf8 = dialect.encoding == UTF8
-    raw = io.BufferedReader(HashedFile(path, digest or hashlib.sha256()))
+    raw = io.BufferedReader(HashedFile(path, digest) if digest else io.FileIO(path))
     codec = "utf-8-sig" if is_utf8 else dialect.encoding  # it also takes files without the mark
     errors = "surrogateescape" if is_utf8 else "strict"
     return io.TextIOWrapper(raw, codec, errors, newline=dialect.newline)
@@ -100,7 +109,7 @@ def csv_rows(file: TextIO, dialect: Dialect, width: int = 0) -> Numbered:
         except StopIteration:
             return
         except csv.Error as error:
-            row = misplaced_quote(str(error))
+            row = refused(str(error), len(lines.row))
         if not row and width == 1:
             row = [""]
         if not row:
@@ -114,7 +123,7 @@ def csv_rows(file: TextIO, dialect: Dialect, width: int = 0) -> Numbered:
             if ends != (end == "\r\n"):
                 row = Bad(OTHER_END, droppable=False)
         if len(lines.row) > MERGED and are_rows(lines.row[1:-1], dialect, width):
-            row = Bad("goes on over lines that look like rows: is a quote missing or too many?")
+            row = Bad("has lines that look like rows of their own, as if a quote were missing")
         yield range(start, lines.number + 1), row
 
 
@@ -135,13 +144,18 @@ def parser(lines: Iterator[str], dialect: Dialect) -> Iterator[list[str]]:
     )
 
 
-def misplaced_quote(message: str) -> Bad:
-    """Say in other words why the csv module refuses a row."""
+def refused(message: str, lines: int) -> Bad:
+    """Say in other words why the csv module refuses a row.
+
+    One of several lines may be many rows that a stray quote merged, so it is not to be dropped.
+    """
     if "unexpected end of data" in message:
         return Bad("opens a quote that never closes", droppable=False)
     if "expected after" in message:
-        return Bad("has a quote inside a quoted field")
-    return Bad("has a carriage return outside quotes")
+        return Bad("has a quote in a quoted field", droppable=lines == 1)
+    if "new-line" in message:
+        return Bad("has a carriage return outside quotes")
+    return Bad(f"cannot be read ({message})")
 
 
 def read_row(reader: Iterator[list[str]], lines: Lines) -> list[str]:
@@ -152,26 +166,30 @@ def read_row(reader: Iterator[list[str]], lines: Lines) -> list[str]:
         fixed = [fix_tags(line) for line in lines.row]
         if fixed == lines.row:
             raise
-        lines.again, lines.row = fixed, []
+        lines.again, lines.row = deque(fixed), []
         try:
             return next(reader)
         finally:
-            lines.again = []
+            lines.again.clear()
 
 
-def find_dialect(path: str | Path, form: FileFormat, wanted: list[str]) -> Dialect:
-    """Find how a CSV file is written: its encoding, and the delimiter that fits its header best.
+def find_dialect(
+    path: str | Path, form: FileFormat, encoding: str, wanted: Sequence[str] = ()
+) -> Dialect:
+    """Find how a CSV file is written: the delimiter that fits its header best.
 
     That is the one with which the header has the most `wanted` columns; of several, the one with
-    which the rows are as long as the header, then with which it has the most columns.
+    which the rows are as long as the header, then with which it has the most columns. Without a
+    header, texts may contain commas, so a comma comes last.
     """
     quoting = csv.QUOTE_NONE if form.quoting == "none" else csv.QUOTE_MINIMAL
-    dialect = Dialect(find_encoding(path, form), quoting=quoting, newline="")
+    dialect = Dialect(encoding, quoting=quoting, newline="")
     with open_text(path, dialect) as file:
         stated = re.fullmatch(r'"?sep=(.)"?\s*', file.readline(20))
     if stated:
         dialect = dialect._replace(skipped=1)
-    delimiters = [DELIMITERS[form.delimiter]] if form.delimiter else DELIMITERS.values()
+    delimiters = [DELIMITERS[form.delimiter]] if form.delimiter else [*DELIMITERS.values()]
+    delimiters = delimiters[::-1] if form.column_names else delimiters
     delimiters = stated[1] if stated and not form.delimiter else delimiters
     best: tuple[tuple, Dialect] | None = None
     for delimiter in delimiters:
@@ -196,24 +214,14 @@ def try_delimiter(
         lone_return = start.row[-1].endswith("\r")
         blank = dialect.quoting != csv.QUOTE_NONE and f'{dialect.delimiter} "' in start.row[0]
         dialect = dialect._replace(newline="" if lone_return else "\n", skip_blanks=blank)
-    with open_text(path, dialect) as file:
-        rows = itertools.islice(csv_rows(file, dialect), LOOKED_AT)
+    with open_text(path, dialect) as file:  # a quote that never closes must not take the whole file
+        rows = csv_rows(itertools.islice(file, 10 * LOOKED_AT), dialect)
+        rows = itertools.islice(rows, LOOKED_AT)
         sizes = [len(row) for _, row in rows if isinstance(row, list)]
     width = len(form.column_names or header)
     alike = sum(size == width for size in sizes) / max(len(sizes), 1)
+    several = width > 1 or (len({*sizes[1:]}) == 1 and sizes[1] > 1)  # of one name: rows have more
     if form.column_names:
-        return (alike,), dialect
+        return (several, alike), dialect
     found = len({name.strip() for name in header} & {*wanted})
-    return (found, width > 1, alike, width), dialect
-
-
-def find_encoding(path: str | Path, form: FileFormat) -> str:
-    """Return the first encoding of the format in which the file can be read."""
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if start in (b"\xff\xfe", b"\xfe\xff") and form.encodings[0] == UTF8:
-        return "utf-16"
-    if len(form.encodings) > 1:
-        health = diagnosis.utf8_health(path)
-        return form.encodings[health.broken > health.characters]
-    return form.encodings[0]
+    return (found, several, alike, width), dialect

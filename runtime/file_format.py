@@ -3,6 +3,7 @@
 `runtime/columns.py` finds it for a run: the flags, what the tuned model remembers, the defaults.
 """
 
+import codecs
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,11 @@ SETTINGS = (
     "text_column_names text_column_delimiter label_column_name label_separator column_names "
     "delimiter quoting csv_encoding drop_empty drop_malformed"
 ).split()
+
+
+def plain_name(encoding: str) -> str:
+    """Return the name of an encoding: UTF8 for all of its names, and others as they are."""
+    return UTF8 if codecs.lookup(encoding).name == UTF8 else encoding
 
 
 class Reading(TypedDict, total=False):
@@ -90,7 +96,7 @@ class FileFormat:
         A file that is not UTF-8 has the remembered encoding. Raises: UserError if Python lacks it.
         """
         known = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
-        encoding = known.pop("csv_encoding", UTF8)
+        encoding = plain_name(known.pop("csv_encoding", UTF8))
         if not is_encoding(encoding):
             raise UserError(f"csv_encoding: Python cannot read files in {encoding[:40]!r}")
         for name in ("text_column_names", "column_names"):
@@ -103,9 +109,14 @@ class FileFormat:
         names = settings.get("label_names")
         return cls(**known, multi_label=multi_label, label_names=names, encodings=encodings)
 
+    def check(self) -> None:
+        """Raises: UserError if a column is both of texts and of labels."""
+        if both := {*self.text_column_names} & {*self.label_column_name}:
+            raise UserError(f"--text_column_names: '{min(both)}' is the label column")
+
     def in_encoding(self, encoding: str | None) -> Self:
         """Return the format of files in this very encoding, if one is given."""
-        return replace(self, encodings=(encoding,)) if encoding else self
+        return replace(self, encodings=(plain_name(encoding),)) if encoding else self
 
     def flag(self, name: str, value: str = "") -> str:
         """Return a setting as its user writes it, such as `--csv_encoding cp1252`."""

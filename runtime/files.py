@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 
 NAME_LENGTH, LIST_LENGTH = 40, 150  # characters of a name, and of a list of names, in a message
 MAX_JSON_BYTES = 2**28  # far more than any file of a run
-NAME_LENGTH, LIST_LENGTH = 40, 150  # characters of a name, and of a list of names, in a message
 JSON_KINDS = {  # msgspec's names, in words
     "int": "a whole number",
     "float": "a number",
@@ -42,7 +41,8 @@ def name_list(names: Iterable[str], shown: int = 10) -> str:
     names, kept = list(names), []
     for name in names[:shown]:
         name = name if name.isprintable() else ascii(name)[1:-1]  # no line breaks
-        cut = name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…"
+        quote = name[:1] if name[:1] == name[-1:] in ("'", '"') else ""
+        cut = name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 2]}…{quote}"
         if kept and len(", ".join([*kept, cut])) > LIST_LENGTH:
             break
         kept.append(cut)

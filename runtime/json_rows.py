@@ -1,30 +1,19 @@
 """Read JSON lines, JSON arrays of objects, and Parquet as rows of text, header first."""
 
 import json
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
+from runtime.csv_rows import Bad, Dialect, Numbered, open_text
 from runtime.files import UserError
 
 BLOCK = 2**20  # bytes
 
 
-Rows = Iterator[tuple[range, "list[str] | Bad"]]  # the lines of each row, and its fields
-
-
-class Bad:
-    """Why a row cannot be read, as the end of a sentence that names the row."""
-
-    def __init__(self, fault: str, droppable: bool = True) -> None:
-        self.fault, self.droppable = fault, droppable
-
-    def __str__(self) -> str:
-        return self.fault
-
-
-def parquet_rows(path: str | Path, digest) -> Rows | None:
+def parquet_rows(path: str | Path, digest) -> Numbered | None:
     """Return header and rows of a Parquet file, or None if it is not one; digest: of hashlib.
 
     Raises: UserError if it is damaged, or if pyarrow is not installed.
@@ -40,16 +29,19 @@ def parquet_rows(path: str | Path, digest) -> Rows | None:
     try:
         content = parquet.ParquetFile(path)
     except (ArrowException, OSError) as error:
-        reason = str(error).strip().split("\n")[0][:100]
+        reason = first_line(error)
         raise UserError(f"{path} is a Parquet file that cannot be read: {reason}") from None
 
-    def rows() -> Rows:
+    def rows() -> Numbered:
         names = content.schema_arrow.names
         yield range(0), names
         columns = (batch.to_pydict().values() for batch in content.iter_batches())
         each = chain.from_iterable(zip(*values, strict=True) for values in columns)
-        for number, row in enumerate(each, 1):
-            yield range(number, number + 1), [cell(value) for value in row]
+        try:
+            for number, row in enumerate(each, 1):
+                yield range(number, number + 1), [cell(value) for value in row]
+        except (ArrowException, OSError) as error:
+            raise UserError(f"{path} is a damaged Parquet file: {first_line(error)}") from None
         with open(path, "rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
@@ -57,61 +49,66 @@ def parquet_rows(path: str | Path, digest) -> Rows | None:
     return rows()
 
 
-def json_rows(path: str | Path, digest) -> Rows | None:
+def first_line(error: Exception) -> str:
+    """Return the start of an error's text."""
+    return str(error).strip().split("\n")[0][:100]
+
+
+def json_rows(path: str | Path, dialect: Dialect, digest) -> Numbered | None:
     """Return header and rows of a file of JSON objects, or None if it is not one.
 
-    The objects stand in lines, or in one array. The header has all their names, in the order in
-    which they first occur. digest: of hashlib. Raises: UserError for JSON of another form.
+    The objects are the lines, or one array. The header has all their names, in the order in which
+    they first occur. dialect: names the encoding. digest: of hashlib.
+    Raises: UserError for JSON of another form.
     """
     objects = None
-    with open(path, "rb") as file:
-        first = file.readline(BLOCK).removeprefix(b"\xef\xbb\xbf").strip()
-        if first[:1] not in (b"{", b"["):
+    with open_text(path, dialect) as file:
+        first = file.readline(BLOCK).strip()
+        if not re.match(r"\{|\[\s*(\{|\[|$)", first):
             return None
         if not isinstance(parsed(first), dict):
             objects = parsed(first + file.read())
             if objects is None:
                 return None
     names: dict[str, None] = {}
-    for _, one in numbered(path, objects):
-        names |= dict.fromkeys(one if isinstance(one, dict) else ())
-        nested = isinstance(one, dict) and all(isinstance(v, dict | list) for v in one.values())
-        if nested or (objects is not None and not isinstance(one, dict)):
+    for _, value in numbered(path, dialect, objects):
+        names |= dict.fromkeys(value if isinstance(value, dict) else ())
+        nested = isinstance(value, dict) and all(isinstance(v, dict | list) for v in value.values())
+        if nested or (objects is not None and not isinstance(value, dict)):
             advice = "with pandas, orient='records' writes them"
             raise UserError(
                 f"{path} has JSON, but not one object with its fields per row: {advice}"
             )
 
-    def rows() -> Rows:
+    def rows() -> Numbered:
         yield range(0), [*names]
-        for lines, one in numbered(path, objects, digest):
-            fields = isinstance(one, dict) and [cell(one.get(name)) for name in names]
+        for lines, value in numbered(path, dialect, objects, digest):
+            fields = isinstance(value, dict) and [cell(value.get(name)) for name in names]
             yield lines, fields or Bad("is not a JSON object")
 
     return rows()
 
 
-def parsed(text: bytes) -> object:
+def parsed(text: str) -> object:
     """Return the value that a JSON text has, or None if it is not valid."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # of JSON, or of UTF-8
+    except (ValueError, RecursionError):
         return None
 
 
-def numbered(path: str | Path, objects: object, digest=None) -> Iterator[tuple[range, object]]:
+def numbered(
+    path: str | Path, dialect: Dialect, objects: object, digest=None
+) -> Iterator[tuple[range, object]]:
     """Yield the values of a file, each with its line (of an array: its number)."""
-    with open(path, "rb") as file:
+    with open_text(path, dialect, digest) as file:
         for number, line in enumerate(file, 1):
-            if digest:
-                digest.update(line)
-            line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip()
-            if objects is None and line:
+            if objects is None and line.strip():
                 yield range(number, number + 1), parsed(line)
     if objects is not None:
         values = objects if isinstance(objects, list) else [objects]
-        for number, one in enumerate(values, 1):
-            yield range(number, number + 1), one
+        for number, value in enumerate(values, 1):
+            yield range(number, number + 1), value
 
 
 def cell(value: object) -> str:
@@ -120,4 +117,6 @@ def cell(value: object) -> str:
         return ""
     if isinstance(value, str):
         return value
+    if isinstance(value, bytes):  # of Parquet
+        return value.decode(errors="backslashreplace")
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)

@@ -49,13 +49,13 @@ def is_list(text: str) -> bool:
 
 def list_items(text: str) -> list[str]:
     """Return the items of a list that Python, JSON or NumPy wrote."""
-    text = re.sub(r"""(?<=['"])\s+(?=['"])""", ", ", text)  # NumPy writes ['a' 'b']
-    for parse in (json.loads, literal_eval):
+    spaced = re.sub(r"""(?<=['"])\s+(?=['"])""", ", ", text)  # NumPy writes ['a' 'b']
+    for parse, written in (json.loads, text), (literal_eval, spaced):
         try:
-            found = parse(text)
+            found = parse(written)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        return [item if isinstance(item, str) else str(item) for item in found]
+        return [str(item) for item in found if item is not None]
     return [item.strip(" '\"") for item in text[1:-1].split(",") if item.strip()]
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 from runtime.columns import read_split_record
 from runtime.files import UserError, read_json
+from runtime.labels import label_key
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,8 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pand
 # Settings that do not affect a run's results; files are compared by their content.
 FREE_SETTINGS = set(
     "output_dir overwrite_output_dir resume_from_checkpoint save_strategy save_steps "
-    "save_total_limit train_file validation_file test_file model_name_or_path report_to".split()
+    "save_total_limit train_file validation_file test_file model_name_or_path report_to "
+    "csv_encoding".split()
 )
 # Settings that only change how sums are rounded, so that a run resumes with others.
 ROUNDING = {"settings.per_device_eval_batch_size", "settings.gradient_checkpointing"}
@@ -133,8 +135,9 @@ def identity(record: dict) -> dict:
         if name not in FREE_SETTINGS and value is not None and value is not False
     }
     data = {name: described["sha256"] for name, described in record.get("data", {}).items()}
-    model = {name: record.get(name) for name in ("labels", "weights_sha256")}
-    return {"settings": settings, "data": data, **model}
+    labels = [*map(label_key, record.get("labels", ()))]
+    weights = record.get("weights_sha256")
+    return {"settings": settings, "data": data, "labels": labels, "weights_sha256": weights}
 
 
 def differences(one: dict, other: dict) -> list[str]:

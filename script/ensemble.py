@@ -78,8 +78,11 @@ def comparable(record: dict) -> dict:
     names = set(DATA_SETTINGS) - {"train_file", "validation_file", "test_file", "seed"}
     if record["settings"].get("max_train_samples") is not None:
         names.add("seed")  # it draws the rows
+    settings = {name: record["settings"].get(name) or None for name in names}
+    if len(settings["text_column_names"]) == 1:
+        settings["text_column_delimiter"] = None  # joins nothing
     return {
-        "settings": {name: record["settings"].get(name) for name in names},
+        "settings": settings,
         "data": {name: one["sha256"] for name, one in record["data"].items()},
         "labels": sorted(record["labels"]),
     }

@@ -95,8 +95,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         args.problem_type = MULTI_LABEL
     args.form = form = FileFormat.from_settings(vars(args)).in_encoding(args.csv_encoding)
     args.within_run, args.multi_label = within_run, form.multi_label
-    if both := {*form.label_column_name} & {*form.text_column_names}:
-        parser.error(f"--text_column_names: '{min(both)}' is the label column")
+    try:
+        form.check()
+    except UserError as error:
+        parser.error(str(error))
     args.output_dir = args.output_dir and Path(args.output_dir)  # None: see `find_folder`
     args.min_label_count = args.min_label_count or 3
     args.shares = [args.val_share or 0.1, args.test_share or 0.1]

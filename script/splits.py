@@ -149,11 +149,13 @@ def read_raw(
         "group_by": [newer.get("channel_title", "channel_title")] if group_by == "channel" else [],
     }
     for parameter, names in needed.items():
-        if missing := [name for name in names if header.count(name) != 1]:
+        if missing := [name for name in names if name not in header]:
             raise UserError(
                 f"{path} has no column {missing[0]!r}; it has {name_list(map(repr, header))}: set "
                 f"-p {parameter}"
             )
+    if twice := [name for name in {*texts, *found.values()} if header.count(name) > 1]:
+        raise UserError(f"{path} has the column {twice[0]!r} more than once: rename one")
     table = next(file.frames())
     for remark in file.remarks():
         print(f"warning: {remark}")

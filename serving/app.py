@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from serving.endpoints import TIMES, page, router
+from serving.endpoints import DROPPED, TIMES, page, router
 from serving.engine import ApiError, Engine, Settings
 from serving.guards import Guards, error_body
 from serving.models import Registry
@@ -53,7 +53,7 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
             allow_origins=settings.allow_origins,
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["authorization", "content-type"],
-            expose_headers=["retry-after", *TIMES],
+            expose_headers=["retry-after", DROPPED, *TIMES],
         )
     return app
 

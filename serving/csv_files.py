@@ -25,16 +25,18 @@ def predict_csv(
     model: Model,
     path: Path,
     wanted: CsvOptions,
-) -> Path:
-    """Predict each row; returns the new file, in the same folder. Labels in `path` are not used.
+) -> tuple[Path, int]:
+    """Predict each row. Labels in `path` are not used.
+
+    Returns the new file, in the same folder, and the number of malformed rows that were dropped.
 
     classify: rows -> logits [N, C].
     Raises: UserError for a bad file, which it calls "the file"; OSError if it cannot be stored.
     """
     output = path.with_name("predictions.csv")
     try:
-        table = open_table(path, wanted_format(model.form, wanted), labels_required=False)
-        chunks = filter(len, read_chunks(table, CHUNK_ROWS, labels_required=False))
+        table = open_table(path, wanted_format(model.form, wanted), labels_required=None)
+        chunks = filter(len, read_chunks(table, CHUNK_ROWS, labels_required=None))
         first = next(chunks, None)
         if first is None:
             raise UserError(f"{path}: every text is blank")
@@ -46,7 +48,7 @@ def predict_csv(
         if isinstance(error.__context__, OSError):  # of `prediction_writer`: the disk is full
             raise error.__context__ from None
         raise UserError(str(error).replace(str(path), "the file")) from None
-    return output
+    return output, table.malformed
 
 
 def wanted_format(form: FileFormat, wanted: CsvOptions) -> FileFormat:
@@ -57,7 +59,7 @@ def wanted_format(form: FileFormat, wanted: CsvOptions) -> FileFormat:
         checked(encoding, "csv_encoding", encoding_name)
     for name in {"text_column_names", "column_names"} & {*given}:
         given[name] = tuple(checked(column_names, name, given[name]))
-    form = replace(form, **given, label_column_name=(), flag_form="{}={}")
+    form = replace(form, **given, flag_form="{}={}")
     return form.in_encoding(encoding_name)
 
 

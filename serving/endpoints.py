@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 TIMES = ("x-total-time", "x-queue-time", "x-inference-time")  # headers of answers
+DROPPED = "x-dropped-rows"  # malformed ones of a file, with drop_malformed
 MOST_EXPLAINED = 32  # texts of a request, since each of their words is left out once
 
 
@@ -195,7 +196,7 @@ async def classify_csv(
         upload = Path(folder.name) / "upload.csv"
         options = await store_upload(request, upload, options)
         model = engine.find(options.model)
-        output = await engine.in_thread(
+        output, dropped = await engine.in_thread(
             request, model, lambda score: predict_csv(score, model, upload, options)
         )
     except BaseException as error:
@@ -214,6 +215,7 @@ async def classify_csv(
         output,
         media_type="text/csv",
         filename="predictions.csv",
+        headers={DROPPED: str(dropped)},
         background=BackgroundTask(folder.cleanup),
     )
 

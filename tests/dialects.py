@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 from runtime.flags import DELIMITERS
@@ -23,8 +24,11 @@ def in_dialect(rows: list[list[str]], delimiter: str, quoting: int, encoding: st
     return text.getvalue().encode(encoding)
 
 
-def read_rows(text: str, is_header: bool, **dialect) -> Iterator[list[str] | None]:
-    """Read a CSV file with the csv module; yields None for a row that it refuses."""
+def read_rows(text: str, width: int, **dialect) -> Iterator[list[str] | None]:
+    """Read a CSV file with the csv module; yields None for a row that it refuses.
+
+    width: of the rows; 0 if the first is a header.
+    """
     lines = []  # those of the header, to see whether a carriage return ends it
     for line in io.StringIO(text, newline=""):
         lines.append(line)
@@ -33,7 +37,6 @@ def read_rows(text: str, is_header: bool, **dialect) -> Iterator[list[str] | Non
                 break
     lone = lines and lines[-1].endswith("\r")
     reader = csv.reader(io.StringIO(text, newline="" if lone else "\n"), strict=True, **dialect)
-    width = 0 if is_header else 2
     while True:
         try:
             row = next(reader)
@@ -58,7 +61,8 @@ def check_predictions(
     """Check that predictions.csv has each row's text, in order, and probabilities.
 
     encoding, names, delimiter: those that a flag says. Without a delimiter the rows may be those
-    of any with which the header has the text column.
+    of any with which the header has the text column. `names` are for a file without a header, which
+    may lack the label.
     """
     data, encoding = test.read_bytes(), encoding or "utf-8"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) and encoding == "utf-8":
@@ -66,11 +70,14 @@ def check_predictions(
     is_utf8 = encoding == "utf-8"
     codec, errors = ("utf-8-sig", "surrogateescape") if is_utf8 else (encoding, "strict")
     text, expected = data.decode(codec, errors), []
-    for one in (delimiter,) if delimiter else DELIMITERS:
+    headers = [None] if names is None else [None, names, [n for n in names if n != "label"]]
+    for one, given in product(DELIMITERS, headers):
+        if delimiter and one != delimiter and given:
+            continue
         for blanks in False, True:
             dialect = {"delimiter": DELIMITERS[one], "quoting": quoting, "skipinitialspace": blanks}
-            rows = list(read_rows(text, not names, **dialect))
-            header = names or [name.strip() for name in rows.pop(0) or ()]
+            rows = list(read_rows(text, len(given or ()), **dialect))
+            header = given or [name.strip() for name in (rows.pop(0) if rows else None) or ()]
             if "text" in header:
                 good = [row for row in rows if row and len(row) == len(header) and is_text(row)]
                 place = header.index("text")

@@ -55,7 +55,7 @@ def test_odd_texts_are_read_unchanged(tmp_path):
         (b"text\na\n\nb\n", "the text is blank in row 2"),
         (b"text,label\nx\0y,1\n", "row 1 (line 2) contains a NUL byte"),
         (b'text,label\nx,1\n"y,1\nz,1\n', "row 2 (lines 3 to 4) opens a quote that never closes"),
-        (b'text,label\n"x"y,1\n', "row 1 (line 2) has a quote inside a quoted field"),
+        (b'text,label\n"x"y,1\n', "row 1 (line 2) has a quote in a quoted field"),
         (b"text,label\nx,1\ny,\n", "no 'label' in row 2; fill it in"),
         ("text,label\nabcdé,1\n".encode("cp1252"), "not utf-8: pass --csv_encoding cp1252"),
         ("text,label\nx,1\n".encode("utf-16-le"), "pass --csv_encoding utf-16-le"),

@@ -4,12 +4,15 @@ import json
 import re
 import shlex
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import dataset
+import trainer
 from conftest import write_csv
 from dataset import read_split
+from evaluation import review
 from runtime.file_format import FileFormat
 from runtime.files import UserError
 from runtime.labels import label_key
@@ -108,7 +111,7 @@ def test_the_flags_of_each_message_read_the_file(tmp_path, capsys, name):
         ("text,label\na,1\n" + 'b"c,"d\ne\n', "row 2 (lines 3 to 4) opens a quote"),
         ("text,label\na,1\r\nb,2\n", r"remove carriage returns (tr -d '\r' < OLD.csv"),
         ('text,label\n1,"a",x\n2,"b",y\n', "all 2 rows are malformed"),
-        ('text,label\n"a,1\nb,2\n"c,1\n', "has a quote inside a quoted field"),
+        ('text,label\n"a,1\nb,2\n"c,1\n', "has a quote in a quoted field"),
         (
             "# of 2024\ntext,label\na,1\n",
             "its first line '# of 2024' has other fields than the next",
@@ -130,7 +133,7 @@ def test_rows_that_a_quote_has_merged_are_named(tmp_path, caplog):
     rows = "".join(f"text {i},{i % 2}\n" for i in range(20))
     path = tmp_path / "a.csv"
     path.write_text(f'text,label\n{rows}"opens here,0\n{rows}closes here",1\n')
-    with pytest.raises(UserError, match=r"row 21 \(lines 22 to 43\) goes on .* --quoting none"):
+    with pytest.raises(UserError, match=r"row 21 \(lines 22 to 43\) has lines .* --quoting none"):
         read_split(path, FileFormat())
     inner = "and so on\n" * 20
     path.write_text(f'text,label\n{rows}"opens here\n{inner}closes here",1\n')
@@ -238,3 +241,75 @@ def test_no_remark_is_longer_than_a_few_lines(tmp_path, capsys, caplog):
         read_split(path, FileFormat()).number_labels(["a"])
     said = [*capsys.readouterr().out.splitlines()[:-1], *caplog.messages, str(error.value)]
     assert len(said) > 6 and max(len(line.replace(str(tmp_path), "")) for line in said) <= 300
+
+
+@pytest.mark.parametrize(
+    ("content", "form", "message"),
+    [
+        ("text,label,label\na,x,y\n", {}, "has the column 'label' more than once"),
+        ("text\ngood movie,pos\nbad one,neg\n", {}, "pass --delimiter tab, with which every row"),
+        ("text,la\0bel\na,1\n", {}, "the header contains a NUL byte: correct it"),
+        (
+            'text,label\n"a,1\nb,2\nsay "x" now,1\n',
+            {"drop_malformed": True},
+            "in a quoted field",
+        ),
+        ("text,label\nq,r,1\ncaf\xe9,1\nth\xe9,0\n", {}, "pass --csv_encoding cp1252, which reads"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(tmp_path, content, form, message):
+    (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        read_split(tmp_path / "a.csv", FileFormat(**form), labels_required=False)
+    assert message in str(error.value)
+
+
+def test_dropped_rows_of_another_encoding_are_pointed_out(tmp_path, caplog):
+    rows = "".join(f"plain {i},a\n" for i in range(9))
+    (tmp_path / "a.csv").write_bytes(f"text,label\n{rows}café,a\nthé,b\n".encode("cp1252"))
+    assert len(read_split(tmp_path / "a.csv", FileFormat(drop_malformed=True))) == 9
+    assert "rows were dropped that --csv_encoding cp1252 may read" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["utf8", "UTF-8", "utf_8"])
+def test_every_name_of_utf8_reads_a_byte_order_mark(tmp_path, name):
+    (tmp_path / "a.csv").write_bytes("text,label\na,1\n".encode("utf-8-sig"))
+    assert read_split(tmp_path / "a.csv", FileFormat().in_encoding(name)).texts == ["a"]
+
+
+def test_without_a_header_a_comma_is_the_last_delimiter_to_be_tried(tmp_path):
+    (tmp_path / "a.csv").write_text("ham\tgood, movie\nspam\tbad, one\n")
+    found = read_split(tmp_path / "a.csv", FileFormat(column_names=("label", "text")))
+    assert found.texts == ["good, movie", "bad, one"]
+
+
+def test_json_lines_may_have_any_encoding(tmp_path):
+    rows = "\n".join(f'{{"text": "café {i}", "label": "x"}}' for i in "ab")
+    for encoding, flag in (("utf-16", None), ("cp1252", "cp1252")):
+        (tmp_path / "a.json").write_bytes(rows.encode(encoding))
+        found = read_split(tmp_path / "a.json", FileFormat().in_encoding(flag))
+        assert found.texts == ["café a", "café b"]
+    with pytest.raises(UserError, match="pass --csv_encoding cp1252"):
+        read_split(tmp_path / "a.json", FileFormat())
+
+
+def test_labels_in_two_spellings_have_one_weight_and_one_margin(tmp_path):
+    train = read_split(
+        write_csv(tmp_path / "a.csv", [("a", "1"), ("b", "1.0"), ("c", "0")]), FileFormat()
+    )
+    names = dataset.label_names(train)
+    assert names == ["0", "1"]
+    weights = trainer.class_weights(train.number_labels(names), "balanced", names)
+    assert weights == {"0": 1.5, "1": 0.75}
+    (tmp_path / "w.json").write_text('{"1.0": 3}')
+    found = trainer.class_weights(train.number_labels(names), str(tmp_path / "w.json"), names)
+    assert found["1"] == 3 * found["0"]
+    margins, _ = review.label_margins(["1.0", "0.0"], np.array([[0.2, 0.8], [0.2, 0.8]]), names)
+    assert margins.round(6).tolist() == [0.6, -0.6]
+
+
+def test_labels_with_the_separator_of_predictions_are_refused(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [("a", "x|y, z"), ("b", "z")])
+    split_ = read_split(path, FileFormat(multi_label=True, label_separator=","))
+    with pytest.raises(UserError, match=r"label 'x\|y' has a \|, which separates several labels"):
+        dataset.label_names(split_)
