@@ -16,7 +16,7 @@ import pandas as pd
 
 from runtime.batches import prefix_index
 from runtime.csv_reader import Table, row_list, text_key
-from runtime.file_format import LABEL_SEPARATOR, FileFormat
+from runtime.file_format import FileFormat
 from runtime.files import UserError, name_list
 from runtime.labels import (
     label_counts,
@@ -60,10 +60,6 @@ class Split:
     def keys(self) -> list[str]:
         """The `text_key` of each row."""
         return [text_key(text) for text in self.texts]
-
-    def describe(self) -> dict:
-        """Return the entry for run.json."""
-        return described(self)
 
     def count_labels(self, names: list[str]) -> dict[str, int]:
         """Count the rows of each label, after `number_labels(names)`."""
@@ -116,12 +112,6 @@ class Split:
         return replace(self, label_ids=one_hot)
 
 
-def described(file: "Split | Stream") -> dict:
-    """Return a file's entry for run.json."""
-    malformed = {"malformed": file.malformed} if file.malformed else {}
-    return {"path": file.path, "rows": len(file), "sha256": file.sha256} | malformed
-
-
 def open_table(
     path: str | Path, form: FileFormat, labels_required: bool | None, digest=None
 ) -> Table:
@@ -162,8 +152,7 @@ def read_split(path: str | Path, form: FileFormat, labels_required: bool = True)
     """Read and check a whole file, see `read_chunks`, and log what may be wrong with it."""
     digest = hashlib.sha256()
     table = open_table(path, form, labels_required, digest)
-    chunks = read_chunks(table, None, labels_required)
-    split = next(chunks)
+    split = next(read_chunks(table, None, labels_required))
     report(table, split.dropped, len(split))
     found = {"malformed": table.malformed, "read_as": table.read_as()}
     return replace(split, sha256=digest.hexdigest(), **found)
@@ -197,10 +186,6 @@ class Stream:
 
     def __len__(self) -> int:
         return self.rows
-
-    def describe(self) -> dict:
-        """Return the entry for run.json."""
-        return described(self)
 
     def __iter__(self) -> Iterator[Split]:
         digest = hashlib.sha256()
@@ -249,7 +234,7 @@ class Data:
 
     def describe(self) -> dict[str, dict]:
         """Return path, number of rows and checksum of each file, for run.json."""
-        return {name: file.describe() for name, file in self.files()}
+        return {name: described(file) for name, file in self.files()}
 
     def count_rows(self) -> dict[str, int]:
         """Count the rows of each file, as `train_rows` and so on."""
@@ -266,6 +251,12 @@ class Data:
         """List the files of this run with their names: train, eval, test."""
         files = (("train", self.train), ("eval", self.eval), ("test", self.test))
         return [(name, file) for name, file in files if file is not None]
+
+
+def described(file: "Split | Stream") -> dict:
+    """Return a file's entry for run.json."""
+    malformed = {"malformed": file.malformed} if file.malformed else {}
+    return {"path": file.path, "rows": len(file), "sha256": file.sha256} | malformed
 
 
 def read_splits(args: Namespace, form: FileFormat) -> dict[str, Split]:
@@ -296,7 +287,8 @@ def prepare(
         validation = validation.number_labels(names)
         if keys is not None:
             share = seen_texts(keys, validation.keys).mean()
-            log_seen(validation.path, len(validation), {"training file": share})
+            file = f"{validation.path}{validation.read_as}"
+            log_seen(file, len(validation), {"training file": share})
             known["validation file alone"] = frozenset(validation.keys) - keys
     if args.do_predict:
         test = open_stream(args, form, names, known, labels_by_prefix)
@@ -341,7 +333,8 @@ def open_stream(
         )
     labelled, checksum = bool(first[True]), digest.hexdigest()
     if seen:
-        log_seen(path, rows, {file: count / rows for file, count in seen.items()})
+        shares = {file: count / rows for file, count in seen.items()}
+        log_seen(f"{path}{table.read_as()}", rows, shares)
     else:
         used = form if labelled else replace(form, label_column_name=())
         logger.info(used.describe(path, f"{rows:,} rows", text, table.read_as()))
@@ -365,14 +358,9 @@ def check_labels(
 def label_names(train: Split, order: dict[str, str] | None = None) -> list[str]:
     """Return the C labels of the training file, see `sort_labels`.
 
-    Raises: UserError if there are fewer than two.
+    Raises: UserError if there are fewer than two, see also `sort_labels`.
     """
-    names = sort_labels((name for row in train.labels for name in row), order)
-    if train.multi_label and (joined := [name for name in names if LABEL_SEPARATOR in name]):
-        raise UserError(
-            f"{train.path}: label {joined[0]!r} has a {LABEL_SEPARATOR}, which separates several "
-            "labels in predictions: rename it"
-        )
+    names = sort_labels((name for row in train.labels for name in row), order, train.multi_label)
     if len(names) < 2:
         shown = name_list(map(repr, names))
         raise UserError(f"{train.path} has only one label ({shown}): there is nothing to learn")
@@ -384,10 +372,10 @@ def seen_texts(known: frozenset[str], keys: list[str]) -> np.ndarray:
     return np.array([key in known for key in keys], dtype=bool)
 
 
-def log_seen(path: str, rows: int, shares: dict[str, float]) -> None:
+def log_seen(file: str, rows: int, shares: dict[str, float]) -> None:
     """Log what share of a file's rows has a text from each other file."""
     parts = [f"{100 * share:.1f} % of them with a text from the {n}" for n, share in shares.items()]
-    logger.info("%s: %d rows, %s", path, rows, ", ".join(parts))
+    logger.info("%s: %d rows, %s", file, rows, ", ".join(parts))
 
 
 def audit(train: Split, names: list[str], form: FileFormat) -> frozenset[str]:
@@ -402,15 +390,10 @@ def audit(train: Split, names: list[str], form: FileFormat) -> frozenset[str]:
     logger.info("labels: %s", label_counts(each, sum(not labels for labels in train.labels)))
     for remark in label_remarks(each, form):
         logger.warning("warning: %s: %s", train.path, remark)
-    if doubtful := contradictions(train):
+    labels: dict[str, set[bytes]] = {}  # of each text
+    for key, ids in zip(train.keys, train.label_ids, strict=True):
+        labels.setdefault(key, set()).add(ids.tobytes())
+    if doubtful := sum(len(found) > 1 for found in labels.values()):
         message = "warning: %s: %d texts occur with more than one label"
         logger.warning(message, train.path, doubtful)
     return keys
-
-
-def contradictions(split: Split) -> int:
-    """Count the distinct texts that occur with more than one set of labels."""
-    labels: dict[str, set] = {}
-    for key, ids in zip(split.keys, split.label_ids, strict=True):
-        labels.setdefault(key, set()).add(ids.tobytes())
-    return sum(len(found) > 1 for found in labels.values())

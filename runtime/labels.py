@@ -116,12 +116,22 @@ def label_numbers(names: list[str]) -> dict[str, int]:
     return numbers
 
 
-def sort_labels(labels: Iterable[str], order: dict[str, str] | None) -> list[str]:
-    """Return each label once, as it is first written: in `order`, then numbers, then words."""
+def sort_labels(
+    labels: Iterable[str], order: dict[str, str] | None, multi_label: bool = False
+) -> list[str]:
+    """Return each label once, as it is first written: in `order`, then numbers, then words.
+
+    Raises: UserError for one of several labels that contains what joins them in predictions.
+    """
     places = {label_key(name): place for place, name in enumerate((order or {}).values())}
     first: dict[str, str] = {}
     for label in labels:
         first.setdefault(label_key(label), label)
+
+    joined = [name for name in first.values() if multi_label and LABEL_SEPARATOR in name]
+    if joined:
+        what = f"has a {LABEL_SEPARATOR}, which separates several labels in predictions"
+        raise UserError(f"label {joined[0]!r} {what}: rename it")
 
     def sort_key(name: str) -> tuple:
         number = re.fullmatch(r"[+-]?\d+(\.\d+)?", name)

@@ -80,7 +80,7 @@ class Predictor:
                         found = Predictions.of(self.classifier.logits(chunk), multi_label)
                         write(chunk.table, found)
                         rows += len(chunk)
-                data = {"test": file.describe()}
+                data = {"test": dataset.described(file)}
                 record = self.record | {"data": data, "predictions_sha256": sha256(new)}
                 write_text(Path(staging) / "record.json", to_json(record))
                 with writing(output):

@@ -231,7 +231,7 @@ def test_a_stream_yields_the_rows_of_the_whole_file(tmp_path, monkeypatch, size)
     for name in ("texts", "labels", "rows"):
         assert [x for chunk in chunks for x in getattr(chunk, name)] == getattr(whole, name)
     assert [i for chunk in chunks for i in chunk.table["id"]] == whole.table["id"].tolist()
-    assert stream.describe() == whole.describe()
+    assert dataset.described(stream) == dataset.described(whole)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_dropped_rows_are_counted_and_recorded(tmp_path, caplog):
     (tmp_path / "a.csv").write_text("text,label\na,1\nb\nc,0\nd,e,f\n")
     split_ = read_split(tmp_path / "a.csv", FileFormat(drop_malformed=True))
     assert (split_.texts, split_.rows) == (["a", "c"], [1, 3])
-    assert split_.describe()["malformed"] == 2
+    assert dataset.described(split_)["malformed"] == 2
     assert "dropped 2 malformed rows; the first: row 2 (line 3) has 1 field" in caplog.text
 
 
