@@ -122,7 +122,8 @@ def csv_rows(file: TextIO, dialect: Dialect, width: int = 0) -> Numbered:
             ends = end == "\r\n" if ends is None else ends
             if ends != (end == "\r\n"):
                 row = Bad(OTHER_END, droppable=False)
-        if len(lines.row) > MERGED and are_rows(lines.row[1:-1], dialect, width):
+        is_long = isinstance(row, list) and len(lines.row) > MERGED
+        if is_long and are_rows(lines.row[1:-1], dialect, width):
             row = Bad("has lines that look like rows of their own, as if a quote were missing")
         yield range(start, lines.number + 1), row
 

@@ -313,3 +313,10 @@ def test_labels_with_the_separator_of_predictions_are_refused(tmp_path):
     split_ = read_split(path, FileFormat(multi_label=True, label_separator=","))
     with pytest.raises(UserError, match=r"label 'x\|y' has a \|, which separates several labels"):
         dataset.label_names(split_)
+
+
+def test_a_quote_that_never_closes_drops_no_row(tmp_path):
+    rows = "".join(f"text {i},{i % 2}\n" for i in range(20))
+    (tmp_path / "a.csv").write_text(f'text,label\n{rows}"open,0\n{rows}')
+    with pytest.raises(UserError, match="opens a quote that never closes: pass --quoting none"):
+        read_split(tmp_path / "a.csv", FileFormat(drop_malformed=True))
