@@ -103,7 +103,7 @@ def render_study(
     points: list[dict],
     **shown: str | list,
 ) -> str:
-    """Render the page of a study, see script/compare.py.
+    """Render the page of a study, see script/study/compare.py.
 
     main_runs, rows: the runs behind the main tables, and their summary. points: the learning curve,
     may be empty. shown: everything else that study.html shows, by its names there.

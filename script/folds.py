@@ -25,7 +25,7 @@ from runtime.csv_reader import Table, text_key
 from runtime.file_format import FileFormat
 from runtime.files import UserError
 from runtime.flags import Parser, encoding
-from script import splits
+from script import youtube
 from script.groups import connected, cut_groups
 
 FOLDS = 5  # with --variants
@@ -59,15 +59,15 @@ def make_variants(path: str, encoding: str, variants: list[str]) -> dict[str, pd
     """
     parts = {variant: variant.partition(":")[::2] for variant in variants}
     for variant, (cleaning, names) in parts.items():
-        if cleaning not in splits.CLEANINGS or not {*names.split(",")} <= {*splits.TEXT_COLUMNS}:
+        if cleaning not in youtube.CLEANINGS or not {*names.split(",")} <= {*youtube.TEXT_COLUMNS}:
             raise UserError(f"'{variant}' is not a variant: use one such as none:title,tags")
     columns = {"title", *(name for _, names in parts.values() for name in names.split(","))}
-    raw = splits.read_raw(path, encoding, sorted(columns))
-    labels, _ = splits.make_labels(raw["category_id"], 0.70, splits.CATEGORY_NAMES)
-    title = splits.make_texts(raw, ["title"], "original")
+    raw = youtube.read_raw(path, encoding, sorted(columns))
+    labels, _ = youtube.make_labels(raw["category_id"], 0.70, youtube.CATEGORY_NAMES)
+    title = youtube.make_texts(raw, ["title"], "original")
     fold = title.map(lambda text: int(hashlib.sha256(text.encode()).hexdigest(), 16) % FOLDS)
     texts = {
-        variant: splits.make_texts(raw, names.split(","), cleaning)
+        variant: youtube.make_texts(raw, names.split(","), cleaning)
         for variant, (cleaning, names) in parts.items()
     }
     kept = ~raw["video_id"].duplicated() & (title != "")

@@ -16,7 +16,8 @@ import arguments
 import main
 from conftest import ROOT, ROWS, write_csv
 from evaluation import plots
-from script import baseline, compare, ensemble, learning_curve
+from script import baseline, ensemble
+from script.study import compare, learning_curve
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_an_ensemble_is_stale_once_a_member_is(study, tmp_path):
 def test_a_failed_run_ends_the_study_with_the_last_line_of_its_log(folders, tmp_path):
     """Here each run is a process of its own."""
     write_csv(tmp_path / "fold 0" / "train_simple.csv", [("one", "1"), ("two", "1")])
-    command = [sys.executable, "-m", "script.compare", "--original", "--unseen", folders[1]]
+    command = [sys.executable, "-m", "script.study.compare", "--original", "--unseen", folders[1]]
     command += ["--output_dir", str(tmp_path / "study"), "--methods", "majority"]
     failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 1

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from evaluation.metrics import Bootstrap, Score
-from evaluation.paired import paired_test
 from model.predictions import Predictions
+from script.study.significance import paired_test
 
 
 def scored(confidence: np.ndarray, right: np.ndarray, keys: list[str], seen=None) -> dict:
@@ -130,7 +130,7 @@ def test_texts_that_all_agree_still_leave_some_doubt():
 
 
 def test_p_values_are_corrected_as_by_holm():
-    from evaluation.paired import holm
+    from script.study.significance import holm
 
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1, 1] and holm([]) == []

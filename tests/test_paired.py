@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from conftest import write_csv
-from evaluation.paired import paired_test, read_predictions
-from script import paired
+from script.study import paired
+from script.study.significance import paired_test, read_predictions
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from transformers import pipeline
 from conftest import REAL_DATA, ROOT, ROWS, bash, make_backbone, one_line, write_csv
 from dataset import read_split
 from runtime.file_format import FileFormat
-from script import benchmark, contenders, folds, splits
+from script import folds, youtube
+from script.benchmark import benchmark, contenders
 
 SAMPLE = "csv/USvideos_sample.csv"
 
@@ -94,8 +95,8 @@ def test_each_fold_is_tested_once_and_no_training_text_is_validated(tmp_path, mo
         ("folds", [SAMPLE, "out"], "has no column 'text', 'label', 'fold'"),
         ("folds", [SAMPLE, "out", "--variants", "foo:title"], "'foo:title' is not a variant"),
         ("folds", [SAMPLE, "out", "--variants", "none"], "'none' is not a variant"),
-        ("compare", ["--", "--prefix"], "--prefix: the study sets it"),
-        ("compare", ["--original", "absent", "--unseen"], "absent/train_simple.csv cannot be read"),
+        ("study.compare", ["--", "--prefix"], "--prefix: the study sets it"),
+        ("study.compare", ["--original", "absent", "--unseen"], "absent/train_simple.csv cannot"),
     ],
 )
 def test_user_errors_of_scripts_are_one_line(module, argv, message, monkeypatch, capsys):
@@ -116,9 +117,9 @@ def call(module: str, argv: list[str], monkeypatch, capsys) -> tuple[int, str]:
 
 
 FRONT_ENDS = (  # with what each needs
-    "baseline majority", "benchmark", "compare", "ensemble a", "export a", "folds a b", "get_data",
-    "paired a --against b", "predict_ray a b --output_dir c", "preprocess", "serve",
-    "serving_benchmark a b", "split a.csv",
+    "baseline majority", "benchmark.benchmark", "ensemble a", "export a", "folds a b", "get_data",
+    "predict_ray a b --output_dir c", "preprocess", "serve", "benchmark.serving_benchmark a b",
+    "split a.csv", "study.compare", "study.paired a --against b",
 )  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def test_variants_of_a_text_are_in_the_same_files(tmp_path, monkeypatch, capsys)
     cleaned, whole = folds.make_variants(sample, "utf-8", names).values()
     assert len(cleaned) == pd.read_csv(sample, usecols=["video_id"])["video_id"].nunique()
     assert cleaned[["label", "fold"]].equals(whole[["label", "fold"]])
-    titles = whole["text"].map(lambda text: splits.clean(text.rpartition(" | ")[0]))
+    titles = whole["text"].map(lambda text: youtube.clean(text.rpartition(" | ")[0]))
     assert titles.equals(cleaned["text"])
     assert cleaned.groupby("text")["fold"].nunique().max() == 1
     argv = [sample, str(tmp_path), "--variants", *names]
@@ -152,7 +153,7 @@ def test_variants_of_a_text_are_in_the_same_files(tmp_path, monkeypatch, capsys)
             for use in ("train", "val", "test")
         )
         for short, long in (train, val, test):  # the same videos
-            assert [splits.clean(text.rpartition(" | ")[0]) for text in long.texts] == short.texts
+            assert [youtube.clean(text.rpartition(" | ")[0]) for text in long.texts] == short.texts
         assert not {*train[0].keys} & {*val[0].keys}
         tested += test[0].texts
     assert sorted(tested) == sorted(cleaned["text"])

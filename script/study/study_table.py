@@ -1,6 +1,6 @@
 """The table of a study: figures by protocol and method.
 
-Runs are the dictionaries of `script.compare.read`.
+Runs are the dictionaries of `script.study.compare.read`.
 """
 
 import numpy as np

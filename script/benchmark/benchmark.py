@@ -23,7 +23,7 @@ from pathlib import Path
 
 from arguments import DIR, FILE
 from runtime.flags import Parser
-from script import contenders
+from script.benchmark import contenders
 
 THREADS = 2
 STEPS = 50  # one of the groups that the Trainer sorts by length: no contender gets easy lengths

@@ -1,7 +1,7 @@
 """Learning curve of a study: accuracy on unseen texts by number of training texts.
 
-Runs are the dictionaries of `script.compare.plan`; their "size" is the number of training rows to
-draw at random, or None for all rows. Points are the rows of `summarise`.
+Runs are the dictionaries of `script.study.compare.plan`; their "size" is the number of training
+rows to draw at random, or None for all rows. Points are the rows of `summarise`.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Test whether one method is better than another on the same rows, from finished runs.
 
-    .venv/bin/python -m script.paired ONE... --against OTHER...
+    .venv/bin/python -m script.study.paired ONE... --against OTHER...
 
 ONE and OTHER are folders of finished runs. The n-th ONE is compared with the n-th OTHER, for
 instance two methods on the same folds; their test files must have the same labels row by row. The
@@ -11,9 +11,9 @@ seeds.
 
 import pandas as pd
 
-from evaluation.paired import paired_test, read_predictions
 from runtime.files import UserError
 from runtime.flags import Parser
+from script.study.significance import paired_test, read_predictions
 
 
 def compare(ones: list[str], others: list[str]) -> str:
@@ -40,7 +40,7 @@ def compare(ones: list[str], others: list[str]) -> str:
 
 
 def main() -> None:
-    parser = Parser("python -m script.paired", __doc__)
+    parser = Parser("python -m script.study.paired", __doc__)
     parser.add_argument("one", nargs="+")
     parser.add_argument("--against", nargs="+", required=True, metavar="OTHER")
     args = parser.parse_args()

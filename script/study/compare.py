@@ -35,9 +35,7 @@ import pandas as pd
 import arguments
 from dataset import Split, read_split
 from evaluation import pages, plots
-from evaluation.paired import answers, read_run
 from evaluation.predictions import FILES
-from evaluation.review import SHOWN, file_margins, least_plausible
 from evaluation.tables import schedule_name, switch_warning
 from model.schedule import advice_after_collapse
 from runtime.columns import split_settings
@@ -46,9 +44,11 @@ from runtime.files import UserError, read_json, sha256
 from runtime.flags import Parser
 from runtime.processes import end_with_parent
 from runtime.record import RUN_FILE, read_record
-from script import learning_curve
-from script.study_table import COLUMNS, format_cell, summarise
-from script.study_tests import (
+from script.study import learning_curve
+from script.study.review import SHOWN, file_margins, least_plausible
+from script.study.significance import answers, read_run
+from script.study.study_table import COLUMNS, format_cell, summarise
+from script.study.study_tests import (
     BEST,
     COMPARISONS,
     comparison,

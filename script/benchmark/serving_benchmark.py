@@ -123,7 +123,7 @@ def latencies(bodies: Path, rate: float, seconds: int) -> dict[str, float]:
     """Send requests at a fixed rate; returns percentiles in ms, the rate and the errors."""
     prefix = bodies.with_name("locust")
     env = os.environ | {"BODIES": str(bodies), "INTERVAL": str(USERS / rate)}
-    command = [sys.executable, "-m", "locust", "-f", "script/load_user.py", "--headless"]
+    command = [sys.executable, "-m", "locust", "-f", "script/benchmark/load_user.py", "--headless"]
     command += ["--host", f"http://127.0.0.1:{PORT}", "-u", str(USERS), "-r", str(USERS)]
     command += ["-t", f"{seconds}s", "--reset-stats", "--csv", str(prefix), "--only-summary"]
     subprocess.run(command, env=env, capture_output=True, check=False, preexec_fn=END_WITH_US)
@@ -189,7 +189,7 @@ def main() -> None:
             write_bodies(bodies, names, texts)
             command = [
                 "-m",
-                "script.rival_servers",
+                "script.benchmark.rival_servers",
                 str(kind),
                 str(args.full),
                 str(count),
