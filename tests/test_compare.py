@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 import arguments
 import main
 from conftest import ROOT, ROWS, write_csv
-from evaluation import plots
 from script import baseline, ensemble
-from script.study import compare, learning_curve
+from script.study import compare, learning_curve, pages
 
 
 @pytest.fixture
@@ -323,5 +322,5 @@ def test_a_study_over_sizes_draws_a_curve(study, tmp_path, capsys):
 def test_runs_that_were_not_evaluated_have_no_curve():
     run = {"protocol": "p", "method": "full", "records": [{"step": 1, "epoch": 1, "loss": 1.0}]}
     axis = Figure().subplots()
-    assert plots.curves_by_method(axis, [run]) == "Validation accuracy by epoch: ."
+    assert pages.curves_by_method(axis, [run]) == "Validation accuracy by epoch: ."
     assert not axis.lines

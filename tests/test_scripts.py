@@ -119,7 +119,7 @@ def call(module: str, argv: list[str], monkeypatch, capsys) -> tuple[int, str]:
 FRONT_ENDS = (  # with what each needs
     "baseline majority", "benchmark.benchmark", "ensemble a", "export a", "folds a b", "get_data",
     "predict_ray a b --output_dir c", "preprocess", "serve", "benchmark.serving_benchmark a b",
-    "split a.csv", "study.compare", "study.paired a --against b",
+    "split a.csv", "study.compare", "study.significance a --against b",
 )  # fmt: skip
 
 

@@ -34,7 +34,6 @@ import pandas as pd
 
 import arguments
 from dataset import Split, read_split
-from evaluation import pages, plots
 from evaluation.predictions import FILES
 from evaluation.tables import schedule_name, switch_warning
 from model.schedule import advice_after_collapse
@@ -44,7 +43,7 @@ from runtime.files import UserError, read_json, sha256
 from runtime.flags import Parser
 from runtime.processes import end_with_parent
 from runtime.record import RUN_FILE, read_record
-from script.study import learning_curve
+from script.study import learning_curve, pages
 from script.study.review import SHOWN, file_margins, least_plausible
 from script.study.significance import answers, read_run
 from script.study.study_table import COLUMNS, format_cell, summarise
@@ -358,7 +357,7 @@ def main() -> None:
         notes=notes,
         review=review.head(SHOWN).to_dict("records"),
     )
-    pictures = plots.study_pictures(main_runs, rows, points)
+    pictures = pages.study_pictures(main_runs, rows, points)
     files = {"study.json": json.dumps(study, indent=1), "report.html": page}
     files |= {"label_review.csv": review.to_csv(index=False)} if len(review) else {}
     files |= {f"{name}.svg": text for name, text in pictures.items()}

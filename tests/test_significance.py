@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from conftest import write_csv
-from script.study import paired
+from script.study import significance
 from script.study.significance import paired_test, read_predictions
 
 
@@ -35,7 +35,7 @@ def finished(tmp_path):
 def test_a_run_is_as_good_as_itself(run):
     folder = run()
     accuracy = read_predictions(folder).groupby("text")["right"].mean().mean()
-    line = paired.compare([folder], [folder])
+    line = significance.compare([folder], [folder])
     assert line.startswith(f"{100 * accuracy:.2f} % against {100 * accuracy:.2f} %: +0.00 points")
     assert "p = 1.0000" in line and "1 pairs of runs" in line
 
@@ -46,7 +46,7 @@ def test_accuracies_and_p_are_over_distinct_texts(finished):
     ones = [finished(f"one {n}", [(t, "1", "1") for t in texts]) for n in range(2)]
     last = [(text, "1.0", "2") for text in texts[:9]] + [(texts[9], "1", "1")]
     others = [finished("other 0", [(f"{t}!", "1", "0") for t in texts]), finished("other 1", last)]
-    line = paired.compare(ones, others)
+    line = significance.compare(ones, others)
     assert line == (
         "100.00 % against 5.00 %: +95.00 points (+47.20 to +100.00), p = 0.0020 (10 distinct "
         "texts, 20 rows, 2 pairs of runs)"
@@ -91,8 +91,8 @@ def test_user_errors_are_one_line(finished, tmp_path, monkeypatch, capsys, flags
     finished("unlabelled", [])
     write_csv(tmp_path / "unlabelled" / "predictions.csv", [("a", "1")], ["text", "predicted"])
     folders = [word if word.startswith("--") else f"{tmp_path}/{word}" for word in flags]
-    monkeypatch.setattr(sys, "argv", ["paired", *folders])
+    monkeypatch.setattr(sys, "argv", ["significance", *folders])
     with pytest.raises(SystemExit) as ended:
-        paired.main()
+        significance.main()
     assert ended.value.code == 2
     assert said.format(f"{tmp_path}/") in capsys.readouterr().err.splitlines()[-1]
