@@ -38,12 +38,11 @@ from model.predictions import to_logits
 from model.source import Source, locate, sha256_of
 from runtime.columns import fill_format
 from runtime.file_format import SETTINGS as READING
-from runtime.files import UserError
+from runtime.files import UserError, run_and_report
 from runtime.flags import fill, unused_flag
 from runtime.machine import pick_machine, set_up_process
 from runtime.output_folder import opened
 from runtime.record import describe_run
-from script.command import reported
 
 FEATURES = {  # of the linear models
     "tfidf": ("words",),
@@ -167,8 +166,26 @@ def fit(
     return lambda texts: to_logits(classify(texts), multi_label), {}
 
 
-def run(method: str, args: Namespace) -> None:
+def parse(argv: list[str]) -> tuple[str, Namespace]:
+    """Split a command line into method and arguments.
+
+    Raises: UserError for an unknown method or a useless flag.
+    """
+    if not argv or argv[0] not in METHODS:
+        raise UserError(f"first name the method, one of {', '.join(METHODS)} (see --help)")
+    useful = {f"--{name}" for name in (*SETTINGS, "overwrite_output_dir")}
+    if not any(word.startswith("--max_train_samples") for word in argv):
+        useful.remove("--seed")  # which only draws these rows
+    if "embeddings" not in features_of(argv[0]):
+        useful.remove("--model_name_or_path")
+    if unused := unused_flag(argv, useful):
+        raise UserError(f"{unused} has no effect on a baseline: omit it")
+    return argv[0], parse_args(["--do_train", "--do_eval", "--do_predict", *argv[1:]])
+
+
+def run(argv: list[str]) -> None:
     """Fit a baseline, score it and publish the results, as `main.run` does."""
+    method, args = parse(argv)
     set_up_process()
     form = fill_format(args)
     fill(args, {"text_column_delimiter": form.text_column_delimiter})
@@ -206,20 +223,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & {*argv}:
         print(__doc__)
         return 0
-    if not argv or argv[0] not in METHODS:
-        methods = ", ".join(METHODS)
-        print(f"error: first name the method, one of {methods} (see --help)", file=sys.stderr)
-        return 2
-    useful = {f"--{name}" for name in (*SETTINGS, "overwrite_output_dir")}
-    if not any(word.startswith("--max_train_samples") for word in argv):
-        useful.remove("--seed")  # which only draws these rows
-    if "embeddings" not in features_of(argv[0]):
-        useful.remove("--model_name_or_path")
-    if unused := unused_flag(argv, useful):
-        print(f"error: {unused} has no effect on a baseline: omit it", file=sys.stderr)
-        return 2
-    args = parse_args(["--do_train", "--do_eval", "--do_predict", *argv[1:]])
-    return reported(run, argv[0], args)
+    return run_and_report(run, argv)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The scripts, end to end, with the bundled backbone on the sample, as a new user runs them."""
 
 import importlib
-import inspect
 import json
 import multiprocessing
 import re
@@ -75,7 +74,7 @@ def test_each_fold_is_tested_once_and_no_training_text_is_validated(tmp_path, mo
     """Each text occurs twice, in other spellings; the validation file is a tenth of the rest."""
     rows = [(f"{'Tt'[i % 2]}ext {i // 2}", i // 2 % 2, i // 2 % 3) for i in range(120)]
     path = write_csv(tmp_path / "a.csv", rows, ("text", "label", "fold"))
-    assert call("folds", [path, str(tmp_path / "folds")], monkeypatch, capsys)[0] is None
+    assert call("folds", [path, str(tmp_path / "folds")], capsys)[0] is None
     for fold in range(3):
         train, val, test = (
             read_split(tmp_path / "folds" / str(fold) / f"{name}_simple.csv", FileFormat())
@@ -101,16 +100,15 @@ def test_each_fold_is_tested_once_and_no_training_text_is_validated(tmp_path, mo
 )
 def test_user_errors_of_scripts_are_one_line(module, argv, message, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert message in one_line(call(module, argv, monkeypatch, capsys))
+    assert message in one_line(call(module, argv, capsys))
 
 
-def call(module: str, argv: list[str], monkeypatch, capsys) -> tuple[int, str]:
+def call(module: str, argv: list[str], capsys) -> tuple[int, str]:
     """Call a script's main as the shell does; returns the status and what it said."""
-    monkeypatch.setattr(sys, "argv", [module, *argv])
     main = importlib.import_module(f"script.{module}").main
     capsys.readouterr()
     try:
-        status = main(*[argv] * len(inspect.signature(main).parameters))
+        status = main(argv)
     except SystemExit as end:
         status = end.code
     return status, capsys.readouterr().err
@@ -127,7 +125,7 @@ def test_an_unknown_flag_of_a_script_is_one_line(monkeypatch, capsys):
     """A shortened one is unknown, too: it may be meant for another program."""
     for module, *argv in map(str.split, FRONT_ENDS):
         for flag in ("--no_such_flag", "--output_di=x"):
-            line = one_line(call(module, [*argv, flag], monkeypatch, capsys))
+            line = one_line(call(module, [*argv, flag], capsys))
             assert flag.partition("=")[0] in line, module
 
 
@@ -142,7 +140,7 @@ def test_variants_of_a_text_are_in_the_same_files(tmp_path, monkeypatch, capsys)
     assert titles.equals(cleaned["text"])
     assert cleaned.groupby("text")["fold"].nunique().max() == 1
     argv = [sample, str(tmp_path), "--variants", *names]
-    assert call("folds", argv, monkeypatch, capsys)[0] is None
+    assert call("folds", argv, capsys)[0] is None
     tested = []
     for fold in range(folds.FOLDS):
         train, val, test = (
@@ -185,10 +183,9 @@ def test_the_benchmark_runs_contenders_and_neighbours_as_processes(
     flags = ["--data", numbered, "--steps", "2", "--texts", "16", "--rounds", "1", "--output_dir"]
     flags += [str(tmp_path / "out"), "--only", "original", "ours, full", "prefix 20"]
     flags += ["--tokens", "20", "--neighbours", "1"]
-    monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
     monkeypatch.delitem(contenders.TUNING, "PEFT prefix 20")
     monkeypatch.setattr(benchmark, "run", lambda function, *arguments: function(*arguments))
-    benchmark.main()
+    assert benchmark.main(flags) == 0
     assert multiprocessing.active_children() == []  # a neighbour ran on for ever
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert found["tuning"].keys() == {"ours, full", "ours, prefix 20"}

@@ -9,6 +9,7 @@ interval is over texts and, if several ONEs or OTHERs have the same test file, s
 seeds.
 """
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from scipy.stats import permutation_test
 from dataset import Split, read_split
 from evaluation.intervals import Scores, difference_interval
 from runtime.file_format import LABEL_SEPARATOR, FileFormat
-from runtime.files import UserError
+from runtime.files import UserError, run_and_report
 from runtime.flags import Parser
 from runtime.labels import label_key
 from runtime.record import RUN_FILE, read_record
@@ -129,18 +130,16 @@ def compare(ones: list[str], others: list[str]) -> str:
     )
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
+    """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
     parser = Parser("python -m script.study.significance", __doc__)
     parser.add_argument("one", nargs="+")
     parser.add_argument("--against", nargs="+", required=True, metavar="OTHER")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if len(args.one) != len(args.against):
         parser.error(f"{len(args.one)} folders against {len(args.against)}: pass equal numbers")
-    try:
-        print(compare(args.one, args.against))
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
+    return run_and_report(lambda: print(compare(args.one, args.against)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))
