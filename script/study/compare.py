@@ -4,7 +4,7 @@
         [--train_sizes N... all] [--compare A:B...] [-- flags of main.py for every tuned run]
 
 Each DIR contains {train,val,test}_simple.csv, with one label per row. Several folders, such as
-the folds of script/folds.py, use the seeds in turn; a flag without a folder skips its protocol.
+those of `split.sh --folds`, use the seeds in turn; a flag without a folder skips its protocol.
 Finished runs are not repeated, so a stopped study resumes. The results are a table, paired tests,
 study.json, two plots and report.html. Accuracies are means over distinct texts, one weight each;
 brackets hold their 95 % interval, over texts and, if a folder has several runs, seeds.
