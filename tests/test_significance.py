@@ -2,12 +2,19 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from conftest import one_line, write_csv
 from script.study import significance
-from script.study.significance import paired_test, read_predictions
+from script.study.significance import (
+    Scores,
+    difference_interval,
+    holm,
+    paired_test,
+    read_predictions,
+)
 
 
 @pytest.fixture
@@ -72,6 +79,37 @@ def test_several_labels_per_row_are_a_set(finished):
 
 def test_a_single_label_may_contain_the_label_separator(finished):
     assert read_predictions(finished("one", [("a", "x|y", "x|y")]))["right"].tolist() == [True]
+
+
+def runs(random, texts: int, count: int, share: float, spread: float) -> pd.DataFrame:
+    """Draw runs of a method on the same texts; spread: standard deviation between seeds."""
+    shares = share + random.normal(0, spread, count)
+    right = [random.random(texts) < one for one in shares]
+    tables = [pd.DataFrame({"text": range(texts), "right": one}) for one in right]
+    return pd.concat(table.assign(run=number) for number, table in enumerate(tables))
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_intervals_of_a_study_cover_seeds_if_there_are_several(seeds):
+    """Seeds differ by 4 points; a single run cannot know that."""
+    random, covered = np.random.default_rng(0), np.zeros(2)
+    for _ in range(100):
+        one, other = (Scores(runs(random, 1000, seeds, 0.6, 0.04)) for _ in range(2))
+        low, high = difference_interval(one, other)
+        covered += [one.interval()[0] <= 0.6 <= one.interval()[1], low <= 0 <= high]
+    assert ((covered >= 90) == (seeds > 1)).all()
+
+
+def test_texts_that_all_agree_still_leave_some_doubt():
+    right, wrong = (pd.DataFrame({"text": range(10), "run": 0, "right": r}) for r in (True, False))
+    assert Scores(right).interval()[0] < 0.8
+    found = paired_test(wrong, right)
+    assert found.low < 0.8 < 1 == found.high == found.difference
+
+
+def test_p_values_are_corrected_as_by_holm():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1, 1] and holm([]) == []
 
 
 @pytest.mark.parametrize(

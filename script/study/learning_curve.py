@@ -10,8 +10,8 @@ import math
 import numpy as np
 import pandas as pd
 
-from evaluation.intervals import Scores
 from runtime.files import UserError
+from script.study.significance import Scores
 
 LAST = 3  # sizes, the largest ones, over which the effect of a doubling is measured
 NOTE = (

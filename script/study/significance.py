@@ -4,11 +4,13 @@
 
 ONE and OTHER are folders of finished runs. The n-th ONE is compared with the n-th OTHER, for
 instance two methods on the same folds; their test files must have the same labels row by row. The
-texts may differ, for instance if one method was tuned on cleaned titles. The 95 %
-interval is over texts and, if several ONEs or OTHERs have the same test file, seeds; p ignores
-seeds.
+texts may differ, for instance if one method was tuned on cleaned titles. The 95 % interval is over
+texts and, if several ONEs or OTHERs have the same test file, seeds; p ignores seeds.
+
+T distinct texts, K runs.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.stats import permutation_test
+from scipy.stats import t as student
 
 from dataset import Split, read_split
-from evaluation.intervals import Scores, difference_interval
+from evaluation.intervals import LEVEL, NORMAL, wilson
 from runtime.file_format import LABEL_SEPARATOR, FileFormat
 from runtime.files import UserError, run_and_report
 from runtime.flags import Parser
@@ -69,6 +72,70 @@ def answers(split: Split) -> pd.DataFrame:
     ]
     right = [names == answer for names, answer in zip(labels, found, strict=True)]
     return pd.DataFrame({"text": split.keys, "labels": labels, "answer": given, "right": right})
+
+
+class Scores:
+    """The share of right predictions of each distinct text, in all runs of a method.
+
+    Texts and runs (seeds) are two crossed sources of variance, as in Owen 2007, "The pigeonhole
+    bootstrap". The variance of the mean is the sum of two estimates: that of the texts' shares,
+    / T; and that of the means of runs on the same texts, / K. Unlike a bootstrap's they are not too
+    small for two or three runs. What varies from text to text in one run counts in both, so the sum
+    is a little too large. A single run says nothing about seeds: the first part is then all.
+    """
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        """table: rows of any number of runs, with the columns `text`, `run` and `right`."""
+        table = table.astype({"right": float})
+        grid = table.pivot_table(index="text", columns="run", values="right")  # [T, K]
+        self.texts = grid.mean(axis=1)
+        self.mean = float(self.texts.mean())
+        self.seeds: list[tuple[float, int]] = []  # variances of the mean, degrees of freedom
+        files: dict[bytes, list] = {}  # runs on the same texts
+        for run in grid:
+            files.setdefault(grid[run].notna().to_numpy().tobytes(), []).append(run)
+        for runs in files.values():
+            means, share = grid[runs].mean(), grid[runs[0]].notna().mean()
+            if len(runs) > 1:
+                self.seeds.append((share**2 * means.var() / len(runs), len(runs) - 1))
+
+    def interval(self) -> list[float]:
+        """Return the two ends of the 95 % interval of the mean.
+
+        The interval is Wilson's with as many independent texts as would have the variance.
+        """
+        size = len(self.texts)
+        error = margin([(self.texts.var(ddof=0) / size, size - 1), *self.seeds])
+        if error > 0:
+            size = self.mean * (1 - self.mean) * (NORMAL / error) ** 2
+        return wilson(self.mean, size)
+
+
+def margin(variances: list[tuple[float, int]]) -> float:
+    """Return half the width of the 95 % interval of a mean with these variances.
+
+    variances: independent ones, with their degrees of freedom, which are combined as in
+    Satterthwaite 1946.
+    """
+    total = sum(variance for variance, _ in variances)
+    if not total:
+        return 0.0
+    freedom = total**2 / sum(variance**2 / max(1, each) for variance, each in variances)
+    return float(student.ppf(0.5 + LEVEL / 2, freedom) * math.sqrt(total))
+
+
+def difference_interval(one: Scores, other: Scores) -> list[float]:
+    """Return the two ends of the 95 % interval of other's mean minus one's, on the same texts.
+
+    Half a text is added to each of the four outcomes, so that it is right if all texts agree
+    (Agresti & Min 2005, "Simple improved confidence intervals for comparing matched proportions").
+    """
+    differences = other.texts - one.texts
+    size = len(differences) + 2
+    mean = differences.sum() / size
+    variance = (((differences**2).sum() + 1) / size - mean**2) / size
+    error = margin([(variance, size - 1), *one.seeds, *other.seeds])
+    return [max(-1.0, float(mean - error)), min(1.0, float(mean + error))]
 
 
 def paired_test(one: pd.DataFrame, other: pd.DataFrame) -> PairedTest | None:
