@@ -70,10 +70,9 @@ from runtime.checkpoint import Checkpoint, Tensors
 from runtime.columns import fill_format, model_folders, precision_for
 from runtime.files import UserError, writing
 from runtime.machine import Machine, pick_machine, set_up_process
-from runtime.output_folder import OutputFolder, opened
+from runtime.output_folder import OutputFolder, opened, recorder
 from runtime.processes import Group, stop_signals
 from runtime.record import check_same_run, describe_run, identity
-from runtime.recorder import recorder
 
 logger = logging.getLogger("main")
 

@@ -2,8 +2,9 @@
 
 The unit is the distinct text, since the rows of one text are right or wrong together. In a file,
 what is drawn for a text is a function of the text: memory is constant however long the file is, and
-a text that occurs again counts as the same one. In a study, seeds vary too: see `Scores`.
-N rows, L predictions per row, T distinct texts, K runs.
+a text that occurs again counts as the same one. In a study, seeds vary too, see
+script/study/significance.py.
+N rows, L predictions per row, T distinct texts.
 """
 
 import math
@@ -11,7 +12,6 @@ import zlib
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 RESAMPLES = 1000  # resampled files of a bootstrap
 SIMULATED = 400  # files of a perfectly calibrated model
@@ -122,67 +122,3 @@ class Chance:
         """Return the mean calibration error, and the one that 95 % of the files stay below."""
         found = np.abs(self.hits - self.confidence[:, None]).sum(axis=0) / self.count
         return float(found.mean()), float(np.quantile(found, LEVEL))
-
-
-class Scores:
-    """The share of right predictions of each distinct text, in all runs of a method.
-
-    Texts and runs (seeds) are two crossed sources of variance, as in Owen 2007, "The pigeonhole
-    bootstrap". The variance of the mean is the sum of two estimates: that of the texts' shares,
-    / T; and that of the means of runs on the same texts, / K. Unlike a bootstrap's they are not too
-    small for two or three runs. What varies from text to text in one run counts in both, so the sum
-    is a little too large. A single run says nothing about seeds: the first part is then all.
-    """
-
-    def __init__(self, table: pd.DataFrame) -> None:
-        """table: rows of any number of runs, with the columns `text`, `run` and `right`."""
-        table = table.astype({"right": float})
-        grid = table.pivot_table(index="text", columns="run", values="right")  # [T, K]
-        self.texts = grid.mean(axis=1)
-        self.mean = float(self.texts.mean())
-        self.seeds: list[tuple[float, int]] = []  # variances of the mean, degrees of freedom
-        files: dict[bytes, list] = {}  # runs on the same texts
-        for run in grid:
-            files.setdefault(grid[run].notna().to_numpy().tobytes(), []).append(run)
-        for runs in files.values():
-            means, share = grid[runs].mean(), grid[runs[0]].notna().mean()
-            if len(runs) > 1:
-                self.seeds.append((share**2 * means.var() / len(runs), len(runs) - 1))
-
-    def interval(self) -> list[float]:
-        """Return the two ends of the 95 % interval of the mean.
-
-        The interval is Wilson's with as many independent texts as would have the variance.
-        """
-        size = len(self.texts)
-        error = margin([(self.texts.var(ddof=0) / size, size - 1), *self.seeds])
-        if error > 0:
-            size = self.mean * (1 - self.mean) * (NORMAL / error) ** 2
-        return wilson(self.mean, size)
-
-
-def margin(variances: list[tuple[float, int]]) -> float:
-    """Return half the width of the 95 % interval of a mean with these variances.
-
-    variances: independent ones, with their degrees of freedom, which are combined as in
-    Satterthwaite 1946.
-    """
-    total = sum(variance for variance, _ in variances)
-    if not total:
-        return 0.0
-    freedom = total**2 / sum(variance**2 / max(1, each) for variance, each in variances)
-    return float(student.ppf(0.5 + LEVEL / 2, freedom) * math.sqrt(total))
-
-
-def difference_interval(one: Scores, other: Scores) -> list[float]:
-    """Return the two ends of the 95 % interval of other's mean minus one's, on the same texts.
-
-    Half a text is added to each of the four outcomes, so that it is right if all texts agree
-    (Agresti & Min 2005, "Simple improved confidence intervals for comparing matched proportions").
-    """
-    differences = other.texts - one.texts
-    size = len(differences) + 2
-    mean = differences.sum() / size
-    variance = (((differences**2).sum() + 1) / size - mean**2) / size
-    error = margin([(variance, size - 1), *one.seeds, *other.seeds])
-    return [max(-1.0, float(mean - error)), min(1.0, float(mean + error))]

@@ -1,14 +1,14 @@
-"""The pages of a run and of a study (report.html, one file that needs no network), and the card."""
+"""The page of a run (report.html, one file that needs no network), and the model card."""
 
 import json
 from pathlib import Path
 
-import matplotlib.style
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from evaluation.plots import DRAWN, STYLE, Run, run_plots, size_figures, study_figures, svg
+from evaluation.plots import DRAWN, Run, run_plots
 from evaluation.tables import result_rows, shown
 
+FOLDER = Path(__file__).parent
 CARDS = {
     "accuracy_unseen": "accuracy, unseen texts",
     "accuracy_seen": "accuracy, seen texts",
@@ -21,10 +21,13 @@ KEPT = 0.8  # share of rows that the example of rejection keeps
 LABEL_LENGTH = 60  # characters of a label that pages show
 
 
-def fill(template: str, **values) -> str:
-    """Fill a template from this folder; HTML is escaped, and a missing value is an error."""
+def fill(template: str, folder: Path = FOLDER, **values) -> str:
+    """Fill a template from a folder; HTML is escaped, and a missing value is an error.
+
+    It can extend the templates of this folder.
+    """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([folder, FOLDER]),
         autoescape=template.endswith(".html"),
         undefined=StrictUndefined,
         trim_blocks=template.endswith(".md"),
@@ -94,35 +97,4 @@ def render_run(record: dict, results: dict, evaluation: dict, records: list[dict
         kept_unseen=kind == "unseen texts",
         audited=f"{name}_seen_share" in results,
         several=f"{name}_micro_f1" in results,
-    )
-
-
-def render_study(
-    main_runs: list[dict],
-    rows: list[dict],
-    points: list[dict],
-    **shown: str | list,
-) -> str:
-    """Render the page of a study, see script/compare.py.
-
-    main_runs, rows: the runs behind the main tables, and their summary. points: the learning curve,
-    may be empty. shown: everything else that study.html shows, by its names there.
-    """
-
-    def of(things: list[dict], protocol: str) -> list[dict]:
-        return [one for one in things if one["protocol"] == protocol]
-
-    protocols = []
-    with matplotlib.style.context(STYLE):
-        for protocol in dict.fromkeys(row["protocol"] for row in rows):
-            figures = study_figures(of(main_runs, protocol), of(rows, protocol))
-            protocols.append([svg(figure, words) for _, figure, words in figures])
-        curves = [svg(figure, words) for _, figure, words in size_figures(main_runs, points)]
-    return fill(
-        "study.html",
-        protocols=protocols,
-        curves=curves,
-        folds=len({run["data"] for run in of(main_runs, "unseen")}),
-        cards=[row for row in of(rows, "unseen") if row["on unseen"] is not None],
-        **shown,
     )

@@ -22,8 +22,7 @@ from model.start import Start
 from runtime.batches import Encoded, TextRows, encode, length_batches, rows_of
 from runtime.columns import model_folders, precision_for
 from runtime.files import UserError
-from runtime.machine import Machine, pick_machine
-from runtime.streams import in_streams
+from runtime.machine import Machine, in_streams, pick_machine
 
 
 def as_texts(

@@ -1,10 +1,12 @@
-"""Atomic writes, checked JSON, checksums, and the exception for errors that the user can fix."""
+"""Atomic writes, checked JSON, checksums, and errors that the user can fix."""
 
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ from typing import Any
 import msgspec
 from safetensors import SafetensorError
 
-NAME_LENGTH, LIST_LENGTH = 40, 150  # characters of a name, and of a list of names, in a message
 MAX_JSON_BYTES = 2**28  # far more than any file of a run
 JSON_KINDS = {  # msgspec's names, in words
     "int": "a whole number",
@@ -26,6 +27,20 @@ JSON_KINDS = {  # msgspec's names, in words
 
 class UserError(Exception):
     """An error the user can fix: one line that says what is wrong, where, and what to do."""
+
+
+def run_and_report(function: Callable[..., None], *args) -> int:
+    """Call a script's function, with its log on stderr; return the exit status.
+
+    It is 0, or 2 after the one line of a `UserError`.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        function(*args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def plural(count: int, noun: str) -> str:

@@ -3,9 +3,12 @@
 import math
 import os
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +17,8 @@ from torch import nn
 from runtime.batches import Encoded
 from runtime.files import UserError
 from runtime.processes import ALONE, Group
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 CGROUP = Path("/sys/fs/cgroup")
 MOST_STREAMS = 8  # Python's lock would keep more waiting
@@ -27,7 +32,7 @@ class Machine:
     device: torch.device
     precision: str  # "fp32", or "bf16": matrix products in bfloat16, trainable weights in float32
     group: Group = ALONE  # of processes; the main one shows progress
-    streams: int = 1  # batches that are scored at once, see `runtime.streams`
+    streams: int = 1  # batches that are scored at once, see `in_streams`
 
     def __str__(self) -> str:
         several = f", {self.group.size} processes that share each batch" * (self.group.size > 1)
@@ -135,3 +140,28 @@ def pick_machine(precision: str, group: Group = ALONE) -> Machine:
             fast = name == "cpu" and bfloat16_gain() > CASTS
         precision = group.from_main("bf16" if fast else "fp32")
     return Machine(torch.device(name), precision, group, streams)
+
+
+@cache
+def workers(streams: int, threads: int) -> ThreadPoolExecutor:
+    """Return `streams` workers, each of which computes with `threads` threads."""
+    return ThreadPoolExecutor(streams, "stream", torch.set_num_threads, (threads,))
+
+
+def in_streams(
+    function: Callable[[Item], Result], items: Iterable[Item], streams: int
+) -> Iterator[Result]:
+    """Yield the result for each item, in order; `streams` of them are computed at once.
+
+    A batch on all threads has a barrier after every operation, where each waits for the slowest.
+    Beside other processes a thread often waits for a core, and the rest for it. Streams, each on
+    threads of its own, need no barriers.
+    """
+    if streams == 1:
+        yield from map(function, items)
+        return
+    threads = torch.get_num_threads()
+    try:
+        yield from workers(streams, max(1, threads // streams)).map(function, items)
+    finally:
+        torch.set_num_threads(threads)  # else threads that start later would have a worker's number

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -260,6 +260,30 @@ class OutputFolder:
                 if path.is_file() and not path.stat().st_mode & 0o077:
                     path.chmod(0o666 & ~UMASK)
                 sync(path)
+
+
+def recorder(output: OutputFolder, report_to: str) -> Callable[[dict], None]:
+    """Return a function that appends a line to metrics.jsonl and, if requested, to TensorBoard."""
+    if report_to == "none":
+        return output.append_metrics
+    from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+    board = SummaryWriter(output.staging / "tensorboard")
+
+    def show(line: dict) -> None:
+        for name, value in line.items():
+            if name != "step":
+                board.add_scalar(name, value, line["step"])
+        board.flush()
+
+    for line in output.read_metrics():  # earlier lines of a resumed run
+        show(line)
+
+    def record(line: dict) -> None:
+        output.append_metrics(line)
+        show(line)
+
+    return record
 
 
 def remove(entry: Path) -> None:

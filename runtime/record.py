@@ -81,7 +81,7 @@ def describe_split(data: dict[str, dict]) -> dict | None:
 
 
 def is_synthetic(described: dict) -> bool:
-    """Whether a data file was made by script/splits.py from the synthetic sample."""
+    """Whether a data file was made by script/youtube.py from the synthetic sample."""
     return bool(read_split_record(described["path"], described["sha256"]).get("synthetic"))
 
 

@@ -26,6 +26,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import FeatureUnion
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import LinearSVC
+from torch import nn
 
 import dataset
 from arguments import parse_args
@@ -33,17 +34,20 @@ from evaluation.calibration import Calibration, calibrate
 from evaluation.metrics import compute_metrics
 from evaluation.predictions import Predictions, check_columns
 from evaluation.scoring import publish, score
-from model.embeddings import embedder
+from model.classifier import predict
+from model.loading import load_tokenizer, set_max_seq_length
 from model.predictions import to_logits
 from model.source import Source, locate, sha256_of
+from model.start import read_model_config
+from model.tuning import TUNING
+from runtime.batches import encode, rows_of
 from runtime.columns import fill_format
 from runtime.file_format import SETTINGS as READING
-from runtime.files import UserError
+from runtime.files import UserError, run_and_report
 from runtime.flags import fill, unused_flag
-from runtime.machine import pick_machine, set_up_process
+from runtime.machine import Machine, pick_machine, set_up_process
 from runtime.output_folder import opened
 from runtime.record import describe_run
-from script.command import reported
 
 FEATURES = {  # of the linear models
     "tfidf": ("words",),
@@ -68,6 +72,7 @@ TIE = 1e-6  # weight of the validation file's label frequencies: they only break
 ABSENT = -20.0  # logit of a label without a training row, below the lowest of the others
 
 Probabilities = Callable[[list[str]], np.ndarray]  # N texts -> probabilities [N, C]
+Embed = Callable[[list[str]], np.ndarray]  # N texts -> embeddings, float32 [N, HD]
 Logits = Callable[[list[str]], torch.Tensor]  # N texts -> logits, float32 [N, C]
 
 
@@ -91,6 +96,28 @@ def lookup(texts: list[str], one_hot: np.ndarray, share: np.ndarray) -> Probabil
 def features_of(method: str) -> tuple[str, ...]:
     """Return the features of a linear model; none for other baselines."""
     return FEATURES.get(method.removesuffix(SVM), ())
+
+
+def embedder(source: Source, machine: Machine, batch_size: int = 64) -> Embed:
+    """Return a function that maps texts to the mean of the backbone's last states, of length 1.
+
+    As in Sentence-BERT (Reimers & Gurevych 2019, https://arxiv.org/abs/1908.10084).
+    Raises: UserError if the backbone is not usable.
+    """
+    config, _ = read_model_config(source)
+    set_max_seq_length(config, 0, min(128, config.max_position_embeddings))
+    config.pooling = TUNING["probe"].pooling
+    tokenizer = load_tokenizer(source, config)
+    model = TUNING["probe"].build(source, config, fresh_head=True).requires_grad_(False)
+    model.classifier, model.config.num_labels = nn.Identity(), config.hidden_size
+    machine.place(model)
+
+    def embed(texts: list[str]) -> np.ndarray:
+        data = encode(tokenizer, rows_of(texts), config.max_seq_length)
+        found = predict(model, data, batch_size, machine)
+        return nn.functional.normalize(found).numpy()
+
+    return embed
 
 
 def vectorizer(parts: tuple[str, ...], texts: list[str], source: Source | None) -> FeatureUnion:
@@ -167,8 +194,26 @@ def fit(
     return lambda texts: to_logits(classify(texts), multi_label), {}
 
 
-def run(method: str, args: Namespace) -> None:
+def parse(argv: list[str]) -> tuple[str, Namespace]:
+    """Split a command line into method and arguments.
+
+    Raises: UserError for an unknown method or a useless flag.
+    """
+    if not argv or argv[0] not in METHODS:
+        raise UserError(f"first name the method, one of {', '.join(METHODS)} (see --help)")
+    useful = {f"--{name}" for name in (*SETTINGS, "overwrite_output_dir")}
+    if not any(word.startswith("--max_train_samples") for word in argv):
+        useful.remove("--seed")  # which only draws these rows
+    if "embeddings" not in features_of(argv[0]):
+        useful.remove("--model_name_or_path")
+    if unused := unused_flag(argv, useful):
+        raise UserError(f"{unused} has no effect on a baseline: omit it")
+    return argv[0], parse_args(["--do_train", "--do_eval", "--do_predict", *argv[1:]])
+
+
+def run(argv: list[str]) -> None:
     """Fit a baseline, score it and publish the results, as `main.run` does."""
+    method, args = parse(argv)
     set_up_process()
     form = fill_format(args)
     fill(args, {"text_column_delimiter": form.text_column_delimiter})
@@ -206,20 +251,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & {*argv}:
         print(__doc__)
         return 0
-    if not argv or argv[0] not in METHODS:
-        methods = ", ".join(METHODS)
-        print(f"error: first name the method, one of {methods} (see --help)", file=sys.stderr)
-        return 2
-    useful = {f"--{name}" for name in (*SETTINGS, "overwrite_output_dir")}
-    if not any(word.startswith("--max_train_samples") for word in argv):
-        useful.remove("--seed")  # which only draws these rows
-    if "embeddings" not in features_of(argv[0]):
-        useful.remove("--model_name_or_path")
-    if unused := unused_flag(argv, useful):
-        print(f"error: {unused} has no effect on a baseline: omit it", file=sys.stderr)
-        return 2
-    args = parse_args(["--do_train", "--do_eval", "--do_predict", *argv[1:]])
-    return reported(run, argv[0], args)
+    return run_and_report(run, argv)
 
 
 if __name__ == "__main__":

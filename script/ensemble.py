@@ -31,11 +31,10 @@ from evaluation.scoring import publish, score
 from model.predictions import to_logits
 from runtime.csv_reader import Table
 from runtime.file_format import SETTINGS, FileFormat
-from runtime.files import UserError, sha256
+from runtime.files import UserError, run_and_report, sha256
 from runtime.flags import contains, unused_flag
 from runtime.output_folder import opened
 from runtime.record import RUN_FILE, describe_run, differences, read_record
-from script.command import reported
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +132,18 @@ def select(probability: np.ndarray, label_ids: np.ndarray) -> np.ndarray:
     return np.bincount(chosen[:best], minlength=len(probability))
 
 
-def run(folders: list[str], args: Namespace) -> None:
+def parse(argv: list[str]) -> tuple[list[str], Namespace]:
+    """Split a command line into folders and arguments. Raises: UserError for a useless flag."""
+    flags = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
+    allowed = {"--output_dir", "--overwrite_output_dir", "--reject_below", "--safe_csv"}
+    if unused := unused_flag(argv[flags:], allowed):
+        raise UserError(f"{unused} has no effect on an ensemble: omit it")
+    return argv[:flags], parse_args(["--do_train", "--do_eval", "--do_predict", *argv[flags:]])
+
+
+def run(argv: list[str]) -> None:
     """Choose the weights, score the average and publish the results, as `main.run` does."""
+    folders, args = parse(argv)
     records = read_runs(folders)
     settings = {name: records[0]["settings"].get(name) for name in DATA_SETTINGS}
     names, multi_label = records[0]["labels"], settings["problem_type"].startswith("multi")
@@ -191,13 +200,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & {*argv}:
         print(__doc__)
         return 0
-    flags = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
-    allowed = {"--output_dir", "--overwrite_output_dir", "--reject_below", "--safe_csv"}
-    if unused := unused_flag(argv[flags:], allowed):
-        print(f"error: {unused} has no effect on an ensemble: omit it", file=sys.stderr)
-        return 2
-    args = parse_args(["--do_train", "--do_eval", "--do_predict", *argv[flags:]])
-    return reported(run, argv[:flags], args)
+    return run_and_report(run, argv)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,8 @@ from arguments import DIR
 from model import load, prefix_encoder
 from model.classifier import Classifier
 from model.prefix_bank import PrefixBank
-from runtime.files import UserError
+from runtime.files import UserError, run_and_report
 from runtime.flags import Parser
-from script.command import reported
 
 INPUTS = ("input_ids", "attention_mask")
 SHAPES = ((1, 3), (2, 16), (5, 9))  # batch and tokens, to compare
@@ -136,7 +135,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("folder")
     parser.add_argument("--output_dir", **DIR, help="[FOLDER/onnx]")
     args = parser.parse_args(argv)
-    return reported(run, args.folder, Path(args.output_dir or f"{args.folder}/onnx"))
+    return run_and_report(run, args.folder, Path(args.output_dir or f"{args.folder}/onnx"))
 
 
 if __name__ == "__main__":

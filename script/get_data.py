@@ -2,18 +2,15 @@
 
 import os
 import shutil
-import urllib.error
-import urllib.request
+import subprocess
+import sys
 import zipfile
 import zlib
-from http.client import HTTPException
 from pathlib import Path
-
-from tqdm import tqdm
 
 from runtime.csv_reader import Table
 from runtime.file_format import FileFormat
-from runtime.files import UserError
+from runtime.files import UserError, run_and_report
 from runtime.flags import Parser
 
 URL = "https://www.kaggle.com/api/v1/datasets/download/datasnaek/youtube-new"
@@ -30,57 +27,39 @@ COLUMNS = (
     "description"
 ).split()
 ROWS = range(40_000, 42_000)  # 40,949 when last seen
-TIMEOUT_SECONDS = 20
+CURL = "curl --fail --location --continue-at - --connect-timeout 20 --speed-limit 1 --speed-time 20"
+NO_RANGES = 33  # curl's status if the server cannot resume
+NOTHING_LEFT = "416"  # HTTP's status if the file on disk is whole, or longer
 
 
-def download(url: str, archive: Path) -> None:
-    """Download `url` to `archive`, resuming a partial download from `archive`.part.
-
-    Raises: UserError; a usable partial download is kept for the next call.
-    """
-    part = archive.with_suffix(".zip.part")
-    have = part.stat().st_size if part.exists() else 0
+def download(url: str) -> None:
+    """Download the archive, or what is missing of it. Raises: UserError; what was read is kept."""
+    command = [*CURL.split(), "--output", str(ARCHIVE), "--url", url]
+    command += ["--write-out", "%{http_code} %{errormsg}"]
+    command.append("--progress-bar" if sys.stderr.isatty() else "--silent")
     try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise UserError(f"{url} answered {error.code} {error.reason}; {BY_HAND}") from None
-        if error.headers.get("Content-Range") == f"bytes */{have}":  # nothing is left to download
-            os.replace(part, archive)
-            return
-        part.unlink()
-        raise UserError("the file on the server has changed: run this again") from None
-    except (OSError, HTTPException, ValueError) as error:
-        raise UserError(f"{url} cannot be reached ({error}); {BY_HAND}") from None
-    with answer:
-        if answer.status != 206:  # the server starts from the beginning
-            have = 0
-        left = answer.headers.get("Content-Length")
-        total = have + int(left) if left else None
-        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=None)
-        try:
-            with open(part, "ab" if have else "wb") as file, bar:
-                while block := answer.read1(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-        except (OSError, HTTPException) as error:  # from the connection or the disk
-            advice = "free some space if the disk is full, and run this again to resume"
-            raise UserError(f"{part} is cut off ({error}): {advice}") from None
-    size = part.stat().st_size
-    if total is not None and size < total:
-        raise UserError(f"received only {size:,} of {total:,} bytes: run this again to resume")
-    os.replace(part, archive)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, restore_signals=False)
+    except FileNotFoundError:
+        raise UserError(f"curl is not installed: install it, or {BY_HAND}") from None
+    code, _, reason = done.stdout.partition(" ")
+    if done.returncode == NO_RANGES:
+        ARCHIVE.unlink()
+        download(url)
+    elif done.returncode and code != NOTHING_LEFT:
+        if not ARCHIVE.exists():
+            raise UserError(f"{url} cannot be reached ({reason}); {BY_HAND}")
+        advice = "free some space if the disk is full, and run this again to resume"
+        raise UserError(f"{ARCHIVE} is cut off ({reason}): {advice}")
 
 
-def unpack(archive: Path) -> None:
+def unpack() -> None:
     """Check the archive's files and move them into csv/. Removes it unless the disk is full.
 
     Raises: UserError if the archive is not the data set, or if the disk is full.
     """
     staging = FOLDER / "unpacking"
     try:
-        with zipfile.ZipFile(archive) as content:
+        with zipfile.ZipFile(ARCHIVE) as content:
             content.extractall(staging, FILES)
         form = FileFormat(("title",), label_column_name=(), delimiter="comma")
         rows = sum(1 for _ in Table(staging / FILES[0], form, COLUMNS))
@@ -89,35 +68,37 @@ def unpack(archive: Path) -> None:
         for name in reversed(FILES):  # the raw file last: it completes the set
             os.replace(staging / name, FOLDER / name)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, UserError) as error:
-        archive.unlink()
-        raise UserError(f"the download is not the data set ({error}); {BY_HAND}") from None
+        ARCHIVE.unlink()
+        raise UserError(
+            f"the download is not the data set ({error}): run this again; or {BY_HAND}"
+        ) from None
     except OSError as error:
         raise UserError(f"{staging} cannot be written: {error.strerror}; free some space") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    archive.unlink()
+    ARCHIVE.unlink()
     print(f"{FOLDER / FILES[0]}: {rows:,} rows, all {len(COLUMNS)} columns")
 
 
-def main() -> None:
-    """Run from the command line; exits with status 2 after a one-line error the user can fix."""
-    parser = Parser(
-        "bash script/get_data.sh",
-        "Download USvideos.csv and US_category_id.json (CC0, about 200 MB) into csv/.",
-    )
-    parser.add_argument("--url", default=URL, help="address of the archive [%(default)s]")
-    url = parser.parse_args().url
+def run(url: str) -> None:
+    """Fetch the files unless they are there. Raises: UserError."""
     if (FOLDER / FILES[0]).exists():
         print(f"{FOLDER / FILES[0]} exists already: nothing to do")
         return
-    try:
-        if not ARCHIVE.exists():  # else an earlier call downloaded it
-            download(url, ARCHIVE)
-        unpack(ARCHIVE)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
+    download(url)
+    unpack()
     print("next: bash script/preprocess.sh")
 
 
+def main(argv: list[str]) -> int:
+    """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
+    parser = Parser(
+        "bash script/get_data.sh",
+        "Download USvideos.csv and US_category_id.json (CC0, about 200 MB) into csv/ with curl.",
+    )
+    parser.add_argument("--url", default=URL, help="address of the archive [%(default)s]")
+    return run_and_report(run, parser.parse_args(argv).url)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

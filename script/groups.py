@@ -1,6 +1,6 @@
 """Split rows into files, equal texts together: groups of rows, their parts, leaks, writing.
 
-`script/split.py` and the notebook's protocols (`script/splits.py`) use these functions.
+`script/split.py` and the notebook's protocols (`script/youtube.py`) use these functions.
 """
 
 import csv

@@ -32,11 +32,19 @@ from model.predictions import Predictions
 from model.start import Start
 from runtime.columns import fill_format
 from runtime.file_format import SETTINGS, FileFormat
-from runtime.files import UserError, read_json, sha256, sync, to_json, write_text, writing
+from runtime.files import (
+    UserError,
+    read_json,
+    run_and_report,
+    sha256,
+    sync,
+    to_json,
+    write_text,
+    writing,
+)
 from runtime.flags import Parser, unused_flag
 from runtime.machine import set_up_process
 from runtime.record import Record, describe_run, run_differences
-from script.command import reported
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 SHOWN = 5  # names of skipped entries
@@ -202,7 +210,7 @@ def main(argv: list[str]) -> int:
     args, flags = parser.parse_known_args(argv)
     if unused := unused_flag(flags, FLAGS):
         parser.error(f"{unused} has no effect here: omit it")
-    return reported(run, args, flags)
+    return run_and_report(run, args, flags)
 
 
 if __name__ == "__main__":

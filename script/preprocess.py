@@ -11,6 +11,7 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
+from runtime.files import UserError, run_and_report, writing
 from runtime.flags import Parser, encoding
 
 NOTEBOOK = "preprocessing.ipynb"
@@ -21,8 +22,8 @@ TEXTS = (
 ).split()
 
 
-def main() -> None:
-    """Run from the command line; exits with status 2 after a one-line error the user can fix."""
+def main(argv: list[str]) -> int:
+    """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
     known = papermill.inspect_notebook(NOTEBOOK)
     defaults = [f"{name} [{parameter['default']}]" for name, parameter in known.items()]
     parser = Parser(
@@ -33,20 +34,25 @@ def main() -> None:
     )
     metavar, usage = ("NAME", "VALUE"), "set a parameter of the notebook; can be repeated"
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=metavar, help=usage)
-    given = parser.parse_args().p
+    return run_and_report(run, parser.parse_args(argv).p, known)
+
+
+def run(given: list[tuple[str, str]], known: dict[str, dict]) -> None:
+    """Run the notebook with parameters, by name, and print what it printed.
+
+    known: all parameters, from papermill. Raises: UserError, also as the notebook raises it.
+    """
     if unknown := sorted({name for name, _ in given} - set(known)):
-        parser.exit(2, f"error: -p {unknown[0]}: no such parameter; use {', '.join(known)}\n")
+        raise UserError(f"-p {unknown[0]}: no such parameter; use {', '.join(known)}")
     parameters = {name: parse(name, value, known[name]["default"]) for name, value in given}
     try:
         encoding(parameters.get("csv_encoding", "utf-8"))
     except ArgumentTypeError as error:
-        parser.exit(2, f"error: -p csv_encoding: {error}; use one such as utf-8 or cp1252\n")
+        raise UserError(f"-p csv_encoding: {error}; use one such as utf-8 or cp1252") from None
 
     executed = Path(parameters.get("output_dir", "csv")) / "executed"
-    try:
+    with writing(executed):
         executed.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.exit(2, f"error: {executed} cannot be written: {error.strerror}\n")
     logging.disable()  # silence papermill's own failure report with its traceback
     try:
         notebook = papermill.execute_notebook(
@@ -61,7 +67,7 @@ def main() -> None:
         if error.ename != "UserError":
             raise
         print_output(nbformat.read(executed / NOTEBOOK, as_version=4))
-        parser.exit(2, f"error: {error.evalue}\n")
+        raise UserError(error.evalue) from None
     count = save_plots(notebook, executed)
     print_output(notebook)
     print(f"executed notebook and {count} pictures: {executed}")
@@ -99,4 +105,4 @@ def print_output(notebook: nbformat.NotebookNode) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -26,10 +26,9 @@ import uvicorn
 
 from arguments import DIR, FILE
 from runtime.columns import precision_for
-from runtime.files import UserError
+from runtime.files import UserError, run_and_report
 from runtime.flags import Parser, number, value
 from runtime.machine import pick_machine, set_up_process
-from script.command import reported
 from serving.app import create_app
 from serving.engine import Settings
 from serving.models import Registry, find_models
@@ -184,7 +183,7 @@ def raise_open_files() -> None:
 
 def main(argv: list[str]) -> int:
     """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
-    return reported(run, parse(argv))
+    return run_and_report(run, parse(argv))
 
 
 if __name__ == "__main__":

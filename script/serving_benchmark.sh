@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Load the server and its rivals with many models; see script/serving_benchmark.py.
+# Load the server and its rivals with many models; see script/benchmark/serving_benchmark.py.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt script/requirements.txt \
     script/requirements-serve.txt script/requirements-load.txt
@@ -8,4 +8,4 @@ command -v wrk >/dev/null || {
     exit 2
 }
 
-exec "$PYTHON" -m script.serving_benchmark "$@"
+exec "$PYTHON" -m script.benchmark.serving_benchmark "$@"

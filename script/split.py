@@ -37,7 +37,7 @@ from arguments import (
 )
 from runtime.csv_reader import Table, row_list, text_key
 from runtime.file_format import MULTI_LABEL, SETTINGS, FileFormat
-from runtime.files import UserError, name_list, plural, sha256
+from runtime.files import UserError, name_list, plural, run_and_report, sha256
 from runtime.labels import label_counts, label_key, label_remarks, read_labels
 from script.groups import (
     FEW_ROWS,
@@ -374,23 +374,22 @@ def warn_of_labels(train: dict, path: Path) -> None:
             print(f"warning: {path}: label {label} has {share} of the training rows")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run from the command line; returns 0, or 2 after a one-line error that the user can fix."""
-    args = parse_args(sys.argv[1:] if argv is None else argv)
-    held = io.StringIO()  # warnings appear only if the file can be split
-    try:
-        with contextlib.redirect_stdout(held):
-            run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run_and_print(args: argparse.Namespace) -> None:
+    """Split the file, and print what was done only if that worked. Raises: UserError."""
+    held = io.StringIO()
+    with contextlib.redirect_stdout(held):
+        run(args)
     out = sys.stderr if args.within_run else sys.stdout
     print(*args.was_read, sep="\n", file=out)
     print(held.getvalue(), end="", file=out)
     if args.within_run:  # for script/data.sh
         print(args.output_dir)
-    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
+    return run_and_report(run_and_print, parse_args(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoTokenizer, BertModel
 
 from conftest import REAL_DATA, ROWS, write_csv
-from model.embeddings import embedder
 from model.source import locate
 from runtime.machine import pick_machine
 from script import baseline
@@ -140,7 +139,7 @@ def test_user_errors_are_one_line(capsys, files, tmp_path):
 def test_embeddings_are_the_mean_of_the_last_states(backbone):
     """Compared with transformers; texts of several lengths share a batch."""
     texts = ["the big cat", "fish", "a new song of the band", "fish"]
-    embed = embedder(locate(backbone), pick_machine("fp32"))
+    embed = baseline.embedder(locate(backbone), pick_machine("fp32"))
     tokenizer, model = AutoTokenizer.from_pretrained(backbone), BertModel.from_pretrained(backbone)
     for text, found in zip(texts, embed(texts), strict=True):
         with torch.no_grad():

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 
 import arguments
 import main
-from conftest import ROOT, ROWS, write_csv
-from evaluation import plots
-from script import baseline, compare, ensemble, learning_curve
+from conftest import ROOT, ROWS, one_line, write_csv
+from runtime.files import UserError
+from script import baseline, ensemble
+from script.study import compare, learning_curve, pages
 
 
 @pytest.fixture
@@ -54,8 +55,7 @@ def study(folders, tmp_path, backbone, monkeypatch, capsys):
         argv += ["--output_dir", str(tmp_path / "study")]
         argv += ["--methods", "majority", "prefix", *flags, "--", "--model_name_or_path", backbone]
         argv += ["--max_seq_length", "16", "--pre_seq_len", "3", "--num_train_epochs", "1"]
-        monkeypatch.setattr(sys, "argv", ["compare", *argv])
-        compare.main()
+        compare.run(argv)
         return capsys.readouterr().out
 
     return call
@@ -88,7 +88,7 @@ def test_another_study_is_refused_before_it_starts(study, tmp_path):
     study()
     log = tmp_path / "study" / "unseen-prefix-0.log"
     log.write_text("of the finished run")
-    with pytest.raises(SystemExit, match="contains a run with different flags, data or seed"):
+    with pytest.raises(UserError, match="contains a run with different flags, data or seed"):
         study("--seeds", "7")
     assert log.read_text() == "of the finished run"
 
@@ -122,21 +122,18 @@ def test_an_ensemble_is_stale_once_a_member_is(study, tmp_path):
     assert "9 of them already finished" in study(*methods)
     path = tmp_path / "study" / "unseen-prefix-0" / "validation_predictions.csv"
     path.write_text(path.read_text() + " ")
-    with pytest.raises(SystemExit, match="unseen-ensemble-0 contains a run with different"):
+    with pytest.raises(UserError, match="unseen-ensemble-0 contains a run with different"):
         study(*methods)
 
 
 def test_a_failed_run_ends_the_study_with_the_last_line_of_its_log(folders, tmp_path):
     """Here each run is a process of its own."""
     write_csv(tmp_path / "fold 0" / "train_simple.csv", [("one", "1"), ("two", "1")])
-    command = [sys.executable, "-m", "script.compare", "--original", "--unseen", folders[1]]
+    command = [sys.executable, "-m", "script.study.compare", "--original", "--unseen", folders[1]]
     command += ["--output_dir", str(tmp_path / "study"), "--methods", "majority"]
     failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 1
-    assert (
-        "has only one label" in failed.stderr
-        and "repeat the command to resume the study" in failed.stderr
-    )
+    said = one_line((failed.returncode, failed.stderr))
+    assert "has only one label" in said and "repeat the command to resume the study" in said
 
 
 def test_folds_use_the_seeds_in_turn_and_baselines_run_once_each():
@@ -302,7 +299,7 @@ def test_the_curve_says_what_the_last_doublings_brought():
     assert 0.18 < np.ptp(points[-1]["interval"]) < 0.5  # over 100 texts, and over two runs
 
 
-def test_a_study_over_sizes_draws_a_curve(study, tmp_path, capsys):
+def test_a_study_over_sizes_draws_a_curve(study, tmp_path):
     printed = study("--seeds", "1", "--train_sizes", "8", "all")
     assert "accuracy on unseen texts by number of training texts" in printed
     found = json.loads((tmp_path / "study" / "study.json").read_text())
@@ -314,13 +311,12 @@ def test_a_study_over_sizes_draws_a_curve(study, tmp_path, capsys):
     page = (tmp_path / "study" / "report.html").read_text()
     assert "How much data do I need?" in page and page.count("<svg") == 5
     assert 'aria-label="Accuracy on unseen texts by number of training texts: majority' in page
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="leaves none out, use 'all' instead"):
         study("--train_sizes", str(len(ROWS)))
-    assert "leaves none out, use 'all' instead" in capsys.readouterr().err
 
 
 def test_runs_that_were_not_evaluated_have_no_curve():
     run = {"protocol": "p", "method": "full", "records": [{"step": 1, "epoch": 1, "loss": 1.0}]}
     axis = Figure().subplots()
-    assert plots.curves_by_method(axis, [run]) == "Validation accuracy by epoch: ."
+    assert pages.curves_by_method(axis, [run]) == "Validation accuracy by epoch: ."
     assert not axis.lines

@@ -1,12 +1,10 @@
-"""What chance does to a figure: calibration error, intervals of accuracies, studies over seeds."""
+"""What chance does to a figure: the calibration error, and intervals of accuracies."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 from evaluation.metrics import Bootstrap, Score
-from evaluation.paired import paired_test
 from model.predictions import Predictions
 
 
@@ -97,40 +95,3 @@ def test_intervals_of_few_texts_contain_the_true_accuracy():
     assert 0.65 < low < 0.75 and high == 1  # Wilson's for 10 of 10 is 0.72
     low, high = interval(keys[:10] * 3, np.zeros(30, dtype=bool))
     assert low == 0 and 0.25 < high < 0.35
-
-
-def runs(random, texts: int, count: int, share: float, spread: float) -> pd.DataFrame:
-    """Draw runs of a method on the same texts; spread: standard deviation between seeds."""
-    shares = share + random.normal(0, spread, count)
-    right = [random.random(texts) < one for one in shares]
-    tables = [pd.DataFrame({"text": range(texts), "right": one}) for one in right]
-    return pd.concat(table.assign(run=number) for number, table in enumerate(tables))
-
-
-@pytest.mark.parametrize("seeds", [1, 4])
-def test_intervals_of_a_study_cover_seeds_if_there_are_several(seeds):
-    """Seeds differ by 4 points; a single run cannot know that."""
-    from evaluation.intervals import Scores, difference_interval
-
-    random, covered = np.random.default_rng(0), np.zeros(2)
-    for _ in range(100):
-        one, other = (Scores(runs(random, 1000, seeds, 0.6, 0.04)) for _ in range(2))
-        low, high = difference_interval(one, other)
-        covered += [one.interval()[0] <= 0.6 <= one.interval()[1], low <= 0 <= high]
-    assert ((covered >= 90) == (seeds > 1)).all()
-
-
-def test_texts_that_all_agree_still_leave_some_doubt():
-    from evaluation.intervals import Scores
-
-    right, wrong = (pd.DataFrame({"text": range(10), "run": 0, "right": r}) for r in (True, False))
-    assert Scores(right).interval()[0] < 0.8
-    found = paired_test(wrong, right)
-    assert found.low < 0.8 < 1 == found.high == found.difference
-
-
-def test_p_values_are_corrected_as_by_holm():
-    from evaluation.paired import holm
-
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1, 1] and holm([]) == []

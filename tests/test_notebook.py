@@ -14,8 +14,8 @@ from sklearn.model_selection import train_test_split
 from conftest import REAL_DATA, ROOT, bash, write_csv
 from dataset import read_split, text_key
 from runtime.file_format import FileFormat
-from script import splits
-from test_splits import needs_real_data, raw_table
+from script import youtube
+from test_youtube import needs_real_data, raw_table
 
 
 def preprocess(clone, *flags: str, out: str = "csv"):
@@ -186,7 +186,7 @@ def test_the_sixteen_columns_of_the_real_file_are_read(clone):
     about = json.loads((folder / "unseen" / "split.json").read_text())
     assert [about["splits"][name]["share_in_train"] for name in ("val", "test")] == [0, 0]
     assert about["label_names"]["0"] == "Entertainment"
-    strict = len(splits.read_raw(raw, "utf-8", ["title"]))
+    strict = len(youtube.read_raw(raw, "utf-8", ["title"]))
     assert strict == len(pd.read_csv(raw)) == 3000
 
 
@@ -207,7 +207,7 @@ def test_the_run_scripts_remake_the_split_files_once_the_real_file_exists(clone)
     assert "making the split files" not in second
     assert "SYNTHETIC SAMPLE" in first
     assert "SYNTHETIC SAMPLE" in second
-    shutil.copy(clone / splits.SAMPLE_FILE, clone / "csv" / "USvideo.csv")
+    shutil.copy(clone / youtube.SAMPLE_FILE, clone / "csv" / "USvideo.csv")
     path = clone / "csv" / "train_simple.csv"
     made, own = path.read_text(), "text,label\nmine,1\nyours,0\n"
     path.write_text(own)

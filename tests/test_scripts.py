@@ -1,7 +1,6 @@
 """The scripts, end to end, with the bundled backbone on the sample, as a new user runs them."""
 
 import importlib
-import inspect
 import json
 import multiprocessing
 import re
@@ -13,11 +12,7 @@ import pytest
 from transformers import pipeline
 
 from conftest import REAL_DATA, ROOT, ROWS, bash, make_backbone, one_line, write_csv
-from dataset import read_split
-from runtime.file_format import FileFormat
-from script import benchmark, contenders, folds, splits
-
-SAMPLE = "csv/USvideos_sample.csv"
+from script.benchmark import benchmark, contenders
 
 
 @pytest.mark.parametrize(
@@ -70,92 +65,43 @@ def test_the_original_command_line_runs_unchanged(clone):
     assert (clone / "checkpoints/prefix/checkpoint-1/adapter_model.safetensors").exists()
 
 
-def test_each_fold_is_tested_once_and_no_training_text_is_validated(tmp_path, monkeypatch, capsys):
-    """Each text occurs twice, in other spellings; the validation file is a tenth of the rest."""
-    rows = [(f"{'Tt'[i % 2]}ext {i // 2}", i // 2 % 2, i // 2 % 3) for i in range(120)]
-    path = write_csv(tmp_path / "a.csv", rows, ("text", "label", "fold"))
-    assert call("folds", [path, str(tmp_path / "folds")], monkeypatch, capsys)[0] is None
-    for fold in range(3):
-        train, val, test = (
-            read_split(tmp_path / "folds" / str(fold) / f"{name}_simple.csv", FileFormat())
-            for name in ("train", "val", "test")
-        )
-        assert [len(part) for part in (train, val, test)] == [72, 8, 40]
-        texts = [text for part in (train, val, test) for text in part.texts]
-        assert sorted(texts) == sorted(text for text, *_ in rows)
-        assert test.texts == [text for text, _, number in rows if number == fold]
-        assert not {*train.keys} & {*val.keys}
-
-
 @pytest.mark.parametrize(
     ("module", "argv", "message"),
     [
-        ("folds", ["absent.csv", "out"], "absent.csv cannot be read"),
-        ("folds", [SAMPLE, "out"], "has no column 'text', 'label', 'fold'"),
-        ("folds", [SAMPLE, "out", "--variants", "foo:title"], "'foo:title' is not a variant"),
-        ("folds", [SAMPLE, "out", "--variants", "none"], "'none' is not a variant"),
-        ("compare", ["--", "--prefix"], "--prefix: the study sets it"),
-        ("compare", ["--original", "absent", "--unseen"], "absent/train_simple.csv cannot be read"),
+        ("benchmark.benchmark", ["--data", "absent.csv"], "absent.csv cannot be read"),
+        ("study.compare", ["--", "--prefix"], "--prefix: the study sets it"),
+        ("study.compare", ["--original", "absent", "--unseen"], "absent/train_simple.csv cannot"),
     ],
 )
-def test_user_errors_of_scripts_are_one_line(module, argv, message, monkeypatch, capsys):
+def test_user_errors_of_scripts_are_one_line(module, argv, message, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
-    assert message in one_line(call(module, argv, monkeypatch, capsys))
+    assert message in one_line(call(module, argv, capfd))
 
 
-def call(module: str, argv: list[str], monkeypatch, capsys) -> tuple[int, str]:
+def call(module: str, argv: list[str], capfd) -> tuple[int, str]:
     """Call a script's main as the shell does; returns the status and what it said."""
-    monkeypatch.setattr(sys, "argv", [module, *argv])
     main = importlib.import_module(f"script.{module}").main
-    capsys.readouterr()
+    capfd.readouterr()
     try:
-        status = main(*[argv] * len(inspect.signature(main).parameters))
+        status = main(argv)
     except SystemExit as end:
         status = end.code
-    return status, capsys.readouterr().err
+    return status, capfd.readouterr().err
 
 
 FRONT_ENDS = (  # with what each needs
-    "baseline majority", "benchmark", "compare", "ensemble a", "export a", "folds a b", "get_data",
-    "paired a --against b", "predict_ray a b --output_dir c", "preprocess", "serve",
-    "serving_benchmark a b", "split a.csv",
+    "baseline majority", "benchmark.benchmark", "ensemble a", "export a", "get_data",
+    "predict_ray a b --output_dir c", "preprocess", "serve", "benchmark.serving_benchmark a b",
+    "split a.csv", "study.compare", "study.significance a --against b",
 )  # fmt: skip
 
 
-def test_an_unknown_flag_of_a_script_is_one_line(monkeypatch, capsys):
+def test_an_unknown_flag_of_a_script_is_one_line(capfd):
     """A shortened one is unknown, too: it may be meant for another program."""
     for module, *argv in map(str.split, FRONT_ENDS):
         for flag in ("--no_such_flag", "--output_di=x"):
-            line = one_line(call(module, [*argv, flag], monkeypatch, capsys))
+            line = one_line(call(module, [*argv, flag], capfd))
             assert flag.partition("=")[0] in line, module
-
-
-def test_variants_of_a_text_are_in_the_same_files(tmp_path, monkeypatch, capsys):
-    """The same videos row by row, each once; equal cleaned titles are in one fold and one file."""
-    sample = str(ROOT / SAMPLE)
-    names = ["original:title", "none:title,channel_title"]
-    cleaned, whole = folds.make_variants(sample, "utf-8", names).values()
-    assert len(cleaned) == pd.read_csv(sample, usecols=["video_id"])["video_id"].nunique()
-    assert cleaned[["label", "fold"]].equals(whole[["label", "fold"]])
-    titles = whole["text"].map(lambda text: splits.clean(text.rpartition(" | ")[0]))
-    assert titles.equals(cleaned["text"])
-    assert cleaned.groupby("text")["fold"].nunique().max() == 1
-    argv = [sample, str(tmp_path), "--variants", *names]
-    assert call("folds", argv, monkeypatch, capsys)[0] is None
-    tested = []
-    for fold in range(folds.FOLDS):
-        train, val, test = (
-            [
-                read_split(tmp_path / name / str(fold) / f"{use}_simple.csv", FileFormat())
-                for name in ("original-title", "none-title-channel_title")
-            ]
-            for use in ("train", "val", "test")
-        )
-        for short, long in (train, val, test):  # the same videos
-            assert [splits.clean(text.rpartition(" | ")[0]) for text in long.texts] == short.texts
-        assert not {*train[0].keys} & {*val[0].keys}
-        tested += test[0].texts
-    assert sorted(tested) == sorted(cleaned["text"])
 
 
 @pytest.fixture
@@ -184,10 +130,9 @@ def test_the_benchmark_runs_contenders_and_neighbours_as_processes(
     flags = ["--data", numbered, "--steps", "2", "--texts", "16", "--rounds", "1", "--output_dir"]
     flags += [str(tmp_path / "out"), "--only", "original", "ours, full", "prefix 20"]
     flags += ["--tokens", "20", "--neighbours", "1"]
-    monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
     monkeypatch.delitem(contenders.TUNING, "PEFT prefix 20")
     monkeypatch.setattr(benchmark, "run", lambda function, *arguments: function(*arguments))
-    benchmark.main()
+    assert benchmark.main(flags) == 0
     assert multiprocessing.active_children() == []  # a neighbour ran on for ever
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert found["tuning"].keys() == {"ours, full", "ours, prefix 20"}

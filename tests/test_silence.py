@@ -217,7 +217,9 @@ def test_closed_streams_and_lone_variables_are_no_traceback(
     assert "start several processes with torchrun" in one_line(predict(folder))
 
 
-@pytest.mark.parametrize("program", [["main.py"], ["-m", "script.split"], ["-m", "script.serve"]])
+@pytest.mark.parametrize(
+    "program", [["main.py"], ["-m", "script.study.compare"], ["-m", "script.serve"]]
+)
 def test_an_interrupt_while_libraries_load_is_one_line(tmp_path, program):
     for name in ("torch", "numpy", "uvicorn"):
         (tmp_path / f"{name}.py").write_text("import time; print(flush=True); time.sleep(60)")

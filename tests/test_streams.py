@@ -9,8 +9,7 @@ import torch
 
 from model import classifier
 from model.classifier import predict
-from runtime.machine import pick_machine
-from runtime.streams import in_streams
+from runtime.machine import in_streams, pick_machine
 from test_trainer import FP32, data  # noqa: F401 - a fixture
 
 

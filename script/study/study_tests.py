@@ -1,6 +1,6 @@
 """Tests of a study: the few comparisons that were named before its runs, on unseen texts.
 
-Runs are the dictionaries of `script.compare.read`.
+Runs are the dictionaries of `script.study.compare.read`.
 """
 
 import argparse
@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from evaluation.paired import holm, paired_test
 from runtime.files import read_json, to_json, write_text
+from script.study.significance import holm, paired_test
 
 # Method and method that it is compared with; the validation files choose a "best" one.
 COMPARISONS = ["full:best free", "prefix:full", "4 prefixes:full", "ensemble:best single"]

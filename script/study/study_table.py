@@ -1,14 +1,15 @@
 """The table of a study: figures by protocol and method.
 
-Runs are the dictionaries of `script.compare.read`.
+Runs are the dictionaries of `script.study.compare.read`.
 """
 
 import numpy as np
 import pandas as pd
 
-from evaluation.intervals import BINS, Scores
+from evaluation.intervals import BINS
 from evaluation.metrics import calibration_error, confidence_counts
 from model.schedule import coming_texts
+from script.study.significance import Scores
 
 ACCURACIES = {  # columns of the table: over the texts of which `seen`
     "accuracy": (True, False),

@@ -1,7 +1,7 @@
 """Learning curve of a study: accuracy on unseen texts by number of training texts.
 
-Runs are the dictionaries of `script.compare.plan`; their "size" is the number of training rows to
-draw at random, or None for all rows. Points are the rows of `summarise`.
+Runs are the dictionaries of `script.study.compare.plan`; their "size" is the number of training
+rows to draw at random, or None for all rows. Points are the rows of `summarise`.
 """
 
 import argparse
@@ -10,8 +10,8 @@ import math
 import numpy as np
 import pandas as pd
 
-from evaluation.intervals import Scores
 from runtime.files import UserError
+from script.study.significance import Scores
 
 LAST = 3  # sizes, the largest ones, over which the effect of a doubling is measured
 NOTE = (

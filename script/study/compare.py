@@ -4,7 +4,7 @@
         [--train_sizes N... all] [--compare A:B...] [-- flags of main.py for every tuned run]
 
 Each DIR contains {train,val,test}_simple.csv, with one label per row. Several folders, such as
-the folds of script/folds.py, use the seeds in turn; a flag without a folder skips its protocol.
+those of `split.sh --folds`, use the seeds in turn; a flag without a folder skips its protocol.
 Finished runs are not repeated, so a stopped study resumes. The results are a table, paired tests,
 study.json, two plots and report.html. Accuracies are means over distinct texts, one weight each;
 brackets hold their 95 % interval, over texts and, if a folder has several runs, seeds.
@@ -34,21 +34,20 @@ import pandas as pd
 
 import arguments
 from dataset import Split, read_split
-from evaluation import pages, plots
-from evaluation.paired import answers, read_run
 from evaluation.predictions import FILES
-from evaluation.review import SHOWN, file_margins, least_plausible
 from evaluation.tables import schedule_name, switch_warning
 from model.schedule import advice_after_collapse
 from runtime.columns import split_settings
 from runtime.file_format import SETTINGS, FileFormat
-from runtime.files import UserError, read_json, sha256
+from runtime.files import UserError, read_json, run_and_report, sha256
 from runtime.flags import Parser
 from runtime.processes import end_with_parent
 from runtime.record import RUN_FILE, read_record
-from script import learning_curve
-from script.study_table import COLUMNS, format_cell, summarise
-from script.study_tests import (
+from script.study import learning_curve, pages
+from script.study.review import SHOWN, file_margins, least_plausible
+from script.study.significance import answers, read_run
+from script.study.study_table import COLUMNS, format_cell, summarise
+from script.study.study_tests import (
     BEST,
     COMPARISONS,
     comparison,
@@ -151,12 +150,15 @@ def is_finished(run: dict) -> bool:
 
 
 def execute(runs: list[dict]) -> None:
-    """Execute the unfinished runs one after the other, with a log file next to each folder."""
+    """Execute the unfinished runs one after the other, with a log file next to each folder.
+
+    Raises: UserError for a folder with another run, and for a run that failed.
+    """
     left = [run for run in runs if not is_finished(run)]
     for run in left:
         if (run["folder"] / RUN_FILE).exists():
-            sys.exit(
-                f"error: {run['folder']} contains a run with different flags, data or seed: choose "
+            raise UserError(
+                f"{run['folder']} contains a run with different flags, data or seed: choose "
                 "another --output_dir"
             )
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them already finished", flush=True)
@@ -184,7 +186,10 @@ def execute(runs: list[dict]) -> None:
             status = process.wait()
         if status:
             last = log.read_text(encoding="utf-8").strip().split("\n")[-1]
-            sys.exit(f"{last}\nfull log: {log}; repeat the command to resume the study")
+            raise UserError(
+                f"{last.removeprefix('error: ')[:200]} (the end of {log}); then repeat the command "
+                "to resume the study"
+            )
         took.setdefault(kinds[0], []).append(time.perf_counter() - start)
 
 
@@ -246,8 +251,11 @@ def caveats(runs: list[dict], quick: bool, size: int | None = None) -> list[str]
     return found
 
 
-def parse_args() -> argparse.Namespace:
-    """Parse the study's flags; invalid ones end the program with a one-line error."""
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Parse the study's flags; invalid ones end the program with a one-line error.
+
+    Raises: UserError for files that cannot be read.
+    """
     parser = Parser("bash script/compare.sh", __doc__)
     folders = arguments.DIR | {"nargs": "*"}
     parser.add_argument("--original", **folders, default=["csv"], help="splits that leak [csv]")
@@ -279,7 +287,7 @@ def parse_args() -> argparse.Namespace:
         "--output_dir", **arguments.DIR, help="[checkpoints/study or checkpoints/study-quick]"
     )
     parser.add_argument("flags", nargs="*", help="after --: flags of main.py for every tuned run")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check(parser, args)
     args.methods = [method for method in METHODS if method in args.methods]
     args.train_sizes = learning_curve.in_order(args.train_sizes)
@@ -288,7 +296,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(parser: Parser, args: argparse.Namespace) -> None:
-    """Check the flags and that the split files can be read; end with a one-line error if not."""
+    """Check the flags, and that the split files can be read. Raises: UserError if they cannot."""
     if own := sorted({word.partition("=")[0] for word in args.flags} & STUDYS_OWN):
         parser.error(
             f"{own[0]}: the study sets it (use --methods, --seeds, --original, --unseen, "
@@ -305,17 +313,15 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--train_sizes applies to the unseen protocol: pass a folder to --unseen")
     if tuned := [word for word in args.flags if (Path(word) / "adapter_config.json").exists()]:
         parser.error(f"{tuned[0]} is an adapter folder: use the backbone it was tuned on")
-    try:
-        for folder in (*args.original, *args.unseen):
-            train, *_ = [read_file(folder, name) for name in arguments.USES.values()]
-            if folder in args.unseen:
-                learning_curve.check_sizes(args.train_sizes, train.path, len(train))
-    except UserError as error:
-        parser.error(str(error))
+    for folder in (*args.original, *args.unseen):
+        train, *_ = [read_file(folder, name) for name in arguments.USES.values()]
+        if folder in args.unseen:
+            learning_curve.check_sizes(args.train_sizes, train.path, len(train))
 
 
-def main() -> None:
-    args = parse_args()
+def run(argv: list[str]) -> None:
+    """Execute the study's runs, and write its table, tests, plots and page. Raises: UserError."""
+    args = parse_args(argv)
     runs = plan(args)
     named = name_comparisons(args.compare, Path(args.output_dir), runs)
     execute(runs)
@@ -354,11 +360,11 @@ def main() -> None:
         tests=[test | {"sentence": describe(test)} for test in tests],
         sizes=sizes,
         sentences=sentences,
-        command=shlex.join(["bash", "script/compare.sh", *sys.argv[1:]]),
+        command=shlex.join(["bash", "script/compare.sh", *argv]),
         notes=notes,
         review=review.head(SHOWN).to_dict("records"),
     )
-    pictures = plots.study_pictures(main_runs, rows, points)
+    pictures = pages.study_pictures(main_runs, rows, points)
     files = {"study.json": json.dumps(study, indent=1), "report.html": page}
     files |= {"label_review.csv": review.to_csv(index=False)} if len(review) else {}
     files |= {f"{name}.svg": text for name, text in pictures.items()}
@@ -372,9 +378,10 @@ def main() -> None:
     print(f"in {args.output_dir}: {', '.join(files)}, and each run's folder with its own report")
 
 
+def main(argv: list[str]) -> int:
+    """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
+    return run_and_report(run, argv)
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,7 @@ import pandas as pd
 from safetensors.torch import load_file, save_file
 
 from arguments import DIR, FILE
+from runtime.files import UserError, run_and_report
 from runtime.flags import Parser
 from runtime.processes import end_with_parent
 from script import serve
@@ -70,7 +72,10 @@ def write_bodies(path: Path, names: list[str], texts: list[str]) -> None:
 
 @contextmanager
 def started(*command: str) -> Iterator[tuple[subprocess.Popen, float]]:
-    """Start a server; yields its process and the seconds until it answered."""
+    """Start a server; yields its process and the seconds until it answered.
+
+    Raises: UserError if it has ended instead.
+    """
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *command], stderr=subprocess.DEVNULL, preexec_fn=END_WITH_US
@@ -79,7 +84,10 @@ def started(*command: str) -> Iterator[tuple[subprocess.Popen, float]]:
         probe = ["curl", "-s", "-o", "/dev/null", f"http://127.0.0.1:{PORT}/openapi.json"]
         while subprocess.run(probe, check=False).returncode:
             if process.poll() is not None:
-                raise SystemExit(f"error: {' '.join(command)} has ended")
+                raise UserError(
+                    f"{command[1]} has ended: check that port {PORT} is free, and that bash "
+                    "script/serve.sh serves the two folders"
+                )
             time.sleep(0.1)
         yield process, time.perf_counter() - began
     finally:
@@ -98,16 +106,8 @@ def most(bodies: Path, seconds: int) -> tuple[float, int]:
     """Return the most requests per second, and the number of errors."""
     lua = bodies.with_name("wrk.lua")
     lua.write_text(LUA)
-    command = [
-        "wrk",
-        "-t1",
-        f"-c{CONNECTIONS}",
-        f"-d{seconds}s",
-        "--timeout",
-        "30s",
-        "-s",
-        str(lua),
-    ]
+    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "30s"]
+    command += ["-s", str(lua)]
     found = subprocess.run(
         [*command, f"http://127.0.0.1:{PORT}"],
         env=os.environ | {"BODIES": str(bodies)}, capture_output=True, text=True, check=True,
@@ -123,7 +123,7 @@ def latencies(bodies: Path, rate: float, seconds: int) -> dict[str, float]:
     """Send requests at a fixed rate; returns percentiles in ms, the rate and the errors."""
     prefix = bodies.with_name("locust")
     env = os.environ | {"BODIES": str(bodies), "INTERVAL": str(USERS / rate)}
-    command = [sys.executable, "-m", "locust", "-f", "script/load_user.py", "--headless"]
+    command = [sys.executable, "-m", "locust", "-f", "script/benchmark/load_user.py", "--headless"]
     command += ["--host", f"http://127.0.0.1:{PORT}", "-u", str(USERS), "-r", str(USERS)]
     command += ["-t", f"{seconds}s", "--reset-stats", "--csv", str(prefix), "--only-summary"]
     subprocess.run(command, env=env, capture_output=True, check=False, preexec_fn=END_WITH_US)
@@ -159,8 +159,8 @@ def show(name: str, found: dict) -> None:
     )
 
 
-def main() -> None:
-    """Run from the command line."""
+def main(argv: list[str]) -> int:
+    """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
     parser = Parser("bash script/serving_benchmark.sh", __doc__)
     add = parser.add_argument
     add("prefix", type=Path, metavar="PREFIX")
@@ -170,8 +170,13 @@ def main() -> None:
     add("--rivals", type=int, default=16, help="models of each rival; 0: no rivals [%(default)s]")
     add("--seconds", type=int, default=15, help="of each load [%(default)s]")
     add("--output_dir", **DIR, default="checkpoints/serving")
-    args, flags = parser.parse_known_args()  # others are passed to the server
+    args, flags = parser.parse_known_args(argv)  # others are passed to the server
     serve.parse(flags)  # a bad flag ends the program
+    return run_and_report(compare, args, flags)
+
+
+def compare(args: Namespace, flags: list[str]) -> None:
+    """Measure the server and its rivals, print a row for each, and write all figures."""
     texts = pd.read_csv(args.data, keep_default_na=False)["text"].tolist()
     results: dict[str, dict] = {}
     print(f"{'':28} texts/s   p50   p95   p99 ms  GiB  start s errors")
@@ -187,14 +192,8 @@ def main() -> None:
             shutil.rmtree(models, ignore_errors=True)
             names = [str(number) for number in range(count)]
             write_bodies(bodies, names, texts)
-            command = [
-                "-m",
-                "script.rival_servers",
-                str(kind),
-                str(args.full),
-                str(count),
-                str(PORT),
-            ]
+            command = ["-m", "script.benchmark.rival_servers", str(kind), str(args.full)]
+            command += [str(count), str(PORT)]
             if kind is None:
                 for number in range(count):
                     copy_prefix(args.prefix, models / names[number], number)
@@ -208,4 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

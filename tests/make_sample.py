@@ -1,6 +1,6 @@
 """Write the synthetic sample that is used if the real data is missing.
 
-    .venv/bin/python -m script.make_sample   # writes csv/USvideos_sample.csv, always the same bytes
+    .venv/bin/python tests/make_sample.py   # writes csv/USvideos_sample.csv, always the same bytes
 
 Everything in it is made up: a seeded generator draws titles, channels and figures from the word
 lists below. It resembles the real file: its 16 columns and quirks, all 16 categories in roughly

@@ -14,16 +14,19 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from arguments import DIR, FILE
+from runtime.files import UserError, run_and_report
 from runtime.flags import Parser
-from script import contenders
+from script.benchmark import contenders
 
 THREADS = 2
 STEPS = 50  # one of the groups that the Trainer sorts by length: no contender gets easy lengths
@@ -53,7 +56,7 @@ def child(parent: int, function, *arguments) -> None:
     from runtime.processes import end_with_parent  # loads torch, as every contender does
 
     end_with_parent(parent)
-    function(*arguments)
+    sys.exit(run_and_report(function, *arguments))
 
 
 @contextmanager
@@ -91,7 +94,7 @@ def alternate(table: dict[str, tuple], arguments: tuple, rounds: int) -> dict[st
 
     arguments: passed to every contender. Returns for each its `start_up` (seconds),
     `peak_memory_bytes`, `rates` (examples per second), their median `rate`, and the `ratios` of
-    that rate to its rivals' rates.
+    that rate to its rivals' rates. Raises: UserError if a contender's process ended.
     """
     pipes, found = {}, {}
     with ExitStack() as workers:
@@ -107,9 +110,8 @@ def alternate(table: dict[str, tuple], arguments: tuple, rounds: int) -> dict[st
                     pipe.send("measure")
                     rate, found[name]["peak_memory_bytes"] = pipe.recv()
                 except (BrokenPipeError, EOFError):
-                    raise SystemExit(
-                        f"error: {name} ended, probably out of memory: measure fewer at once "
-                        "(--only)"
+                    raise UserError(
+                        f"{name} ended, probably out of memory: measure fewer at once (--only)"
                     ) from None
                 if number:  # round 0 warms up
                     found[name]["rates"].append(rate)
@@ -149,8 +151,8 @@ def draw(results: dict[str, dict[str, dict]], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
-    """Run from the command line."""
+def main(argv: list[str]) -> int:
+    """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
     parser = Parser("bash script/benchmark.sh", __doc__)
     add = parser.add_argument
     add("--data", **FILE, default="csv/train_simple.csv", help="CSV of the columns text and label")
@@ -161,7 +163,11 @@ def main() -> None:
     add("--neighbours", type=int, default=0, help="other busy processes [%(default)s]")
     add("--only", nargs="+", default=[""], help="contenders to run, by parts of their names")
     add("--output_dir", **DIR, default="checkpoints/benchmark")
-    args = parser.parse_args()
+    return run_and_report(compare, parser.parse_args(argv))
+
+
+def compare(args: Namespace) -> None:
+    """Measure the contenders, print the tables, and write the figures and their plot."""
     tuning, scoring = (
         {name: table[name] for name in table if any(part in name for part in args.only)}
         for table in (contenders.TUNING, contenders.SCORING)
@@ -197,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """Other ways to serve many classifiers of one backbone, behind the same web framework.
 
-    python -m script.rival_servers pipelines|lora MODEL COUNT PORT
+    python -m script.benchmark.rival_servers pipelines|lora MODEL COUNT PORT
 
 pipelines: COUNT copies of the full model MODEL, a transformers pipeline each; two requests at once,
 on one thread each. lora: COUNT LoRA adapters of rank 8 on the backbone of MODEL in PEFT, with

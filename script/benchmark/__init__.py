@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m script.benchmark.NAME` runs one."""
