@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from safetensors import SafetensorError
 
+NAME_LENGTH, LIST_LENGTH = 40, 150  # characters of a name, and of a list of names, in a message
 MAX_JSON_BYTES = 2**28  # far more than any file of a run
 JSON_KINDS = {  # msgspec's names, in words
     "int": "a whole number",
