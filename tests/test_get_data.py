@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -18,6 +19,7 @@ from conftest import bash, one_line
 from script import get_data
 from script.get_data import COLUMNS
 
+pytestmark = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed here")
 ROW = b"id,17.14.11,t,c,22,2017,tag,1,1,1,1,link,False,False,False,text\n"
 
 
