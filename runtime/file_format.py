@@ -96,9 +96,10 @@ class FileFormat:
         A file that is not UTF-8 has the remembered encoding. Raises: UserError if Python lacks it.
         """
         known = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
-        encoding = plain_name(known.pop("csv_encoding", UTF8))
+        encoding = known.pop("csv_encoding", UTF8)
         if not is_encoding(encoding):
             raise UserError(f"csv_encoding: Python cannot read files in {encoding[:40]!r}")
+        encoding = plain_name(encoding)
         for name in ("text_column_names", "column_names"):
             if name in known:
                 known[name] = tuple(known[name])

@@ -58,7 +58,7 @@ def name_list(names: Iterable[str], shown: int = 10) -> str:
     for name in names[:shown]:
         name = name if name.isprintable() else ascii(name)[1:-1]  # no line breaks
         quote = name[:1] if name[:1] == name[-1:] in ("'", '"') else ""
-        cut = name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 2]}…{quote}"
+        cut = name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…{quote}"
         if kept and len(", ".join([*kept, cut])) > LIST_LENGTH:
             break
         kept.append(cut)

@@ -85,11 +85,12 @@ def test_the_way_of_a_gpu_has_the_same_losses_and_gradients(case, monkeypatch):
 def test_on_a_gpu_losses_are_read_for_a_report_and_for_a_checkpoint():
     """Tensors on "meta" cannot be read, so the first reading fails."""
     lines = []
-    with pytest.raises(RuntimeError, match="meta"), Progress(4, 4, 3, lines.append) as progress:
-        for _ in range(3):
+    with pytest.raises(RuntimeError, match="meta"), Progress(5, 5, 4, lines.append) as progress:
+        progress.done = 1  # the first step is reported
+        for number in (1, 2, 3):
             progress.step([1, 2], torch.zeros((), device="meta"), torch.zeros(()), 0.1)
-            assert len(progress.unread) == progress.done
-    assert progress.done == 3 and lines == []
+            assert len(progress.unread) == number
+    assert progress.done == 4 and lines == []
     progress = Progress(4, 4, 3, lines.append)
     progress.unread.append((1, [1], torch.zeros((), device="meta"), torch.zeros(())))
     with pytest.raises(RuntimeError, match="meta"):

@@ -12,11 +12,11 @@ import dataset
 import trainer
 from conftest import write_csv
 from dataset import read_split
-from evaluation import review
 from runtime.file_format import FileFormat
 from runtime.files import UserError
 from runtime.labels import label_key
 from script import split
+from script.study import review
 
 WORDS = ("free prize £9 now", "win cash, today", "see you at home", "ok lar… joking")
 ROWS = [(f"{WORDS[i % 4]} {i}", "ham" if i % 4 > 1 else "spam") for i in range(40)]
