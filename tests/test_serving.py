@@ -257,6 +257,12 @@ def test_head_and_a_slash_at_the_end_are_answered_as_get_and_none(served):
         assert (slash.status_code, slash.json()["data"]) == (200, plain.json()["data"])
 
 
+def slow_body():
+    yield b"{"
+    time.sleep(1)
+    yield b"}"
+
+
 def test_pages_of_allowed_origins_may_call_and_read_every_answer(served, monkeypatch):
     """Errors, too: of the key, of the request, of the limits and of the server itself."""
     page = {"origin": "https://example.org"}
@@ -275,8 +281,9 @@ def test_pages_of_allowed_origins_may_call_and_read_every_answer(served, monkeyp
         ]
         bodies = {"inputs": "a"}, {"input": "a" * 2000}
         answers += [httpx.post(url, json=body, headers=key) for body in bodies]
-        monkeypatch.setattr(guards, "BODY_SECONDS", 0)
-        answers.append(httpx.post(url, json={"input": "a cat"}, headers=key))
+        monkeypatch.setattr(guards, "BODY_SECONDS", 0.1)
+        is_json = {"content-type": "application/json"}
+        answers.append(httpx.post(url, content=slow_body(), headers=key | is_json))
         monkeypatch.undo()
         for error in (Full(7), Refused("the server is stopping"), ZeroDivisionError()):
             monkeypatch.setattr(engine.batcher, "check_room", Mock(side_effect=error))
