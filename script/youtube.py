@@ -148,14 +148,7 @@ def read_raw(
         "id_column": [id_column] if id_column else [],
         "group_by": [newer.get("channel_title", "channel_title")] if group_by == "channel" else [],
     }
-    for parameter, names in needed.items():
-        if missing := [name for name in names if name not in header]:
-            raise UserError(
-                f"{path} has no column {missing[0]!r}; it has {name_list(map(repr, header))}: set "
-                f"-p {parameter}"
-            )
-    if twice := [name for name in {*texts, *found.values()} if header.count(name) > 1]:
-        raise UserError(f"{path} has the column {twice[0]!r} more than once: rename one")
+    check_header(path, header, needed, {*texts, *found.values()})
     table = next(file.frames())
     for remark in file.remarks():
         print(f"warning: {remark}")
@@ -170,6 +163,20 @@ def read_raw(
     counts = {"rows_malformed": file.malformed} if file.malformed else {}
     table.attrs |= {"found": found, "counts": counts}
     return table
+
+
+def check_header(
+    path: str, header: list[str], needed: dict[str, list[str]], used: set[str]
+) -> None:
+    """Raise a UserError for a column that is missing, by its parameter, or used and there twice."""
+    for parameter, names in needed.items():
+        if missing := [name for name in names if name not in header]:
+            raise UserError(
+                f"{path} has no column {missing[0]!r}; it has {name_list(map(repr, header))}: set "
+                f"-p {parameter}"
+            )
+    if twice := [name for name in used if header.count(name) > 1]:
+        raise UserError(f"{path} has the column {twice[0]!r} more than once: rename one")
 
 
 def parse_labels(path: str, column: pd.Series) -> pd.Series:
