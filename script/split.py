@@ -162,7 +162,7 @@ def read_file(args: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, dic
     rows["time"] = parse_times(table.loc[rows.index], args) if times else 0
     if (groups := rows["group"].nunique()) < max(len(FILES), args.folds or 0):
         raise UserError(
-            f"{args.file}: texts that must stay together form {groups} group{'s' * (groups > 1)}, "
+            f"{args.file}: texts that must stay together form {plural(groups, 'group')}, "
             "too few to split: add rows, or group by fewer columns"
         )
     if not args.multi_label:
