@@ -88,7 +88,7 @@ async def classify(body: ClassifyRequest, request: Request, engine: Shared) -> R
         words = await engine.in_thread(
             request, model, lambda score: word_importance(score, texts, model.multi_label)
         )
-    found = Predictions.of(job.future.result(), model.multi_label)
+    found = Predictions.from_logits(job.future.result(), model.multi_label)
     tokens = sum(map(len, job.token_ids))
     content = {
         "id": f"classify-{uuid.uuid4().hex}",
@@ -151,7 +151,7 @@ async def predict(body: PredictRequest, request: Request, engine: Shared) -> Res
     logits = job.future.result()
     scores = logits.numpy()
     if not body.raw_scores:
-        scores = Predictions.of(logits, model.multi_label).probability
+        scores = Predictions.from_logits(logits, model.multi_label).probability
     content = [ranked(model.labels, row) for row in scores]
     engine.finished("predict", began)
     return timed(content if several else content[0], job, began)

@@ -22,6 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see main.py
 import pytest
 import torch
 import uvicorn
+from model.source import new_model
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import main
@@ -29,7 +30,6 @@ import trainer
 from arguments import parse_args
 from evaluation import pages
 from leftovers import no_process_left  # noqa: F401 - a fixture of every test
-from model.start import Start
 from runtime import checkpoint, record
 from runtime.machine import pick_machine, set_up_process
 from runtime.processes import end_with_parent
@@ -247,10 +247,10 @@ def make_model(backbone):
         if "--prefix_projection" in flags:
             argv += ["--prefix_hidden_size", "7"]
         args = parse_args([*argv, *flags])
-        start = Start(args)
-        start.set_labels(["a", "b", "c"])
-        start.set_dropout(args)
-        model = start.build(args).eval()
+        source = new_model(vars(args))
+        source.set_labels(["a", "b", "c"])
+        source.set_dropout(0.1, 0.1)
+        model = source.build_trainable(args.seed, args.gradient_checkpointing).eval()
         if args.prefix:  # as large as keys and values, to have an effect
             torch.nn.init.normal_(model.prefix_encoder.embedding.weight)
         return model

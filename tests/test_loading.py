@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from model.bank_start import open_bank
+from model.start import read_model_config
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -23,11 +25,9 @@ from conftest import ROWS, one_line, registry_of, write_csv
 from model import load as load_classifier
 from model import prefix_encoder
 from model import source as model_source
-from model.bank_start import open_bank
 from model.loading import list_labels, load_tokenizer, separator, set_labels, set_max_seq_length
 from model.sequence_classification import POOLINGS, Pooling, pool_mean
 from model.source import BUNDLED_NAME, locate, sha256_of
-from model.start import read_model_config
 from model.tuning import TUNING
 from runtime.files import UserError, name_list
 from test_model import HIDDEN, IDS, KINDS, MASKS, save

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from model.start import count_parameters, read_model_config
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
@@ -15,7 +16,6 @@ from model import prefix_encoder
 from model.loading import load_tokenizer
 from model.sequence_classification import classification_loss
 from model.source import locate
-from model.start import count_parameters, read_model_config
 from model.tuning import TUNING, method_of
 from runtime.files import UserError
 

@@ -16,6 +16,7 @@ from importlib.metadata import packages_distributions
 import numpy as np
 import pytest
 import torch
+from model.start import read_model_config
 
 import main
 import trainer
@@ -25,7 +26,6 @@ from evaluation.metrics import Score
 from model.loading import load_tokenizer
 from model.predictions import Predictions
 from model.source import locate
-from model.start import read_model_config
 from runtime import batches, machine, record
 from runtime.csv_reader import text_key
 from runtime.file_format import FileFormat
@@ -314,7 +314,7 @@ def test_many_and_long_labels_cost_little(run, tmp_path):
     logits = torch.zeros(rows, classes)
     logits[torch.arange(rows), torch.from_numpy(labels) + 1] = 1
     keys = [str(number) for number in range(rows)]
-    score = Score(False).add(Predictions.of(logits, False), labels, keys, keys, None)
+    score = Score(False).add(Predictions.from_logits(logits, False), labels, keys, keys, None)
     assert len(json.dumps(score.details())) < 1e6
     assert score.details()["confusion_pairs"][0] == [0, 1, 1]
     for name in ("train", "val", "test"):
