@@ -10,12 +10,36 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from runtime import flags
-from runtime.flags import Parser, boolean, choice, column_names, encoding, fill, number, value
+from runtime.flags import (
+    COUNT,
+    DIR,
+    DROPOUT,
+    FILE,
+    INT,
+    NAME,
+    POSITIVE,
+    PROBABILITY,
+    RATE,
+    SEED,
+    STEPS,
+    STR,
+    SWITCH,
+    TOKENS,
+    Parser,
+    choice,
+    column_names,
+    encoding,
+    fill,
+    number,
+    value,
+)  # fmt: skip
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -30,7 +54,7 @@ WIDTHS = (384, 768)  # a width in between has the rates of the wider backbone, w
 
 
 class Tuning(NamedTuple):
-    """The defaults of a tuning method: peak learning rates by hidden size, see WIDTHS, and above.
+    """The defaults of a tuning method: peak learning rates by hidden size, see WIDTHS; schedules.
 
     - up to 384: measured on the bundled backbone alone (results/README.md); the projected and the
       input prefix not on real data
@@ -45,6 +69,8 @@ class Tuning(NamedTuple):
     highest: tuple[float, float, float]
     seen: tuple  # SCHEDULE, if most texts are seen
     new: tuple  # and if not
+    flags: Mapping[str, Any] = MappingProxyType({})  # its own ones: their defaults
+    peft_type: str | None = None  # as PEFT names it in adapter_config.json
 
 
 KEEP_BEST = (12, 0, 0, 0, True)
@@ -52,11 +78,13 @@ KEEP_BEST = (12, 0, 0, 0, True)
 TUNING = {
     "full":   Tuning(1e-6, (2e-4, 5e-5, 2e-5), (1e-3, 1e-4, 5e-5),
                      (8, 0, 0.1, 0, True), (4, 0.1, 0.1, 1, False)),
-    "prefix": Tuning(1e-3, (3e-2, 1e-2, 5e-3), (1, 0.1, 0.1), KEEP_BEST, (8, 0.1, 0, 1, False)),
+    "prefix": Tuning(1e-3, (3e-2, 1e-2, 5e-3), (1, 0.1, 0.1), KEEP_BEST, (8, 0.1, 0, 1, False),
+                     {"prefix_depth": "all", "prefix_init": "text", "prefix_projection": False},
+                     "PREFIX_TUNING"),
     "projected prefix": Tuning(2e-5, (1e-3, 3e-4, 1e-4), (1e-2, 3e-3, 1e-3), KEEP_BEST, KEEP_BEST),
     "input prefix": Tuning(1e-3, (3e-2, 1e-2, 5e-3), (1, 0.1, 0.1), KEEP_BEST, KEEP_BEST),
     "lora":   Tuning(1e-5, (2e-3, 5e-4, 2e-4), (2e-2, 5e-3, 2e-3),
-                     KEEP_BEST, (8, 0.1, 0, 1, False)),
+                     KEEP_BEST, (8, 0.1, 0, 1, False), {"lora_r": 8, "lora_alpha": 16.0}, "LORA"),
     "probe":  Tuning(1e-4, (3e-3, 1e-3, 1e-3), (0.1, 0.1, 0.1), KEEP_BEST, KEEP_BEST),
     "bias":   Tuning(1e-4, (3e-3, 1e-3, 5e-4), (3e-2, 1e-2, 1e-2),
                      (8, 0, 0, 0, True), (8, 0, 0, 0, True)),
@@ -67,10 +95,6 @@ METHODS = tuple(name for name in TUNING if " " not in name)  # others: kinds of 
 USES = {"train": "train", "validation": "val", "test": "test"}
 FILES = {f"{use}_file": f"csv/{name}_simple.csv" for use, name in USES.items()}
 SCORING = ("do_predict", "do_eval")
-METHOD_DEFAULTS = {  # of the flags of one method
-    "prefix": {"prefix_depth": "all", "prefix_init": "text", "prefix_projection": False},
-    "lora": {"lora_r": 8, "lora_alpha": 16.0},
-}
 PRE_SEQ_LEN = {"all": 128, "input": 16}
 
 INF = math.inf
@@ -153,7 +177,7 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--prefix_projection", SWITCH, None, "reparametrise the prefix with an MLP [False]"),
     ("--prefix_hidden_size", INT, None, "hidden size of the --prefix_projection MLP [512]"),
 ),
-"LoRA": (
+"lora tuning": (
     ("--lora_r", INT, None, "rank of the matrices beside each query and value matrix [8]"),
     ("--lora_alpha", POSITIVE, None, "their product is scaled by X over the rank [16]"),
 ),
@@ -212,11 +236,12 @@ GROUPS = {  # each flag: name, kind, default and help
 ),
 }
 # fmt: on
-TRAINING = ("prefix tuning", "LoRA", "training", "evaluation and choice of the best epoch")
-METHOD_FLAGS = {  # flags of one method
-    method: [row[0][2:] for row in GROUPS[title] if row[0] != "--prefix"]
-    for method, title in (("prefix", "prefix tuning"), ("lora", "LoRA"))
+METHOD_FLAGS = {  # of one method alone
+    method: [row[0][2:] for row in GROUPS.get(f"{method} tuning", ()) if row[0] != "--prefix"]
+    for method in METHODS
 }
+OF_METHODS = [title for title in GROUPS if title.endswith(" tuning")]
+TRAINING = (*OF_METHODS, "training", "evaluation and choice of the best epoch")
 TRAINING_FLAGS = [row[0].split()[0][2:] for title in TRAINING for row in GROUPS[title]]
 TASKS = {  # the tasks that use a flag, if not all do: a flag without an effect is an error
     **dict.fromkeys((*TRAINING_FLAGS, "train_file", "seed"), ("do_train",)),
@@ -330,7 +355,9 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--prefix and --tuning_method {args.tuning_method} exclude each other")
     method, tuned_by = "prefix" if args.prefix else args.tuning_method, None
     if os.path.isfile(os.path.join(folder, "adapter_config.json")):  # PEFT adds no config.json
-        tuned_by = read_json(f"{folder}/config.json").get("tuning_method", "prefix")
+        kind = read_json(f"{folder}/adapter_config.json").get("peft_type", "PREFIX_TUNING")
+        of_peft = next((name for name, row in TUNING.items() if row.peft_type == kind), "prefix")
+        tuned_by = read_json(f"{folder}/config.json").get("tuning_method", of_peft)
         if tuned_by not in METHODS or method not in (None, tuned_by):
             parser.error(
                 f"--tuning_method: {folder} was tuned with {tuned_by}; its method cannot be changed"
@@ -347,7 +374,7 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
     if args.prefix and not tuned_by:
         fill_prefix(parser, args)
     elif not tuned_by:
-        fill(vars(args), METHOD_DEFAULTS.get(args.tuning_method, {}))
+        fill(vars(args), TUNING[args.tuning_method].flags)
     fill(vars(args), {"num_prefixes": 1})
 
 
@@ -361,7 +388,7 @@ def fill_prefix(parser: Parser, args: argparse.Namespace) -> None:
         if args.prefix_init == "text" or args.prefix_init_text:
             parser.error("--prefix_init text: --prefix_projection requires --prefix_init random")
         fill(vars(args), {"prefix_init": "random", "prefix_hidden_size": 512})
-    fill(vars(args), METHOD_DEFAULTS["prefix"])
+    fill(vars(args), TUNING["prefix"].flags)
     if (args.num_prefixes or 1) > 1 and (args.prefix_projection or args.prefix_depth == "input"):
         parser.error("--num_prefixes: several prefixes need --prefix_depth all, unprojected")
     fill(vars(args), {"pre_seq_len": PRE_SEQ_LEN[args.prefix_depth]})

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig
 
 from model.sequence_classification import POOLINGS, BertForSequenceClassification
-from model.tuning import AdapterMethod
+from model.tuning import OWN_POOLINGS, AdapterMethod
 from runtime.files import UserError
 
 TARGETS = ("query", "value")  # of each layer, as in the paper and in PEFT
@@ -57,9 +57,7 @@ class Lora(AdapterMethod):
     name = "lora"
     model_class = BertLoraForSequenceClassification
     of_peft = ("LORA",)
-    peft_types = tuple(
-        "LORA" if pooling.is_berts else f"{name.upper()}_LORA" for name, pooling in POOLINGS.items()
-    )
+    peft_types = ("LORA", *(f"{pooling}_LORA" for pooling in OWN_POOLINGS))
     Settings = TypedDict(
         "Settings",
         {"r": int, "lora_alpha": float, "target_modules": list[str] | str | None}
@@ -71,7 +69,8 @@ class Lora(AdapterMethod):
         return f"LoRA of rank {config.lora_r}"
 
     def peft_type(self, config: BertConfig) -> str:
-        return dict(zip(POOLINGS, self.peft_types, strict=True))[config.pooling]
+        is_berts = POOLINGS[config.pooling].is_berts
+        return "LORA" if is_berts else f"{config.pooling.upper()}_LORA"
 
     def configure(self, config, settings, tuned):
         super().configure(config, settings, tuned)

@@ -16,13 +16,12 @@ from model import adapter
 from model.prefix_bank import LearnedSlots, PrefixBank, Stacked, TunedPrefix
 from model.prefix_encoder import keys_and_values, prefix_width
 from model.sequence_classification import POOLINGS, BertPrefixForSequenceClassification
-from model.tuning import HEAD, AdapterMethod, put
+from model.tuning import HEAD, OWN_POOLINGS, AdapterMethod, put
 from runtime.columns import ENSEMBLE_FOLDER
 from runtime.files import UserError
 
 logger = logging.getLogger(__name__)
 
-OWN_POOLINGS = [name.upper() for name, pooling in POOLINGS.items() if not pooling.is_berts]
 FLAGS = ("pre_seq_len", "prefix_depth", "prefix_projection", "prefix_hidden_size")
 OF_BACKBONE = {  # entries of adapter_config.json, and of the config, that a prefix cannot choose
     "num_attention_heads": "num_attention_heads",

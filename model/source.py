@@ -267,9 +267,7 @@ def check_alike(
     ]
     for path, config, trait in zip(paths, configs, traits, strict=True):
         if not method_of(config).fits_bank(config):
-            raise UserError(
-                f"--prefix_paths: {path} is not the adapter folder of a prefix of depth all"
-            )
+            raise UserError(f"--prefix_paths: {path} is not a prefix of depth all")
         for name, value in trait.items():
             if value != traits[0][name]:
                 raise UserError(

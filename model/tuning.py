@@ -19,6 +19,7 @@ from model.sequence_classification import POOLINGS, BertForSequenceClassificatio
 from runtime.files import UserError
 
 HEAD, POOLER = "classifier.", "bert.pooler."
+OWN_POOLINGS = [name.upper() for name, pooling in POOLINGS.items() if not pooling.is_berts]
 
 
 class TuningMethod:

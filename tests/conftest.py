@@ -22,7 +22,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see main.py
 import pytest
 import torch
 import uvicorn
-from model.source import new_model
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import main
@@ -30,6 +29,7 @@ import trainer
 from arguments import parse_args
 from evaluation import pages
 from leftovers import no_process_left  # noqa: F401 - a fixture of every test
+from model.source import new_model
 from runtime import checkpoint, record
 from runtime.machine import pick_machine, set_up_process
 from runtime.processes import end_with_parent

@@ -11,12 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from model.start import read_tensors
 from safetensors.torch import load_file, save_file
 
 import main
 import trainer
 from conftest import ROWS, write_csv
+from model.source import read_tensors
 from runtime import checkpoint
 from runtime.files import UserError
 from test_main import hashes

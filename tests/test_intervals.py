@@ -59,7 +59,9 @@ def test_labels_of_a_row_are_calibrated_one_by_one():
     labels = np.stack([random.permutation(np.arange(1000) < 600) for _ in range(2)], axis=1)
     logits = torch.full((1000, 2), float(np.log(0.6 / 0.4)))
     keys = [f"text {number}" for number in range(1000)]
-    score = Score(True).add(Predictions.from_logits(logits, True), labels.astype("f4"), keys, keys, None)
+    score = Score(True).add(
+        Predictions.from_logits(logits, True), labels.astype("f4"), keys, keys, None
+    )
     found = score.results("test")
     assert found["test_ece"] < 1e-6 < found["test_ece_by_chance"] < 0.03
     reliability = score.details()["reliability"]

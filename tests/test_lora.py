@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from conftest import one_line, train
+from conftest import train
 from model import load
 from model.source import count_parameters
 from runtime.files import UserError
@@ -24,21 +24,18 @@ def frozen(backbone):
     return AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=CLASSES)
 
 
-@pytest.fixture
-def tuned(make_model):
-    """Return a model whose matrices have an effect."""
-    model = make_model(*LORA)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    return model
-
-
-def test_a_new_adapter_changes_nothing_and_trains_head_and_small_matrices(make_model):
-    model, plain = make_model(*LORA), make_model()
+def test_a_new_adapter_changes_nothing_and_trains_head_and_small_matrices(
+    make_model, backbone, files
+):
+    args = parse_args(["--do_train", *files[:2], "--output_dir", "out", *LORA])
+    args.model_name_or_path = backbone
+    source = new_model(vars(args))
+    source.set_labels(["a", "b", "c"])
+    model, plain = source.build_trainable(seed=1).eval(), make_model()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if ".lora_" not in k})
     mask = MASKS["padded"]
     assert torch.equal(model(IDS, attention_mask=mask).logits, plain(IDS, mask).logits)
+    assert all(p.any() for name, p in model.named_parameters() if "lora_A" in name)
     counts = count_parameters(model)
     assert counts["trainable_parameters_without_head"] == 2 * 2 * (3 * 16 + 16 * 3)
     assert counts["stored_parameters"] == counts["trainable_parameters"]
@@ -46,7 +43,10 @@ def test_a_new_adapter_changes_nothing_and_trains_head_and_small_matrices(make_m
     assert all(".lora_" in name or name.startswith("classifier.") for name in trained)
 
 
-def test_peft_loads_our_adapter_and_writes_the_same_tensors(tuned, frozen, backbone, tmp_path):
+def test_peft_loads_our_adapter_and_writes_the_same_tensors(
+    make_model, frozen, backbone, tmp_path
+):
+    tuned = make_model(*LORA)
     save(tuned, backbone, tmp_path / "saved")
     peer = PeftModel.from_pretrained(frozen, str(tmp_path / "saved")).eval()
     for mask in MASKS.values():
@@ -64,7 +64,7 @@ def peft_folder(frozen, folder, **settings):
     peer = get_peft_model(frozen, LoraConfig(task_type="SEQ_CLS", **settings)).eval()
     for name, parameter in peer.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
+            torch.nn.init.normal_(parameter, std=0.3)
     peer.save_pretrained(folder)
     return peer
 

@@ -183,14 +183,14 @@ def test_padding_on_the_real_titles_is_under_five_percent(clone):
     command = """
 import dataset, sys
 from arguments import parse_args
-from model.start import Start
+from model.source import new_model
 from runtime import batches
 from runtime.columns import fill_format
 args = parse_args(["--do_train", "--output_dir", "x", "--train_file", sys.argv[1]])
-form = fill_format(args)
-start = Start(args)
+form = fill_format(vars(args))
+source = new_model(vars(args))
 split = dataset.read_splits(args, form)["train"]
-lengths = batches.encode(start.tokenizer(), split, 128).row_lengths
+lengths = batches.encode(source.tokenizer, split, 128).row_lengths
 print(batches.padding_share(lengths, batches.training_batches(lengths, 32, 42, 0)))
 """
     done = subprocess.run(

@@ -16,16 +16,16 @@ from importlib.metadata import packages_distributions
 import numpy as np
 import pytest
 import torch
-from model.start import read_model_config
 
 import main
 import trainer
 from conftest import ROOT, ROWS, bash, one_line, within, write_csv
 from dataset import read_split
 from evaluation.metrics import Score
+from model.folders import locate
 from model.loading import load_tokenizer
 from model.predictions import Predictions
-from model.source import locate
+from model.source import read_model_config
 from runtime import batches, machine, record
 from runtime.csv_reader import text_key
 from runtime.file_format import FileFormat
@@ -137,7 +137,7 @@ def test_long_texts_are_cut_before_they_are_tokenized(backbone, tmp_path, monkey
     """Defect 18: a field of 50 MB took minutes and 3 GiB. The tokens are the same."""
     config, _ = read_model_config(locate(backbone))
     config.max_seq_length = 8
-    tokenizer = load_tokenizer(locate(backbone), config)
+    tokenizer = load_tokenizer(locate(backbone).backbone, config)
     lengths = []
 
     def noted(texts, **options):

@@ -14,10 +14,10 @@ import trainer
 from arguments import parse_args
 from conftest import ROWS, without_dropout
 from evaluation.metrics import Counts, Score, compute_metrics
+from model.bert import train_words_in_use
 from model.classifier import predict
 from model.predictions import Predictions
 from model.schedule import fill_schedule
-from model.sequence_classification import train_words_in_use
 from runtime import batches
 from runtime.batches import Encoded
 from runtime.files import UserError
