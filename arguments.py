@@ -17,29 +17,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from runtime import flags
-from runtime.flags import (
-    COUNT,
-    DIR,
-    DROPOUT,
-    FILE,
-    INT,
-    NAME,
-    POSITIVE,
-    PROBABILITY,
-    RATE,
-    SEED,
-    STEPS,
-    STR,
-    SWITCH,
-    TOKENS,
-    Parser,
-    choice,
-    column_names,
-    encoding,
-    fill,
-    number,
-    value,
-)  # fmt: skip
+from runtime.flags import Parser, boolean, choice, column_names, encoding, fill, number, value
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
