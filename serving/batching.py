@@ -129,34 +129,25 @@ class Batcher:
         return job
 
     def take(self) -> list[Item]:
-        """Wait for texts, and return a batch; empty once the queue is closed."""
-        batch: list[Item] = []
-        with self.changed:
-            while not batch:  # texts of clients that have gone leave it empty
-                self.changed.wait_for(lambda: self.turns or self.closed)
-                if not self.turns:
-                    break
-                batch = self.next_batch()
-        return batch
-
-    def next_batch(self) -> list[Item]:
-        """Take a batch of one backbone from the queue, which is locked and not empty.
+        """Wait for texts, and return a batch of one backbone; empty if their clients have gone.
 
         The model that has waited longest decides on the backbone. The models then take turns of at
         most a quarter of a batch, so a model that floods the queue delays others by a batch.
         """
-        backend = next(iter(self.turns)).backend
         batch: list[Item] = []
         room, share = self.max_batch_tokens, max(1, self.max_batch_tokens // 4)
         prefixes: dict[Model, int] = {}
-        while room > 0 and sum(prefixes.values()) < MOST_PREFIXES:
-            model = next((model for model in self.turns if model.backend is backend), None)
-            if model is None:
-                break
-            items = self.take_turn(model, min(room, share))
-            batch += items
-            room -= sum(item.cost for item in items)
-            prefixes[model] = len(model.adapters)
+        with self.changed:
+            self.changed.wait_for(lambda: self.turns or self.closed)
+            backend = next((model.backend for model in self.turns), None)
+            while room > 0 and sum(prefixes.values()) < MOST_PREFIXES:
+                model = next((model for model in self.turns if model.backend is backend), None)
+                if model is None:
+                    break
+                items = self.take_turn(model, min(room, share))
+                batch += items
+                room -= sum(item.cost for item in items)
+                prefixes[model] = len(model.adapters)
         return batch
 
     def take_turn(self, model: Model, room: int) -> list[Item]:
@@ -175,7 +166,9 @@ class Batcher:
     def work(self) -> None:
         """Score batches until the queue is closed and empty."""
         torch.set_num_threads(self.threads)
-        while batch := self.take():
+        while self.turns or not self.closed:
+            if not (batch := self.take()):
+                continue
             began = time.perf_counter()
             try:
                 self.score(batch, began)
