@@ -142,6 +142,7 @@ def test_the_comparisons_of_prefix_and_full_are_those_of_the_studies():
     for texts, difference, p, name in rows:
         protocol = "original" if texts.startswith("published") else "unseen"
         assert f"{difference} ({p})" == contrast(study_test(name, protocol, "full", "prefix"))
+    assert [row[1][0] for row in rows if "titles" in row[0]] == ["-"] * 9  # "nine of nine"
 
 
 def test_the_learning_curve_is_that_of_its_file():
