@@ -144,24 +144,17 @@ class Batcher:
                 model = next((model for model in self.turns if model.backend is backend), None)
                 if model is None:
                     break
-                items = self.take_turn(model, min(room, share))
-                batch += items
-                room -= sum(item.cost for item in items)
+                waiting, turn = self.turns.pop(model), min(room, share)
+                while waiting and turn > 0:
+                    item = waiting.popleft()
+                    self.size -= 1
+                    if not item.job.future.done():  # else the client has gone, or it failed
+                        batch.append(item)
+                        room, turn = room - item.cost, turn - item.cost
+                if waiting:
+                    self.turns[model] = waiting  # its next turn comes last
                 prefixes[model] = len(model.adapters)
         return batch
-
-    def take_turn(self, model: Model, room: int) -> list[Item]:
-        """Take texts of a model until they have `room` tokens; its next turn comes last."""
-        waiting, items = self.turns.pop(model), []
-        while waiting and room > 0:
-            item = waiting.popleft()
-            self.size -= 1
-            if not item.job.future.done():  # else the client has gone, or another text failed
-                items.append(item)
-                room -= item.cost
-        if waiting:
-            self.turns[model] = waiting
-        return items
 
     def work(self) -> None:
         """Score batches until the queue is closed and empty."""

@@ -56,16 +56,13 @@ def error_response(path: str, error: HTTPException) -> Response:
     return JSONResponse(content, status, error.headers)
 
 
-async def on_error(request: Request, error: HTTPException) -> Response:
-    """Answer with an error of the server, of a guard or of the framework."""
+async def on_error(request: Request, error: Exception) -> Response:
+    """Answer with an error; what a bug was, only the server's log says."""
+    if not isinstance(error, HTTPException):
+        status = 499 if isinstance(error, ClientDisconnect) else 500
+        error = HTTPException(status, STATUSES[status][1])
     request.app.state.engine.metrics.failures.labels(kind_of(error)).inc()
     return error_response(request.url.path, error)
-
-
-async def on_exception(request: Request, error: Exception) -> Response:
-    """Say nothing about what is inside; the server's log has the traceback of a bug."""
-    status = 499 if isinstance(error, ClientDisconnect) else 500
-    return await on_error(request, HTTPException(status, STATUSES[status][1]))
 
 
 async def on_invalid(request: Request, error: RequestValidationError) -> Response:
@@ -105,6 +102,6 @@ async def check_query(request: Request) -> None:
 HANDLERS = {
     HTTPException: on_error,
     RequestValidationError: on_invalid,
-    ClientDisconnect: on_exception,
-    Exception: on_exception,
+    ClientDisconnect: on_error,
+    Exception: on_error,
 }
