@@ -26,7 +26,7 @@ class CsvOptions(BaseModel, extra="forbid"):
 
     model: str | None = None
     text_column_names: str | None = Field(None, description="Comma-separated; else the model's.")
-    column_names: str | None = Field(None, description="If the file has no header.")
+    column_names: str | None = Field(None, description="Comma-separated, if there is no header.")
     delimiter: Literal[tuple(DELIMITERS)] | None = Field(None, description="Else by the header.")
     quoting: Literal["minimal", "none"] | None = None
     csv_encoding: str | None = Field(None, description="Else UTF-8, or that of the model.")
