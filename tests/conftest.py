@@ -253,6 +253,9 @@ def make_model(backbone):
         model = source.build_trainable(args.seed, args.gradient_checkpointing).eval()
         if args.prefix:  # as large as keys and values, to have an effect
             torch.nn.init.normal_(model.prefix_encoder.embedding.weight)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:  # it starts as 0
+                torch.nn.init.normal_(parameter, std=0.3)
         return model
 
     return make

@@ -51,6 +51,8 @@ FLAGS = """
     --learning_rate
     --load_best_model_at_end
     --logging_steps
+    --lora_alpha
+    --lora_r
     --max_grad_norm
     --max_seq_length
     --max_train_samples

@@ -8,9 +8,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from arguments import parse_args
 from conftest import train
 from model import load
-from model.source import count_parameters
+from model.source import count_parameters, new_model
 from runtime.files import UserError
 from test_model import CLASSES, IDS, MASKS, assert_equal, open_folder, save
 
@@ -28,6 +29,7 @@ def test_a_new_adapter_changes_nothing_and_trains_head_and_small_matrices(
     make_model, backbone, files
 ):
     args = parse_args(["--do_train", *files[:2], "--output_dir", "out", *LORA])
+    args.max_seq_length = 16
     args.model_name_or_path = backbone
     source = new_model(vars(args))
     source.set_labels(["a", "b", "c"])

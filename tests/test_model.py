@@ -34,7 +34,11 @@ def reference_logits(model, ids, mask, prefix=None, embeddings=None, mean=False)
     weights = dict(model.named_parameters())
 
     def linear(x, name):
-        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+        matrix = weights[f"{name}.weight"]
+        if f"{name}.lora_A.weight" in weights:
+            small = weights[f"{name}.lora_B.weight"] @ weights[f"{name}.lora_A.weight"]
+            matrix = matrix + small * model.config.lora_alpha / model.config.lora_r
+        return x @ matrix.T + weights[f"{name}.bias"]
 
     def norm(x, name):
         x = (x - x.mean(-1, keepdim=True)) / (
@@ -180,7 +184,7 @@ def test_a_reparametrised_prefix_is_computed_once_per_step(make_model):
 
 def initialise(model, tokenizer, words):
     flags = ["--do_train", "--output_dir", "out", "--prefix", "--prefix_init_text", words]
-    TUNING["prefix"].initialise(model, tokenizer, parse_args(flags), [])
+    TUNING["prefix"].initialise(model, tokenizer, vars(parse_args(flags)), [])
 
 
 @pytest.mark.parametrize("depth", ["all", "input"])
@@ -230,6 +234,7 @@ def test_every_slot_of_the_prefix_affects_the_logits(make_model):
         ("input projected", 378, 6746, 131),
         ("probe", 51, 6419, 51),
         ("bias", 451, 6419, 451),
+        ("lora", 435, 6803, 435),
         ("lora", 435, 6803, 435),
     ],
 )

@@ -48,7 +48,7 @@ def test_workers_leave_the_threads_of_the_program_as_they_are():
 
 
 def test_a_run_with_two_workers_has_the_same_bytes(run, monkeypatch):
-    """In batches of the same texts: small ones are smaller with two workers, and round otherwise."""
+    """In batches of the same texts: two workers have smaller ones, which round otherwise."""
     few = ("--per_device_eval_batch_size", "2")  # a stream's share of the four texts
     expected = run(*few, name="one")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
