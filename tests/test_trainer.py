@@ -38,7 +38,7 @@ def data(tmp_path) -> Encoded:
 
 def arguments(*flags):
     args = parse_args(["--do_train", "--do_eval", "--output_dir", "out", *flags])
-    fill_schedule(args, seen_share=1.0, width=16)
+    fill_schedule(vars(args), seen_share=1.0, width=16)
     return args
 
 
