@@ -22,6 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see main.py
 import pytest
 import torch
 import uvicorn
+from jinja2 import Environment, FileSystemBytecodeCache
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import main
@@ -123,12 +124,21 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "pictures: with the pictures of a run's page")
 
 
-@pytest.fixture(autouse=True)
-def without_pictures(request, monkeypatch) -> None:
-    """Leave out the pictures of a run's page and git's commit, which take longer than a small run.
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory):
+    """Keep the pages' compiled templates: compiling them takes a third of a small run."""
+    cache = FileSystemBytecodeCache(str(tmp_path_factory.mktemp("templates")))
+    return partial(Environment, bytecode_cache=cache)
 
-    Tests that are marked with `pictures` have both, and so have the commands that a test starts.
+
+@pytest.fixture(autouse=True)
+def fast(request, monkeypatch, templates) -> None:
+    """Leave out what takes longer than a small run: waiting for the disk, pictures, git's commit.
+
+    Tests that are marked with `pictures` have the last two; commands that a test starts have all.
     """
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(pages, "Environment", templates)
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(pages, "run_plots", lambda run: {})
         monkeypatch.setattr(record, "commit", lambda: "0" * 40)
