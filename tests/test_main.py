@@ -304,11 +304,10 @@ def test_a_prefix_of_the_wrong_shape_is_refused(run, tmp_path, capsys):
     assert "prompt_embeddings does not fit" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--do_evil"], ["--do_train", "--train_file", "nowhere.csv"]])
-def test_user_errors_are_one_line_in_a_shell(flags, backbone, tmp_path):
+def test_user_errors_are_one_line_in_a_shell(backbone, tmp_path):
     """Exit status 2, one error line and no traceback, also in a folder with blanks."""
     out = tmp_path / "my ü folder"
-    command = [sys.executable, str(Path(main.__file__)), "--output_dir", str(out), *flags]
+    command = [sys.executable, str(Path(main.__file__)), "--output_dir", str(out), "--do_evil"]
     command += ["--model_name_or_path", backbone]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ)
     assert done.returncode == 2

@@ -180,12 +180,14 @@ def test_processes_with_other_settings_or_files_are_refused(backbone, files, tmp
             [*argv, *flags[rank]],
             cwd=ROOT,
             env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in (0, 1)
     ]
-    said = [child.communicate(timeout=60)[1] for child in children]
+    printed, said = zip(*(child.communicate(timeout=60) for child in children), strict=True)
+    assert printed == ("", "")
     assert [child.returncode for child in children] == [2, 2]
     assert "process 1: data.train, settings.seed differ" in one_line((2, said[0]))
     assert "error" not in said[1]
