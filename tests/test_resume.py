@@ -21,30 +21,28 @@ from runtime.output_folder import OutputFolder
 from runtime.training_state import MOMENTS
 from test_main import ADAPTER, FULL, RESULTS, hashes, load
 
+BF16 = ("--precision", "bf16")
 RESUMED = {
-    "full, bf16": ("--hidden_dropout_prob", "0.2", "--precision", "bf16"),
-    "accumulation": ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
+    "full": (*BF16, *"--per_device_train_batch_size 2 --gradient_accumulation_steps 2".split()),
     "prefix": ("--prefix", "--attention_probs_dropout_prob", "0.1"),
-    "prefix, bf16": ("--prefix", "--precision", "bf16"),
+    "checkpointing": (
+        "--prefix",
+        *BF16,
+        "--gradient_checkpointing",
+        "--hidden_dropout_prob",
+        "0.1",
+    ),
     "ensemble": ("--prefix", "--num_prefixes", "2", "--hidden_dropout_prob", "0.1"),
     "projected": ("--prefix", "--prefix_projection"),
     "input": ("--prefix", "--prefix_depth", "input"),
     "probe": ("--tuning_method", "probe", "--hidden_dropout_prob", "0.1"),
     "bias": ("--tuning_method", "bias", "--hidden_dropout_prob", "0.1"),
     "early stopping": ("--early_stopping_patience", "1", "--learning_rate", "1e-9"),
-    "no average": ("--ema_decay", "0"),
     "new texts": (
-        "--rdrop_alpha",
-        "1",
-        "--hidden_dropout_prob",
-        "0.1",
-        "--load_best_model_at_end",
-        "False",
-        "--class_weights",
-        "balanced",
+        *"--rdrop_alpha 1 --hidden_dropout_prob 0.1 --load_best_model_at_end False".split(),
+        *"--class_weights balanced".split(),
     ),
-    "no evaluation": ("--eval_strategy", "no"),
-    "checkpointing": ("--prefix", "--gradient_checkpointing", "--hidden_dropout_prob", "0.1"),
+    "neither evaluation nor average": ("--eval_strategy", "no", "--ema_decay", "0"),
 }
 
 

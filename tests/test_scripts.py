@@ -22,7 +22,7 @@ from script.benchmark import benchmark, contenders
 def test_the_run_scripts_do_the_whole_job(clone):
     """The second one uses the split files that the first one has made."""
     for script, name, parameters, epochs in (
-        ("run_og.sh", "og", 22_715_526, 2), ("run_prefix.sh", "prefix", 592_134, 8)
+        ("run_og.sh", "og", 22_715_526, 2), ("run_prefix.sh", "prefix", 592_134, 5)
     ):  # fmt: skip
         done = bash(clone, script, "--max_train_samples", "240", "--num_train_epochs", str(epochs))
         assert done.returncode == 0, done.stderr
