@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -292,14 +293,36 @@ def stop_at(monkeypatch):
     return arrange
 
 
+@pytest.fixture(scope="session")
+def masters(tmp_path_factory) -> dict[str, Path]:
+    """Folders of results that several tests copy, by name; each is made when it is first used."""
+    return defaultdict(lambda: tmp_path_factory.mktemp("master"))
+
+
 @pytest.fixture
-def stopped(run, stop_at):
+def stopped(run, stop_at, masters, tmp_path):
     """Return the folder of an unfinished run with checkpoints 3 and 5."""
-    stop_at(4)
-    folder = run("--save_strategy", "epoch", status=143) / "unfinished"
-    stop_at(None)
+    master = masters["stopped"] / "out"
+    if not master.exists():
+        stop_at(4)
+        shutil.copytree(run("--save_strategy", "epoch", status=143), master)
+        stop_at(None)
+    folder = shutil.copytree(master, tmp_path / "out", dirs_exist_ok=True) / "unfinished"
     assert set(checkpoint.steps(folder)) == {3, 5}
     return folder
+
+
+@pytest.fixture
+def trained(run, masters, tmp_path):
+    """Copy the model folder of a run with these flags, which only the first test makes."""
+
+    def call(*flags: str) -> Path:
+        master = masters[" ".join(("trained", *flags))] / "out"
+        if not master.exists():
+            shutil.copytree(run(*flags), master)
+        return shutil.copytree(master, tmp_path / "out", dirs_exist_ok=True)
+
+    return call
 
 
 @contextmanager

@@ -130,9 +130,9 @@ def test_a_remembered_setting_that_no_flag_takes_is_refused(tmp_path, setting):
 
 
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "run.json"])
-def test_json_that_is_nested_too_deeply_is_refused(run, predict, name):
+def test_json_that_is_nested_too_deeply_is_refused(trained, predict, name):
     """Defect 11."""
-    folder = run("--prefix")
+    folder = trained("--prefix")
     (folder / name).write_text(DEEP)
     assert name in one_line(predict(folder))
 
@@ -165,9 +165,9 @@ def test_a_missing_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_pipe_in_a_model_folder_is_refused(run, predict, name):
+def test_a_pipe_in_a_model_folder_is_refused(trained, predict, name):
     """Defect 16: the libraries would wait for it forever."""
-    folder = run()
+    folder = trained()
     (folder / name).unlink()
     os.mkfifo(folder / name)
     assert f"{name} is a pipe or a device" in one_line(predict(folder))

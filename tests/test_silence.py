@@ -75,9 +75,9 @@ def test_texts_are_the_same_if_bert_reads_the_same(backbone):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "piped stdin"])
-def test_pipes_and_devices_are_refused(predict, run, tmp_path, kind):
+def test_pipes_and_devices_are_refused(predict, trained, tmp_path, kind):
     """Defect 16: a pipe hung, a piped stdin was "empty", /dev/zero had no end."""
-    folder = run()
+    folder = trained()
     path = {"device": "/dev/zero", "piped stdin": "/dev/stdin"}.get(kind, str(tmp_path / "pipe"))
     if kind == "pipe":
         os.mkfifo(path)
@@ -190,10 +190,10 @@ def test_processes_with_other_settings_or_files_are_refused(backbone, files, tmp
 
 
 def test_closed_streams_and_lone_variables_are_no_traceback(
-    run, predict, tmp_path, files, monkeypatch, capsys
+    trained, predict, tmp_path, files, monkeypatch, capsys
 ):
     """Defect 14."""
-    folder = run()
+    folder = trained()
     argv = [sys.executable, "main.py", "--do_predict", "--model_name_or_path", str(folder)]
     call = " ".join([*argv, *files[4:]])
 
