@@ -169,7 +169,8 @@ def test_after_a_collapse_lower_rates_are_advised_until_they_are_too_low():
                 assert (verb, len(typed)) == ("try", 2) and lowest * 0.9 < args.learning_rate < rate
                 rate = args.learning_rate
             assert args.learning_rate < 3.5 * lowest
-    assert advice_after_collapse(vars(parse_args([*TASK, "--learning_rate", "5e-5"]))).endswith("2e-05")
+    settings = vars(parse_args([*TASK, "--learning_rate", "5e-5"]))
+    assert advice_after_collapse(settings).endswith("2e-05")
 
 
 def test_prefix_is_short_for_the_tuning_method_prefix():
