@@ -80,7 +80,9 @@ def fit(logits: torch.Tensor, label_ids: np.ndarray) -> Calibration:
 def figures(logits: torch.Tensor, label_ids: np.ndarray) -> dict[str, float]:
     """Return the log loss and the calibration error (ECE) of logits, [K, N, C]."""
     counts = Counts(label_ids.ndim == 2)
-    counts.add(Predictions.of(average(logits, counts.multi_label), counts.multi_label), label_ids)
+    counts.add(
+        Predictions.from_logits(average(logits, counts.multi_label), counts.multi_label), label_ids
+    )
     return {"loss": counts.metrics()["loss"], "ece": counts.more_metrics()["ece"]}
 
 

@@ -33,7 +33,7 @@ def word_importance(
     if not shorter:
         return [[] for _ in texts]
     logits = classify(rows_of([*texts, *shorter], path=""))
-    probability = Predictions.of(logits, multi_label).probability
+    probability = Predictions.from_logits(logits, multi_label).probability
     whole, rest = probability[: len(texts)], iter(probability[len(texts) :])
 
     def confidence(one: np.ndarray, full: np.ndarray) -> float:

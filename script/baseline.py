@@ -32,14 +32,14 @@ import dataset
 from arguments import parse_args
 from evaluation.calibration import Calibration, calibrate
 from evaluation.metrics import compute_metrics
-from evaluation.predictions import Predictions, check_columns
+from evaluation.predictions import Options, check_columns
 from evaluation.scoring import publish, score
 from model.classifier import predict
+from model.folders import ModelFolders, locate, sha256_of
 from model.loading import load_tokenizer, set_max_seq_length
-from model.predictions import to_logits
-from model.source import Source, locate, sha256_of
-from model.start import read_model_config
-from model.tuning import TUNING
+from model.methods import TUNING
+from model.predictions import Predictions, to_logits
+from model.source import read_model_config
 from runtime.batches import encode, rows_of
 from runtime.columns import fill_format
 from runtime.file_format import SETTINGS as READING
@@ -98,7 +98,7 @@ def features_of(method: str) -> tuple[str, ...]:
     return FEATURES.get(method.removesuffix(SVM), ())
 
 
-def embedder(source: Source, machine: Machine, batch_size: int = 64) -> Embed:
+def embedder(source: ModelFolders, machine: Machine, batch_size: int = 64) -> Embed:
     """Return a function that maps texts to the mean of the backbone's last states, of length 1.
 
     As in Sentence-BERT (Reimers & Gurevych 2019, https://arxiv.org/abs/1908.10084).
@@ -107,7 +107,7 @@ def embedder(source: Source, machine: Machine, batch_size: int = 64) -> Embed:
     config, _ = read_model_config(source)
     set_max_seq_length(config, 0, min(128, config.max_position_embeddings))
     config.pooling = TUNING["probe"].pooling
-    tokenizer = load_tokenizer(source, config)
+    tokenizer = load_tokenizer(source.backbone, config)
     model = TUNING["probe"].build(source, config, fresh_head=True).requires_grad_(False)
     model.classifier, model.config.num_labels = nn.Identity(), config.hidden_size
     machine.place(model)
@@ -120,7 +120,9 @@ def embedder(source: Source, machine: Machine, batch_size: int = 64) -> Embed:
     return embed
 
 
-def vectorizer(parts: tuple[str, ...], texts: list[str], source: Source | None) -> FeatureUnion:
+def vectorizer(
+    parts: tuple[str, ...], texts: list[str], source: ModelFolders | None
+) -> FeatureUnion:
     """Build the features `parts`, float32; source: the backbone of embeddings.
 
     Raises: UserError if they need words and no text has one.
@@ -137,7 +139,7 @@ def vectorizer(parts: tuple[str, ...], texts: list[str], source: Source | None) 
     return FeatureUnion([(name, known[name]) for name in parts], transformer_weights=weights)
 
 
-def fit_linear(method: str, data: dataset.Data, source: Source | None) -> tuple[Logits, dict]:
+def fit_linear(method: str, data: dataset.Data, source: ModelFolders | None) -> tuple[Logits, dict]:
     """Fit a linear model with each strength; return the one with the best validation accuracy.
 
     Raises: UserError if the training rows have a single label.
@@ -170,7 +172,7 @@ def fit_linear(method: str, data: dataset.Data, source: Source | None) -> tuple[
         model.set_params(C=strength)
         fitted = OneVsRestClassifier(model) if multi_label else model
         fitted.fit(vectors, label_ids)
-        found = Predictions.of(logits(fitted, validation), multi_label)
+        found = Predictions.from_logits(logits(fitted, validation), multi_label)
         accuracy = compute_metrics(found, data.eval.label_ids)["accuracy"]
         if best is None or accuracy > best[0]:
             best = accuracy, copy.deepcopy(fitted), strength
@@ -179,7 +181,7 @@ def fit_linear(method: str, data: dataset.Data, source: Source | None) -> tuple[
 
 
 def fit(
-    method: str, data: dataset.Data, multi_label: bool, source: Source | None
+    method: str, data: dataset.Data, multi_label: bool, source: ModelFolders | None
 ) -> tuple[Logits, dict]:
     """Fit a baseline; return it and the settings that the validation file chose."""
     if method in LINEAR:
@@ -215,8 +217,8 @@ def run(argv: list[str]) -> None:
     """Fit a baseline, score it and publish the results, as `main.run` does."""
     method, args = parse(argv)
     set_up_process()
-    form = fill_format(args)
-    fill(args, {"text_column_delimiter": form.text_column_delimiter})
+    form = fill_format(vars(args))
+    fill(vars(args), {"text_column_delimiter": form.text_column_delimiter})
     settings = {name: getattr(args, name) for name in SETTINGS}
     multi_label = form.multi_label
     with opened(args) as output:
@@ -229,7 +231,7 @@ def run(argv: list[str]) -> None:
         source = None
         if "embeddings" in features_of(method):
             source = locate(args.model_name_or_path)
-            model |= {"backbone": source.name, "weights_sha256": sha256_of(source.folders)}
+            model |= {"backbone": source.name, "weights_sha256": sha256_of(source.all)}
         record = describe_run(settings, model, data.names, data.describe())
         output.start(record)
         classify, chosen = fit(method, data, multi_label, source)
@@ -242,7 +244,8 @@ def run(argv: list[str]) -> None:
         if method in LINEAR:
             calibration, found = calibrate(logits(data.eval)[None], data)
             results |= found
-        results |= score(logits, data, multi_label, output, args)
+        options = Options(args.safe_csv, args.reject_below)
+        results |= score(logits, data, multi_label, output, options)
         publish(output, record, results)
 
 

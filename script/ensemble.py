@@ -26,7 +26,7 @@ import torch
 import dataset
 from arguments import parse_args
 from evaluation.calibration import ENOUGH_ROWS, calibrate, calibration_rows, figures
-from evaluation.predictions import FILES, check_columns
+from evaluation.predictions import FILES, Options, check_columns
 from evaluation.scoring import publish, score
 from model.predictions import to_logits
 from runtime.csv_reader import Table
@@ -191,7 +191,8 @@ def run(argv: list[str]) -> None:
                 return calibration(logits["eval"])
             return torch.stack([next(rest) for _ in range(len(split))])
 
-        results |= score(classify, data, multi_label, output, args, explain=False)
+        options = Options(args.safe_csv, args.reject_below)
+        results |= score(classify, data, multi_label, output, options, explain=False)
         publish(output, record, results)
 
 

@@ -84,10 +84,10 @@ class Batcher:
         self.size, self.closed = 0, False
         self.speed = 100.0  # texts per second, a moving average
         self.changed = threading.Condition()
-        self.threads = max(1, torch.get_num_threads() // machine.streams)  # of each worker
+        self.threads = max(1, torch.get_num_threads() // machine.workers)  # of each worker
         self.workers = [
             threading.Thread(target=self.work, name=f"worker {number}", daemon=True)
-            for number in range(machine.streams)
+            for number in range(machine.workers)
         ]
         metrics.queue_size.set_function(lambda: self.size)
 

@@ -108,7 +108,7 @@ async def classify(
         if body.explain and len(texts) > MOST_EXPLAINED:
             raise HTTPException(413, f"explain: at most {MOST_EXPLAINED} texts")
         job = await engine.score(request, model, texts)
-        predictions = Predictions.of(job.future.result(), model.multi_label)
+        predictions = Predictions.from_logits(job.future.result(), model.multi_label)
         words = [None] * len(texts)
         if body.explain:
             words = await engine.in_thread(
@@ -163,7 +163,7 @@ async def predict(body: PredictRequest, request: Request, engine: Shared) -> Res
         delimiter = model.form.text_column_delimiter
         texts = [delimiter.join(row) if "".join(row).strip() else "" for row in rows]
         job = await engine.score(request, model, texts, body.truncate)
-        predictions = Predictions.of(job.future.result(), model.multi_label)
+        predictions = Predictions.from_logits(job.future.result(), model.multi_label)
         scores = predictions.logits if body.raw_scores else predictions.probability
         content = [ranked(model.labels, row) for row in scores.tolist()]
         content = msgspec.json.encode(content if several else content[0])  # twice as fast

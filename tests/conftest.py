@@ -31,7 +31,7 @@ import trainer
 from arguments import parse_args
 from evaluation import pages
 from leftovers import no_process_left  # noqa: F401 - a fixture of every test
-from model.start import Start
+from model.source import new_model
 from runtime import checkpoint, record
 from runtime.machine import pick_machine, set_up_process
 from runtime.processes import end_with_parent
@@ -258,12 +258,15 @@ def make_model(backbone):
         if "--prefix_projection" in flags:
             argv += ["--prefix_hidden_size", "7"]
         args = parse_args([*argv, *flags])
-        start = Start(args)
-        start.set_labels(["a", "b", "c"])
-        start.set_dropout(args)
-        model = start.build(args).eval()
+        source = new_model(vars(args))
+        source.set_labels(["a", "b", "c"])
+        source.set_dropout(0.1, 0.1)
+        model = source.build_trainable(args.seed, args.gradient_checkpointing).eval()
         if args.prefix:  # as large as keys and values, to have an effect
             torch.nn.init.normal_(model.prefix_encoder.embedding.weight)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:  # it starts as 0
+                torch.nn.init.normal_(parameter, std=0.3)
         return model
 
     return make

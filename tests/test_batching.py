@@ -48,7 +48,7 @@ def submit(queue, model, token_ids):
 def queue():
     """A queue with one worker, which is busy with a first text."""
     machine = pick_machine("fp32")
-    assert machine.streams == 1  # tests compute with one thread
+    assert machine.workers == 1  # tests compute with one thread
     backend, queue = Slow(), Batcher(machine, 8, 100, Metrics())
     queue.start()
     submit(queue, Named("first", backend), [[0, 0]])
@@ -114,7 +114,7 @@ def test_a_batch_that_fails_and_unusable_numbers_end_no_worker(queue):
 
 
 def test_a_large_request_has_work_for_all_workers():
-    machine = replace(pick_machine("fp32"), streams=2)
+    machine = replace(pick_machine("fp32"), workers=2)
     backend, queue = Slow(), Batcher(machine, 8, 1000, Metrics())
     queue.start()
     job = submit(queue, Named("one", backend), [[1, number] for number in range(500)])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import main
 import trainer
 from conftest import ROWS, write_csv
-from model.start import read_tensors
+from model.source import read_tensors
 from runtime import checkpoint
 from runtime.files import UserError
 from test_main import hashes

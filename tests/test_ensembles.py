@@ -195,7 +195,7 @@ def test_coverage_is_what_sorting_by_confidence_gives():
     random = np.random.default_rng(0)
     logits = torch.from_numpy(random.normal(0, 2, (3000, 4))).float()
     label_ids = random.integers(0, 4, 3000)
-    found, counts = Predictions.of(logits, False), Counts(False)
+    found, counts = Predictions.from_logits(logits, False), Counts(False)
     for part in np.array_split(np.arange(3000), 7):
         counts.add(found.take(part), label_ids[part])
     points = counts.coverage()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ROWS, one_line, within, write_csv
 from dataset import read_split
 from model import source
-from model.source import locate, sha256_of
+from model.folders import locate, sha256_of
 from runtime import checkpoint
 from runtime.columns import remembered_settings
 from runtime.file_format import FileFormat

@@ -23,10 +23,10 @@ from conftest import ROOT, ROWS, bash, one_line, within, write_csv
 from dataset import read_split
 from evaluation.metrics import Score
 from killing import fork_main, ranks
+from model.folders import locate
 from model.loading import load_tokenizer
 from model.predictions import Predictions
-from model.source import locate
-from model.start import read_model_config
+from model.source import read_model_config
 from runtime import batches, machine, record
 from runtime.csv_reader import text_key
 from runtime.file_format import FileFormat
@@ -138,7 +138,7 @@ def test_long_texts_are_cut_before_they_are_tokenized(backbone, tmp_path, monkey
     """Defect 18: a field of 50 MB took minutes and 3 GiB. The tokens are the same."""
     config, _ = read_model_config(locate(backbone))
     config.max_seq_length = 8
-    tokenizer = load_tokenizer(locate(backbone), config)
+    tokenizer = load_tokenizer(locate(backbone).backbone, config)
     lengths = []
 
     def noted(texts, **options):
@@ -312,7 +312,7 @@ def test_many_and_long_labels_cost_little(run, tmp_path):
     logits = torch.zeros(rows, classes)
     logits[torch.arange(rows), torch.from_numpy(labels) + 1] = 1
     keys = [str(number) for number in range(rows)]
-    score = Score(False).add(Predictions.of(logits, False), labels, keys, keys, None)
+    score = Score(False).add(Predictions.from_logits(logits, False), labels, keys, keys, None)
     assert len(json.dumps(score.details())) < 1e6
     assert score.details()["confusion_pairs"][0] == [0, 1, 1]
     for name in ("train", "val", "test"):

@@ -19,7 +19,7 @@ import dataset
 import main
 from conftest import one_line, write_csv
 from model import load as load_classifier
-from model.source import BUNDLED_NAME, locate
+from model.folders import BUNDLED_NAME, locate
 from runtime import machine
 from runtime.batches import UNREADABLE, encode, rows_of, unreadable
 from runtime.columns import precision_for

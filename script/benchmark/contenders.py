@@ -33,7 +33,7 @@ def prepared(data: str, *flags: str):
     import dataset
     from arguments import parse_args
     from model.schedule import fill_schedule
-    from model.start import Start
+    from model.source import new_model
     from runtime.batches import encode
     from runtime.columns import fill_format
 
@@ -42,14 +42,14 @@ def prepared(data: str, *flags: str):
     args = parse_args(
         ["--do_train", "--train_file", data, "--output_dir", "unused", *fixed, *flags]
     )
-    form = fill_format(args)
-    start = Start(args)
+    form = fill_format(vars(args))
+    start = new_model(vars(args))
     splits = dataset.read_splits(args, form)
     start.set_labels(dataset.label_names(splits["train"], args.label_names))
     files = dataset.prepare(args, form, splits, start.labels)
-    fill_schedule(args, files.seen_share, start.config.hidden_size)
-    start.set_dropout(args)
-    tokenizer = start.tokenizer()
+    fill_schedule(vars(args), files.seen_share, start.config.hidden_size)
+    start.set_dropout(args.hidden_dropout_prob, args.attention_probs_dropout_prob)
+    tokenizer = start.tokenizer
     rows = encode(tokenizer, files.train, start.config.max_seq_length)
     return args, start, files, tokenizer, rows
 
@@ -100,12 +100,12 @@ def note_step(ends: list[float], steps: int) -> None:
 def ours(data: str, steps: int, flags: Sequence[str] = ()) -> Measure:
     """Time `steps` training steps of `main.py` with these flags."""
     import trainer
-    from model.sequence_classification import train_words_in_use
+    from model.bert import train_words_in_use
     from runtime.machine import pick_machine, set_up_process
 
     args, start, files, tokenizer, rows = prepared(data, *flags)
-    model = start.build(args)
-    start.method.initialise(model, tokenizer, args, files.train.texts)
+    model = start.build_trainable(args.seed, args.gradient_checkpointing)
+    start.method.initialise(model, tokenizer, vars(args), files.train.texts)
     set_up_process()
     machine = pick_machine(args.precision)
     machine.place(model)
@@ -142,7 +142,7 @@ def hf_trainer(
     transformers.utils.logging.set_verbosity_error()
     on_gpu, precision, attention = best()
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        start.source.backbone, num_labels=len(start.labels), attn_implementation=attention
+        start.folders[0].backbone, num_labels=len(start.labels), attn_implementation=attention
     )
     if prefix:
         import peft
@@ -192,8 +192,8 @@ def make_folders(data: str, parent: str, names: set[str]) -> None:
             continue
         flags = [] if name == "full" else ["--prefix", "--seed", name]
         args, start, files, tokenizer, _ = prepared(data, *flags)
-        model = start.build(args)
-        start.method.initialise(model, tokenizer, args, files.train.texts)
+        model = start.build_trainable(args.seed, args.gradient_checkpointing)
+        start.method.initialise(model, tokenizer, vars(args), files.train.texts)
         folder = Path(parent) / name
         folder.mkdir()
         start.save(model, tokenizer, folder)
@@ -244,29 +244,20 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure
     """
     import numpy as np
 
-    from arguments import parse_args
-    from model.bank_start import find_start
-    from model.classifier import predict
-    from runtime.batches import encode
+    from model.classifier import Classifier
+    from model.source import open_model
     from runtime.machine import pick_machine, set_up_process
 
-    flags, folders = ["--do_predict", "--output_dir", "unused"], [f"{parent}/{n}" for n in names]
-    split, index = distinct(data, count), None
-    if len(names) == 1:
-        args = parse_args([*flags, "--model_name_or_path", *folders])
-    else:
-        args = parse_args([*flags, "--prefix_paths", *folders, "--prefix_column", "unused"])
+    folders, split, index = [f"{parent}/{name}" for name in names], distinct(data, count), None
+    if len(names) > 1:
         index = np.arange(len(split)) % len(names)
-    start = find_start(args)
-    tokenizer, model = start.tokenizer(), start.build(args)
     set_up_process()
-    machine = pick_machine(args.precision)
-    machine.place(model)
+    source = open_model(folders if len(names) > 1 else folders[0], by_row=len(names) > 1)
+    classifier = Classifier.from_source(source, pick_machine("auto"))
 
     def measure() -> float:
         began = time.perf_counter()
-        encoded = encode(tokenizer, split, start.config.max_seq_length, index)
-        predict(model, encoded, args.per_device_eval_batch_size, machine)
+        classifier.logits(split, index)
         return len(split) / (time.perf_counter() - began)
 
     return measure

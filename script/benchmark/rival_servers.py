@@ -27,9 +27,9 @@ from serving.models import Model, Registry
 
 def pipelines(folder: str, count: int) -> FastAPI:
     """One pipeline for each model."""
-    app, streams = FastAPI(), pick_machine("auto").streams
-    threads = torch.get_num_threads() // streams
-    pool = ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(threads,))
+    app, workers = FastAPI(), pick_machine("auto").workers
+    threads = torch.get_num_threads() // workers
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
     dtype = torch.bfloat16 if pick_machine("auto").precision == "bf16" else torch.float32
     pipes = [
         pipeline("text-classification", model=folder, top_k=None, truncation=True, dtype=dtype)
@@ -79,7 +79,7 @@ def lora(folder: str, count: int) -> FastAPI:
     for number in range(1, count):
         model.add_adapter(f"m{number}", config)
     # PEFT hooks the adapters of a batch into the model, so there is one batch at a time
-    machine = replace(pick_machine("auto"), streams=1)
+    machine = replace(pick_machine("auto"), workers=1)
     registry = Registry(machine, 1)
     backend = LoraBackbone(model.eval(), tokenizer.pad_token_id, machine)
     labels = [base.config.id2label[number] for number in range(base.config.num_labels)]
