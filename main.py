@@ -52,7 +52,7 @@ from transformers import PreTrainedTokenizerBase
 
 import dataset
 import trainer
-from dataset import Data, Split
+from dataset import Data, RowPrefixes, Split
 from evaluation.calibration import calibrate
 from evaluation.importance import word_importance
 from evaluation.predictions import check_columns
@@ -65,7 +65,7 @@ from model.sequence_classification import train_words_in_use
 from model.start import Start, read_tensors
 from runtime import checkpoint as checkpoints
 from runtime import processes
-from runtime.batches import encode, prefix_index
+from runtime.batches import encode
 from runtime.checkpoint import Checkpoint, Tensors
 from runtime.columns import fill_format, model_folders, precision_for
 from runtime.files import UserError, writing
@@ -173,8 +173,7 @@ def run(args: Namespace) -> None:
 
         # score; the model sees the test file only now that every choice has been made
         def classify(split: Split) -> torch.Tensor:
-            index = prefix_index(split, args.prefix_column, args.prefix_paths)
-            return classifier.logits(split, index)
+            return classifier.logits(split, data.prefixes and data.prefixes.index(split))
 
         if not group.is_main:  # the other processes only help to predict
             for split in data.to_predict():
@@ -198,10 +197,15 @@ def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedT
     settings = start.settings(args) | machine.describe()
 
     # data: read, check, audit for leaks
-    splits = dataset.read_splits(args, form)
+    tasks = ("train", args.do_train, args.train_file), ("eval", args.do_eval, args.validation_file)
+    splits = dataset.read_splits({name: path for name, wanted, path in tasks if wanted}, form)
     if args.do_train:
         start.set_labels(dataset.label_names(splits["train"], args.label_names))
-    data = dataset.prepare(args, form, splits, start.labels, start.labels_by_prefix)
+    prefixes, test_file = None, args.test_file if args.do_predict else None
+    if args.prefix_column:
+        prefixes = RowPrefixes(args.prefix_column, args.prefix_paths, start.labels_by_prefix)
+    sample = args.max_train_samples, args.seed
+    data = dataset.prepare(form, splits, start.labels, test_file, prefixes, *sample)
     check_columns(data, args.reject_below)
 
     # schedule: for the backbone's width, and texts that repeat or new ones, unless flags set it

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import pandas as pd
 import torch
 
-from dataset import Data, Split, Stream
+from dataset import Data, Split, TestFile
 from evaluation import tables
 from evaluation.importance import word_importance
 from evaluation.metrics import Score
@@ -51,7 +51,7 @@ def score(
             one = scores.setdefault(name, Score(multi_label, args.reject_below))
             one.add(found, split.label_ids, split.texts, split.keys, seen)
 
-    def writer(name: str, file: Split | Stream) -> AbstractContextManager[Write]:
+    def writer(name: str, file: Split | TestFile) -> AbstractContextManager[Write]:
         path, options = output.staging / FILES[name], (args.safe_csv, args.reject_below)
         return prediction_writer(path, file.columns, data.names, *options)
 

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TypedDict
 
 from runtime.csv_reader import Table
-from runtime.file_format import MULTI_LABEL, SETTINGS, FileFormat, Reading, read_split_record
+from runtime.file_format import (
+    MULTI_LABEL,
+    SETTINGS,
+    FileFormat,
+    Reading,
+    read_split_record,
+    several_columns,
+)
 from runtime.files import UserError, read_json
 from runtime.flags import fill
 
@@ -79,7 +86,7 @@ def fill_format(args: Namespace) -> FileFormat:
     fill(args, {name: known.get(name, DEFAULTS.get(name)) for name in SETTINGS})
     if delimiter is not None and len(args.text_column_names) == 1:
         raise UserError("--text_column_delimiter needs two --text_column_names or more: omit it")
-    if "," in args.label_column_name:
+    if several_columns(args.label_column_name):
         fill(args, {"problem_type": MULTI_LABEL})
     form = FileFormat.from_settings(vars(args)).in_encoding(given)
     form.check()

@@ -15,7 +15,7 @@ from runtime.files import UserError, name_list, read_json, sha256
 from runtime.flags import DELIMITERS, QUOTINGS, is_encoding
 
 LABEL_SEPARATOR = "|"
-MULTI_LABEL = "multi_label_classification"
+SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 UTF8 = "utf-8"
 SHOWN = 60  # characters of a text
 # The settings of a run that say how its files are read; flags of main.py have the same names.
@@ -28,6 +28,11 @@ SETTINGS = (
 def plain_name(encoding: str) -> str:
     """Return the name of an encoding: UTF8 for all of its names, and others as they are."""
     return UTF8 if codecs.lookup(encoding).name == UTF8 else encoding
+
+
+def several_columns(label_column_name: str | None) -> bool:
+    """Whether the value of --label_column_name is several columns, each of 0 and 1 for a label."""
+    return "," in (label_column_name or "")
 
 
 class Reading(TypedDict, total=False):
@@ -135,10 +140,6 @@ class FileFormat:
             columns += f", labels from {name_list(self.label_column_name)}"
         shown = first if len(first) <= SHOWN else first[: SHOWN - 1] + "…"
         return f"{path}: {rows}; {columns}{read_as}; the first text: {shown!r}"
-
-    def for_file(self, path: str | Path) -> Self:
-        """Return the format to read a file with: that of split.sh's files is known."""
-        return self.written_here() if read_split_record(path) else self
 
     def written_here(self) -> Self:
         """Return the format of a file that this program writes, with the same columns."""

@@ -45,31 +45,25 @@ def looks_like_row(header: list[str], rows: list[list[str]]) -> bool:
     if len(filled) > 1 and filled == [str(number) for number in range(len(filled))]:
         return False  # as pandas numbers columns without names
     rows = [row for row in rows if row != header]  # headers repeat if files were joined
-    repeats = False
+    is_row = any(len(cell) > 60 or NUMBER.fullmatch(cell) for cell in filled)
     for place, cell in enumerate(header):
-        if not cell.strip():
-            continue
-        column = [row[place] for row in rows if row[place].strip()]
-        number = NUMBER.fullmatch(cell)
-        if not number and len(column) > 2 and share(NUMBER, column) == 1:
+        column = [row[place] for row in rows if cell.strip() and row[place].strip()]
+        if len(column) > 2 and share(NUMBER, column) == 1 and not NUMBER.fullmatch(cell):
             return False
-        count = column.count(cell)
-        often = count and 20 * count >= len(rows)
-        repeats |= bool(often if key(cell) in TEXT_NAMES | LABEL_NAMES else often or count > 1)
-    return repeats or any(len(cell) > 60 or NUMBER.fullmatch(cell) for cell in filled)
+        count, is_name = column.count(cell), key(cell) in TEXT_NAMES | LABEL_NAMES
+        is_row |= count > 0 and (20 * count >= len(rows) or (count > 1 and not is_name))
+    return is_row
 
 
-def is_label(values: list[str], rows: int) -> bool:
+def is_label(values: list[str]) -> bool:
     """Whether values look like labels: few, short and repeated."""
     filled = [value for value in values if value.strip()]
     kinds = len(set(filled))
-    return (
-        len(filled) >= 0.9 * rows
-        and 2 <= kinds <= rows / 2
-        and max(map(len, filled)) <= 40
-        and share(DATE, filled) < 0.5
-        and (kinds <= 20 or share(NUMBER, filled) < 0.5)
-    )
+    if len(filled) < 0.9 * len(values) or not 2 <= kinds <= len(values) / 2:
+        return False
+    if kinds > 20 and share(NUMBER, filled) >= 0.5:
+        return False
+    return max(map(len, filled)) <= 40 and share(DATE, filled) < 0.5
 
 
 def text_length(values: list[str]) -> float:
@@ -93,28 +87,26 @@ def guess_columns(header: list[str], rows: list[list[str]]) -> Guess:
     is_row = looks_like_row(header, rows)
     names = [f"column_{place}" for place in range(1, len(header) + 1)] if is_row else [*header]
     rows = [header, *rows] if is_row else rows
-    usable = [name.strip() and "," not in name and names.count(name) == 1 for name in names]
-    places = [place for place, is_usable in enumerate(usable) if is_usable]
-    columns = {place: [row[place] for row in rows] for place in places}
+    usable = {name for name in names if name.strip() and "," not in name and names.count(name) == 1}
+    columns = {n: [row[i] for row in rows] for i, n in enumerate(names) if n in usable}
 
-    def named(known: set[str], first: str) -> list[int]:
-        found = [p for p in places if key(names[p]) in known]
-        return [p for p in found if key(names[p]) in (first, f"{first}s")] or found
+    def named(known: set[str], best: str) -> list[str]:
+        matches = [name for name in columns if key(name) in known]
+        return [name for name in matches if key(name) in (best, f"{best}s")] or matches
 
     texts, labels = named(TEXT_NAMES, "text"), named(LABEL_NAMES, "label")
     if len(texts) != 1:
-        lengths = {p: text_length(columns[p]) for p in texts or places if p not in labels}
+        lengths = {n: text_length(columns[n]) for n in texts or columns if n not in labels}
         first, second = [*sorted(lengths.values(), reverse=True), 0, 0][:2]
-        texts = [p for p in lengths if lengths[p] == first > 1.5 * second]
+        texts = [name for name in lengths if lengths[name] == first > 1.5 * second]
     if len(labels) != 1:
-        labels = [p for p in labels or places if p not in texts and is_label(columns[p], len(rows))]
-    flags = [p for p in places if {*columns[p]} == {"0", "1"}]
+        labels = [n for n in labels or columns if n not in texts and is_label(columns[n])]
+    flags = [name for name in columns if {*columns[name]} == {"0", "1"}]
     if len(labels) != 1 and len(flags) > 1 and not is_row:  # a column of 0 and 1 for each label
-        text = names[texts[0]] if len(texts) == 1 else None
-        return Guess(False, names, text, ",".join(names[p] for p in flags))
-    text, label = (found[0] if len(found) == 1 else None for found in (texts, labels))
-    if is_row:
-        for place, name in (text, "text"), (label, "label"):
-            if place is not None:
-                names[place] = name
-    return Guess(is_row, names, *(None if p is None else names[p] for p in (text, label)))
+        labels = [",".join(flags)]
+    text, label = (matches[0] if len(matches) == 1 else None for matches in (texts, labels))
+    if not is_row:
+        return Guess(False, names, text, label)
+    renamed = {text: "text", label: "label"}
+    names = [renamed.get(name, name) for name in names]
+    return Guess(True, names, text and "text", label and "label")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from runtime.csv_reader import row_list
+from runtime.advice import row_list
 from runtime.file_format import LABEL_SEPARATOR, MULTI_LABEL, FileFormat
 from runtime.files import UserError, name_list
 

@@ -78,9 +78,9 @@ class Predictor:
         with tempfile.TemporaryDirectory(dir=row["staging"]) as staging:
             try:
                 new = Path(staging) / "predictions.csv"
-                args = Namespace(**vars(self.args) | {"test_file": row["path"]})
-                names, multi_label = self.classifier.labels, self.classifier.multi_label
-                file = dataset.open_stream(args, self.form, names, None)
+                args, names = self.args, self.classifier.labels
+                multi_label = self.classifier.multi_label
+                file = dataset.open_test_file(row["path"], self.form, names)
                 check_added(row["path"], file.columns, names, args.reject_below)
                 options = file.columns, names, args.safe_csv, args.reject_below
                 with prediction_writer(new, *options) as write:
