@@ -14,6 +14,7 @@ from runtime.flags import DELIMITERS
 
 MERGED = 5  # lines; a row of more, each like a row, was merged by a stray quote
 LOOKED_AT = 1000  # rows, to find the delimiter
+LONGEST = 2**20  # characters of a header
 
 csv.field_size_limit(2**31 - 1)
 
@@ -41,6 +42,7 @@ OTHER_END = Bad(
     r"remove carriage returns (tr -d '\r' < OLD.csv > NEW.csv)",
     droppable=False,
 )
+OPEN_QUOTE = Bad("opens a quote that never closes", droppable=False)
 MERGED_ROWS = Bad("has lines that look like rows of their own, as if a quote were missing")
 
 
@@ -145,10 +147,9 @@ def read_row(
             return next(strict_reader(itertools.chain(fixed, lines), dialect))
         except csv.Error as error:
             message = str(error)
-    # One of several lines may be many rows that a stray quote merged, so it is not to be dropped.
     if "unexpected end of data" in message:
-        return Bad("opens a quote that never closes", droppable=False)
-    if "expected after" in message:
+        return OPEN_QUOTE
+    if "expected after" in message:  # several lines may be many rows that a stray quote merged
         return Bad("has a quote in a quoted field", droppable=len(taken) == 1)
     if "new-line" in message:
         return Bad("has a carriage return outside quotes")
@@ -187,40 +188,36 @@ def find_dialect(
     header, texts may contain commas, so a comma comes last.
     """
     quoting = csv.QUOTE_NONE if form.quoting == "none" else csv.QUOTE_MINIMAL
-    dialect = Dialect(encoding, quoting=quoting, newline="")
-    delimiters = [DELIMITERS[form.delimiter]] if form.delimiter else [*DELIMITERS.values()]
-    delimiters = delimiters[::-1] if form.column_names else delimiters
-    with open_text(path, dialect) as file:
-        if stated := re.fullmatch(r'"?sep=(.)"?\s*', file.readline(20)):
-            dialect = dialect._replace(skipped=1)
+    names = [form.delimiter] if form.delimiter else [*DELIMITERS]
+    delimiters = [DELIMITERS[name] for name in (names[::-1] if form.column_names else names)]
+    with open_text(path, Dialect(encoding, newline="")) as file:
+        line, skipped = file.readline(LONGEST), 0
+        if stated := re.fullmatch(r'"?sep=(.)"?\s*', line):
+            line, skipped = file.readline(LONGEST), 1
             delimiters = delimiters if form.delimiter else [stated[1]]
-    starts = (dialect._replace(delimiter=delimiter) for delimiter in delimiters)
-    starts = (try_dialect(path, start, form, wanted) for start in starts)
+    starts = []
+    for delimiter in delimiters:
+        blanks = form.quoting != "none" and f'{delimiter} "' in line
+        newline = "" if line.endswith("\r") else "\n"
+        dialect = Dialect(encoding, delimiter, quoting, skipped, newline, blanks)
+        starts.append(try_dialect(path, dialect, form, wanted))
     return max(starts, key=lambda start: start.fit)  # the first of several
 
 
 def try_dialect(
     path: str | Path, dialect: Dialect, form: FileFormat, wanted: Sequence[str]
 ) -> Start:
-    """Read the first rows in a dialect, and complete it."""
-    taken: list[str] = []
-    with open_text(path, dialect) as file:
-        lines = noted(itertools.islice(file, dialect.skipped, dialect.skipped + LOOKED_AT), taken)
-        try:
-            header = next(filter(None, strict_reader(lines, dialect)), [])
-        except csv.Error:
-            header = []
-    if not header:
-        return Start((-1,), dialect, set())
-    newline = "" if taken[-1].endswith("\r") else "\n"
-    blank = dialect.quoting != csv.QUOTE_NONE and f'{dialect.delimiter} "' in taken[0]
-    dialect = dialect._replace(newline=newline, skip_blanks=blank)
+    """Read the first rows in a dialect."""
     with open_text(path, dialect) as file:  # a quote that never closes must not take the whole file
         rows = parse(itertools.islice(file, 10 * LOOKED_AT), dialect)
-        rows = itertools.islice(rows, LOOKED_AT)
-        sizes = [len(row) for _, row in rows if isinstance(row, list)]
-    width, names = len(form.column_names or header), {name.strip() for name in header}
-    alike = sum(size == width for size in sizes) / max(len(sizes), 1)
+        first = [row for _, row in itertools.islice(rows, LOOKED_AT)]
+    if not first or isinstance(first[0], Bad):
+        return Start((-1,), dialect, set())
+    sizes = [len(row) for row in first if isinstance(row, list)]
+    header, width = {name.strip() for name in first[0]}, len(form.column_names or first[0])
+    alike = sum(size == width for size in sizes) / len(sizes)
     several = width > 1 or (len({*sizes[1:]}) == 1 and sizes[1] > 1)  # of one name: rows have more
-    fit = (several, alike) if form.column_names else (len(names & {*wanted}), several, alike, width)
-    return Start(fit, dialect, names, alike)
+    fit = (several, alike)
+    if not form.column_names:
+        fit = (len(header & {*wanted}), *fit, width)
+    return Start(fit, dialect, header, alike)
