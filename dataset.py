@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -88,25 +89,20 @@ class Split:
         if self.labels is None:
             return self
         index = label_numbers(names)
-        unknown = [
-            (row, name)
-            for row, labels in zip(self.rows, self.labels, strict=True)
-            for name in labels
-            if label_key(name) not in index
-        ]
-        if unknown:
-            strange = sorted({name for _, name in unknown})
+        ids = [[index.get(label_key(name), -1) for name in labels] for labels in self.labels]
+        unknown = [-1 in row for row in ids]
+        if any(unknown):
+            labels = {name for row in self.labels for name in row if label_key(name) not in index}
             raise UserError(
-                f"{self.path}: label {name_list(map(repr, strange))} in "
-                f"{row_list(sorted({row for row, _ in unknown}))} does not occur in the training "
+                f"{self.path}: label {name_list(map(repr, sorted(labels)))} in "
+                f"{row_list([*compress(self.rows, unknown)])} does not occur in the training "
                 f"file, which has {name_list(map(repr, names))}; correct or remove such rows"
             )
         if not self.multi_label:
-            ids = np.array([index[label_key(name)] for (name,) in self.labels], dtype=np.int64)
-            return replace(self, label_ids=ids)
+            return replace(self, label_ids=np.array(ids, dtype=np.int64).reshape(-1))
         one_hot = np.zeros((len(self), len(names)), dtype=np.float32)
-        for row, labels in enumerate(self.labels):
-            one_hot[row, [index[label_key(name)] for name in labels]] = 1
+        for row, numbers in enumerate(ids):
+            one_hot[row, numbers] = 1
         return replace(self, label_ids=one_hot)
 
 
@@ -162,22 +158,23 @@ def read_chunks(
     """
     form, path = table.form, str(table.path)
     for frame in table.frames(size):
-        fields = list(zip(*(frame[name] for name in form.text_column_names), strict=True))
-        kept = np.array([bool("".join(row).strip()) for row in fields])
-        if not kept.all() and not form.drop_empty:
+        fields = zip(*(frame[name] for name in form.text_column_names), strict=True)
+        texts = [
+            form.text_column_delimiter.join(row) if any(map(str.strip, row)) else ""
+            for row in fields
+        ]
+        blank = np.array([not text for text in texts])
+        if blank.any() and not form.drop_empty:
             raise UserError(
-                f"{path}: the text is blank in {row_list(frame.index[~kept].tolist())}; "
+                f"{path}: the text is blank in {row_list(frame.index[blank].tolist())}; "
                 f"fill it in, or drop such rows with {form.flag('drop_empty')}"
             )
-        join = form.text_column_delimiter.join
-        texts = [join(row) for row, keep in zip(fields, kept, strict=True) if keep]
-        rows = frame.index[kept].tolist()
-        dropped = len(frame) - len(rows)
-        frame = frame[kept].reset_index(drop=True)
+        rows, texts = frame.index[~blank].tolist(), [*filter(None, texts)]
+        frame = frame[~blank].reset_index(drop=True)
         labels = None
         if labels_required is not None:
             labels = read_labels(path, frame, rows, form, labels_required)
-        yield Split(path, frame, texts, labels, rows, form.multi_label, dropped)
+        yield Split(path, frame, texts, labels, rows, form.multi_label, int(blank.sum()))
 
 
 def read_split(path: str | Path, form: FileFormat, labels_required: bool = True) -> Split:
@@ -265,11 +262,11 @@ class Data:
 
     def describe(self) -> dict[str, dict]:
         """Return path, number of rows and checksum of each file, for run.json."""
-        return {name: described(file) for name, file in self.files()}
+        return {name: described(file) for name, file in self.files().items()}
 
     def count_rows(self) -> dict[str, int]:
         """Count the rows of each file, as `train_rows` and so on."""
-        return {f"{name}_rows": len(file) for name, file in self.files()}
+        return {f"{name}_rows": len(file) for name, file in self.files().items()}
 
     def to_predict(self) -> Iterator[Split]:
         """Yield the validation file and the chunks of the test file."""
@@ -278,10 +275,10 @@ class Data:
         if self.test is not None:
             yield from self.test
 
-    def files(self) -> list[tuple[str, Split | TestFile]]:
-        """List the files of this run with their names: train, eval, test."""
-        files = (("train", self.train), ("eval", self.eval), ("test", self.test))
-        return [(name, file) for name, file in files if file is not None]
+    def files(self) -> dict[str, Split | TestFile]:
+        """Return the files of this run by their names: train, eval, test."""
+        files = {"train": self.train, "eval": self.eval, "test": self.test}
+        return {name: file for name, file in files.items() if file is not None}
 
 
 def described(file: "Split | TestFile") -> dict:

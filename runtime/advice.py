@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from runtime.csv_rows import LOOKED_AT, csv_rows, find_dialect, row_fault
 from runtime.file_format import UTF8, FileFormat
 from runtime.files import name_list
@@ -20,22 +18,18 @@ if TYPE_CHECKING:
 SHOWN = 5  # numbers of rows in a message
 
 
-def row_list(rows: np.ndarray | Sequence[int], count: int | None = None) -> str:
-    """Format row numbers as `row 3`, or `9 rows (3, 5, 8, 9, 12, ...)`.
-
-    count: of all rows, if not all are in `rows`.
-    """
-    count = len(rows) if count is None else count
-    if count == 1:
+def row_list(rows: Sequence[int]) -> str:
+    """Format row numbers as `row 3`, or `9 rows (3, 5, 8, 9, 12, ...)`."""
+    if len(rows) == 1:
         return f"row {rows[0]}"
-    dots = ", ..." if count > SHOWN else ""
-    return f"{count} rows ({', '.join(map(str, rows[:SHOWN]))}{dots})"
+    dots = ", ..." if len(rows) > SHOWN else ""
+    return f"{len(rows)} rows ({', '.join(map(str, rows[:SHOWN]))}{dots})"
 
 
 def malformed_rows(table: "Table", total: int) -> str:
     """Say which of all rows are malformed, and what helps."""
     form, fault, count, width = table.form, table.fault, table.malformed, len(table.header)
-    which = f"all {total:,} rows" if count == total else row_list(table.bad_rows, count)
+    which = f"all {total:,} rows" if count == total else row_list(table.bad_rows)
     which = f": {which} are malformed; " if count > 1 else ", "
     message, between = f"{table.path}{which}{table.first_fault}: ", table.delimiter or "delimiter"
     if flag := working_flag(table, form, width):
@@ -91,9 +85,7 @@ def missing_columns(table: "Table", header: list[str], missing: list[str]) -> st
     first = [row for _, row in itertools.islice(table.rows, LOOKED_AT)]
     rows = [row for row in first if isinstance(row, list) and len(row) == len(header)]
     message = f"{table.path} has no column {name_list(map(repr, missing))}"
-    counts = [{row[0].count(char) for row in rows} for char in DELIMITERS.values()]
-    hidden = len(header) == 1 and any(len(count) == 1 and max(count) > 0 for count in counts)
-    if hidden or 2 * len(rows) < len(first):
+    if 2 * len(rows) < len(first):
         shown = f"its first line {','.join(header)[:60]!r} has other fields than the next lines"
         return f"{message}: {shown}: remove it if it is not the header"
     encoding, guess = encoding_flag(table), guess_columns(header, rows)
@@ -138,6 +130,6 @@ def another_encoding(table: "Table") -> str | None:
     (name, sample), form = table.likely_encoding, table.form
     message = f"{table.path} is not {table.encoding}: pass {form.flag('csv_encoding', name)}"
     message += f", which reads {sample!r} in it"
-    if table.health.broken <= SHOWN:
+    if table.utf8[1] <= SHOWN:
         message += f", or leave such rows out with {form.flag('drop_malformed')}"
     return message

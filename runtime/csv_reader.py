@@ -14,7 +14,6 @@ import pandas as pd
 from tokenizers.normalizers import BertNormalizer
 
 from runtime import advice, diagnosis
-from runtime.advice import SHOWN
 from runtime.csv_rows import BROKEN, Bad, Dialect, csv_rows, find_dialect, row_fault
 from runtime.file_format import UTF8, FileFormat, read_split_record
 from runtime.files import UserError, plural, sha256
@@ -48,7 +47,7 @@ class Table:
         missing or occurs twice.
         """
         self.path, self.form, self.columns = path, form, columns
-        self.malformed, self.bad_rows = 0, []  # how many, and the numbers of the first
+        self.bad_rows: list[int] = []  # the numbers of malformed rows
         self.fault, self.first_fault = None, ""  # of the first malformed row; in words
         self.droppable, self.is_broken = True, False  # whether a row has bytes that are not UTF-8
         self.longest = range(0), 0  # the lines of the longest row, and its number
@@ -70,19 +69,30 @@ class Table:
             self.header = self.read_header()
 
     @property
+    def malformed(self) -> int:
+        """How many rows are malformed, after the last row."""
+        return len(self.bad_rows)
+
+    @property
     def named(self) -> list[str]:
         """The columns by which the header is recognised."""
         return [*self.form.text_column_names, *self.form.label_column_name, *self.columns]
 
     @cached_property
-    def health(self) -> diagnosis.Utf8Health:
-        """How much of the file is UTF-8; takes a pass over the file."""
+    def utf8(self) -> tuple[int, int]:
+        """See `diagnosis.utf8_health`; takes a pass over the file."""
         return diagnosis.utf8_health(self.path)
+
+    @property
+    def is_utf8(self) -> bool:
+        """Whether the file is UTF-8, perhaps with a few broken bytes, and not ASCII alone."""
+        characters, broken = self.utf8
+        return characters > broken
 
     @cached_property
     def likely_encoding(self) -> tuple[str, str] | None:
         """The encoding that the file has instead of the one in which it is read, and a sample."""
-        if self.encoding == UTF8 and self.health.characters > self.health.broken:
+        if self.encoding == UTF8 and self.is_utf8:
             return None
         return diagnosis.likely_encoding(self.path, self.encoding)
 
@@ -92,7 +102,8 @@ class Table:
         with open(self.path, "rb") as file:
             if first == UTF8 and file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
                 return "utf-16"
-        return others[0] if others and self.health.broken > self.health.characters else first
+        characters, broken = self.utf8 if others else (0, 0)
+        return others[0] if broken > characters else first
 
     def with_names(self) -> FileFormat:
         """Return the format whose `column_names` fit the file: none if it has a header.
@@ -166,10 +177,8 @@ class Table:
             place = f"lines {lines.start} to {lines.stop - 1}"
             place = place if len(lines) > 1 else f"line {lines.start}"
             self.fault, self.first_fault = fault, f"row {number} ({place}) {fault.fault}"
-        self.malformed += 1
         self.droppable &= fault.droppable
-        if len(self.bad_rows) < SHOWN:
-            self.bad_rows.append(number)
+        self.bad_rows.append(number)
 
     def frames(self, size: int | None = None) -> Iterator[pd.DataFrame]:
         """Yield the rows as text, `size` at a time or all at once; the index has their numbers."""
@@ -187,7 +196,7 @@ class Table:
         if len(lines) >= MANY_LINES and not self.is_ours:
             span = f"row {number} goes from line {lines.start} to line {lines.stop - 1}"
             remarks.append(f"{self.path}: {span}: is a quote missing there?")
-        if not self.encoding.startswith("utf") and self.health.characters > self.health.broken:
+        if not self.encoding.startswith("utf") and self.is_utf8:
             remarks.append(f"{self.path} looks like UTF-8, but is read as {self.encoding}")
         if self.is_broken and (flag := advice.encoding_flag(self)):
             remarks.append(f"{self.path}: rows were dropped that {flag} may read")

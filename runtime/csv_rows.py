@@ -104,14 +104,13 @@ def parse(file: Iterable[str], dialect: Dialect, width: int = 0) -> Numbered:
             row = [""]
         if not row:
             continue
-        end, is_list = taken[-1][-2:], isinstance(row, list)
+        end, is_list = taken[-1][-2:] == "\r\n", isinstance(row, list)
         if not width:
             width = len(row) if is_list else 0
-            may_differ |= end == "\r\n"
-        elif end.endswith("\n") and not may_differ:
-            ends = end == "\r\n" if ends is None else ends
-            if ends != (end == "\r\n"):
-                row = OTHER_END
+            may_differ |= end
+        elif taken[-1].endswith("\n") and not may_differ:
+            ends = end if ends is None else ends
+            row = row if end == ends else OTHER_END
         if is_list and len(taken) > MERGED and are_rows(taken[1:-1], dialect, width):
             row = MERGED_ROWS
         yield range(number + 1, number + len(taken) + 1), row

@@ -2,33 +2,24 @@
 
 import codecs
 import re
-from collections import Counter
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 BLOCK = 2**18  # bytes or characters in memory at a time
 MANY = 100_000  # broken bytes, after which counting them stops
 SAMPLE = 2**12  # bytes from which an encoding is guessed
 KINDS = {  # the first bytes: what the file is, and the way to a CSV file
-    rb"\x1f\x8b": "compressed: unpack it with gunzip < FILE > NEW.csv",
-    rb"BZh[1-9]1AY&SY": "compressed: unpack it with bunzip2 < FILE > NEW.csv",
-    rb"\xfd7zXZ\0": "compressed: unpack it with unxz < FILE > NEW.csv",
-    rb"\x28\xb5\x2f\xfd": "compressed: unpack it with unzstd < FILE > NEW.csv",
+    rb"\x1f\x8b|BZh[1-9]1AY&SY|\xfd7zXZ\0|\x28\xb5\x2f\xfd":
+    "compressed: unpack it (gunzip, bunzip2, unxz or unzstd < FILE > NEW.csv)",
     rb"(?s)\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1|PK\x03\x04.{26}(\[Content|_rels/|docProps/|xl/|mimetype)":
     "a spreadsheet or Office file: save the table as CSV",
-    rb"PK\x03\x04": "a zip archive: unpack it with unzip FILE",
+    rb"(?s)PK\x03\x04|.{257}ustar": "an archive: unpack it with unzip FILE or tar -xf FILE",
     rb"version https://git-lfs\.": "a Git LFS pointer: run git lfs pull in its folder",
     rb"(?i)(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<(!doctype html|html)\b":
     "a web page (HTML): download the file itself, not the page around it",
     rb"%PDF-": "a PDF: get the table it was made from and save that as CSV",
-    rb"SQLite format 3\0":
-    'an SQLite database: sqlite3 -header -csv FILE "SELECT * FROM TABLE" > NEW.csv',
-    rb"ARROW1\0\0": "an Arrow (Feather) file: save it with pandas.read_feather and to_csv",
-    rb"\x80[\x02-\x05]": "a Python pickle: if you trust its author, load it and save it as CSV",
-    rb"\x93NUMPY[\x01-\x03]": "a NumPy array: load it with numpy.load and save the table as CSV",
-    rb"\x89HDF\r\n\x1a\n": "an HDF5 file: load its table and save it as CSV",
-    rb"(?s).{257}ustar": "a tar archive: unpack it with tar -xf FILE",
+    rb"SQLite format 3\0|ARROW1\0\0|\x80[\x02-\x05]|\x93NUMPY[\x01-\x03]|\x89HDF\r\n\x1a\n":
+    "SQLite, Arrow, pickle, NumPy or HDF5: load the table with Python and save it as CSV",
 }  # fmt: skip
 
 # What charset-normalizer may find: it knows many more, which are rare and easily mistaken.
@@ -37,13 +28,6 @@ CODE_PAGES = (
 ).split()
 # Beyond ASCII, in texts of western Europe: letters, and marks that word processors set.
 WESTERN = {*"àâãåäæçéèêëíîïñóôõöøúùûüßáìòœÀÂÅÄÆÇÉÈÊÍÎÑÓÔÖØÚÜÁŒ", *"‘’“”„–—…«»€£¥§°º®™•·¿¡\xa0©"}
-
-
-class Utf8Health(NamedTuple):
-    """How much of a file is UTF-8."""
-
-    characters: int  # well-formed characters beyond ASCII
-    broken: int  # bytes that are not UTF-8
 
 
 def not_csv(path: str | Path) -> str | None:
@@ -56,27 +40,14 @@ def not_csv(path: str | Path) -> str | None:
     return next((what for magic, what in KINDS.items() if re.match(magic, start)), None)
 
 
-def utf8_health(path: str | Path) -> Utf8Health:
+def utf8_health(path: str | Path) -> tuple[int, int]:
     """Count the characters beyond ASCII and the bytes that are not UTF-8, until these are MANY."""
     beyond = broken = 0
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         while broken <= MANY and (text := file.read(BLOCK)):
-            if not text.isascii():
-                counts = Counter(text)
-                beyond += sum(count for char, count in counts.items() if char > "\x7f")
-                broken += sum(n for char, n in counts.items() if "\udc80" <= char <= "\udcff")
-    return Utf8Health(beyond - broken, broken)
-
-
-def decodes(path: str | Path, encoding: str) -> bool:
-    """Whether the whole file can be decoded."""
-    try:
-        with open(path, encoding=encoding, newline="") as file:
-            while file.read(BLOCK):
-                pass
-    except UnicodeError:
-        return False
-    return True
+            beyond += len(re.sub(r"[\0-\x7f]+", "", text))
+            broken += len(re.findall("[\udc80-\udcff]", text))
+    return beyond - broken, broken
 
 
 def decode_start(data: bytes, encoding: str) -> str:
@@ -126,9 +97,15 @@ def likely_encoding(path: str | Path, tried: str) -> tuple[str, str] | None:
             lines = iter(lambda: file.readline(BLOCK), b"")
             beyond = islice((line for line in lines if not line.isascii()), 100)
             data = b"".join(beyond)[:SAMPLE] or data
-            health = utf8_health(path)
-            name = "utf-8" if health.characters >= 4 * health.broken else code_page(data)
-    if codecs.lookup(name).name == codecs.lookup(tried).name or not decodes(path, name):
+            characters, broken = utf8_health(path)
+            name = "utf-8" if characters >= 4 * broken else code_page(data)
+    if codecs.lookup(name).name == codecs.lookup(tried).name:
+        return None
+    try:
+        with open(path, encoding=name, newline="") as file:
+            while file.read(BLOCK):
+                pass
+    except UnicodeError:
         return None
     lines = decode_start(data, name).removeprefix("\ufeff").splitlines() or [""]
     line = next((line for line in lines if not line.isascii()), lines[0])

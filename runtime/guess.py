@@ -11,10 +11,9 @@ LABEL_NAMES = set(
     "label labels class category categoryid target sentiment intent topic tag emotion y".split()
 )
 NUMBER = re.compile(r"\s*[+-]?[\d.,]*\d%?\s*")
-NO_LETTER = re.compile(r"[\W\d_]+")
 DATE = re.compile(r"(?=.{,40}$).*(\d:\d\d|\d{4}[-/.]\d\d?[-/.]\d|\d[-/.]\d\d?[-/.]\d{4}).*")
 # Several words, or a script without blanks between words
-WORDS = re.compile(r"(?s).*(\w\S?\s|[\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]{4}).*")
+WORDS = re.compile(r"(?s).*([^\W\d]\S?\s|[\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]{4}).*")
 
 
 class Guess(NamedTuple):
@@ -38,12 +37,9 @@ def share(pattern: re.Pattern, values: list[str]) -> float:
 
 def looks_like_row(header: list[str], rows: list[list[str]]) -> bool:
     """Whether the first line of a table is a row and not the names of the columns."""
-    keys = {key(cell) for cell in header}
-    filled = [cell for cell in header if cell.strip()]
-    if keys & TEXT_NAMES and keys & LABEL_NAMES:
+    keys, filled = {key(cell) for cell in header}, [cell for cell in header if cell.strip()]
+    if (keys & TEXT_NAMES and keys & LABEL_NAMES) or filled == ["0", "1"]:  # as pandas names them
         return False
-    if len(filled) > 1 and filled == [str(number) for number in range(len(filled))]:
-        return False  # as pandas numbers columns without names
     rows = [row for row in rows if row != header]  # headers repeat if files were joined
     is_row = any(len(cell) > 60 or NUMBER.fullmatch(cell) for cell in filled)
     for place, cell in enumerate(header):
@@ -61,17 +57,14 @@ def is_label(values: list[str]) -> bool:
     kinds = len(set(filled))
     if len(filled) < 0.9 * len(values) or not 2 <= kinds <= len(values) / 2:
         return False
-    if kinds > 20 and share(NUMBER, filled) >= 0.5:
-        return False
-    return max(map(len, filled)) <= 40 and share(DATE, filled) < 0.5
+    too_many = kinds > 20 and share(NUMBER, filled) >= 0.5
+    return not too_many and max(map(len, filled)) <= 40 and share(DATE, filled) < 0.5
 
 
 def text_length(values: list[str]) -> float:
     """Return the mean length of values that look like texts: of several words, mostly distinct."""
     filled = [value for value in values if value.strip()]
-    if len(set(filled)) <= len(values) / 2 or share(WORDS, filled) <= 0.5:
-        return 0.0
-    if share(DATE, filled) > 0.5 or share(NO_LETTER, filled) > 0.5:
+    if len(set(filled)) <= len(values) / 2 or share(WORDS, filled) - share(DATE, filled) <= 0.5:
         return 0.0
     return sum(map(len, filled)) / len(filled)
 
@@ -84,17 +77,16 @@ def guess_columns(header: list[str], rows: list[list[str]]) -> Guess:
     rows: the first rows after the header, as long as the header. If the first line is itself a
         row, `names` are those to pass as --column_names; otherwise they are the header's.
     """
-    is_row = looks_like_row(header, rows)
-    names = [f"column_{place}" for place in range(1, len(header) + 1)] if is_row else [*header]
-    rows = [header, *rows] if is_row else rows
-    usable = {name for name in names if name.strip() and "," not in name and names.count(name) == 1}
-    columns = {n: [row[i] for row in rows] for i, n in enumerate(names) if n in usable}
-
-    def named(known: set[str], best: str) -> list[str]:
-        matches = [name for name in columns if key(name) in known]
-        return [name for name in matches if key(name) in (best, f"{best}s")] or matches
-
-    texts, labels = named(TEXT_NAMES, "text"), named(LABEL_NAMES, "label")
+    is_row, names = looks_like_row(header, rows), [*header]
+    if is_row:
+        names, rows = [f"column_{place}" for place in range(1, len(header) + 1)], [header, *rows]
+    columns = {
+        name: [row[place] for row in rows]
+        for place, name in enumerate(names)
+        if name.strip() and "," not in name and names.count(name) == 1
+    }
+    texts = [name for name in columns if key(name) in TEXT_NAMES]
+    labels = [name for name in columns if key(name) in LABEL_NAMES]
     if len(texts) != 1:
         lengths = {n: text_length(columns[n]) for n in texts or columns if n not in labels}
         first, second = [*sorted(lengths.values(), reverse=True), 0, 0][:2]

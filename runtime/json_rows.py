@@ -53,8 +53,8 @@ def json_rows(path: str | Path, dialect: Dialect) -> Numbered | None:
         if not re.match(r"\{|\[\s*(\{|\[|$)", first):
             return None
         is_lines = isinstance(parsed(first), dict)
-        content = None if is_lines else parsed(first + file.read())
-    if not is_lines and content is None:
+        content = is_lines or parsed(first + file.read())
+    if content is None:
         return None
 
     def numbered() -> Iterator[tuple[int, object]]:  # by line, or by place in the array
@@ -70,10 +70,8 @@ def json_rows(path: str | Path, dialect: Dialect) -> Numbered | None:
         if is_object:
             names |= dict.fromkeys(value)
         if all(isinstance(v, dict | list) for v in value.values()) if is_object else not is_lines:
-            advice = "with pandas, orient='records' writes them"
-            raise UserError(
-                f"{path} has JSON, but not one object with its fields per row: {advice}"
-            )
+            what = "JSON, but not one object with its fields per row"
+            raise UserError(f"{path} has {what}: with pandas, orient='records' writes them")
 
     def rows() -> Numbered:
         yield range(0), [*names]

@@ -7,7 +7,6 @@ import itertools
 import lzma
 import pickle
 import random
-import sqlite3
 import tarfile
 import zipfile
 
@@ -42,35 +41,27 @@ def saved_array() -> bytes:
     return file.getvalue()
 
 
-def database(path) -> bytes:
-    connection = sqlite3.connect(path)
-    connection.execute("CREATE TABLE t(text)")
-    connection.commit()
-    connection.close()
-    return path.read_bytes()
-
-
-OPEN_DOCUMENT = b"application/vnd.oasis.opendocument."
 FILES = [
-    (gzip.compress(TABLE, mtime=0), "gunzip <"),
-    (bz2.compress(TABLE), "bunzip2 <"),
-    (lzma.compress(TABLE), "unxz <"),
-    (b"\x28\xb5\x2f\xfd\x04\x48", "unzstd <"),
-    (zipped({"a.csv": TABLE}), "a zip archive: unpack it with unzip"),
+    (gzip.compress(TABLE, mtime=0), "gunzip"),
+    (bz2.compress(TABLE), "bunzip2"),
+    (lzma.compress(TABLE), "unxz"),
+    (b"\x28\xb5\x2f\xfd\x04\x48", "unzstd"),
+    (zipped({"a.csv": TABLE}), "an archive: unpack it with unzip"),
     (zipped({"[Content_Types].xml": b"", "xl/workbook.xml": b""}), "a spreadsheet or Office file"),
-    (zipped({"mimetype": OPEN_DOCUMENT + b"spreadsheet"}), "a spreadsheet or Office file"),
+    (zipped({"mimetype": b"application/vnd.oasis"}), "a spreadsheet or Office file"),
     (zipped({"docProps/app.xml": b"", "xl/workbook.xml": b""}), "a spreadsheet or Office file"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 99, "a spreadsheet or Office file"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "run git lfs pull"),
     (b"\xef\xbb\xbf\r\n <!DOCTYPE html>\n<title>404</title>", "a web page"),
     (b'<?xml version="1.0"?>\n<HTML lang="en">', "a web page"),
     (b"%PDF-1.7\n", "a PDF"),
-    (b"ARROW1\0\0\xff\xff\xff\xff", "an Arrow"),
-    (pickle.dumps(["a"], protocol=2), "a Python pickle"),
-    (pickle.dumps(["a"], protocol=5), "a Python pickle"),
-    (saved_array(), "a NumPy array"),
-    (b"\x89HDF\r\n\x1a\n\0", "an HDF5 file"),
-    (tarred(), "a tar archive"),
+    (b"ARROW1\0\0\xff\xff\xff\xff", "Arrow"),
+    (pickle.dumps(["a"], protocol=2), "pickle"),
+    (pickle.dumps(["a"], protocol=5), "pickle"),
+    (saved_array(), "NumPy"),
+    (b"\x89HDF\r\n\x1a\n\0", "HDF5"),
+    (tarred(), "tar -xf"),
+    (b"SQLite format 3\0", "SQLite"),
 ]
 TEXTS = [  # may be tables
     b"",
@@ -91,11 +82,6 @@ def test_a_file_that_is_no_table_is_named_by_its_first_bytes(content, what, tmp_
     path.write_bytes(content)
     found = not_csv(path)
     assert found is None if what is None else what in found
-
-
-def test_a_database_is_named(tmp_path):
-    database(tmp_path / "data.csv")
-    assert "sqlite3 -header -csv" in not_csv(tmp_path / "data.csv")
 
 
 def test_utf8_is_counted_by_blocks_as_at_once(tmp_path, monkeypatch):
