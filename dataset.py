@@ -4,6 +4,7 @@ Independent of any model. N rows, C classes.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -306,7 +307,7 @@ def prepare(
     names: all labels. seed: of the choice of `max_train_samples` rows.
     Raises: UserError for an unknown label, and for an unusable test file.
     """
-    train, validation, test, keys = splits.get("train"), splits.get("eval"), None, None
+    train, validation, keys = splits.get("train"), splits.get("eval"), None
     known: dict[str, frozenset[str]] = {}  # the keys of each file, without those of earlier ones
     if train is not None:
         train = train.sample(max_train_samples, seed).number_labels(names)
@@ -314,10 +315,10 @@ def prepare(
     if validation is not None:
         validation = validation.number_labels(names)
         if keys is not None:
-            share = seen_texts(keys, validation.keys).mean()
-            file = f"{validation.path}{validation.read_as}"
-            log_seen(file, len(validation), {"training file": share})
+            seen = {"training file": seen_texts(keys, validation.keys).sum()}
+            log_seen(f"{validation.path}{validation.read_as}", len(validation), seen)
             known["validation file alone"] = frozenset(validation.keys) - keys
+    test = None
     if test_file is not None:
         test = open_test_file(test_file, form, names, known, prefixes)
     return Data(names, train, validation, test, keys, prefixes)
@@ -357,8 +358,7 @@ def open_test_file(
         )
     labelled = True in first
     if seen:
-        shares = {file: count / rows for file, count in seen.items()}
-        log_seen(f"{path}{table.read_as()}", rows, shares)
+        log_seen(f"{path}{table.read_as()}", rows, seen)
     else:
         used = form if labelled else replace(form, label_column_name=())
         logger.info(used.describe(path, f"{rows:,} rows", text, table.read_as()))
@@ -382,9 +382,9 @@ def seen_texts(known: frozenset[str], keys: list[str]) -> np.ndarray:
     return np.array([key in known for key in keys], dtype=bool)
 
 
-def log_seen(file: str, rows: int, shares: dict[str, float]) -> None:
+def log_seen(file: str, rows: int, seen: dict[str, int]) -> None:
     """Log what share of a file's rows has a text from each other file."""
-    parts = [f"{100 * share:.1f} % of them with a text from the {n}" for n, share in shares.items()]
+    parts = (f"{100 * n / rows:.1f} % of them with a text from the {f}" for f, n in seen.items())
     logger.info("%s: %d rows, %s", file, rows, ", ".join(parts))
 
 
@@ -394,16 +394,14 @@ def audit(train: Split, names: list[str], form: FileFormat) -> frozenset[str]:
     names: the labels, in the order of their numbers. Returns the keys of the training texts.
     """
     keys = frozenset(train.keys)
-    each = {name: count for name, count in train.count_labels(names).items() if count}
+    counts = {name: count for name, count in train.count_labels(names).items() if count}
     rows = f"{len(train):,} rows, {len(keys):,} distinct texts"
     logger.info(form.describe(train.path, rows, train.texts[0], train.read_as))
-    logger.info("labels: %s", label_counts(each, sum(not labels for labels in train.labels)))
-    for remark in label_remarks(each, form):
+    logger.info("labels: %s", label_counts(counts, sum(not labels for labels in train.labels)))
+    for remark in label_remarks(counts, form):
         logger.warning("warning: %s: %s", train.path, remark)
-    labels: dict[str, set[bytes]] = {}  # of each text
-    for key, ids in zip(train.keys, train.label_ids, strict=True):
-        labels.setdefault(key, set()).add(ids.tobytes())
-    if doubtful := sum(len(found) > 1 for found in labels.values()):
+    pairs = {(key, ids.tobytes()) for key, ids in zip(train.keys, train.label_ids, strict=True)}
+    if doubtful := sum(count > 1 for count in Counter(key for key, _ in pairs).values()):
         message = "warning: %s: %d texts occur with more than one label"
         logger.warning(message, train.path, doubtful)
     return keys

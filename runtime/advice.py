@@ -130,6 +130,6 @@ def another_encoding(table: "Table") -> str | None:
     (name, sample), form = table.likely_encoding, table.form
     message = f"{table.path} is not {table.encoding}: pass {form.flag('csv_encoding', name)}"
     message += f", which reads {sample!r} in it"
-    if table.utf8[1] <= SHOWN:
+    if table.broken <= SHOWN:
         message += f", or leave such rows out with {form.flag('drop_malformed')}"
     return message

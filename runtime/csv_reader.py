@@ -59,6 +59,8 @@ class Table:
             if read_split_record(path, self.sha256):
                 self.form = form.written_here()
             self.is_ours = self.form is not form  # a file of split.sh, which has named its faults
+            self.characters, self.broken = diagnosis.utf8_health(path)
+            self.is_utf8 = self.characters > self.broken  # and not ASCII alone
             self.encoding = self.find_encoding()
             self.rows = parquet_rows(path) or json_rows(path, Dialect(self.encoding))
             if self.rows is None:
@@ -79,17 +81,6 @@ class Table:
         return [*self.form.text_column_names, *self.form.label_column_name, *self.columns]
 
     @cached_property
-    def utf8(self) -> tuple[int, int]:
-        """See `diagnosis.utf8_health`; takes a pass over the file."""
-        return diagnosis.utf8_health(self.path)
-
-    @property
-    def is_utf8(self) -> bool:
-        """Whether the file is UTF-8, perhaps with a few broken bytes, and not ASCII alone."""
-        characters, broken = self.utf8
-        return characters > broken
-
-    @cached_property
     def likely_encoding(self) -> tuple[str, str] | None:
         """The encoding that the file has instead of the one in which it is read, and a sample."""
         if self.encoding == UTF8 and self.is_utf8:
@@ -102,8 +93,7 @@ class Table:
         with open(self.path, "rb") as file:
             if first == UTF8 and file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
                 return "utf-16"
-        characters, broken = self.utf8 if others else (0, 0)
-        return others[0] if broken > characters else first
+        return others[0] if others and self.broken > self.characters else first
 
     def with_names(self) -> FileFormat:
         """Return the format whose `column_names` fit the file: none if it has a header.
@@ -155,30 +145,26 @@ class Table:
         number = 0
         with self.reading():
             for number, (lines, row) in enumerate(self.rows, 1):
-                if fault := row_fault(row, len(self.header)):
-                    self.note(fault, number, lines)
+                fault = row_fault(row, len(self.header))
+                if fault is None:
+                    if len(lines) > len(self.longest[0]):
+                        self.longest = lines, number
+                    yield number, row
                     continue
-                if len(lines) > len(self.longest[0]):
-                    self.longest = lines, number
-                yield number, row
+                if not self.bad_rows:
+                    place = f"lines {lines.start} to {lines.stop - 1}"
+                    place = place if len(lines) > 1 else f"line {lines.start}"
+                    self.fault, self.first_fault = fault, f"row {number} ({place}) {fault.fault}"
+                self.bad_rows.append(number)
+                self.droppable &= fault.droppable
+                self.is_broken |= fault is BROKEN
         if number == 0:
             raise UserError(f"{self.path} has a header but no rows")
         dropped = self.droppable and self.form.drop_malformed and self.malformed < number
         if self.malformed and not dropped:
-            raise UserError(advice.malformed_rows(self, number))
-
-    def note(self, fault: Bad, number: int, lines: range) -> None:
-        """Count a malformed row. Raises: UserError if the file has another encoding."""
-        if fault is BROKEN and not self.is_broken:
-            self.is_broken = True
-            if not self.form.drop_malformed and (message := advice.another_encoding(self)):
-                raise UserError(message)
-        if not self.malformed:
-            place = f"lines {lines.start} to {lines.stop - 1}"
-            place = place if len(lines) > 1 else f"line {lines.start}"
-            self.fault, self.first_fault = fault, f"row {number} ({place}) {fault.fault}"
-        self.droppable &= fault.droppable
-        self.bad_rows.append(number)
+            is_other = self.is_broken and not self.form.drop_malformed
+            message = is_other and advice.another_encoding(self)
+            raise UserError(message or advice.malformed_rows(self, number))
 
     def frames(self, size: int | None = None) -> Iterator[pd.DataFrame]:
         """Yield the rows as text, `size` at a time or all at once; the index has their numbers."""

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 from runtime.csv_rows import Bad, Dialect, Numbered, open_text
@@ -23,23 +24,21 @@ def parquet_rows(path: str | Path) -> Numbered | None:
     if not find_spec("pyarrow"):
         advice = "run .venv/bin/pip install pyarrow, or save it as CSV"
         raise UserError(f"{path} is a Parquet file: {advice}")
-    from pyarrow import ArrowException, parquet
+    from pyarrow import Array, ArrowException, parquet
 
-    def rows() -> Numbered:
-        number = 0
+    def numbered_rows() -> Numbered:
         try:
             content = parquet.ParquetFile(path)
             yield range(0), content.schema_arrow.names
-            for batch in content.iter_batches():
-                columns = (column.to_pylist() for column in batch.columns)
-                for row in zip(*columns, strict=True):
-                    number += 1
-                    yield range(number, number + 1), [cell(value) for value in row]
+            batches = (map(Array.to_pylist, batch.columns) for batch in content.iter_batches())
+            rows = chain.from_iterable(zip(*columns, strict=True) for columns in batches)
+            for number, row in enumerate(rows, 1):
+                yield range(number, number + 1), [cell(value) for value in row]
         except (ArrowException, OSError) as error:
             reason = str(error).strip().split("\n")[0][:100]
             raise UserError(f"{path} is a Parquet file that cannot be read: {reason}") from None
 
-    return rows()
+    return numbered_rows()
 
 
 def json_rows(path: str | Path, dialect: Dialect) -> Numbered | None:
