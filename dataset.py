@@ -172,9 +172,8 @@ def read_chunks(
             )
         rows, texts = frame.index[~blank].tolist(), [*filter(None, texts)]
         frame = frame[~blank].reset_index(drop=True)
-        labels = None
-        if labels_required is not None:
-            labels = read_labels(path, frame, rows, form, labels_required)
+        is_read = labels_required is not None
+        labels = read_labels(path, frame, rows, form, labels_required) if is_read else None
         yield Split(path, frame, texts, labels, rows, form.multi_label, int(blank.sum()))
 
 

@@ -10,7 +10,7 @@ MANY = 100_000  # broken bytes, after which counting them stops
 SAMPLE = 2**12  # bytes from which an encoding is guessed
 KINDS = {  # the first bytes: what the file is, and the way to a CSV file
     rb"\x1f\x8b|BZh[1-9]1AY&SY|\xfd7zXZ\0|\x28\xb5\x2f\xfd":
-    "compressed: unpack it (gunzip, bunzip2, unxz or unzstd < FILE > NEW.csv)",
+    "compressed: unpack it with gunzip, bunzip2, unxz or unzstd < FILE > NEW.csv",
     rb"(?s)\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1|PK\x03\x04.{26}(\[Content|_rels/|docProps/|xl/|mimetype)":
     "a spreadsheet or Office file: save the table as CSV",
     rb"(?s)PK\x03\x04|.{257}ustar": "an archive: unpack it with unzip FILE or tar -xf FILE",
