@@ -76,11 +76,9 @@ class Split:
     def take(self, chosen: np.ndarray) -> "Split":
         """Return the rows at these positions (from 0), in file order and without label ids."""
         chosen = np.sort(chosen)
-        texts, labels, rows = (
-            [values[i] for i in chosen] for values in (self.texts, self.labels, self.rows)
-        )
-        table = self.table.iloc[chosen]
-        return replace(self, table=table, texts=texts, labels=labels, rows=rows, label_ids=None)
+        lists = {"texts": self.texts, "labels": self.labels, "rows": self.rows}
+        lists = {name: [values[place] for place in chosen] for name, values in lists.items()}
+        return replace(self, table=self.table.iloc[chosen], label_ids=None, **lists)
 
     def number_labels(self, names: list[str]) -> "Split":
         """Return the same rows with `label_ids` set, in the order of `names`, if they have labels.
@@ -157,13 +155,10 @@ def read_chunks(
     labels_required: False: the label column may be missing or all blank; None: it is not read.
     Raises: UserError that names the file, the rows and what to do.
     """
-    form, path = table.form, str(table.path)
+    form, path, join = table.form, str(table.path), table.form.text_column_delimiter.join
     for frame in table.frames(size):
         fields = zip(*(frame[name] for name in form.text_column_names), strict=True)
-        texts = [
-            form.text_column_delimiter.join(row) if any(map(str.strip, row)) else ""
-            for row in fields
-        ]
+        texts = [join(row) if any(map(str.strip, row)) else "" for row in fields]
         blank = np.array([not text for text in texts])
         if blank.any() and not form.drop_empty:
             raise UserError(
@@ -182,8 +177,8 @@ def read_split(path: str | Path, form: FileFormat, labels_required: bool = True)
     table = open_table(path, form, labels_required)
     split = next(read_chunks(table, None, labels_required))
     report(table, split.dropped, len(split))
-    facts = {"malformed": table.malformed, "read_as": table.read_as()}
-    return replace(split, sha256=table.sha256, **facts)
+    facts = {"malformed": table.malformed, "read_as": table.read_as(), "sha256": table.sha256}
+    return replace(split, **facts)
 
 
 def report(table: Table, dropped: int, left: int) -> None:
@@ -317,9 +312,7 @@ def prepare(
             seen = {"training file": seen_texts(keys, validation.keys).sum()}
             log_seen(f"{validation.path}{validation.read_as}", len(validation), seen)
             known["validation file alone"] = frozenset(validation.keys) - keys
-    test = None
-    if test_file is not None:
-        test = open_test_file(test_file, form, names, known, prefixes)
+    test = open_test_file(test_file, form, names, known, prefixes) if test_file else None
     return Data(names, train, validation, test, keys, prefixes)
 
 
@@ -400,7 +393,6 @@ def audit(train: Split, names: list[str], form: FileFormat) -> frozenset[str]:
     for remark in label_remarks(counts, form):
         logger.warning("warning: %s: %s", train.path, remark)
     pairs = {(key, ids.tobytes()) for key, ids in zip(train.keys, train.label_ids, strict=True)}
-    if doubtful := sum(count > 1 for count in Counter(key for key, _ in pairs).values()):
-        message = "warning: %s: %d texts occur with more than one label"
-        logger.warning(message, train.path, doubtful)
+    if count := sum(count > 1 for count in Counter(key for key, _ in pairs).values()):
+        logger.warning("warning: %s: %d texts occur with more than one label", train.path, count)
     return keys

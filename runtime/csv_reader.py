@@ -107,8 +107,8 @@ class Table:
             return bare
         texts = [name for name in form.column_names if name not in form.label_column_name]
         short = replace(form, column_names=tuple(texts))
-        starts = (find_dialect(path, choice, encoding) for choice in (short, form))
-        fits = {*self.columns} <= {*texts} and next(starts).alike > next(starts).alike
+        alike = [find_dialect(path, choice, encoding).alike for choice in (short, form)]
+        fits = {*self.columns} <= {*texts} and alike[0] > alike[1]
         return short if fits else form
 
     @contextmanager

@@ -38,7 +38,8 @@ def share(pattern: re.Pattern, values: list[str]) -> float:
 def looks_like_row(header: list[str], rows: list[list[str]]) -> bool:
     """Whether the first line of a table is a row and not the names of the columns."""
     keys, filled = {key(cell) for cell in header}, [cell for cell in header if cell.strip()]
-    if (keys & TEXT_NAMES and keys & LABEL_NAMES) or filled == ["0", "1"]:  # as pandas names them
+    numbered = [str(number) for number in range(max(2, len(filled)))]  # as pandas names columns
+    if (keys & TEXT_NAMES and keys & LABEL_NAMES) or filled == numbered:
         return False
     rows = [row for row in rows if row != header]  # headers repeat if files were joined
     is_row = any(len(cell) > 60 or NUMBER.fullmatch(cell) for cell in filled)
