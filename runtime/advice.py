@@ -34,7 +34,7 @@ def malformed_rows(table: "Table", total: int) -> str:
     message, between = f"{table.path}{which}{table.first_fault}: ", table.delimiter or "delimiter"
     if flag := working_flag(table, form, width):
         return f"{message}pass {flag}, with which every row can be read"
-    advice = fault.advice
+    advice = fault.advice or f"correct {'them' if count > 1 else 'it'}"
     if fault.fields and form.column_names:
         advice = f"name as many columns with {form.flag('column_names', 'A,B')}"
     elif fault.fields == width + 1 and count == total:
@@ -85,6 +85,8 @@ def missing_columns(table: "Table", header: list[str], missing: list[str]) -> st
     first = [row for _, row in itertools.islice(table.rows, LOOKED_AT)]
     rows = [row for row in first if isinstance(row, list) and len(row) == len(header)]
     message = f"{table.path} has no column {name_list(map(repr, missing))}"
+    if form.delimiter and (flag := working_flag(table, form, len(header))):
+        return f"{message}: pass {flag}"
     if 2 * len(rows) < len(first):
         shown = f"its first line {','.join(header)[:60]!r} has other fields than the next lines"
         return f"{message}: {shown}: remove it if it is not the header"
@@ -118,7 +120,7 @@ def can_type(name: str | None) -> bool:
 
 def encoding_flag(table: "Table") -> str:
     """Return the flag with which a file that is read as UTF-8 has its likely encoding, or ""."""
-    if table.encoding != UTF8 or not table.likely_encoding:
+    if table.encoding != UTF8 or table.broken <= table.characters or not table.likely_encoding:
         return ""
     return table.form.flag("csv_encoding", table.likely_encoding[0])
 

@@ -131,7 +131,7 @@ class Table:
         if isinstance(header, Bad):
             raise UserError(f"{self.path}, line {lines.start} {header.fault}: correct the header")
         if fault := row_fault(header, len(header)):
-            message = f"{self.path}: the header {fault.fault}: {fault.advice}"
+            message = f"{self.path}: the header {fault.fault}: {fault.advice or 'correct it'}"
             raise UserError(advice.another_encoding(self) or message)
         header = [name.strip() for name in header]
         if missing := [name for name in self.columns if name not in header]:

@@ -24,7 +24,7 @@ class Bad:
     """Why a row cannot be read, as the end of a sentence that names the row, and what helps."""
 
     fault: str
-    advice: str = "correct it"
+    advice: str = ""
     droppable: bool = True
     fields: int = 0  # if it has another number of fields than the header
 
@@ -63,7 +63,7 @@ class Start(NamedTuple):
     fit: tuple  # how well they fit, to compare dialects
     dialect: Dialect
     header: set[str]  # the fields of the first row, without blanks around them
-    alike: float = 0.0  # the share of rows as long as the header
+    alike: int = 0  # the number of rows as long as the header
 
 
 def open_text(path: str | Path, dialect: Dialect) -> TextIO:
@@ -97,7 +97,7 @@ def parse(file: Iterable[str], dialect: Dialect, width: int = 0) -> Numbered:
         number += len(taken)
         taken.clear()
         try:
-            row = read_row(reader, lines, taken, dialect)
+            row = read_row(reader, lines, taken, dialect, is_header=not width)
         except StopIteration:
             return
         if not row and width == 1:
@@ -130,18 +130,23 @@ def strict_reader(lines: Iterable[str], dialect: Dialect) -> Iterator[list[str]]
 
 
 def read_row(
-    reader: Iterator[list[str]], lines: Iterator[str], taken: list[str], dialect: Dialect
+    reader: Iterator[list[str]],
+    lines: Iterator[str],
+    taken: list[str],
+    dialect: Dialect,
+    is_header: bool,
 ) -> list[str] | Bad:
     r"""Read the next row, or say why it cannot be read.
 
-    Tags as some YouTube files have them are turned into valid CSV: `"a"|"b"` into `"a""|""b"`.
+    Tags as some YouTube files have them are turned into valid CSV, `"a"|"b"` into `"a""|""b"`, but
+    not in a header, which may have this delimiter.
     """
     try:
         return next(reader)
     except csv.Error as error:
         message = str(error)
     fixed = [re.sub(r'(?<=[^",])"\|"(?=[^",])', '""|""', line) for line in taken]
-    if fixed != taken:
+    if fixed != taken and not is_header:
         try:
             return next(strict_reader(itertools.chain(fixed, lines), dialect))
         except csv.Error as error:
@@ -149,7 +154,8 @@ def read_row(
     if "unexpected end of data" in message:
         return OPEN_QUOTE
     if "expected after" in message:  # several lines may be many rows that a stray quote merged
-        return Bad("has a quote in a quoted field", droppable=len(taken) == 1)
+        advice = "write such quotes twice, or correct the row"
+        return Bad("has a quote in a quoted field", advice, droppable=len(taken) == 1)
     if "new-line" in message:
         return Bad("has a carriage return outside quotes")
     return Bad(f"cannot be read ({message})")
@@ -214,9 +220,9 @@ def try_dialect(
         return Start((-1,), dialect, set())
     sizes = [len(row) for row in first if isinstance(row, list)]
     header, width = {name.strip() for name in first[0]}, len(form.column_names or first[0])
-    alike = sum(size == width for size in sizes) / len(sizes)
+    alike = sum(size == width for size in sizes)
     several = width > 1 or (len({*sizes[1:]}) == 1 and sizes[1] > 1)  # of one name: rows have more
-    fit = (several, alike)
+    fit = (several, alike / len(sizes))
     if not form.column_names:
         fit = (len(header & {*wanted}), *fit, width)
     return Start(fit, dialect, header, alike)

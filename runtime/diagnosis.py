@@ -60,10 +60,12 @@ def decode_start(data: bytes, encoding: str) -> str:
 
 def wide_encoding(start: bytes) -> str | None:
     """Return the UTF-16 or UTF-32 encoding of a text with this start, or None."""
-    for name in "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be":
+    for name in "utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be":
+        if start.startswith("\ufeff".encode(name)):
+            return name[:6]
         text = decode_start(start, name)  # of another kind: has no line break, or NUL characters
         if re.search(r"[\r\n]", text) and "\0" not in text:
-            return name[:6] if text[0] == "\ufeff" else name
+            return name
     return None
 
 
