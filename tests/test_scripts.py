@@ -189,7 +189,7 @@ from runtime.columns import fill_format
 args = parse_args(["--do_train", "--output_dir", "x", "--train_file", sys.argv[1]])
 form = fill_format(args)
 start = Start(args)
-split = dataset.read_splits(args, form)["train"]
+split = dataset.read_split(args.train_file, form)
 lengths = batches.encode(start.tokenizer(), split, 128).row_lengths
 print(batches.padding_share(lengths, batches.training_batches(lengths, 32, 42, 0)))
 """
