@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from runtime import flags
+from runtime.file_format import MULTI_LABEL, SINGLE_LABEL, several_columns
 from runtime.flags import Parser, boolean, choice, column_names, encoding, fill, number, value
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -100,7 +101,7 @@ READING = (  # how a file is read: flags of main.py and split.sh
     ("--text_column_names", value(column_names, "A,B"), None, f"columns [text, {TUNED_FOLDER}]"),
     ("--label_column_name", value(flags.label_columns, "NAME"), None,
      f"a column; A,B,C: a column of 0 and 1 for each label [label, {TUNED_FOLDER}]"),
-    ("--problem_type", choice("single_label_classification", "multi_label_classification"), None,
+    ("--problem_type", choice(SINGLE_LABEL, MULTI_LABEL), None,
      "multi-label: a row has several labels, or none, such as a|b or ['a', 'b'] "
      f"[single, {TUNED_FOLDER}]"),
     ("--label_separator", value(flags.separator, "S"), None, "between labels in one cell [|]"),
@@ -375,11 +376,11 @@ def fill_prefix(parser: Parser, args: argparse.Namespace) -> None:
 def check_training(parser: Parser, args: argparse.Namespace) -> None:
     """Check the flags of training and evaluation, and fill in their defaults."""
     strategy = "epoch" if args.do_eval else "no"
-    kind = "multi" if "," in (args.label_column_name or "") else "single"
-    fill(vars(args), {"problem_type": f"{kind}_label_classification", "eval_strategy": strategy})
-    multi_label = args.problem_type == "multi_label_classification"
+    kind = MULTI_LABEL if several_columns(args.label_column_name) else SINGLE_LABEL
+    fill(vars(args), {"problem_type": kind, "eval_strategy": strategy})
+    multi_label = args.problem_type == MULTI_LABEL
     if args.label_separator and not multi_label:
-        parser.error("--label_separator needs --problem_type multi_label_classification")
+        parser.error(f"--label_separator needs --problem_type {MULTI_LABEL}")
     if args.eval_strategy == "no":
         needs = ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model")
         if given := [name for name in needs if getattr(args, name)]:

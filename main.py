@@ -11,12 +11,12 @@ from runtime.startup import check_packages, one_line_on_interrupt, open_closed_s
 if __name__ == "__main__":  # answer --help and typos before torch loads, which takes seconds
     one_line_on_interrupt()
     open_closed_streams()
+    check_packages("msgspec", "torch", "transformers", "pandas", "sklearn", "matplotlib", "jinja2")
 
 from arguments import DEFAULT_BACKBONE, parse_args
 
 if __name__ == "__main__":
     parse_args()
-    check_packages("torch", "transformers", "pandas", "sklearn", "matplotlib", "jinja2")
     print("loading libraries ...", file=sys.stderr)
 
 import logging
@@ -31,7 +31,7 @@ from torch import nn
 
 import dataset
 import trainer
-from dataset import Data, Split
+from dataset import Data, RowPrefixes, Split
 from evaluation.calibration import calibrate
 from evaluation.predictions import Options, check_columns
 from evaluation.scoring import publish, score, show
@@ -43,7 +43,7 @@ from model.schedule import fill_schedule, learning_rate_warning
 from model.source import ModelSource, new_model, open_model, read_tensors
 from runtime import checkpoint as checkpoints
 from runtime import processes
-from runtime.batches import encode, prefix_index
+from runtime.batches import encode
 from runtime.checkpoint import Checkpoint, Tensors
 from runtime.columns import fill_format, model_folders, precision_for
 from runtime.files import UserError, writing
@@ -150,8 +150,7 @@ def run(args: Namespace) -> None:
 
         # score; the model sees the test file only now that every choice has been made
         def classify(split: Split) -> torch.Tensor:
-            index = prefix_index(split, args.prefix_column, args.prefix_paths)
-            return classifier.logits(split, index)
+            return classifier.logits(split, data.prefixes and data.prefixes.index(split))
 
         if not group.is_main:  # the other processes only help to predict
             for split in data.to_predict():
@@ -191,10 +190,15 @@ def prepare(args: Namespace, machine: Machine) -> tuple[ModelSource, Data, dict]
     described = source.settings(settings) | machine.describe()
 
     # data: read, check, audit for leaks
-    splits = dataset.read_splits(args, form)
+    tasks = ("train", args.do_train, args.train_file), ("eval", args.do_eval, args.validation_file)
+    splits = dataset.read_splits({name: path for name, wanted, path in tasks if wanted}, form)
     if args.do_train:
         source.set_labels(dataset.label_names(splits["train"], args.label_names))
-    data = dataset.prepare(args, form, splits, source.labels, source.labels_by_prefix)
+    prefixes, test_file = None, args.test_file if args.do_predict else None
+    if args.prefix_column:
+        prefixes = RowPrefixes(args.prefix_column, args.prefix_paths, source.labels_by_prefix)
+    sample = args.max_train_samples, args.seed
+    data = dataset.prepare(form, splits, source.labels, test_file, prefixes, *sample)
     check_columns(data, args.reject_below)
 
     # schedule: for the backbone's width, and texts that repeat or new ones, unless flags set it

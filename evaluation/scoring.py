@@ -37,7 +37,7 @@ def score(
     """
     scores: dict[str, Score] = {}
     figures, start = {}, time.perf_counter()
-    for name, file in data.files():
+    for name, file in data.files().items():
         if name == "train":
             continue
         start, done = time.perf_counter(), 0

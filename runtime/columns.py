@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from runtime.csv_reader import Table
-from runtime.file_format import MULTI_LABEL, SETTINGS, FileFormat, Reading, read_split_record
+from runtime.file_format import (
+    MULTI_LABEL,
+    SETTINGS,
+    FileFormat,
+    Reading,
+    read_split_record,
+    several_columns,
+)
 from runtime.files import UserError, read_json
 from runtime.flags import fill
 
@@ -78,7 +85,7 @@ def fill_format(settings: dict[str, Any]) -> FileFormat:
     fill(settings, {name: known.get(name, DEFAULTS.get(name)) for name in SETTINGS})
     if delimiter is not None and len(settings["text_column_names"]) == 1:
         raise UserError("--text_column_delimiter needs two --text_column_names or more: omit it")
-    if "," in settings["label_column_name"]:
+    if several_columns(settings["label_column_name"]):
         fill(settings, {"problem_type": MULTI_LABEL})
     form = FileFormat.from_settings(settings).in_encoding(encoding)
     form.check()

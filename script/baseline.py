@@ -222,10 +222,11 @@ def run(argv: list[str]) -> None:
     settings = {name: getattr(args, name) for name in SETTINGS}
     multi_label = form.multi_label
     with opened(args) as output:
-        splits = dataset.read_splits(args, form)
-        data = dataset.prepare(
-            args, form, splits, dataset.label_names(splits["train"], args.label_names)
-        )
+        files = {"train": args.train_file, "eval": args.validation_file}
+        splits = dataset.read_splits(files, form)
+        names = dataset.label_names(splits["train"], args.label_names)
+        sample = {"max_train_samples": args.max_train_samples, "seed": args.seed}
+        data = dataset.prepare(form, splits, names, args.test_file, **sample)
         check_columns(data, args.reject_below)
         model = {"backbone": method, "weights_sha256": None, "method": f"baseline {method}"}
         source = None

@@ -147,13 +147,16 @@ def run(argv: list[str]) -> None:
     records = read_runs(folders)
     settings = {name: records[0]["settings"].get(name) for name in DATA_SETTINGS}
     names, multi_label = records[0]["labels"], settings["problem_type"].startswith("multi")
-    vars(args).update(settings | {"prefix_column": None, "prefix_paths": None})
+    vars(args).update(settings)
     for folder in folders:
         if contains(args.output_dir, folder):
             raise UserError(f"--output_dir contains the run {folder}: choose another one")
     with opened(args) as output:
         form = FileFormat.from_settings(settings)
-        data = dataset.prepare(args, form, dataset.read_splits(args, form), names)
+        files = {"train": args.train_file, "eval": args.validation_file}
+        sample = {"max_train_samples": args.max_train_samples, "seed": args.seed}
+        splits = dataset.read_splits(files, form)
+        data = dataset.prepare(form, splits, names, args.test_file, **sample)
         for name, described in data.describe().items():
             if described["sha256"] != records[0]["data"][name]["sha256"]:
                 raise UserError(f"{described['path']} has changed since {folders[0]} used it")

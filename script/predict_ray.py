@@ -81,8 +81,7 @@ class Predictor:
         with tempfile.TemporaryDirectory(dir=row["staging"]) as staging:
             try:
                 new = Path(staging) / "predictions.csv"
-                args = Namespace(**vars(self.args) | {"test_file": row["path"]})
-                file = dataset.open_stream(args, self.form, labels, None)
+                file = dataset.open_test_file(row["path"], self.form, labels)
                 check_added(row["path"], file.columns, labels, options.reject_below)
                 facts = file.columns, new, labels, multi_label, options
                 rows = predict_file(self.classifier.logits, file, *facts)

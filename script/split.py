@@ -35,7 +35,8 @@ from arguments import (
     number,
     value,
 )
-from runtime.csv_reader import Table, row_list, text_key
+from runtime.advice import row_list
+from runtime.csv_reader import Table, text_key
 from runtime.file_format import MULTI_LABEL, SETTINGS, FileFormat
 from runtime.files import UserError, name_list, plural, run_and_report, sha256
 from runtime.labels import label_counts, label_key, label_remarks, read_labels

@@ -44,9 +44,9 @@ def prepared(data: str, *flags: str):
     )
     form = fill_format(vars(args))
     start = new_model(vars(args))
-    splits = dataset.read_splits(args, form)
+    splits = dataset.read_splits({"train": data}, form)
     start.set_labels(dataset.label_names(splits["train"], args.label_names))
-    files = dataset.prepare(args, form, splits, start.labels)
+    files = dataset.prepare(form, splits, start.labels)
     fill_schedule(vars(args), files.seen_share, start.config.hidden_size)
     start.set_dropout(args.hidden_dropout_prob, args.attention_probs_dropout_prob)
     tokenizer = start.tokenizer
