@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from evaluation.metrics import IN_MATRIX
+from evaluation.metrics import IN_MATRIX, calibration_error
 
 # The palette of Okabe & Ito, which colour-blind people can distinguish.
 COLORS = BLUE, ORANGE, *_ = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -34,18 +34,20 @@ class Run(NamedTuple):
     records: list[dict]  # the lines of metrics.jsonl
 
 
-def svg(figure: Figure, words: str) -> Markup:
-    """Render a figure as an SVG element, with `words` that describe it to screen readers."""
+def svg_file(figure: Figure, **options) -> str:
+    """Render a figure as an SVG file; options: of `savefig`."""
     file = io.StringIO()
     with warnings.catch_warnings():  # the browser picks a font, which has more than matplotlib's
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(
-            file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
-        )
-    picture = file.getvalue()
-    picture = picture[picture.index("<svg") :].replace(INK, "currentColor")
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, **options)
+    return file.getvalue()
+
+
+def svg(figure: Figure, words: str) -> Markup:
+    """Render a figure as an SVG element, with `words` that describe it to screen readers."""
+    _, _, picture = svg_file(figure, transparent=True).partition("<svg")
     label = f'<svg role="img" aria-label="{escape(words)}"'
-    return Markup(picture.replace("<svg", label, 1))  # matplotlib escapes what it draws
+    return Markup(label + picture.replace(INK, "currentColor"))  # matplotlib escapes what it draws
 
 
 def room_for(labels: list[str]) -> float:
@@ -56,24 +58,28 @@ def room_for(labels: list[str]) -> float:
 
 def learning_curves(run: Run) -> list[Markup]:
     """Draw training and validation loss by epoch, and validation accuracy."""
-    steps = [line for line in run.records if "loss" in line]
-    epochs = [line for line in run.records if "eval_loss" in line]
+
+    def points(key: str) -> tuple[list[float], list[float]]:
+        lines = [line for line in run.records if key in line]
+        return [line["epoch"] for line in lines], [line[key] for line in lines]
+
     pictures = []
     for key, title in (("loss", "loss"), ("accuracy", "validation accuracy")):
         figure = Figure(figsize=(4, 3))
         axis = figure.subplots()
         words = f"Learning curve of {title}."
-        if key == "loss" and steps:
-            by_step = [x["loss"] for x in steps]
-            marker = "o" if len(steps) < MARKED else None  # a single point has no line
-            at = [x["epoch"] for x in steps]
-            axis.plot(at, by_step, marker=marker, markersize=4, color=BLUE, label="training")
-            words += f" In training it goes from {by_step[0]:.2f} to {by_step[-1]:.2f}."
-        if epochs:
-            at, values = [x["epoch"] for x in epochs], [x[f"eval_{key}"] for x in epochs]
-            axis.plot(at, values, "o-", color=ORANGE, label="validation")
+        epochs, values = points(key)  # of training, which has no accuracy
+        if values:
+            marker = "o" if len(values) < MARKED else None  # a single point has no line
+            axis.plot(epochs, values, marker=marker, markersize=4, color=BLUE, label="training")
+            words += f" In training it goes from {values[0]:.2f} to {values[-1]:.2f}."
+        epochs, values = points(f"eval_{key}")
+        if values:
+            axis.plot(epochs, values, "o-", color=ORANGE, label="validation")
             best = (np.argmin if key == "loss" else np.argmax)(values)
-            words += f" On validation it is best after epoch {at[best]}, with {values[best]:.3f}."
+            words += (
+                f" On validation it is best after epoch {epochs[best]}, with {values[best]:.3f}."
+            )
         axis.set(xlabel="epoch", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
         if axis.lines:
@@ -134,7 +140,6 @@ def reliability(run: Run) -> list[Markup]:
     neighbouring bins with few share a point.
     """
     bins = np.array([run.details["reliability"][name] for name in ("rows", "hits", "confidence")])
-    error = np.abs(bins[1] - bins[2]).sum() / bins[0].sum()
     rows, hits, confidence = merge_sparse(bins)
     x, y = confidence / rows, hits / rows
     figure = Figure(figsize=(4, 4))
@@ -145,7 +150,12 @@ def reliability(run: Run) -> list[Markup]:
         axis.annotate(f"{count:,.0f}", place, (5, -11), textcoords="offset points", fontsize=8)
     axis.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.03))
     axis.legend(loc="upper left")
-    return [svg(figure, f"Reliability curve; confidence is off by {error:.1%} on average.")]
+    return [
+        svg(
+            figure,
+            f"Reliability curve; confidence is off by {calibration_error(bins):.1%} on average.",
+        )
+    ]
 
 
 def coverage(run: Run) -> list[Markup]:
@@ -165,11 +175,11 @@ def coverage(run: Run) -> list[Markup]:
 def merge_sparse(bins: np.ndarray) -> np.ndarray:
     """Merge neighbouring bins, [3, BINS], until each has `FEW` predictions or one is left."""
     merged: list[np.ndarray] = []
-    for one in bins.T:
+    for column in bins.T:
         if merged and merged[-1][0] < FEW:
-            merged[-1] = merged[-1] + one
+            merged[-1] = merged[-1] + column
         else:
-            merged.append(one)
+            merged.append(column)
     if len(merged) > 1 and merged[-1][0] < FEW:
         merged[-2:] = [merged[-2] + merged[-1]]
     return np.array(merged).T

@@ -104,7 +104,7 @@ def test_texts_that_all_agree_still_leave_some_doubt():
     right, wrong = (pd.DataFrame({"text": range(10), "run": 0, "right": r}) for r in (True, False))
     assert Scores(right).interval()[0] < 0.8
     found = paired_test(wrong, right)
-    assert found.low < 0.8 < 1 == found.high == found.difference
+    assert found.interval[0] < 0.8 < 1 == found.interval[1] == found.difference
 
 
 def test_p_values_are_corrected_as_by_holm():

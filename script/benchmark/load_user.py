@@ -1,7 +1,8 @@
 """What locust runs: users who send one of the bodies in $BODIES every $INTERVAL seconds on average.
 
 The times between two requests of a user are random (exponential), so all of them together arrive as
-a Poisson process, however long the answers take.
+a Poisson process, however long the answers take. With an interval of 0, each user sends the next
+request as soon as the last one is answered.
 """
 
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from locust import FastHttpUser, task
 
 BODIES = Path(os.environ["BODIES"]).read_text(encoding="utf-8").splitlines()
+INTERVAL = float(os.environ["INTERVAL"])
 HEADERS = {"content-type": "application/json"}
 
 
@@ -25,7 +27,7 @@ class User(FastHttpUser):
 
     def wait_time(self) -> float:
         """Return the seconds until the next request is due."""
-        self.due += random.expovariate(1 / float(os.environ["INTERVAL"]))
+        self.due += random.expovariate(1 / INTERVAL) if INTERVAL else 0
         return max(0.0, self.due - time.time())
 
     @task

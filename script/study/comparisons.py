@@ -1,7 +1,4 @@
-"""Tests of a study: the few comparisons that were named before its runs, on unseen texts.
-
-Runs are the dictionaries of `script.study.compare.read`.
-"""
+"""Tests of a study: the few comparisons that were named before its runs, on unseen texts."""
 
 import argparse
 from pathlib import Path
@@ -10,13 +7,14 @@ import numpy as np
 import pandas as pd
 
 from runtime.files import read_json, to_json, write_text
-from script.study.significance import holm, paired_test
+from script.study.runs import Run
+from script.study.significance import group, holm, paired_test
 
 # Method and method that it is compared with; the validation files choose a "best" one.
 COMPARISONS = ["full:best free", "prefix:full", "4 prefixes:full", "ensemble:best single"]
 BEST = {
-    "best free": lambda run: not run["tuned"] and run["method"] != "ensemble",
-    "best single": lambda run: run["method"] != "ensemble",
+    "best free": lambda run: not run.tuned and run.method != "ensemble",
+    "best single": lambda run: run.method != "ensemble",
 }
 SIGNIFICANT = 0.05
 
@@ -29,54 +27,54 @@ def comparison(text: str) -> str:
     return text
 
 
-def name_comparisons(comparisons: list[str], folder: Path, runs: list[dict]) -> bool:
+def name_comparisons(comparisons: list[str], folder: Path, runs: list[Run]) -> bool:
     """Record the comparisons, unless a run of the study in this folder has already begun.
 
     Returns whether they are those that were recorded before the first run.
     """
     path = folder / "comparisons.json"
-    if not any(run["folder"].with_suffix(".log").exists() for run in runs):
+    if not any(run.folder.with_suffix(".log").exists() for run in runs):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, to_json(comparisons))
     return comparisons == (read_json(path, list) if path.exists() else COMPARISONS)
 
 
-def best(runs: list[dict], protocol: str, kind: str) -> str | None:
+def best(methods: dict[str, list[Run]], kind: str) -> str | None:
     """Return the method, of a kind in `BEST`, that is best on the validation files.
 
     It is the accuracy on their unseen texts that counts, if they have any.
     """
-    scores: dict[str, list[float]] = {}
-    for run in runs:
-        if run["protocol"] == protocol and BEST[kind](run):
-            accuracy = run["results"].get("eval_accuracy_unseen")
-            if accuracy is None:
-                accuracy = run["results"]["eval_accuracy"]
-            scores.setdefault(run["method"], []).append(accuracy)
-    return max(scores, key=lambda method: np.mean(scores[method]), default=None)
+
+    def accuracy(run: Run) -> float:
+        unseen = run.results.get("eval_accuracy_unseen")
+        return run.results["eval_accuracy"] if unseen is None else unseen
+
+    means = {
+        method: np.mean([accuracy(run) for run in ours])
+        for method, ours in methods.items()
+        if BEST[kind](ours[0])
+    }
+    return max(means, key=means.get, default=None)
 
 
-def test_named(runs: list[dict], comparisons: list[str]) -> list[dict]:
+def compare_named(runs: list[Run], comparisons: list[str]) -> list[dict]:
     """Test the comparisons whose methods were both run, by protocol; see `paired_test`.
 
     Their p values are also corrected for the number of tests, see `holm`.
     """
     tests = []
-    for protocol in dict.fromkeys(run["protocol"] for run in runs):
-        unseen: dict[str, list[pd.DataFrame]] = {}
-        for run in runs:
-            if run["protocol"] == protocol:
-                table = run["predictions"]
-                unseen.setdefault(run["method"], []).append(table[~table["seen"]])
+    for protocol, ours in group(runs, lambda run: run.protocol).items():
+        methods = group(ours, lambda run: run.method)
         for text in comparisons:
             other, _, named = text.partition(":")
-            one = best(runs, protocol, named) if named in BEST else named
-            if one == other or not {one, other} <= unseen.keys():
+            one = best(methods, named) if named in BEST else named
+            if one == other or not {one, other} <= methods.keys():
                 continue
-            if test := paired_test(pd.concat(unseen[one]), pd.concat(unseen[other])):
+            tables = (pd.concat(r.predictions for r in methods[name]) for name in (one, other))
+            if test := paired_test(*(table[~table["seen"]] for table in tables)):
                 row = {"protocol": protocol, "one": one, "other": other, "named": text}
                 row |= {"texts": test.texts, "difference": test.difference}
-                tests.append(row | {"interval": [test.low, test.high], "p": test.p})
+                tests.append(row | {"interval": test.interval, "p": test.p})
     for test, corrected in zip(tests, holm([test["p"] for test in tests]), strict=True):
         low, high = test["interval"]
         test["p_holm"] = corrected
