@@ -65,8 +65,7 @@ def learning_curves(run: Run) -> list[Markup]:
 
     pictures = []
     for key, title in (("loss", "loss"), ("accuracy", "validation accuracy")):
-        figure = Figure(figsize=(4, 3))
-        axis = figure.subplots()
+        axis = Figure(figsize=(4, 3)).subplots()
         words = f"Learning curve of {title}."
         epochs, values = points(key)  # of training, which has no accuracy
         if values:
@@ -85,7 +84,7 @@ def learning_curves(run: Run) -> list[Markup]:
         if axis.lines:
             if key == "loss":
                 axis.legend()
-            pictures.append(svg(figure, words))
+            pictures.append(svg(axis.figure, words))
     return pictures
 
 
@@ -97,8 +96,7 @@ def confusion(run: Run) -> list[Markup]:
     table = np.array(run.details["confusion"])
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     size = max(2, 0.45 * len(labels)) + room_for(labels)
-    figure = Figure(figsize=(size, size))
-    axis = figure.subplots()
+    axis = Figure(figsize=(size, size)).subplots()
     axis.pcolormesh(share, cmap="Blues", vmin=0, vmax=1)  # vectors, where imshow puts a bitmap
     axis.invert_yaxis()
     places = np.arange(len(labels)) + 0.5
@@ -114,7 +112,7 @@ def confusion(run: Run) -> list[Markup]:
                 column + 0.5, row + 0.5, table[row, column], ha="center", va="center", color=color
             )
     right = table.trace() / max(table.sum(), 1)
-    return [svg(figure, f"Confusion matrix: {right:.1%} of the rows lie on the diagonal.")]
+    return [svg(axis.figure, f"Confusion matrix: {right:.1%} of the rows lie on the diagonal.")]
 
 
 def class_bars(run: Run) -> list[Markup]:
@@ -123,14 +121,13 @@ def class_bars(run: Run) -> list[Markup]:
     if len(labels) > DRAWN:
         return []
     names = [f"{name} ({rows:,})" for name, rows in zip(labels, support, strict=True)]
-    figure = Figure(figsize=(4 + room_for(names), 0.35 * len(labels) + 1))
-    axis = figure.subplots()
+    axis = Figure(figsize=(4 + room_for(names), 0.35 * len(labels) + 1)).subplots()
     bars = axis.barh(names, f1, color=BLUE)
     axis.bar_label(bars, fmt="%.2f", padding=3)
     axis.set(xlim=(0, 1.1), xlabel="F1 (rows in brackets)")
     axis.invert_yaxis()
     low = labels[int(np.argmin(f1))]
-    return [svg(figure, f"F1 of each label, lowest for {low} with {min(f1):.2f}.")]
+    return [svg(axis.figure, f"F1 of each label, lowest for {low} with {min(f1):.2f}.")]
 
 
 def reliability(run: Run) -> list[Markup]:
@@ -142,26 +139,20 @@ def reliability(run: Run) -> list[Markup]:
     bins = np.array([run.details["reliability"][name] for name in ("rows", "hits", "confidence")])
     rows, hits, confidence = merge_sparse(bins)
     x, y = confidence / rows, hits / rows
-    figure = Figure(figsize=(4, 4))
-    axis = figure.subplots()
+    axis = Figure(figsize=(4, 4)).subplots()
     axis.plot([0, 1], [0, 1], "--", color=INK, linewidth=1, label="calibrated")
     axis.plot(x, y, "o-", color=BLUE, clip_on=False, label="this model, with predictions per point")
     for place, count in zip(zip(x, y, strict=True), rows, strict=True):
         axis.annotate(f"{count:,.0f}", place, (5, -11), textcoords="offset points", fontsize=8)
     axis.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.03))
     axis.legend(loc="upper left")
-    return [
-        svg(
-            figure,
-            f"Reliability curve; confidence is off by {calibration_error(bins):.1%} on average.",
-        )
-    ]
+    error = calibration_error(bins)
+    return [svg(axis.figure, f"Reliability curve; confidence is off by {error:.1%} on average.")]
 
 
 def coverage(run: Run) -> list[Markup]:
     """Draw the accuracy on the most confident rows by their share of all rows."""
-    figure = Figure(figsize=(4, 4))
-    axis = figure.subplots()
+    axis = Figure(figsize=(4, 4)).subplots()
     words = []
     for (name, points), color in zip(run.details["coverage"].items(), COLORS, strict=False):
         _, share, accuracy = np.array(points).T
@@ -169,7 +160,7 @@ def coverage(run: Run) -> list[Markup]:
         words += [f"{name}: {accuracy[0]:.1%} of all, {accuracy[-1]:.1%} of {share[-1]:.1%}"]
     axis.set(xlabel="most confident rows, %", ylabel="accuracy, %", xlim=(0, 102))
     axis.legend(loc="lower left")
-    return [svg(figure, f"Accuracy on the most confident rows. {'; '.join(words)}.")]
+    return [svg(axis.figure, f"Accuracy on the most confident rows. {'; '.join(words)}.")]
 
 
 def merge_sparse(bins: np.ndarray) -> np.ndarray:

@@ -292,10 +292,8 @@ def test_the_curve_says_what_the_last_doublings_brought():
     curve += [run("full", None, 790, 0.60), run("full", None, 810, 0.64)]  # 0.06 a doubling
     points = summary.learning_curve(curve)
     assert [(p["size"], p["runs"]) for p in points] == [(100, 1), (200, 1), (400, 1), (800, 2)]
-    note, said = summary.curve_sentences(points)
-    assert said == (
-        "full: 50.0 % with 200 training texts, 62.0 % with 800; each doubling brought 6.0 points."
-    )
+    note, said = summary.doublings(points)
+    assert said == "full: +6.0 points for each doubling."
     assert "extrapolates nothing" in note
     assert summary.format_curve(points)["800"][0].startswith("62.0 (")
     assert 0.18 < np.ptp(points[-1]["interval"]) < 0.5  # over 100 texts, and over two runs

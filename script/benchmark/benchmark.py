@@ -148,7 +148,7 @@ def compare(args: Namespace) -> None:
             neighbours.enter_context(started(multiply))
         for title, table, arguments in (
             ("tuning", tuning, (data, args.steps)),
-            ("scoring distinct texts", scoring, (data, args.texts, parent)),
+            ("scoring distinct texts", scoring, (contenders.distinct(data, args.texts), parent)),
         ):
             results[title] = alternate(table, arguments, args.rounds)
             print(format_table(title, results[title]), flush=True)

@@ -1,8 +1,8 @@
 """Contenders of the benchmark: ours and its rivals, set up, then timed.
 
-A tuning contender takes a data file and a number of steps; a scoring contender takes a data file,
-a number of texts and the folder of the models (see `make_folders`). Each returns a function that
-runs one measurement and returns the examples per second.
+A tuning contender takes a data file and a number of steps; a scoring contender takes texts and the
+folder of the models (see `make_folders`). Each returns a function that runs one measurement and
+returns the examples per second.
 
 Imports are inside the functions, since a contender's start-up time and memory are measured: it
 must load only what it needs.
@@ -253,7 +253,7 @@ def distinct(data: str, count: int) -> list[str]:
     return list(dict.fromkeys(split.texts))[:count]
 
 
-def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure:
+def our_scoring(texts: list[str], parent: str, names: list[str]) -> Measure:
     """Time `main.py --do_predict` on texts in memory: tokenizing and computing the logits.
 
     names: the model or adapter folders; if there are several, the rows use them in turn.
@@ -267,7 +267,6 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure
     from runtime.machine import set_up_process
 
     folders, index = [f"{parent}/{name}" for name in names], None
-    texts = distinct(data, count)
     flags = ["--do_predict", "--output_dir", "unused"]
     if len(names) == 1:
         args = parse_args([*flags, "--model_name_or_path", *folders])
@@ -279,9 +278,7 @@ def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure
     return timed(lambda: classifier.logits(rows_of(texts), index), len(texts))
 
 
-def hf_pipeline(
-    data: str, count: int, parent: str, names: list[str], *, compiled: bool = False
-) -> Measure:
+def hf_pipeline(texts: list[str], parent: str, names: list[str], compiled: bool = False) -> Measure:
     """Time `pipeline("text-classification")` at its fastest."""
     import torch
     import transformers
@@ -296,7 +293,6 @@ def hf_pipeline(
     )
     if compiled:
         pipe.model.forward = torch.compile(pipe.model.forward, dynamic=True)
-    texts = distinct(data, count)
     return timed(lambda: pipe(texts, batch_size=SCORING_BATCH), len(texts))
 
 
@@ -307,23 +303,22 @@ def batches(parent: str, texts: list[str]) -> Iterator[dict]:
 
     tokenizer = Tokenizer.from_file(f"{parent}/full/tokenizer.json")
     tokenizer.enable_truncation(MOST_TOKENS)
-    rows = sorted((row.ids for row in tokenizer.encode_batch(texts)), key=len)
+    rows = sorted(tokenizer.encode_batch(texts), key=len)
     for first in range(0, len(rows), SCORING_BATCH):
         batch = rows[first : first + SCORING_BATCH]
-        ids = np.zeros((len(batch), len(batch[-1])), dtype=np.int64)
-        for row, words in zip(ids, batch, strict=True):
-            row[: len(words)] = words
-        yield {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}
+        for row in batch:
+            row.pad(len(batch[-1]))
+        ids, mask = ([row.ids for row in batch], [row.attention_mask for row in batch])
+        yield {"input_ids": np.array(ids), "attention_mask": np.array(mask)}
 
 
-def openvino_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure:
+def openvino_scoring(texts: list[str], parent: str, names: list[str]) -> Measure:
     """Time OpenVINO in its throughput mode, with batches of texts of similar length in flight."""
     import openvino
 
     hint = {"fp32": "f32"}.get(best()[1], "bf16")
     settings = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": hint}
     compiled = openvino.Core().compile_model(f"{parent}/{names[-1]}/model.xml", "CPU", settings)
-    texts = distinct(data, count)
 
     def work() -> None:
         queue, logits = openvino.AsyncInferQueue(compiled), {}
@@ -340,7 +335,7 @@ def openvino_scoring(data: str, count: int, parent: str, names: list[str]) -> Me
     return timed(work, len(texts))
 
 
-def onnxruntime_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure:
+def onnxruntime_scoring(texts: list[str], parent: str, names: list[str]) -> Measure:
     """Time onnxruntime with two batches of similar length in flight, on one thread each."""
     import onnxruntime
 
@@ -348,7 +343,7 @@ def onnxruntime_scoring(data: str, count: int, parent: str, names: list[str]) ->
     options.intra_op_num_threads = 1
     path = f"{parent}/{names[-1]}/model.onnx"
     session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-    texts, threads = distinct(data, count), ThreadPoolExecutor(2)
+    threads = ThreadPoolExecutor(2)
 
     def work() -> None:
         results = list(threads.map(partial(session.run, None), batches(parent, texts)))

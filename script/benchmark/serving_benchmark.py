@@ -9,9 +9,7 @@ half as many per second, measure the latencies. Each request has one text for on
 at random.
 """
 
-import json
 import os
-import random
 import resource
 import shutil
 import subprocess
@@ -38,7 +36,6 @@ from script.benchmark.processes import started, write_figures
 PORT = 8765
 URL = f"http://127.0.0.1:{PORT}"
 BUSY_USERS, RANDOM_USERS = 64, 100
-BODIES = 5_000
 
 
 def copy_prefix(source: Path, target: Path, number: int) -> None:
@@ -49,13 +46,6 @@ def copy_prefix(source: Path, target: Path, number: int) -> None:
     tensors = load_file(source / "adapter_model.safetensors")
     tensors = {name: tensor * (1 + 1e-3 * number) for name, tensor in tensors.items()}
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def write_bodies(path: Path, names: list[str], texts: list[str]) -> None:
-    """Write the bodies of the requests, one per line."""
-    draw = random.Random(1)
-    rows = ({"model": draw.choice(names), "input": draw.choice(texts)} for _ in range(BODIES))
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
 
 
 def wait_for(server: Process) -> None:
@@ -72,18 +62,22 @@ def wait_for(server: Process) -> None:
             time.sleep(0.1)
 
 
-def load(bodies: Path, users: int, interval: float, seconds: int) -> pd.Series:
-    """Let users send requests; return locust's figures.
+def load(data: str, models: int, users: int, interval: float, seconds: int) -> pd.Series:
+    """Let users send requests; return locust's figures. Raises: UserError if there are none.
 
     interval: mean time between two requests of a user in seconds; 0: as soon as it is answered.
     """
-    env = os.environ | {"BODIES": str(bodies), "INTERVAL": str(interval)}
+    env = os.environ | {"DATA": data, "MODELS": str(models), "INTERVAL": str(interval)}
     command = [sys.executable, "-m", "locust", "-f", "script/benchmark/load_user.py", "--headless"]
     command += ["--host", URL, "-u", str(users), "-r", str(users), "-t", f"{seconds}s"]
-    command += ["--reset-stats", "--csv", str(bodies), "--only-summary"]
     end_with_us = partial(end_with_parent, os.getpid())
-    subprocess.run(command, env=env, capture_output=True, check=False, preexec_fn=end_with_us)
-    return pd.read_csv(f"{bodies}_stats.csv").set_index("Name").loc["classify"]
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["--reset-stats", "--only-summary", "--csv", f"{folder}/locust"]
+        subprocess.run(command, env=env, capture_output=True, preexec_fn=end_with_us)
+        table = pd.read_csv(f"{folder}/locust_stats.csv").set_index("Name")
+    if "classify" not in table.index:
+        raise UserError(f"no request was answered in {seconds} s: pass more --seconds")
+    return table.loc["classify"]
 
 
 def memory(server: Process) -> int:
@@ -92,16 +86,17 @@ def memory(server: Process) -> int:
     return pages * resource.getpagesize()
 
 
-def measure(server: tuple, bodies: Path, seconds: int) -> dict:
+def measure(server: tuple, data: str, models: int, seconds: int) -> dict:
     """Measure a server, a function and its arguments, under both loads."""
+    send = partial(load, data, models)
     start = time.perf_counter()
     with started(*server) as process:
         wait_for(process)
         start_up, idle = time.perf_counter() - start, memory(process)
-        load(bodies, BUSY_USERS, 0, 3)  # warms up
-        busy = load(bodies, BUSY_USERS, 0, seconds)
+        send(BUSY_USERS, 0, seconds)  # warms up
+        busy = send(BUSY_USERS, 0, seconds)
         rate = float(busy["Requests/s"])
-        half = load(bodies, RANDOM_USERS, 2 * RANDOM_USERS / rate, seconds)
+        half = send(RANDOM_USERS, 2 * RANDOM_USERS / rate, seconds)
         return {
             "texts_per_second": rate,
             "errors": int(busy["Failure Count"]),
@@ -128,24 +123,22 @@ def format_row(name: str, figures: dict) -> str:
 
 def compare(args: Namespace, flags: list[str]) -> None:
     """Measure the server and its rivals, print a row for each, and write all figures."""
-    texts = pd.read_csv(args.data, keep_default_na=False)["text"].tolist()
     kinds = ("prefixes", "pipelines", "lora") if args.rivals else ()
     results: dict[str, dict] = {}
     print(f"{'':28} texts/s   p50   p95   p99 ms  GiB  start s errors")
     with tempfile.TemporaryDirectory() as parent:
-        bodies, models = Path(parent) / "bodies", Path(parent) / "models"
+        models = Path(parent) / "models"
         for count, kind in [(n, "prefixes") for n in args.counts] + [
             (args.rivals, k) for k in kinds
         ]:
             name = f"{count} {kind}"
             shutil.rmtree(models, ignore_errors=True)
-            write_bodies(bodies, [str(number) for number in range(count)], texts)
             server = (rival_servers.serve, kind, str(args.full), count, PORT)
             if kind == "prefixes":
                 for number in range(count):
                     copy_prefix(args.prefix, models / str(number), number)
                 server = (serve.main, [str(models), "--port", str(PORT), *flags])
-            results[name] = measure(server, bodies, args.seconds)
+            results[name] = measure(server, args.data, count, args.seconds)
             print(format_row(name, results[name]), flush=True)
     write_figures(args.output_dir, "serving.json", results)
 

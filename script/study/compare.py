@@ -26,7 +26,6 @@ import sys
 from pathlib import Path
 
 import arguments
-from evaluation.tables import schedule_name, switch_warning
 from model.schedule import advice_after_collapse
 from runtime.file_format import SETTINGS
 from runtime.files import UserError, run_and_report
@@ -37,14 +36,14 @@ from script.study.comparisons import (
     COMPARISONS,
     compare_named,
     comparison,
-    describe,
     name_comparisons,
+    sentence,
 )
 from script.study.review import SHOWN, least_plausible
 from script.study.runs import METHODS, QUICK, Run, execute, largest, plan, read_file
 from script.study.significance import group
 from script.study.summary import (
-    curve_sentences,
+    doublings,
     format_curve,
     format_summary,
     learning_curve,
@@ -74,9 +73,6 @@ def caveats(runs: list[Run], quick: bool, size: int | None = None) -> list[str]:
                 f"{protocol}: one seed per folder, so the intervals do not cover what other seeds "
                 "would give; for that pass more --seeds than folders."
             )
-        for share in sorted({run.results.get("schedule_seen_share", 0) for run in tuned}):
-            if warning := switch_warning(share):
-                notes.append(f"{protocol}: {schedule_name(share)}{warning}.")
     for run in runs:
         if run.tuned and run.predictions["answer"].nunique() == 1:
             kind = "method and size" if run.size else "method"
@@ -164,17 +160,19 @@ def run(argv: list[str]) -> None:
     main_runs = largest(runs)
     rows, tests = summarise(main_runs), compare_named(main_runs, args.compare)
     points = learning_curve(runs) if args.train_sizes != [None] else []
-    sentences = [describe(test) for test in tests]
+    sentences = [sentence(test) for test in tests]
     review = least_plausible(main_runs)
     notes = caveats(runs, args.quick, args.train_sizes[-1])
     if not named:
         notes.append("The comparisons were named after the first runs: read them as exploratory.")
-    table, sizes, learned = format_summary(rows), format_curve(points), curve_sentences(points)
+    table, sizes, learned = format_summary(rows), format_curve(points), doublings(points)
+    study = {"summary": rows, "tests": tests, "runs": [run.entry() for run in runs]}
+    study |= {"sizes": points} if points else {}
     page = pages.render_study(
         main_runs,
         rows,
         points,
-        runs=[run.entry() for run in runs],
+        runs=study["runs"],
         table=table.drop(columns="runs"),
         tests=list(zip(tests, sentences, strict=True)),
         sizes=sizes,
@@ -183,8 +181,6 @@ def run(argv: list[str]) -> None:
         notes=notes,
         review=review.head(SHOWN).to_dict("records"),
     )
-    study = {"summary": rows, "tests": tests, "runs": [run.entry() for run in runs]}
-    study |= {"sizes": points} if points else {}
     files = {"study.json": json.dumps(study, indent=1), "report.html": page}
     files |= {"label_review.csv": review.to_csv(index=False)} if len(review) else {}
     pictures = pages.study_pictures(main_runs, rows, points)
@@ -193,8 +189,8 @@ def run(argv: list[str]) -> None:
         (folder / name).write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     print(table.to_string(index=False), end="\n\n")
     print("comparisons on unseen texts:")
-    for test, sentence in zip(tests, sentences, strict=True):
-        print(f"{test['protocol']:9} {sentence} ({test['texts']:,} texts)")
+    for test, words in zip(tests, sentences, strict=True):
+        print(f"{test['protocol']:9} {words} ({test['texts']:,} texts)")
     if points:
         print("\naccuracy on unseen texts by number of training texts (95 % interval):")
         print(sizes.to_string(index=False), *learned, sep="\n")

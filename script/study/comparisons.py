@@ -4,11 +4,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from runtime.files import read_json, to_json, write_text
-from script.study.runs import Run
-from script.study.significance import group, holm, paired_test
+from script.study.runs import Run, scores_of
+from script.study.significance import describe, group, holm, paired_test
 
 # Method and method that it is compared with; the validation files choose a "best" one.
 COMPARISONS = ["full:best free", "prefix:full", "4 prefixes:full", "ensemble:best single"]
@@ -70,8 +69,8 @@ def compare_named(runs: list[Run], comparisons: list[str]) -> list[dict]:
             one = best(methods, named) if named in BEST else named
             if one == other or not {one, other} <= methods.keys():
                 continue
-            tables = (pd.concat(r.predictions for r in methods[name]) for name in (one, other))
-            if test := paired_test(*(table[~table["seen"]] for table in tables)):
+            scores = [scores_of(methods[name], (False,)) for name in (one, other)]
+            if None not in scores and (test := paired_test(*scores)):
                 row = {"protocol": protocol, "one": one, "other": other, "named": text}
                 row |= {"texts": test.texts, "difference": test.difference}
                 tests.append(row | {"interval": test.interval, "p": test.p})
@@ -82,19 +81,11 @@ def compare_named(runs: list[Run], comparisons: list[str]) -> list[dict]:
     return tests
 
 
-def describe(test: dict) -> str:
-    """Return a sentence with the result of a test."""
-    points, low, high = (100 * value for value in (test["difference"], *test["interval"]))
+def sentence(test: dict) -> str:
+    """Return the result of a test in words."""
     verdict = "a difference" if test["shown"] else "not significant"
     return (
-        f"{test['other']} against {test['one']}: {points:+.2f} points ({low:+.2f} to {high:+.2f}), "
-        f"p = {test['p']:.4f}, with Holm's correction {test['p_holm']:.4f}: {verdict}"
+        f"{test['other']} against {test['one']}: "
+        f"{describe(test['difference'], test['interval'], test['p'])}, with Holm's correction "
+        f"{test['p_holm']:.4f}: {verdict}"
     )
-
-
-def format_tests(tests: list[dict]) -> str:
-    """Format the tests, one per line."""
-    lines = ["comparisons on unseen texts:"]
-    for test in tests:
-        lines.append(f"{test['protocol']:9} {describe(test)} ({test['texts']:,} texts)")
-    return "\n".join(lines)

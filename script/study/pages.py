@@ -74,8 +74,7 @@ def size_figure(runs: list[Run], points: Sequence[dict]) -> tuple[Figure, str]:
 
     Tuned methods have the colours of `draw_curves`; baselines are dashed.
     """
-    figure, words = Figure(figsize=(6.2, 4.8)), []
-    axis = figure.subplots()
+    axis, words = Figure(figsize=(6.2, 4.8)).subplots(), []
     axis.set_xscale("log", base=2)
     tuned = {run.method for run in runs if run.records}
     looks = {True: zip(cycle(COLORS), cycle(MARKS)), False: zip(repeat(INK), cycle("PX*"))}
@@ -93,8 +92,8 @@ def size_figure(runs: list[Run], points: Sequence[dict]) -> tuple[Figure, str]:
     axis.minorticks_off()
     axis.set(xlabel="training texts (log scale)", ylabel="accuracy on unseen texts, %")
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=3)
-    return figure, f"Accuracy on unseen texts by number of training texts: {'; '.join(words)}."
+    axis.figure.legend(loc="outside upper center", ncols=3)
+    return axis.figure, f"Accuracy on unseen texts by number of training texts: {'; '.join(words)}."
 
 
 def study_figures(runs: list[Run], rows: list[dict]) -> Iterator[tuple[str, Figure, str]]:

@@ -38,9 +38,9 @@ def file_margins(runs: list[Run]) -> pd.DataFrame:
     """
     record, split = runs[0].scored
     columns = [f"probability_{name}" for name in record["labels"]]
-    each = [run.scored[1].table[columns].to_numpy(dtype=float) for run in runs]
+    probability = np.mean([run.scored[1].table[columns].to_numpy(dtype=float) for run in runs], 0)
     labels = [label for (label,) in split.labels]
-    margin, suggestion = label_margins(labels, np.mean(each, 0), record["labels"])
+    margin, suggestion = label_margins(labels, probability, record["labels"])
     table = {"text": split.texts, "label": labels, "suggestion": suggestion}
     table |= {"margin": margin.round(6), "file": record["data"]["test"]["path"], "row": split.rows}
     return pd.DataFrame(table)[~runs[0].predictions["seen"].to_numpy()]

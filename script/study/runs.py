@@ -23,7 +23,7 @@ from runtime.file_format import FileFormat
 from runtime.files import UserError, read_json, sha256
 from runtime.processes import end_with_parent
 from runtime.record import RUN_FILE, read_record
-from script.study.significance import answers, group, read_run
+from script.study.significance import Scores, answers, group, read_run
 
 TUNE = ["main.py", "--do_train", "--do_eval", "--do_predict", "--resume_from_checkpoint", "auto"]
 BASELINES = {
@@ -124,6 +124,13 @@ class Run:
         confidence = self.scored[1].table["confidence"].to_numpy(dtype=float)
         seen = table["text"].isin(seen_keys(self.data))
         return table.assign(confidence=confidence, run=self.folder.name, seen=seen)
+
+
+def scores_of(runs: list[Run], seen: tuple[bool, ...] = (True, False)) -> Scores | None:
+    """Return the scores of all runs of a method on the texts of these `seen`, if there are any."""
+    table = pd.concat(run.predictions for run in runs)
+    table = table[table["seen"].isin(seen)]
+    return Scores(table) if len(table) else None
 
 
 def plan(args: argparse.Namespace) -> list[Run]:

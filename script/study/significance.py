@@ -140,17 +140,13 @@ def difference_interval(one: Scores, other: Scores) -> list[float]:
     return [max(-1.0, float(mean - error)), min(1.0, float(mean + error))]
 
 
-def paired_test(one: pd.DataFrame, other: pd.DataFrame) -> PairedTest | None:
-    """Compare two methods on the same texts, from tables with the columns of `Scores`.
+def paired_test(one: Scores, other: Scores) -> PairedTest | None:
+    """Compare two methods on the same texts; return None if the texts differ or are fewer than two.
 
-    Each distinct text has the same weight; its score is its share of right predictions over rows
-    and runs. The permutation test swaps the two scores of texts at random, as if the methods were
-    equal: its p holds for these runs. The interval of the difference also covers other seeds, as
-    far as several runs predicted the same texts.
-
-    Returns None if the texts differ or are fewer than two.
+    Each distinct text has the same weight. The permutation test swaps the two scores of texts at
+    random, as if the methods were equal: its p holds for these runs. The interval of the difference
+    also covers other seeds, as far as several runs predicted the same texts.
     """
-    one, other = Scores(one), Scores(other)
     if not one.texts.index.equals(other.texts.index) or len(one.texts) < 2:
         return None
     test = permutation_test(
@@ -165,6 +161,12 @@ def paired_test(one: pd.DataFrame, other: pd.DataFrame) -> PairedTest | None:
     difference, p = float(test.statistic), float(test.pvalue)
     interval = difference_interval(one, other)
     return PairedTest(one.mean, other.mean, difference, interval, p, len(one.texts))
+
+
+def describe(difference: float, interval: list[float], p: float) -> str:
+    """Return the result of a paired test in words."""
+    points, low, high = (100 * share for share in (difference, *interval))
+    return f"{points:+.2f} points ({low:+.2f} to {high:+.2f}), p = {p:.4f}"
 
 
 def holm(p: list[float]) -> list[float]:
@@ -189,13 +191,12 @@ def compare(ones: list[str], others: list[str]) -> str:
             raise UserError(f"{one} and {other} did not predict the same rows: pair other runs")
         tables.append((left, right.assign(text=left["text"])))
     lefts, rights = (pd.concat(column) for column in zip(*tables, strict=True))
-    test = paired_test(rights, lefts)
+    test = paired_test(Scores(rights), Scores(lefts))
     if test is None:
         raise UserError("the runs share fewer than two distinct texts: use larger test files")
-    low, high = test.interval
     return (
-        f"{100 * test.other:.2f} % against {100 * test.one:.2f} %: {100 * test.difference:+.2f} "
-        f"points ({100 * low:+.2f} to {100 * high:+.2f}), p = {test.p:.4f} "
+        f"{100 * test.other:.2f} % against {100 * test.one:.2f} %: "
+        f"{describe(test.difference, test.interval, test.p)} "
         f"({test.texts:,} distinct texts, {len(lefts):,} rows, {len(ones)} pairs of runs)"
     )
 

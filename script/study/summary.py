@@ -9,8 +9,8 @@ import pandas as pd
 from evaluation.intervals import BINS
 from evaluation.metrics import calibration_error, confidence_counts
 from model.schedule import coming_texts
-from script.study.runs import Run
-from script.study.significance import Scores, group
+from script.study.runs import Run, scores_of
+from script.study.significance import group
 
 ACCURACIES = {  # columns of the table: over the texts of which `seen`
     "accuracy": (True, False),
@@ -61,16 +61,16 @@ def summarise(runs: list[Run]) -> list[dict]:
     rows = []
     for (protocol, method), ours in group(runs, lambda run: (run.protocol, run.method)).items():
         row = {"protocol": protocol, "method": method, "runs": len(ours)}
-        predictions = pd.concat(run.predictions for run in ours)
-        for column, which in ACCURACIES.items():
-            part = predictions[predictions["seen"].isin(which)]
-            scores = Scores(part) if len(part) else None
+        for column, seen in ACCURACIES.items():
+            scores = scores_of(ours, seen)
             row[column] = scores and scores.mean
             row[f"{column} interval"] = scores and scores.interval()
         for column, (key, _) in MEANS.items():
             values = [run.results[key] for run in ours if run.results.get(key) is not None]
             row[column] = float(np.mean(values)) if values else None
-        confidence, right = predictions["confidence"].to_numpy(), predictions["right"].to_numpy()
+        confidence, right = (
+            pd.concat(r.predictions[["confidence", "right"]] for r in ours).to_numpy(float).T
+        )
         row[POOLED] = calibration_error(confidence_counts(confidence, right, BINS))
         rows.append(row)
     return rows
@@ -102,14 +102,13 @@ def learning_curve(runs: list[Run]) -> list[dict]:
 
     Each has the accuracy over distinct unseen texts and its 95 % interval, see `Scores`.
     """
-    unseen = [r for r in runs if r.protocol == "unseen" and not r.predictions["seen"].all()]
+    unseen = [run for run in runs if run.protocol == "unseen"]
     points = []
     for (method, _), ours in group(unseen, lambda run: (run.method, run.size)).items():
-        predictions = pd.concat(run.predictions for run in ours)
-        scores = Scores(predictions[~predictions["seen"]])
-        rows = float(np.mean([run.results["train_rows"] for run in ours]))
-        point = {"method": method, "size": rows, "mean": scores.mean}
-        points.append(point | {"interval": scores.interval(), "runs": len(ours)})
+        if scores := scores_of(ours, (False,)):
+            rows = float(np.mean([run.results["train_rows"] for run in ours]))
+            point = {"method": method, "size": rows, "mean": scores.mean}
+            points.append(point | {"interval": scores.interval(), "runs": len(ours)})
     return points
 
 
@@ -124,22 +123,12 @@ def format_curve(points: list[dict]) -> pd.DataFrame:
     return table.rename(columns=count).rename_axis("method").reset_index()
 
 
-def doubling(points: list[dict]) -> float:
-    """Return the slope of accuracy against log2 of the size, by least squares."""
-    sizes, means = ([point[key] for point in points] for key in ("size", "mean"))
-    return float(np.polyfit(np.log2(sizes), means, 1)[0])
-
-
-def curve_sentences(points: list[dict]) -> list[str]:
+def doublings(points: list[dict]) -> list[str]:
     """Say what the last doublings of the training texts brought each method, after `NOTE`."""
     sentences = [NOTE]
     for method, ours in group(points, lambda point: point["method"]).items():
-        last = ours[-LAST:]
-        ends = [f"{100 * p['mean']:.1f} % with {p['size']:,.0f}" for p in (last[0], last[-1])]
-        words = f"{method}: {ends[0]} training texts"
-        if len(last) > 1:
-            gain = round(100 * doubling(last), 1)
-            verb = "brought" if gain >= 0 else "cost"
-            words += f", {ends[1]}; each doubling {verb} {abs(gain):.1f} points"
-        sentences.append(f"{words}.")
+        sizes, means = ([point[key] for point in ours[-LAST:]] for key in ("size", "mean"))
+        if len(sizes) > 1:
+            slope, _ = np.polyfit(np.log2(sizes), means, 1)
+            sentences.append(f"{method}: {100 * slope:+.1f} points for each doubling.")
     return sentences
