@@ -30,25 +30,9 @@ from model.schedule import advice_after_collapse
 from runtime.file_format import SETTINGS
 from runtime.files import UserError, run_and_report
 from runtime.flags import Parser
-from script.study import pages
-from script.study.comparisons import (
-    BEST,
-    COMPARISONS,
-    compare_named,
-    comparison,
-    name_comparisons,
-    sentence,
-)
-from script.study.review import SHOWN, least_plausible
+from script.study import comparisons, pages, review, summary
 from script.study.runs import METHODS, QUICK, Run, execute, largest, plan, read_file
 from script.study.significance import group
-from script.study.summary import (
-    doublings,
-    format_curve,
-    format_summary,
-    learning_curve,
-    summarise,
-)
 
 STUDYS_OWN = set(  # flags that the study sets itself, or that would not reach the baselines
     "--problem_type --max_train_samples --output_dir --seed --train_file --validation_file "
@@ -107,8 +91,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--methods", **several, default=list(METHODS), choices=METHODS, help="[all]")
     what = "training rows of the unseen protocol, for a learning curve [all]"
     add("--train_sizes", **several, type=train_size, default=[None], metavar="N", help=what)
-    what = f"comparisons to test [{', '.join(COMPARISONS)}]"
-    add("--compare", **several, type=comparison, default=COMPARISONS, metavar="A:B", help=what)
+    what = f"comparisons to test [{', '.join(comparisons.COMPARISONS)}]"
+    add(
+        "--compare",
+        **several,
+        type=comparisons.comparison,
+        default=comparisons.COMPARISONS,
+        metavar="A:B",
+        help=what,
+    )
     add("--quick", action="store_true", help="few epochs, to check that it works")
     what = "[checkpoints/study or checkpoints/study-quick]"
     add("--output_dir", **arguments.DIR, help=what)
@@ -129,9 +120,9 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
             "--train_sizes, --output_dir), or it would not reach the baselines (use UTF-8 files "
             "with the columns text and label, or those of script/split.sh)"
         )
-    if args.compare is not COMPARISONS:
+    if args.compare is not comparisons.COMPARISONS:
         names = {name for text in args.compare for name in text.split(":")}
-        if unknown := sorted(names - {*args.methods, *BEST}):
+        if unknown := sorted(names - {*args.methods, *comparisons.BEST}):
             parser.error(f"--compare: '{unknown[0]}' is not run: add it to --methods, or omit it")
     if not (args.original or args.unseen):
         parser.error("nothing to study: pass a folder to --original or --unseen")
@@ -153,19 +144,20 @@ def run(argv: list[str]) -> None:
     """Execute the study's runs, and write its table, tests, plots and page. Raises: UserError."""
     args = parse_args(argv)
     runs, folder = plan(args), Path(args.output_dir)
-    named = name_comparisons(args.compare, folder, runs)
+    named = comparisons.name_comparisons(args.compare, folder, runs)
     execute(runs)
     if len({run.scored[0]["commit"] for run in runs}) > 1:
         print("warning: the runs come from different commits of this program, see their run.json")
     main_runs = largest(runs)
-    rows, tests = summarise(main_runs), compare_named(main_runs, args.compare)
-    points = learning_curve(runs) if args.train_sizes != [None] else []
-    sentences = [sentence(test) for test in tests]
-    review = least_plausible(main_runs)
+    rows, tests = summary.summarise(main_runs), comparisons.compare_named(main_runs, args.compare)
+    points = summary.learning_curve(runs) if args.train_sizes != [None] else []
+    sentences = [comparisons.sentence(test) for test in tests]
+    labels = review.least_plausible(main_runs)
     notes = caveats(runs, args.quick, args.train_sizes[-1])
     if not named:
         notes.append("The comparisons were named after the first runs: read them as exploratory.")
-    table, sizes, learned = format_summary(rows), format_curve(points), doublings(points)
+    table, sizes = summary.format_summary(rows), summary.format_curve(points)
+    learned = summary.doublings(points)
     study = {"summary": rows, "tests": tests, "runs": [run.entry() for run in runs]}
     study |= {"sizes": points} if points else {}
     page = pages.render_study(
@@ -179,10 +171,10 @@ def run(argv: list[str]) -> None:
         sentences=learned,
         command=shlex.join(["bash", "script/compare.sh", *argv]),
         notes=notes,
-        review=review.head(SHOWN).to_dict("records"),
+        review=labels.head(review.SHOWN).to_dict("records"),
     )
     files = {"study.json": json.dumps(study, indent=1), "report.html": page}
-    files |= {"label_review.csv": review.to_csv(index=False)} if len(review) else {}
+    files |= {"label_review.csv": labels.to_csv(index=False)} if len(labels) else {}
     pictures = pages.study_pictures(main_runs, rows, points)
     files |= {f"{name}.svg": picture for name, picture in pictures.items()}
     for name, text in files.items():
