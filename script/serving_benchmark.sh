@@ -3,9 +3,5 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt script/requirements.txt \
     script/requirements-serve.txt script/requirements-load.txt
-command -v wrk >/dev/null || {
-    echo "error: wrk is not installed (on Debian: apt install wrk)" >&2
-    exit 2
-}
 
 exec "$PYTHON" -m script.benchmark.serving_benchmark "$@"

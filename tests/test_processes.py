@@ -133,8 +133,8 @@ def test_workers_end_with_torchrun(command, tmp_path):
 
 def test_the_neighbours_of_a_benchmark_end_with_it():
     """Even if it is killed before they have started; they kept a core busy for good."""
-    code = "from script.benchmark.benchmark import *\nwith started(multiply) as one:\n    "
-    code += "print(one.pid, flush=True); time.sleep(60)"
+    code = "import time\nfrom script.benchmark.benchmark import multiply, started\n"
+    code += "with started(multiply) as one:\n    print(one.pid, flush=True); time.sleep(60)"
     child = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

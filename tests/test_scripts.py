@@ -136,7 +136,7 @@ def test_each_contender_measures(numbered, tiny, tmp_path):
         assert contender(numbered, 2)() > 0, name
     for name, (contender, _) in contenders.SCORING.items():
         if contender.func not in contenders.CPU_ONLY and "compiled" not in name:
-            assert contender(numbered, 16, str(tmp_path))() > 0, name
+            assert contender(contenders.distinct(numbered, 16), str(tmp_path))() > 0, name
 
 
 def test_the_benchmark_runs_contenders_and_neighbours_as_processes(

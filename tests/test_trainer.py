@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_
 import trainer
 from arguments import parse_args
 from conftest import ROWS, without_dropout
-from evaluation.metrics import Counts, Score, compute_metrics
+from evaluation.metrics import Score, Tally, compute_metrics
 from model.bert import train_words_in_use
 from model.classifier import predict
 from model.predictions import Predictions
@@ -319,26 +319,26 @@ def test_class_figures_and_confusion_matrix_equal_scikit_learns():
     for part in (slice(150, 200), slice(0, 40), slice(40, 150)):
         found = Predictions.from_logits(logits[part], multi_label=False)
         score.add(found, labels[part], texts[part], texts[part], None)
-    counts = score.whole().counts
-    found, predicted = counts.per_class(), logits.argmax(dim=1).numpy()
+    tally = score.whole().tally
+    found, predicted = tally.per_class(), logits.argmax(dim=1).numpy()
     expected = precision_recall_fscore_support(labels, predicted, zero_division=0)
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         np.testing.assert_allclose(found[name], values)
-    assert counts.more_metrics()["weighted_f1"] == pytest.approx(
+    assert tally.report_metrics()["weighted_f1"] == pytest.approx(
         f1_score(labels, predicted, average="weighted")
     )
     assert (score.details()["confusion"] == confusion_matrix(labels, predicted)).all()
-    assert counts.rows == 200 and score.details()["support"] == expected[3].tolist()
+    assert tally.rows == 200 and score.details()["support"] == expected[3].tolist()
 
 
 def test_calibration_error_matches_a_hand_calculation():
     """Confidence 0.9 is right half of the time, confidence 0.6 always."""
     confidence = np.array([0.9, 0.9, 0.6, 0.6])
     logits = torch.tensor(np.log(np.stack([confidence, 1 - confidence], axis=1))).float()
-    counts = Counts(multi_label=False)
-    counts.add(Predictions.from_logits(logits, multi_label=False), np.array([0, 1, 0, 0]))
-    assert counts.more_metrics()["ece"] == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
-    assert counts.bins[0].sum() == 4
+    tally = Tally()
+    tally.add(Predictions.from_logits(logits, multi_label=False), np.array([0, 1, 0, 0]))
+    assert tally.report_metrics()["ece"] == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
+    assert tally.bins[0].sum() == 4
 
 
 def test_the_most_confident_mistakes_are_kept_each_text_once():
@@ -374,9 +374,9 @@ def test_labels_drawn_from_their_probabilities_are_calibrated():
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(20_000, 4, generator=generator)
     labels = torch.bernoulli(logits.sigmoid(), generator=generator).numpy()
-    counts = Counts(multi_label=True)
-    counts.add(Predictions.from_logits(logits, multi_label=True), labels)
-    assert counts.more_metrics()["ece"] < 0.015
+    tally = Tally()
+    tally.add(Predictions.from_logits(logits, multi_label=True), labels)
+    assert tally.report_metrics()["ece"] < 0.015
 
 
 def test_records_are_plain_json_and_complete(make_model, data):
