@@ -68,7 +68,7 @@ from runtime import processes
 from runtime.batches import encode, prefix_index
 from runtime.checkpoint import Checkpoint, Tensors
 from runtime.columns import fill_format, model_folders, precision_for
-from runtime.files import UserError, writing
+from runtime.files import UserError, read_json, writing
 from runtime.machine import Machine, pick_machine, set_up_process
 from runtime.output_folder import OutputFolder, opened, recorder
 from runtime.processes import Group, stop_signals
@@ -128,7 +128,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def run(args: Namespace) -> None:
     """Execute one run, from checked arguments to published results."""
-    with processes.joined() as group, opened(args, group.is_main) as output:
+    with (
+        processes.joined() as group,
+        opened(
+            args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, group.is_main
+        ) as output,
+    ):
         # prepare: machine, model, data and record, the same in all processes
         calibrated = [] if args.do_train else model_folders(args)
         choice = precision_for(output.precision(args.precision), calibrated)
@@ -141,7 +146,7 @@ def run(args: Namespace) -> None:
         if group.from_main(group.is_main and output.is_finished(record)):
             if group.is_main:
                 logger.info("this run has already finished")
-                show(summary(record, output.read_results(), output.path))
+                show(summary(record, read_json(output.path / "all_results.json"), output.path))
             return
         checkpoint = find_checkpoint(output, args, record, group)
         output.start(record, checkpoint)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -55,14 +54,11 @@ class Group:
             for tensor, part in zip(tensors, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def max_over_processes(self, number: int) -> int:
-        """Return the largest of the numbers that the processes pass."""
-        return max(self.gather(number)) if self.size > 1 else number
-
     def gather(self, value: Value) -> list[Value]:
         """Return the values that the processes pass, in the order of their ranks."""
-        values: list = [None] * self.size
-        dist.all_gather_object(values, value)
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def agree(self, prepare: Callable[[], Value], compared: Callable[[Value], dict]) -> Value:
@@ -93,16 +89,15 @@ class Group:
 
     def from_main(self, value: Value) -> Value:
         """Return the value that the main process passes."""
-        if self.size == 1:
-            return value
         values = [value]
-        dist.broadcast_object_list(values)
+        if self.size > 1:
+            dist.broadcast_object_list(values)
         return values[0]
 
     def tensors_from_main(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the tensors that the main process passes.
 
-        They are sent one by one, since each is in memory several times while it is sent.
+        They are sent one by one: while it is sent, each is in memory several times.
         """
         names = self.from_main([*tensors])
         return {name: self.from_main(tensors.get(name)) for name in names}
@@ -169,15 +164,15 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     """
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _) -> None:
         received.append(number)
-        for each in usual:
-            signal.signal(each, signal.SIG_DFL)
+        for stop in usual:
+            signal.signal(stop, signal.SIG_DFL)
 
-    noted = (each for each in STOPS if signal.getsignal(each) != signal.SIG_IGN)
-    usual = {each: signal.signal(each, note) for each in noted}
+    noted = (stop for stop in STOPS if signal.getsignal(stop) != signal.SIG_IGN)
+    usual = {stop: signal.signal(stop, note) for stop in noted}
     try:
         yield lambda: max(received, default=0)
     finally:
-        for each, handler in usual.items():
-            signal.signal(each, handler)
+        for stop, handler in usual.items():
+            signal.signal(stop, handler)

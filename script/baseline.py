@@ -219,7 +219,7 @@ def run(argv: list[str]) -> None:
     fill(args, {"text_column_delimiter": form.text_column_delimiter})
     settings = {name: getattr(args, name) for name in SETTINGS}
     multi_label = form.multi_label
-    with opened(args) as output:
+    with opened(args.output_dir, args.overwrite_output_dir) as output:
         splits = dataset.read_splits(args, form)
         data = dataset.prepare(
             args, form, splits, dataset.label_names(splits["train"], args.label_names)

@@ -185,7 +185,7 @@ def test_the_tensors_of_a_checkpoint_are_sent_one_by_one(stopped, monkeypatch):
     output = Namespace(staging=stopped)
     args = Namespace(resume_from_checkpoint="auto")
     found = main.find_checkpoint(output, args, {}, Group(0, 2))
-    assert found.step == 5 and found.tensors.keys() >= {"raw/classifier.bias"}
+    assert found.state["step"] == 5 and found.tensors.keys() >= {"raw/classifier.bias"}
     sizes = [tensor.nbytes for tensor in found.tensors.values()]
     assert len(sent) == len(sizes) + 2
     assert max(map(len, sent)) < max(sizes) + 10_000 < sum(sizes)

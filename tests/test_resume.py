@@ -307,8 +307,9 @@ def test_results_are_synced_to_disk_before_they_are_published(run, monkeypatch):
         sync(path)
 
     def check(folder, target):
-        if target == swap.NEW:
-            shown.extend((folder / target).iterdir())
+        if target == ".":  # the new files
+            links = [path.name for path in folder.iterdir() if path.is_symlink()]
+            shown.extend(folder / swap.STAGING / name for name in links)
             assert all(path.stat().st_ino in synced for path in shown)
         point(folder, target)
 
@@ -363,7 +364,6 @@ def test_a_folder_shows_the_old_or_the_new_results_at_any_time(
             try:
                 swap.swap(
                     folder,
-                    folder / "unfinished",
                     {name.split("/")[0] for name in old},
                     {name.split("/")[0] for name in new},
                 )
