@@ -168,7 +168,9 @@ def train(
                 )
                 progress.step([train_set.rows[row] for row in rows], loss, norm, rate)
                 state.average.update(progress.done)
-                if progress.within_epoch:  # the last step of an epoch is saved after its evaluation
+                if (
+                    progress.done % steps_per_epoch
+                ):  # the last step of an epoch is saved after its evaluation
                     due = bool(args.save_steps) and progress.done % args.save_steps == 0
                     save_if_due(state, due, machine, save, stop_requested)
 

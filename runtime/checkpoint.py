@@ -84,10 +84,7 @@ def write(
 ) -> None:
     """Write `parent`/checkpoint-STEP; `fill` writes the model and the metrics into a given folder.
 
-    The files are synced before the manifest of their sizes and checksums is written, and the
-    manifest before the folder is renamed. So a process killed at any moment leaves a whole
-    checkpoint or none.
-
+    Everything is synced before the folder gets its name: a kill leaves a whole checkpoint or none.
     Raises: CheckpointError if writing fails; the new checkpoint is then removed.
     """
     final = parent / f"checkpoint-{state['step']}"
@@ -131,7 +128,7 @@ def read(folder: Path, stored: StoredTensors) -> Checkpoint:
     """
     try:
         for name, described in read_manifest(folder).items():
-            if sha256(folder / name) != described.get("sha256"):
+            if describe(folder / name) != described:
                 raise CheckpointError(f"{folder} is damaged: {name} does not match its checksum")
         state = read_json(folder / STATE, State)
         return Checkpoint(folder, state, stored(folder) | load_file(folder / TENSORS))
@@ -142,20 +139,15 @@ def read(folder: Path, stored: StoredTensors) -> Checkpoint:
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:
-    """Read the descriptions of a checkpoint's files; of the files, check names and sizes.
-
-    Raises: UserError if they differ.
-    """
+    """Read the descriptions of a checkpoint's files. Raises: UserError if it has other files."""
     manifest = read_json(folder / MANIFEST, dict[str, dict])
-    sizes = {name: (folder / name).stat().st_size for name in files_of(folder) - {MANIFEST}}
-    for name in sizes | manifest:
-        if name not in manifest or manifest[name].get("bytes") != sizes.get(name):
-            raise CheckpointError(f"{folder} is damaged: {name} is not as {MANIFEST} says")
+    for name in files_of(folder) - {MANIFEST} ^ manifest.keys():
+        raise CheckpointError(f"{folder} is damaged: {name} is missing, here or in {MANIFEST}")
     return manifest
 
 
 def looks_whole(folder: Path) -> bool:
-    """Whether a checkpoint has all its files, in the right sizes; contents are not read."""
+    """Whether a checkpoint has all its files; they are not read."""
     try:
         read_manifest(folder)
     except (OSError, UserError):

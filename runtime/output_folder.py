@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from runtime import checkpoint
 from runtime.files import UserError, read_json, sync, to_json, write_text, writing
-from runtime.record import RUN_FILE, read_record, same_run
+from runtime.record import RUN_FILE, read_record, run_differences
 from runtime.swap import STAGING, settle, swap
 
 METRICS = "metrics.jsonl"
@@ -136,9 +136,9 @@ class OutputFolder:
         """
         if not self.auto:
             return False
-        others = bool(self.unfinished) and not same_run(self.unfinished, record)
+        others = bool(self.unfinished and run_differences(self.unfinished, record))
         complete = all((self.path / name).exists() for name in self.finished.get("files", ()))
-        if self.finished and same_run(self.finished, record) and complete:
+        if self.finished and complete and not run_differences(self.finished, record):
             if not others:
                 shutil.rmtree(self.staging)
             return True
@@ -217,7 +217,7 @@ class OutputFolder:
         names = set(os.listdir(self.staging))
         if not keep_checkpoints:
             names -= set(filter(is_checkpoint, names))
-        if self.resumed and same_run(self.finished, record):
+        if self.resumed and not run_differences(self.finished, record):
             kept = set(filter(is_checkpoint, self.earlier - names))
         self.write_json(RUN_FILE, {**record, "files": sorted(names | kept)})
         with writing(self.path):

@@ -24,7 +24,6 @@ Value = TypeVar("Value")
 # How long to wait for a process that is busy alone, such as the main one while it saves a large
 # model. A process that has died is noticed at once.
 PATIENCE = timedelta(minutes=30)
-SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PRCTL, PR_SET_PDEATHSIG = getattr(ctypes.CDLL(None), "prctl", None), 1  # Linux has it
 
@@ -67,25 +66,21 @@ class Group:
         Raises: UserError of the first process that fails or differs; SystemExit in the others, so
             that one line is shown.
         """
-        if self.size == 1:
-            return prepare()
-        found, problem = None, None
+        value, problem = None, None
         try:
-            found = prepare()
+            value = prepare()
         except UserError as error:
             problem = str(error)
-        outcomes = self.gather((problem, compared(found) if found else None))
-        for rank, (failed, what) in enumerate(outcomes):
-            if not failed and outcomes[0][1] and (differs := differences(outcomes[0][1], what)):
-                failed = (
-                    f"{', '.join(differs)} differ from the first process's: start all "
-                    "processes with the same flags, files and model"
-                )
-            if failed and self.is_main:
-                raise UserError(f"process {rank}: {failed}" if rank else failed)
-            if failed:
+        outcomes = self.gather((problem, {} if problem else compared(value)))
+        for rank, (problem, record) in enumerate(outcomes):
+            if not problem and (fields := differences(outcomes[0][1], record)):
+                problem = f"{', '.join(fields)} differ from the first process's: start all "
+                problem += "processes with the same flags, files and model"
+            if problem and self.is_main:
+                raise UserError(f"process {rank}: {problem}" if rank else problem)
+            if problem:
                 raise SystemExit(2)
-        return found
+        return value
 
     def from_main(self, value: Value) -> Value:
         """Return the value that the main process passes."""
@@ -115,25 +110,22 @@ def is_lost(error: Exception) -> bool:
 @contextmanager
 def joined() -> Iterator[Group]:
     """Join torchrun's process group for the duration of a run; only its main process logs."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
-    if missing := [name for name in SET_BY_TORCHRUN if name not in os.environ]:
-        raise UserError(
-            f"WORLD_SIZE is {size}, but {missing[0]} is not set: start several processes with "
-            "torchrun, or unset WORLD_SIZE"
-        )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(os.getppid())
-    if torch.cuda.is_available():
-        if int(os.environ["LOCAL_RANK"]) >= (count := torch.cuda.device_count()):
+    if on_gpus := torch.cuda.is_available():
+        number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if number >= count:
             raise UserError(f"more processes than GPUs: start {count} or fewer (--nproc_per_node)")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(number)
     try:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    except ValueError as error:  # a variable of torchrun's that is no number
-        raise UserError(f"the processes cannot be joined: {error}") from None
+        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=PATIENCE)
+    except ValueError as error:  # a variable of torchrun's is missing or wrong
+        raise UserError(
+            f"{error}: start several processes with torchrun, or unset WORLD_SIZE"
+        ) from None
     group = Group(dist.get_rank(), dist.get_world_size())
     if not group.is_main:
         logging.disable(logging.WARNING)

@@ -25,10 +25,10 @@ FREE_SETTINGS = set(
     "save_total_limit train_file validation_file test_file model_name_or_path report_to "
     "csv_encoding".split()
 )
-# Settings that only change how sums are rounded, so that a run resumes with others.
-ROUNDING = {"settings.per_device_eval_batch_size", "settings.gradient_checkpointing"}
-# Of these, only the product counts, up to rounding and the noise of dropout.
+# Settings that only change how sums are rounded, so that a run resumes with others. Of the last two
+# the product counts: it is the number of rows of a step.
 STEP_SIZE = ("per_device_train_batch_size", "gradient_accumulation_steps")
+ROUNDING = ("per_device_eval_batch_size", "gradient_checkpointing", *STEP_SIZE)
 
 
 class File(TypedDict):
@@ -105,12 +105,14 @@ def read_record(path: Path) -> dict:
 
 
 def identity(record: dict) -> dict:
-    """Return the part that determines a run's results, given the same package versions."""
+    """Return the part that determines a run's results, up to rounding."""
+    every = record.get("settings", {})
     settings = {  # an unset one is as good as missing: an earlier version may not have had it
         name: value
-        for name, value in record.get("settings", {}).items()
-        if name not in FREE_SETTINGS and value is not None and value is not False
+        for name, value in every.items()
+        if name not in (*FREE_SETTINGS, *ROUNDING) and value is not None and value is not False
     }
+    settings[STEP_SIZE[0]] = math.prod(every.get(name) or 1 for name in STEP_SIZE)
     return {
         "settings": settings,
         "data": {name: file["sha256"] for name, file in record.get("data", {}).items()},
@@ -131,41 +133,30 @@ def differences(one: dict, other: dict) -> list[str]:
     return fields
 
 
-def run_differences(one: dict, other: dict) -> tuple[list[str], list[str]]:
-    """List what makes two records different runs, and what only rounds differently."""
-    fields = differences(identity(one), identity(other))
-    sizes = {
-        math.prod(run.get("settings", {}).get(name) or 1 for name in STEP_SIZE)
-        for run in (one, other)
-    }
-    rounding = ROUNDING | {f"settings.{name}" for name in STEP_SIZE if len(sizes) == 1}
-    return [n for n in fields if n not in rounding], [n for n in fields if n in rounding]
+def run_differences(one: dict, other: dict) -> list[str]:
+    """List what makes two records different runs; it is empty for one run, up to rounding."""
+    return differences(identity(one), identity(other))
 
 
-def same_run(one: dict, other: dict) -> bool:
-    """Whether two records describe the same run, up to rounding."""
-    return not run_differences(one, other)[0]
+def rounding(record: dict) -> dict:
+    """Return the part that may change the last digits of a run's results."""
+    settings = {name: record["settings"].get(name) or None for name in ROUNDING}
+    return {**settings, "commit": record.get("commit"), "version of": record.get("versions", {})}
 
 
 def check_same_run(folder: Path, earlier: dict, record: dict) -> None:
     """Check that the checkpoint in `folder`, with the record `earlier`, is of this run.
 
-    Raises: UserError naming what differs. Warns about another commit or other package versions,
-    and about settings that round differently.
+    Raises: UserError naming what differs. Warns about what may change the last digits.
     """
-    different, rounding = run_differences(earlier, record)
-    if different:
+    if fields := run_differences(earlier, record):
         raise UserError(
-            f"{folder} belongs to a run with different {', '.join(different)}: repeat that "
+            f"{folder} belongs to a run with different {', '.join(fields)}: repeat that "
             "command, or start over with --overwrite_output_dir and without "
             "--resume_from_checkpoint"
         )
-    changes = [f"with another {name.removeprefix('settings.')}" for name in rounding]
-    if earlier.get("commit") != record["commit"]:
-        changes.append(f"at commit {earlier.get('commit')}")
-    before, now = earlier.get("versions", {}), record["versions"]
-    for name in differences(before, now):
-        changes.append(f"with {name} {before.get(name)} and continues with {now.get(name)}")
-    for change in changes:
-        message = "warning: this run started %s; the last digits of the results may differ"
-        logger.warning(message, change)
+    for name in differences(rounding(earlier), rounding(record)):
+        logger.warning(
+            "warning: this run started with another %s; the last digits of the results may differ",
+            name.replace("version of.", "version of "),
+        )

@@ -71,7 +71,14 @@ class TrainingState:
             for name, weight in self.best.weights.items():
                 self.model.get_parameter(name).copy_(weight)
         chosen = {"best_epoch": self.best.state.epoch} if self.best.weights else {}
-        return {**self.progress.summary(), "train_steps": self.progress.done, **chosen}
+        state = self.progress.read()
+        return {
+            "train_loss": state.loss_sum / state.examples,
+            "train_runtime": state.seconds,
+            "train_samples_per_second": state.examples / state.seconds,
+            "train_steps": state.done,
+            **chosen,
+        }
 
     def state_dict(self) -> tuple[dict, Tensors]:
         """Return JSON-serialisable state, and tensors; call it while the average is applied.
@@ -199,11 +206,6 @@ class Progress:
         """Number of completed epochs."""
         return self.done // self.steps_per_epoch
 
-    @property
-    def within_epoch(self) -> bool:
-        """Whether the last step did not end an epoch."""
-        return self.done % self.steps_per_epoch > 0
-
     def __enter__(self) -> "Progress":
         # `disable=None`: no bar if the output is not a terminal
         disable = None if self.shown else True
@@ -274,12 +276,3 @@ class Progress:
         if self.bar.disable and not self.done == 1 < self.total:  # too early to tell the time
             left = line["eta_seconds"]
             logger.info("step %d of %d: %s, %.0f s left", self.done, self.total, speed, left)
-
-    def summary(self) -> dict[str, float]:
-        """Return the figures of the whole training."""
-        state = self.read()
-        return {
-            "train_loss": state.loss_sum / state.examples,
-            "train_runtime": state.seconds,
-            "train_samples_per_second": state.examples / state.seconds,
-        }

@@ -201,7 +201,7 @@ def test_each_row_belongs_to_exactly_one_process():
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    for name in (*processes.SET_BY_TORCHRUN, "LOCAL_RANK"):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
