@@ -180,7 +180,7 @@ class OutputFolder:
                 if match:
                     why = "which is damaged" if earlier else "later than the resumed one"
                     logger.warning("warning: removing %s, %s", entry, why)
-                remove(entry)
+                (shutil.rmtree if entry.is_dir() else os.unlink)(entry)
             if lines:
                 (self.staging / METRICS).write_bytes(lines)
         self.write_json(RUN_FILE, {**record, "files": []})
@@ -254,11 +254,3 @@ def recorder(output: OutputFolder, report_to: str) -> Callable[[dict], None]:
         show(line)
 
     return record
-
-
-def remove(entry: Path) -> None:
-    """Remove a file or a folder, if it exists."""
-    if entry.is_dir():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
 """Replace some files of a folder by others at once: a reader sees the old or the new ones.
 
 No file system renames many files at once, but any renames one link. So each file is first replaced
-by a symbolic link to `unfinished/.current/NAME`, where `.current` leads to copies of the old files.
-Then `.current` is replaced by one that leads to `unfinished` itself, where the new files are: this
-is the moment of the change. At last the files themselves replace their links. After a kill,
-`settle` restores the old files or completes the new ones.
+by a symbolic link to `unfinished/.current/NAME`, where `.current` leads to a folder with the old
+files. Then `.current` is replaced by one that leads to the new files: this is the moment of the
+change. At last the files themselves replace their links. After a kill, `settle` restores the old
+files or completes the new ones.
 """
 
 import logging
@@ -18,7 +18,7 @@ from runtime.files import sync
 
 STAGING = "unfinished"  # the subfolder where a run collects its files
 # In the project's own subfolder, so that nothing of the user's can have these names.
-CURRENT, OLD, LINK = (f"{STAGING}/.{name}" for name in ("current", "old", "link"))
+CURRENT, OLD, NEW, LINK = (f"{STAGING}/.{name}" for name in ("current", "old", "new", "link"))
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def swap(folder: Path, old: Iterable[str], new: Iterable[str]) -> None:
     """
     old, new = files_of(folder, old), files_of(folder / STAGING, new)
     try:
-        point(folder, ".old")
+        point(folder, OLD)
     except OSError:
         logger.warning("warning: no symbolic links in %s: its files change one by one", folder)
         move(folder, folder / STAGING, old | new)
@@ -46,11 +46,12 @@ def swap(folder: Path, old: Iterable[str], new: Iterable[str]) -> None:
         return
     try:
         copy_files(folder, old, folder / OLD)
+        copy_files(folder / STAGING, new, folder / NEW)
         for name in sorted(old | new):  # links to equal files, and new ones that lead nowhere yet
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             put_link(folder, name, os.path.join(*[".."] * name.count("/"), CURRENT, name))
         sync_folders(folder, old | new)
-        point(folder, ".")
+        point(folder, NEW)
     finally:
         settle(folder)
 
@@ -70,8 +71,8 @@ def copy_files(folder: Path, names: set[str], copy: Path) -> None:
 
 
 def point(folder: Path, target: str) -> None:
-    """Let all links lead to `target`, relative to `unfinished`, at once."""
-    put_link(folder, CURRENT, target)
+    """Let all links lead into the subfolder `target`, at once."""
+    put_link(folder, CURRENT, Path(target).name)
     sync(folder / STAGING)
 
 
@@ -88,14 +89,14 @@ def settle(folder: Path) -> None:
     """
     (folder / LINK).unlink(missing_ok=True)
     if (folder / CURRENT).is_symlink():
-        names = files_of(folder / OLD) | files_of(folder / STAGING)
-        names = {name for name in names if not name.startswith(".")}
+        names = files_of(folder / OLD) | files_of(folder / NEW)
         links = {name for name in names if (folder / name).is_symlink()}
         move(folder, folder / STAGING / os.readlink(folder / CURRENT), links)
         remove_empty_folders(folder, names)
         (folder / CURRENT).unlink()
         sync(folder / STAGING)
-    shutil.rmtree(folder / OLD, ignore_errors=True)
+    for copy in (OLD, NEW):
+        shutil.rmtree(folder / copy, ignore_errors=True)
 
 
 def move(folder: Path, source: Path, names: set[str]) -> None:

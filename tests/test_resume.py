@@ -307,9 +307,8 @@ def test_results_are_synced_to_disk_before_they_are_published(run, monkeypatch):
         sync(path)
 
     def check(folder, target):
-        if target == ".":  # the new files
-            links = [path.name for path in folder.iterdir() if path.is_symlink()]
-            shown.extend(folder / swap.STAGING / name for name in links)
+        if target == swap.NEW:
+            shown.extend((folder / target).iterdir())
             assert all(path.stat().st_ino in synced for path in shown)
         point(folder, target)
 
@@ -329,6 +328,7 @@ def test_a_folder_shows_the_old_or_the_new_results_at_any_time(
 ):
     """Before each file operation, and whatever operation a kill prevents; then `settle` ends it."""
     old = {} if first else {"run.json": b"1", "gone": b"2", "checkpoint-3/a": b"3", "old/b": b"4"}
+    old |= {} if first else {"checkpoint-9/e": b"not that of the new run"}
     new = {"run.json": b"5", "added": b"6", "checkpoint-3/a": b"7", "checkpoint-6/c/d": b"8"}
 
     def fill(folder, files):
