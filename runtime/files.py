@@ -25,10 +25,7 @@ class UserError(Exception):
 
 
 def run_and_report(function: Callable[..., None], *args) -> int:
-    """Call a script's function, with its log on stderr; return the exit status.
-
-    It is 0, or 2 after the one line of a `UserError`.
-    """
+    """Call a script's function; return the exit status, 2 after the one line of a `UserError`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         function(*args)
@@ -69,10 +66,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all, even if the power fails.
-
-    Raises: UserError if writing fails.
-    """
+    """Write a UTF-8 file, whole or not at all, even if the power fails. Raises: UserError."""
     new = path.with_name(f"{path.name}.new")
     with writing(path):
         new.write_text(text, encoding="utf-8")

@@ -14,10 +14,7 @@ QUOTINGS = ("minimal", "none")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports an error in one line and exits with status 2.
-
-    It takes no abbreviated flags, and prints a description as it is.
-    """
+    """An ArgumentParser without abbreviated flags, whose errors are one line with status 2."""
 
     def __init__(self, prog: str, description: str, **options) -> None:
         options = {"formatter_class": argparse.RawDescriptionHelpFormatter, **options}

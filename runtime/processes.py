@@ -63,8 +63,7 @@ class Group:
     def agree(self, prepare: Callable[[], Value], compared: Callable[[Value], dict]) -> Value:
         """Return what `prepare` returns, if `compared` makes the same of it in all processes.
 
-        Raises: UserError of the first process that fails or differs; SystemExit in the others, so
-            that one line is shown.
+        Raises: UserError of the first process that fails or differs; SystemExit in the others.
         """
         value, problem = None, None
         try:
@@ -90,10 +89,7 @@ class Group:
         return values[0]
 
     def tensors_from_main(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors that the main process passes.
-
-        They are sent one by one: while it is sent, each is in memory several times.
-        """
+        """Return the tensors of the main process; while one is sent, it is in memory many times."""
         names = self.from_main([*tensors])
         return {name: self.from_main(tensors.get(name)) for name in names}
 

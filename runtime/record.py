@@ -140,8 +140,9 @@ def run_differences(one: dict, other: dict) -> list[str]:
 
 def rounding(record: dict) -> dict:
     """Return the part that may change the last digits of a run's results."""
-    settings = {name: record["settings"].get(name) or None for name in ROUNDING}
-    return {**settings, "commit": record.get("commit"), "version of": record.get("versions", {})}
+    settings = {name: record.get("settings", {}).get(name) or None for name in ROUNDING}
+    versions = {f"{name} version": number for name, number in record.get("versions", {}).items()}
+    return {**settings, **versions, "commit": record.get("commit")}
 
 
 def check_same_run(folder: Path, earlier: dict, record: dict) -> None:
@@ -158,5 +159,5 @@ def check_same_run(folder: Path, earlier: dict, record: dict) -> None:
     for name in differences(rounding(earlier), rounding(record)):
         logger.warning(
             "warning: this run started with another %s; the last digits of the results may differ",
-            name.replace("version of.", "version of "),
+            name,
         )

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from runtime.checkpoint import BestState, Checkpoint, CheckpointError, ProgressState, Tensors
-from runtime.files import UserError
+from runtime.files import UserError, name_list
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,7 @@ class TrainingState:
         keep_best: bool,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Set the state before the first step, or restore it from `checkpoint`.
-
-        Raises: CheckpointError if the checkpoint is of another model.
-        """
+        """Set the state before the first step, or restore it; raises as `restore`."""
         self.model, self.optimizer, self.progress = model, optimizer, progress
         self.average = MovingAverage(trainable(model), ema_decay)
         self.best = BestEpoch(metric, keep_best)
@@ -87,8 +84,12 @@ class TrainingState:
         the last step as `raw/NAME`, weights of the best epoch as `best/NAME`.
         """
         best_step = self.best.state.epoch * self.progress.steps_per_epoch
-        state = {"step": self.progress.done, "best_step": best_step}
-        state |= {"progress": self.progress.read(), "best": self.best.state}
+        state = {
+            "step": self.progress.done,
+            "best_step": best_step,
+            "progress": self.progress.read(),
+            "best": self.best.state,
+        }
         tensors = {RAW + name: weight for name, weight in self.average.weights.items()}
         for name, parameter in trainable(self.model).items():
             tensors[WEIGHT + name] = parameter.detach()
@@ -141,8 +142,8 @@ class MovingAverage:
         """Update the average with the weights after step number `step`, counted from 1."""
         if self.parameters:
             decay = min(self.decay, (1 + step) / (10 + step))
-            now = [parameter.detach() for parameter in self.parameters.values()]
-            torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)
+            now = [parameter.data for parameter in self.parameters.values()]
+            torch._foreach_lerp_([*self.weights.values()], now, 1 - decay)
 
     def swap(self) -> None:
         """Exchange the model's weights and the average; nothing is copied."""
@@ -222,8 +223,8 @@ class Progress:
     def step(self, rows: list[int], loss: torch.Tensor, norm: torch.Tensor, rate: float) -> None:
         """Count one step; report the first, every `logging_steps` and the last.
 
-        Loss and norm are read at once on the CPU, but only for a report on a GPU, which would be
-        waited for. rows: their numbers in the training file. Raises: UserError, see `read`.
+        On a GPU, which would be waited for, loss and norm are read only for a report.
+        rows: their numbers in the training file. Raises: UserError, see `read`.
         """
         self.state.done += 1
         self.state.rate = rate
@@ -244,11 +245,10 @@ class Progress:
         for step, rows, *tensors in unread:
             loss, norm = (tensor.item() for tensor in tensors)
             if not math.isfinite(loss + norm):
-                numbers = ", ".join(map(str, sorted(rows)[:8])) + ", ..." * (len(rows) > 8)
                 raise UserError(
-                    f"the loss is {loss:g} and the gradient norm {norm:g}, at step {step}, "
-                    f"on the training file's rows {numbers}; the weights were not changed: lower "
-                    "--learning_rate"
+                    f"the loss is {loss:g} and the gradient norm {norm:g}, at step {step}, on the "
+                    f"training file's rows {name_list(map(str, sorted(rows)))}; the weights were "
+                    "not changed: lower --learning_rate"
                 )
             self.state.norm = norm
             self.state.examples += len(rows)
