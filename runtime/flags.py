@@ -11,6 +11,7 @@ from typing import NoReturn
 
 DELIMITERS = {"comma": ",", "tab": "\t", "semicolon": ";", "pipe": "|"}
 QUOTINGS = ("minimal", "none")
+path = os.path.expanduser  # a shell leaves `~` as it is in `--flag=~/folder`
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,11 +97,6 @@ def encoding(text: str) -> str:
     if not is_encoding(text):
         raise ArgumentTypeError(f"Python cannot read files in '{text}'")
     return text
-
-
-def path(text: str) -> str:
-    """Expand `~`, which a shell leaves as it is in `--flag=~/folder`."""
-    return os.path.expanduser(text)
 
 
 def unused_flag(argv: list[str], useful: set[str]) -> str | None:
