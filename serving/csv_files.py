@@ -17,7 +17,7 @@ from runtime.file_format import FileFormat
 from runtime.files import UserError
 from runtime.flags import column_names, encoding
 from serving.models import Model
-from serving.schemas import CsvOptions
+from serving.uploads import CsvOptions
 
 
 def predict_csv(

@@ -1,7 +1,6 @@
 """The study: which runs it makes, which it does not repeat, and what it computes."""
 
 import json
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 
 import arguments
 import main
-from conftest import ROOT, ROWS, one_line, write_csv
+from conftest import ROWS, one_line, write_csv
 from runtime.files import UserError
 from script import baseline, ensemble
 from script.study import compare, learning_curve, pages
@@ -83,18 +82,14 @@ def test_a_study_runs_once_and_reports_its_results(study, tmp_path):
     assert first[end:] == again[again.index("protocol") :]
 
 
-def test_another_study_is_refused_before_it_starts(study, tmp_path):
-    """The logs of the finished study are kept."""
-    study()
+def test_a_study_shows_caveats_and_is_not_mixed_with_another(study, tmp_path):
+    """The other one is refused before it starts: the logs of the finished study are kept."""
+    assert "--quick: --num_train_epochs" in study("--quick", "--seeds", "1")
     log = tmp_path / "study" / "unseen-prefix-0.log"
     log.write_text("of the finished run")
     with pytest.raises(UserError, match="contains a run with different flags, data or seed"):
-        study("--seeds", "7")
+        study("--quick", "--seeds", "7")
     assert log.read_text() == "of the finished run"
-
-
-def test_a_study_shows_caveats(study, tmp_path):
-    assert "--quick: --num_train_epochs" in study("--quick", "--seeds", "1")
     page = (tmp_path / "study" / "report.html").read_text()
     assert "Trained only briefly, to check that it works" in page
     folder = tmp_path / "study" / "unseen-prefix-0"
@@ -116,23 +111,12 @@ def test_a_study_of_the_original_protocol_alone_ends_well(study, tmp_path):
     assert not (tmp_path / "study" / "label_review.csv").exists()
 
 
-def test_an_ensemble_is_stale_once_a_member_is(study, tmp_path):
-    methods = ("--seeds", "1", "--methods", "TF-IDF, linear", "prefix", "ensemble")
-    study(*methods)
-    assert "9 of them already finished" in study(*methods)
-    path = tmp_path / "study" / "unseen-prefix-0" / "validation_predictions.csv"
-    path.write_text(path.read_text() + " ")
-    with pytest.raises(UserError, match="unseen-ensemble-0 contains a run with different"):
-        study(*methods)
-
-
-def test_a_failed_run_ends_the_study_with_the_last_line_of_its_log(folders, tmp_path):
-    """Here each run is a process of its own."""
+def test_a_failed_run_ends_the_study_with_the_last_line_of_its_log(folders, tmp_path, capfd):
+    """Here the run is a process of its own."""
     write_csv(tmp_path / "fold 0" / "train_simple.csv", [("one", "1"), ("two", "1")])
-    command = [sys.executable, "-m", "script.study.compare", "--original", "--unseen", folders[1]]
-    command += ["--output_dir", str(tmp_path / "study"), "--methods", "majority"]
-    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    said = one_line((failed.returncode, failed.stderr))
+    flags = ["--output_dir", str(tmp_path / "study"), "--methods", "majority"]
+    status = compare.main(["--original", "--unseen", folders[1], *flags])
+    said = one_line((status, capfd.readouterr().err))
     assert "has only one label" in said and "repeat the command to resume the study" in said
 
 
@@ -172,7 +156,8 @@ def test_an_ensemble_combines_the_runs_on_the_same_rows():
 
 def test_the_study_lists_the_least_plausible_labels(study, folders, tmp_path):
     """Labels of the folds' test files, by the average of two models that did not see the texts."""
-    study("--seeds", "1", "--methods", "TF-IDF, linear", "prefix", "ensemble")
+    methods = ("--seeds", "1", "--methods", "TF-IDF, linear", "prefix", "ensemble")
+    study(*methods)
     listed = pd.read_csv(tmp_path / "study" / "label_review.csv")
     found = {}
     for number in range(2):
@@ -192,6 +177,12 @@ def test_the_study_lists_the_least_plausible_labels(study, folders, tmp_path):
     assert {text: tuple(rest) for text, *rest in rows} == found
     assert listed["margin"].is_monotonic_increasing
     assert "Labels to review" in (tmp_path / "study" / "report.html").read_text()
+    # an ensemble is stale once a member is
+    assert "9 of them already finished" in study(*methods)
+    path = tmp_path / "study" / "unseen-prefix-0" / "validation_predictions.csv"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(UserError, match="unseen-ensemble-0 contains a run with different"):
+        study(*methods)
 
 
 def predicted(method: str, run: str, right: list, seen: list, protocol="unseen", **more) -> dict:

@@ -176,8 +176,8 @@ def test_stored_models_are_calibrated(run, predict, tmp_path, flags):
     )
 
 
-def test_unsure_predictions_are_marked_on_request(run, predict, tmp_path):
-    folder = run()
+def test_unsure_predictions_are_marked_on_request(trained, predict, tmp_path):
+    folder = trained()
     table = pd.read_csv(folder / "predictions.csv")
     limit = float(table["confidence"].median())
     assert predict(folder, "--reject_below", str(limit))[0] == 0

@@ -277,9 +277,11 @@ def test_a_bert_without_a_pooler_is_tuned_as_the_message_says(run, backbone, tmp
         run(*flags, "--pooling", "mean")
 
 
-def test_a_model_without_names_of_labels_is_scored_by_their_numbers(run, predict, tmp_path):
+def test_a_model_without_names_of_labels_is_scored_by_their_numbers(
+    run, trained, predict, tmp_path
+):
     """And tuned further with the same rule; other names are not guessed."""
-    folder = run()
+    folder = trained()
     expected = json.loads((folder / "all_results.json").read_text())["test_accuracy"]
     config = json.loads((folder / "config.json").read_text())
     config["id2label"] = {str(number): f"LABEL_{number}" for number in range(3)}

@@ -20,9 +20,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from runtime.machine import Machine, pick_machine, set_up_process
 from serving.app import create_app
+from serving.endpoints import ClassifyRequest
 from serving.engine import Settings
 from serving.models import Model, Registry
-from serving.schemas import ClassifyRequest
 
 
 def pipelines(folder: str, count: int) -> FastAPI:
