@@ -221,7 +221,7 @@ def run(argv: list[str]) -> None:
     fill(vars(args), {"text_column_delimiter": form.text_column_delimiter})
     settings = {name: getattr(args, name) for name in SETTINGS}
     multi_label = form.multi_label
-    with opened(args) as output:
+    with opened(args.output_dir, args.overwrite_output_dir) as output:
         files = {"train": args.train_file, "eval": args.validation_file}
         splits = dataset.read_splits(files, form)
         names = dataset.label_names(splits["train"], args.label_names)

@@ -151,7 +151,7 @@ def run(argv: list[str]) -> None:
     for folder in folders:
         if contains(args.output_dir, folder):
             raise UserError(f"--output_dir contains the run {folder}: choose another one")
-    with opened(args) as output:
+    with opened(args.output_dir, args.overwrite_output_dir) as output:
         form = FileFormat.from_settings(settings)
         files = {"train": args.train_file, "eval": args.validation_file}
         sample = {"max_train_samples": args.max_train_samples, "seed": args.seed}

@@ -68,7 +68,7 @@ SAVING = [
     "--save_strategy epoch",
     "--save_strategy no",
 ]
-LATE = ("swap.settle", "swap.remove_empty_folders", "output_folder.is_finished")
+LATE = ("swap.settle", "swap.move", "swap.remove_empty_folders", "output_folder.is_finished")
 # A checkpoint that cannot be written is removed.
 ON_FULL_DISK = ("checkpoint.write: os.rmdir", "checkpoint.write: shutil.rmtree")
 ENOUGH = 20  # kills before each kind of file operation
