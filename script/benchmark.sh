@@ -1,7 +1,5 @@
 #!/usr/bin/env bash
 # Compare this project's speed with other libraries on this machine; see script/benchmark/benchmark.py.
-set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt script/requirements.txt script/requirements-export.txt
 source script/data.sh "$@"
-
 exec "$PYTHON" -m script.benchmark.benchmark "$@"

@@ -1,11 +1,6 @@
 #!/usr/bin/env bash
 # Load the server and its rivals with many models; see script/benchmark/serving_benchmark.py.
-set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt script/requirements.txt \
     script/requirements-serve.txt script/requirements-load.txt
-command -v wrk >/dev/null || {
-    echo "error: wrk is not installed (on Debian: apt install wrk)" >&2
-    exit 2
-}
-
+command -v wrk >/dev/null || fail "wrk is not installed (on Debian: apt install wrk)"
 exec "$PYTHON" -m script.benchmark.serving_benchmark "$@"

@@ -13,16 +13,9 @@ from arguments import USES
 from runtime.csv_reader import Table, row_list, text_key
 from runtime.file_format import FileFormat
 from runtime.files import UserError, name_list, read_json
-from runtime.flags import QUOTINGS
+from runtime.flags import QUOTINGS, is_encoding
 from runtime.labels import label_key
-from script.groups import (
-    FEW_ROWS,
-    SAMPLE_FILE,
-    connected,
-    cut_groups,
-    keep_training_labels,
-    write_splits,
-)
+from script.groups import FEW_ROWS, SAMPLE_FILE, connected, cut_groups, keep_training_labels
 
 RAW_FILES = ("csv/USvideos.csv", "csv/USvideo.csv")
 TEXT_COLUMNS = ("title", "channel_title", "tags", "description")
@@ -33,7 +26,7 @@ DEFAULT_COLUMNS = {
 }  # fmt: skip
 NEWER_NAMES = {"categoryId": "category_id", "channelTitle": "channel_title"}
 DATE_FORMATS = ("%y.%d.%m", "ISO8601")  # of the first and of the newer version
-MANY_ROWS, MANY_LOSSES = 0.01, 0.1  # shares of rows that cleaning drops, or takes words from
+MANY_LOSSES = 0.1  # share of the texts from which cleaning drops words
 FOLDERS = {"original": ".", "unseen": "unseen"}  # of the protocols, inside output_dir
 
 # Category ids of the YouTube Data API, used if no XX_category_id.json is next to the raw file.
@@ -73,29 +66,21 @@ def check_parameters(**parameters) -> dict:
     columns = parameters["text_columns"]
     columns = columns.split(",") if isinstance(columns, str) else columns
     columns = [NEWER_NAMES.get(name.strip(), name.strip()) for name in columns]
-    valid = len(columns) == len(set(columns)) > 0 and set(columns) <= set(TEXT_COLUMNS)
-    quantile, seed = parameters["top_quantile"], parameters["seed"]
-    share = "a number between 0 and 1"
-    for name, good, wanted in (
-        ("text_columns", valid, f"some of {', '.join(TEXT_COLUMNS)}, each once"),
-        ("cleaning", parameters["cleaning"] in CLEANINGS, f"one of {', '.join(CLEANINGS)}"),
-        ("group_by", parameters["group_by"] in GROUPINGS, f"one of {', '.join(GROUPINGS)}"),
-        ("top_quantile", quantile is None or is_share(quantile), f"{share}, or None"),
-        ("balance", isinstance(parameters["balance"], bool), "True or False"),
-        ("drop_malformed", isinstance(parameters["drop_malformed"], bool), "True or False"),
-        ("quoting", parameters["quoting"] in QUOTINGS, f"one of {', '.join(QUOTINGS)}"),
-        ("seed", type(seed) is int and 0 <= seed < 2**32, "a whole number from 0 to 4294967295"),
-        ("train_share", is_share(parameters["train_share"]), share),
-        ("test_share", is_share(parameters["test_share"]), share),
-    ):
-        if not good:
-            raise UserError(f"parameter {name} is {parameters[name]!r}: set it to {wanted}")
+    wanted = {}
+    for name, choices in CHOICES.items():
+        if parameters[name] not in choices:
+            wanted[name] = f"one of {', '.join(map(str, choices))}"
+    for name in ("top_quantile", "train_share", "test_share"):
+        share, optional = parameters[name], name == "top_quantile"
+        if not ((isinstance(share, float) and 0 < share < 1) or (optional and share is None)):
+            wanted[name] = "a number between 0 and 1" + ", or None" * optional
+    if not len(columns) == len(set(columns)) > 0 or not set(columns) <= set(TEXT_COLUMNS):
+        wanted["text_columns"] = f"some of {', '.join(TEXT_COLUMNS)}, each once"
+    if type(parameters["seed"]) is not int or not 0 <= parameters["seed"] < 2**32:
+        wanted["seed"] = "a whole number from 0 to 4294967295"
+    for name, what in wanted.items():
+        raise UserError(f"parameter {name} is {parameters[name]!r}: set it to {what}")
     return parameters | {"text_columns": columns}
-
-
-def is_share(value: object) -> bool:
-    """Return whether a value is a number strictly between 0 and 1."""
-    return isinstance(value, float) and 0 < value < 1
 
 
 def find_raw(input_file: str | None) -> tuple[str, bool]:
@@ -122,17 +107,19 @@ def read_raw(
 ) -> pd.DataFrame:
     """Read the raw rows, as text except the added `category_id`, `day` and `video_id`.
 
-    Columns get the names of the data set's first version. A parameter that is None is found; the
-    table's `attrs["found"]` has the four that were used, `attrs["counts"]` the malformed rows that
-    were dropped. `category_id` is an int, or a name if the label column has names. If date or id
-    column are not needed, they may be missing: `day` is then the row's number and `video_id` the
-    text. An invalid id gets the text appended: spreadsheets turn ids that start with a minus into
-    "#NAME?", which many videos share.
+    Columns get the names of the data set's first version. The table's `attrs["found"]` has the
+    parameters that were used for None, `attrs["counts"]` the malformed rows that were dropped.
+    `category_id` is an int, or a name if the label column has names. Columns of dates and ids may
+    be missing if they are not needed: `day` is then the row's number and `video_id` the text. An
+    invalid id gets the text appended: spreadsheets turn ids that start with a minus into "#NAME?",
+    which many videos share.
 
     dialect: fields of `FileFormat`.
     Raises: UserError for a malformed file, a missing column, and rows with an invalid category
         id or date.
     """
+    if not is_encoding(encoding):
+        raise UserError(f"parameter csv_encoding is {encoding!r}: set it to one such as cp1252")
     form = FileFormat(label_column_name=(), encodings=(encoding,), flag_form="-p {} {}", **dialect)
     file = Table(path, form)
     header = file.header
@@ -141,21 +128,24 @@ def read_raw(
     found = {key: given[key] or newer.get(name, name) for key, name in DEFAULT_COLUMNS.items()}
     dated = bool(group_by == "time" or date_column or date_format)  # are dates needed?
     texts = [newer.get(name, name) for name in text_columns]
-    needed = {
-        "text_columns": texts,
-        "label_column": [found["label_column"]],
-        "date_column": [found["date_column"]] if dated else [],
-        "id_column": [id_column] if id_column else [],
-        "group_by": [newer.get("channel_title", "channel_title")] if group_by == "channel" else [],
-    }
-    check_header(path, header, needed, {*texts, *found.values()})
+    needed = dict.fromkeys(texts, "text_columns") | {found["label_column"]: "label_column"}
+    needed |= {found["date_column"]: "date_column"} if dated else {}
+    needed |= {id_column: "id_column"} if id_column else {}
+    if group_by == "channel":
+        needed[newer.get("channel_title", "channel_title")] = "group_by"
+    for name in {**needed, **dict.fromkeys(found.values())}:
+        if name in needed and name not in header:
+            names = name_list(map(repr, header))
+            raise UserError(f"{path} has no column {name!r}; it has {names}: set -p {needed[name]}")
+        if header.count(name) > 1:
+            raise UserError(f"{path} has the column {name!r} more than once: rename one")
     table = next(file.frames())
     for remark in file.remarks():
         print(f"warning: {remark}")
     ids = text = table[texts].agg(" ".join, axis=1)
     if (column := found["id_column"]) in table:
-        form = r"[\w-]{11}" if column == "video_id" else r"[^#\s].*"
-        ids = table[column].where(table[column].str.fullmatch(form), table[column] + " " + text)
+        valid = r"[\w-]{11}" if column == "video_id" else r"[^#\s].*"
+        ids = table[column].where(table[column].str.fullmatch(valid), table[column] + " " + text)
     label = parse_labels(path, table[found["label_column"]])
     day, found["date_format"] = parse_days(path, table, found["date_column"], date_format, dated)
     table = table.rename(columns={new: old for old, new in newer.items()})
@@ -163,20 +153,6 @@ def read_raw(
     counts = {"rows_malformed": file.malformed} if file.malformed else {}
     table.attrs |= {"found": found, "counts": counts}
     return table
-
-
-def check_header(
-    path: str, header: list[str], needed: dict[str, list[str]], used: set[str]
-) -> None:
-    """Raise a UserError for a column that is missing, by its parameter, or used and there twice."""
-    for parameter, names in needed.items():
-        if missing := [name for name in names if name not in header]:
-            raise UserError(
-                f"{path} has no column {missing[0]!r}; it has {name_list(map(repr, header))}: set "
-                f"-p {parameter}"
-            )
-    if twice := [name for name in used if header.count(name) > 1]:
-        raise UserError(f"{path} has the column {twice[0]!r} more than once: rename one")
 
 
 def parse_labels(path: str, column: pd.Series) -> pd.Series:
@@ -200,30 +176,27 @@ def parse_days(
     If dates are not needed, and there is none in the format, the day is the row's number.
     Raises: UserError for invalid dates, and for a format that Python does not know.
     """
-    rows = pd.Series(table.index, table.index)
     formats = (date_format,) if date_format else DATE_FORMATS
     if column not in table:
-        return rows, formats[0]
+        return table.index.to_series(), formats[0]
+    options = {"errors": "coerce", "utc": True}
     try:
-        days = [
-            pd.to_datetime(table[column], format=form, errors="coerce", utc=True)
-            for form in formats
-        ]
+        days = {form: pd.to_datetime(table[column], format=form, **options) for form in formats}
     except ValueError as error:
         raise UserError(
             f"parameter date_format is {date_format!r}: {error}; set it to one such as %d/%m/%Y"
         ) from None
-    day, form = max(zip(days, formats, strict=True), key=lambda pair: pair[0].notna().sum())
-    if not needed and day.isna().all():
+    form = max(days, key=lambda form: days[form].count())
+    if not needed and days[form].isna().all():
         print(
             f"warning: {column} is not a date in the format {' or '.join(formats)}: the rows are "
             "taken to be in order of time (-p date_format)"
         )
-        return rows, form
-    other = "another -p date_format or -p date_column"
-    other = other if date_format else "-p date_format, such as %d/%m/%Y"
-    check_column(path, table[column], day.notna(), f"a date in the format {form}", other)
-    return day, form
+        return table.index.to_series(), form
+    wanted = f"a date in the format {form}"
+    advice = "-p date_format, such as %d/%m/%Y, or -p date_column"
+    check_column(path, table[column], days[form].notna(), wanted, advice)
+    return days[form], form
 
 
 def check_column(path: str, column: pd.Series, good: pd.Series, wanted: str, other: str) -> None:
@@ -269,6 +242,13 @@ def clean(text: str) -> str:
 # The start of a word with letters that the original's cleaning drops: its first is not a to z.
 DROPPED_WORD = re.compile(r"(?<![^\W_])\d*[^\W\d_a-zA-Z]")
 CLEANINGS = {"original": clean, "none": lambda text: " ".join(text.split())}
+CHOICES = {  # of parameters
+    "cleaning": tuple(CLEANINGS),
+    "group_by": GROUPINGS,
+    "quoting": QUOTINGS,
+    "balance": (True, False),
+    "drop_malformed": (True, False),
+}
 
 
 def make_texts(raw: pd.DataFrame, text_columns: list[str], cleaning: str) -> pd.Series:
@@ -295,28 +275,25 @@ def drop_empty(table: pd.DataFrame, text_columns: list[str]) -> tuple[pd.DataFra
     """
     whole, keep = make_texts(table, text_columns, "none"), "-p cleaning none keeps them"
     blank, empty = whole == "", table["text"] == ""
-    rows, cleaned_away = len(table), int((empty & ~blank).sum())
-    many = cleaned_away > MANY_ROWS * rows
+    counts = {
+        "rows_without_text": int(blank.sum()),
+        "rows_cleaned_away": int((empty & ~blank).sum()),
+    }
     if blank.any():
-        where = row_list([*table.index[blank]])
-        print(f"warning: dropped {blank.sum():,} of {rows:,} rows without a text: {where}")
-    if cleaned_away:
-        print(
-            f"{'warning: ' * many}dropped {cleaned_away:,} of {rows:,} rows whose text is empty "
-            f"after cleaning{f': {keep}' * many}"
-        )
+        rows = row_list([*table.index[blank]])
+        print(f"warning: dropped {blank.sum():,} of {len(table):,} rows without a text: {rows}")
+    if count := counts["rows_cleaned_away"]:
+        what = f"{count:,} of {len(table):,} rows whose text is empty after cleaning"
+        print(f"warning: dropped {what}: {keep}")
     if empty.all():
-        raise UserError(
-            f"none of the {rows:,} rows has a text"
-            + (f" after cleaning: {keep}" if cleaned_away else ": set -p text_columns")
-        )
+        advice = f" after cleaning: {keep}" if count else ": set -p text_columns"
+        raise UserError(f"none of the {len(table):,} rows has a text{advice}")
     lost = (whole.str.contains(DROPPED_WORD) & ~table["text"].str.contains(DROPPED_WORD))[~empty]
     if lost.mean() > MANY_LOSSES:
         print(
             "warning: cleaning dropped words that do not start with a letter from a to z in "
             f"{lost.mean():.0%} of the remaining texts: {keep}"
         )
-    counts = {"rows_without_text": int(blank.sum()), "rows_cleaned_away": cleaned_away}
     return table[~empty], counts
 
 
@@ -359,12 +336,12 @@ def original_splits(
     """
     try:
         train, rest = train_test_split(table, train_size=train_share, random_state=seed)
-        # a label with a single row cannot be stratified
-        rare = rest["label"].value_counts().min() < 2
-        if rare:
+        strata = rest["label"]
+        if strata.value_counts().min() < 2:
             print("warning: original: not stratified, since a label has one row outside training")
+            strata = None
         test, val = train_test_split(
-            rest, train_size=test_share, random_state=seed, stratify=None if rare else rest["label"]
+            rest, train_size=test_share, random_state=seed, stratify=strata
         )
     except ValueError:
         raise UserError(
@@ -372,14 +349,15 @@ def original_splits(
             "-p train_share and -p test_share"
         ) from None
     if balance:
-        groups = train.groupby("label")
-        each = groups.size().min()
-        if each < FEW_ROWS:
+        labels = train.groupby("label")
+        rarest = labels.size().min()
+        if rarest < FEW_ROWS:
             print(
-                f"warning: original: balanced to {each} training rows per label, the number of the "
-                "rarest: useless for training; use -p balance False or a higher -p top_quantile"
+                f"warning: original: balanced to {rarest} training rows per label, the number of "
+                "the rarest: useless for training; use -p balance False or a higher "
+                "-p top_quantile"
             )
-        train = groups.sample(n=each, random_state=seed)
+        train = labels.sample(n=rarest, random_state=seed)
     return keep_training_labels({"train": train, "val": val, "test": test})
 
 
@@ -396,22 +374,10 @@ def unseen_splits(
     videos = table.sort_values("day", kind="stable").drop_duplicates("video_id")
     others = [videos["channel_title"]] if group_by == "channel" else []
     groups = connected(videos["text"].map(text_key), *others)
-    if (found := len(set(groups))) < 3:
+    if (count := len(set(groups))) < 3:
         advice = ", or use -p group_by video" if others else ""
-        raise UserError(f"too few videos to split: they form {found} groups: add videos{advice}")
+        raise UserError(f"too few videos to split: they form {count} groups: add videos{advice}")
     shares = [train_share, (1 - train_share) * (1 - test_share), (1 - train_share) * test_share]
     order = videos["day"] if group_by == "time" else None
     part = cut_groups(groups, videos["label"], shares, seed, order)
     return keep_training_labels({name: videos[part == n] for n, name in enumerate(USES.values())})
-
-
-def write_protocols(
-    folder: Path, protocols: dict[str, dict[str, pd.DataFrame]], figures: dict, record: dict
-) -> None:
-    """Write each protocol's split files and split.json, see `write_splits`."""
-    folders = {}
-    for protocol, splits in protocols.items():
-        tables = {name: split[["text", "label"]] for name, split in splits.items()}
-        content = {"protocol": protocol, **record, "splits": figures[protocol]}
-        folders[folder / FOLDERS[protocol]] = tables, content
-    write_splits(folders)
