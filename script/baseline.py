@@ -74,7 +74,7 @@ ABSENT = -20.0  # logit of a label without a training row, below the lowest of t
 
 Embed = Callable[[list[str]], np.ndarray]  # N texts -> embeddings, float32 [N, HD]
 Classify = Callable[[dataset.Split], torch.Tensor]  # split -> logits, float32 [N, C]
-Build = Callable[[dataset.Data], tuple[dict, dict, Classify, dict]]  # see `score_and_publish`
+Built = tuple[dict, dict, Classify, dict]  # settings and model of `describe_run`, and its figures
 
 
 def fit_lookup(data: dataset.Data, use_texts: bool) -> Classify:
@@ -97,7 +97,8 @@ def fit_lookup(data: dataset.Data, use_texts: bool) -> Classify:
     }
 
     def classify(split: dataset.Split) -> torch.Tensor:
-        return to_logits(np.stack([table.get(key, share) for key in split.keys]), multi_label)
+        keys = map(dataset.text_key, split.texts)
+        return to_logits(np.stack([table.get(key, share) for key in keys]), multi_label)
 
     return classify
 
@@ -213,7 +214,7 @@ def run(argv: list[str]) -> None:
     fill(args, {"text_column_delimiter": form.text_column_delimiter})
     settings = {name: getattr(args, name) for name in SETTINGS}
 
-    def build(data: dataset.Data) -> tuple[dict, dict, Classify, dict]:
+    def build(data: dataset.Data) -> Built:
         model = {"backbone": method, "weights_sha256": None, "method": f"baseline {method}"}
         if method not in LINEAR:
             return settings, model, fit_lookup(data, method == "lookup"), {}
@@ -227,12 +228,15 @@ def run(argv: list[str]) -> None:
 
 
 def score_and_publish(
-    args: Namespace, form: FileFormat, build: Build, calibrated: bool = True, explain: bool = True
+    args: Namespace,
+    form: FileFormat,
+    build: Callable,
+    calibrated: bool = True,
+    explain: bool = True,
 ) -> None:
     """Score a model that is not tuned here, and publish the results, as `main.run` does.
 
-    build: data -> settings and model (see `describe_run`), the model and its figures.
-    explain: see `score`.
+    build: `dataset.Data` -> `Built`. explain: see `score`.
     """
     with opened(args) as output:
         splits = dataset.read_splits(args, form)

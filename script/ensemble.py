@@ -33,7 +33,7 @@ from runtime.file_format import SETTINGS, FileFormat
 from runtime.files import UserError, run_and_report, sha256
 from runtime.flags import contains, unused_flag
 from runtime.record import RUN_FILE, differences, read_record
-from script.baseline import Classify, score_and_publish
+from script.baseline import Built, score_and_publish
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def run(argv: list[str]) -> None:
             raise UserError(f"--output_dir contains the run {folder}: choose another one")
     form = FileFormat.from_settings(settings)
 
-    def build(data: Data) -> tuple[dict, dict, Classify, dict]:
+    def build(data: Data) -> Built:
         for name, file in data.describe().items():
             if file["sha256"] != first["data"][name]["sha256"]:
                 raise UserError(f"{file['path']} has changed since {folders[0]} used it")

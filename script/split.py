@@ -246,7 +246,7 @@ def find_folder(args: argparse.Namespace, checksum: str) -> Path:
         if record.get("input_sha256", checksum) != checksum:
             what = f"{folder} has the split of another file or content"
             if args.output_dir:
-                raise UserError(f"{what}: choose another --output_dir")
+                raise UserError(f"{what}: remove it, or choose another --output_dir")
             warn(f"{what}: it is kept")
             return folder.with_name(f"{folder.name}-{checksum[:8]}")
     others = {path.name for path in folder.glob("[0-9]*")} - {*map(str, range(args.folds or 0))}

@@ -4,6 +4,9 @@
 """
 
 import re
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +16,7 @@ from arguments import USES
 from runtime.csv_reader import Table, row_list, text_key
 from runtime.file_format import FileFormat
 from runtime.files import UserError, name_list, read_json
-from runtime.flags import QUOTINGS, is_encoding
+from runtime.flags import QUOTINGS, boolean, column_names, encoding, number
 from runtime.labels import label_key
 from script.groups import FEW_ROWS, SAMPLE_FILE, connected, cut_groups, keep_training_labels
 
@@ -57,32 +60,6 @@ STOP_WORDS = frozenset(
 )
 
 
-def check_parameters(**parameters) -> dict:
-    """Check the notebook's parameters; `text_columns` may be one string, `title,tags`.
-
-    Returns them, with a list of the first version's names as `text_columns`.
-    Raises: UserError naming the parameter.
-    """
-    columns = parameters["text_columns"]
-    columns = columns.split(",") if isinstance(columns, str) else columns
-    columns = [NEWER_NAMES.get(name.strip(), name.strip()) for name in columns]
-    wanted = {}
-    for name, choices in CHOICES.items():
-        if parameters[name] not in choices:
-            wanted[name] = f"one of {', '.join(map(str, choices))}"
-    for name in ("top_quantile", "train_share", "test_share"):
-        share, optional = parameters[name], name == "top_quantile"
-        if not ((isinstance(share, float) and 0 < share < 1) or (optional and share is None)):
-            wanted[name] = "a number between 0 and 1" + ", or None" * optional
-    if not len(columns) == len(set(columns)) > 0 or not set(columns) <= set(TEXT_COLUMNS):
-        wanted["text_columns"] = f"some of {', '.join(TEXT_COLUMNS)}, each once"
-    if type(parameters["seed"]) is not int or not 0 <= parameters["seed"] < 2**32:
-        wanted["seed"] = "a whole number from 0 to 4294967295"
-    for name, what in wanted.items():
-        raise UserError(f"parameter {name} is {parameters[name]!r}: set it to {what}")
-    return parameters | {"text_columns": columns}
-
-
 def find_raw(input_file: str | None) -> tuple[str, bool]:
     """Return the raw file's path, and whether it is the synthetic sample.
 
@@ -110,16 +87,13 @@ def read_raw(
     Columns get the names of the data set's first version. The table's `attrs["found"]` has the
     parameters that were used for None, `attrs["counts"]` the malformed rows that were dropped.
     `category_id` is an int, or a name if the label column has names. Columns of dates and ids may
-    be missing if they are not needed: `day` is then the row's number and `video_id` the text. An
-    invalid id gets the text appended: spreadsheets turn ids that start with a minus into "#NAME?",
-    which many videos share.
+    be missing if not needed: `day` is then the row's number and `video_id` the text. An invalid id
+    gets the text appended: spreadsheets turn ids that start with a minus into "#NAME?".
 
     dialect: fields of `FileFormat`.
     Raises: UserError for a malformed file, a missing column, and rows with an invalid category
         id or date.
     """
-    if not is_encoding(encoding):
-        raise UserError(f"parameter csv_encoding is {encoding!r}: set it to one such as cp1252")
     form = FileFormat(label_column_name=(), encodings=(encoding,), flag_form="-p {} {}", **dialect)
     file = Table(path, form)
     header = file.header
@@ -242,13 +216,47 @@ def clean(text: str) -> str:
 # The start of a word with letters that the original's cleaning drops: its first is not a to z.
 DROPPED_WORD = re.compile(r"(?<![^\W_])\d*[^\W\d_a-zA-Z]")
 CLEANINGS = {"original": clean, "none": lambda text: " ".join(text.split())}
-CHOICES = {  # of parameters
-    "cleaning": tuple(CLEANINGS),
-    "group_by": GROUPINGS,
-    "quoting": QUOTINGS,
-    "balance": (True, False),
-    "drop_malformed": (True, False),
-}
+
+
+def one_of(words: Sequence[str], text: str) -> str:
+    """Check that a parameter is one of the words."""
+    if text not in words:
+        raise ArgumentTypeError(f"'{text}' is not one of {', '.join(words)}")
+    return text
+
+
+def text_columns(text: str) -> list[str]:
+    """Return the columns' names in the data set's first version."""
+    return [one_of(TEXT_COLUMNS, NEWER_NAMES.get(name, name)) for name in column_names(text)]
+
+
+SHARE = number(float, 0, 0.999999, open_low=True)
+OPTIONAL = "input_file label_column date_column date_format id_column top_quantile".split()
+PARAMETERS = {  # of the notebook, with their types
+    **dict.fromkeys(OPTIONAL, str), "output_dir": str, "csv_encoding": encoding,
+    "quoting": partial(one_of, QUOTINGS), "drop_malformed": boolean,
+    "seed": number(int, 0, 2**32 - 1), "text_columns": text_columns,
+    "cleaning": partial(one_of, CLEANINGS), "top_quantile": SHARE, "balance": boolean,
+    "group_by": partial(one_of, GROUPINGS), "train_share": SHARE, "test_share": SHARE,
+}  # fmt: skip
+
+
+def check_parameters(**parameters) -> dict:
+    """Return the notebook's parameters, or texts such as `title,tags`, as values of their types.
+
+    Raises: UserError naming the parameter.
+    """
+    checked = {}
+    for name, value in parameters.items():
+        if name not in PARAMETERS:
+            raise UserError(f"-p {name}: no such parameter; use {', '.join(PARAMETERS)}")
+        text = ",".join(value) if isinstance(value, list) else str(value)
+        try:
+            is_none = text == "None" and name in OPTIONAL
+            checked[name] = None if is_none else PARAMETERS[name](text)
+        except ArgumentTypeError as error:
+            raise UserError(f"parameter {name}: {error}") from None
+    return checked
 
 
 def make_texts(raw: pd.DataFrame, text_columns: list[str], cleaning: str) -> pd.Series:

@@ -62,10 +62,10 @@ def test_neither_protocol_is_written_if_one_would_overwrite_foreign_files(clone)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-p", "group_by", "day"], "parameter group_by is 'day'"),
-        (["-p", "colour", "red"], "-p colour: no such parameter; use input_file, "),
+        (["-p", "group_by", "day"], "parameter group_by: 'day' is not one of video, channel, time"),
+        (["-p", "colour", "red"], "-p colour: no such parameter; use "),
         (["-p", "input_file", "nowhere.csv"], "nowhere.csv cannot be read"),
-        (["-p", "csv_encoding", "1525"], "parameter csv_encoding is '1525'"),
+        (["-p", "csv_encoding", "1525"], "csv_encoding: Python cannot read files in '1525'"),
         (["-p", "output_dir", "main.py"], "main.py/executed cannot be written"),
     ],
 )

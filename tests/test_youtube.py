@@ -336,11 +336,12 @@ def test_tags_of_the_real_file_are_read_despite_invalid_csv(tmp_path):
         ("group_by", "day"),
         ("seed", -1),
         ("top_quantile", 2),
-        ("balance", "yes"),
+        ("balance", "perhaps"),
         ("train_share", 1.0),
         ("test_share", "half"),
         ("quoting", "all"),
-        ("drop_malformed", "no"),
+        ("drop_malformed", "some"),
+        ("csv_encoding", "1525"),
     ],
 )
 def test_invalid_parameters_are_user_errors(name, value):
@@ -350,7 +351,7 @@ def test_invalid_parameters_are_user_errors(name, value):
     assert youtube.check_parameters(**good)["text_columns"] == ["title", "tags"]
     newer = youtube.check_parameters(**good | {"text_columns": "channelTitle, tags"})
     assert newer["text_columns"] == ["channel_title", "tags"]
-    with pytest.raises(UserError, match=f"parameter {name} is"):
+    with pytest.raises(UserError, match=f"parameter {name}: "):
         youtube.check_parameters(**good | {name: value})
 
 
