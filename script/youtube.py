@@ -32,32 +32,12 @@ DATE_FORMATS = ("%y.%d.%m", "ISO8601")  # of the first and of the newer version
 MANY_LOSSES = 0.1  # share of the texts from which cleaning drops words
 FOLDERS = {"original": ".", "unseen": "unseen"}  # of the protocols, inside output_dir
 
-# Category ids of the YouTube Data API, used if no XX_category_id.json is next to the raw file.
-CATEGORY_NAMES = {
-    1: "Film & Animation", 2: "Autos & Vehicles", 10: "Music", 15: "Pets & Animals", 17: "Sports",
-    18: "Short Movies", 19: "Travel & Events", 20: "Gaming", 21: "Videoblogging",
-    22: "People & Blogs", 23: "Comedy", 24: "Entertainment", 25: "News & Politics",
-    26: "Howto & Style", 27: "Education", 28: "Science & Technology",
-    29: "Nonprofits & Activism", 30: "Movies", 31: "Anime/Animation", 32: "Action/Adventure",
-    33: "Classics", 34: "Comedy", 35: "Documentary", 36: "Drama", 37: "Family", 38: "Foreign",
-    39: "Horror", 40: "Sci-Fi/Fantasy", 41: "Thriller", 42: "Shorts", 43: "Shows", 44: "Trailers",
-}  # fmt: skip
-
-# NLTK's English stop list of 179 words, which the original used; the nltk package would download
-# it at run time.
-STOP_WORDS = frozenset(
-    """i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself
-    yourselves he him his himself she she's her hers herself it it's its itself they them their
-    theirs themselves what which who whom this that that'll these those am is are was were be been
-    being have has had having do does did doing a an the and but if or because as until while of
-    at by for with about against between into through during before after above below to from up
-    down in out on off over under again further then once here there when where why how all any
-    both each few more most other some such no nor not only own same so than too very s t can will
-    just don don't should should've now d ll m o re ve y ain aren aren't couldn couldn't didn
-    didn't doesn doesn't hadn hadn't hasn hasn't haven haven't isn isn't ma mightn mightn't mustn
-    mustn't needn needn't shan shan't shouldn shouldn't wasn wasn't weren weren't won won't wouldn
-    wouldn't""".split()
-)
+# Category names: by id of the YouTube Data API, used if no XX_category_id.json is next to the raw
+# file. Stop words: NLTK's English list of 179, which the original used; the nltk package would
+# download it at run time.
+TABLES = read_json(Path(__file__).with_suffix(".json"))
+CATEGORY_NAMES = {int(number): name for number, name in TABLES["category_names"].items()}
+STOP_WORDS = frozenset(" ".join(TABLES["stop_words"]).split())
 
 
 def find_raw(input_file: str | None) -> tuple[str, bool]:

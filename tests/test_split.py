@@ -203,7 +203,8 @@ def test_the_split_of_another_file_or_content_is_kept(tmp_path, monkeypatch, cap
     assert "kept" not in capsys.readouterr().out
     before = {path: path.read_bytes() for path in Path("csv/split/data").rglob("*.*")}
     assert split.main(["globex/data.csv", *flags, "--output_dir", "csv/split/data"]) == 2
-    assert "has the split of another file or content: remove it, or choose" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has the split of another file or content: remove it, or choose another" in said
     folder = f"csv/split/data-{sha256('globex/data.csv')[:8]}"
     assert split.main(["globex/data.csv", *flags]) == 0
     said = capsys.readouterr().out
