@@ -43,6 +43,7 @@ from model.source import read_model_config
 from runtime.batches import encode, rows_of
 from runtime.columns import fill_format
 from runtime.file_format import SETTINGS as READING
+from runtime.file_format import FileFormat
 from runtime.files import UserError, run_and_report
 from runtime.flags import fill, unused_flag
 from runtime.machine import Machine, pick_machine, set_up_process
@@ -71,26 +72,35 @@ SMOOTHING = 0.01  # pseudo-rows of the label frequencies in each look-up: no pro
 TIE = 1e-6  # weight of the validation file's label frequencies: they only break ties
 ABSENT = -20.0  # logit of a label without a training row, below the lowest of the others
 
-Probabilities = Callable[[list[str]], np.ndarray]  # N texts -> probabilities [N, C]
 Embed = Callable[[list[str]], np.ndarray]  # N texts -> embeddings, float32 [N, HD]
-Logits = Callable[[list[str]], torch.Tensor]  # N texts -> logits, float32 [N, C]
+Classify = Callable[[dataset.Split], torch.Tensor]  # split -> logits, float32 [N, C]
+Built = tuple[dict, dict, Classify, dict]  # settings and model of `describe_run`, and its figures
 
 
-def majority(share: np.ndarray) -> Probabilities:
-    """Predict `share`, the label frequencies [C], for every text."""
-    return lambda texts: np.tile(share, (len(texts), 1))
+def fit_lookup(data: dataset.Data, use_texts: bool) -> Classify:
+    """Return a look-up of the labels of the same training text; for others, label frequencies.
 
-
-def lookup(texts: list[str], one_hot: np.ndarray, share: np.ndarray) -> Probabilities:
-    """Predict the labels (`one_hot`, [N, C]) of the same training text; if unseen, `share`."""
-    found: dict[str, list[np.ndarray]] = {}
-    for text, labels in zip(texts, one_hot, strict=True):
-        found.setdefault(dataset.text_key(text), []).append(labels)
+    use_texts: otherwise it predicts the frequencies for every text.
+    """
+    multi_label = data.train.label_ids.ndim == 2
+    one_hot, validation = (
+        split.label_ids if multi_label else np.eye(len(data.names))[split.label_ids]
+        for split in (data.train, data.eval)
+    )
+    share = (one_hot.mean(axis=0) + TIE * validation.mean(axis=0)) / (1 + TIE)
+    same_text: dict[str, list[np.ndarray]] = {}
+    for key, labels in zip(data.train.keys, one_hot, strict=True) if use_texts else ():
+        same_text.setdefault(key, []).append(labels)
     table = {
         key: (np.sum(rows, axis=0) + SMOOTHING * share) / (len(rows) + SMOOTHING)
-        for key, rows in found.items()
+        for key, rows in same_text.items()
     }
-    return lambda texts: np.stack([table.get(dataset.text_key(text), share) for text in texts])
+
+    def classify(split: dataset.Split) -> torch.Tensor:
+        keys = map(dataset.text_key, split.texts)
+        return to_logits(np.stack([table.get(key, share) for key in keys]), multi_label)
+
+    return classify
 
 
 def features_of(method: str) -> tuple[str, ...]:
@@ -132,16 +142,19 @@ def vectorizer(
     if "words" in parts and not any(map(words.build_analyzer(), texts)):
         raise UserError("no text in the training file contains a word: use another baseline")
     characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), **options)
-    known: dict = {"words": words, "characters": characters}
-    if "embeddings" in parts:
-        known["embeddings"] = FunctionTransformer(embedder(source, pick_machine("auto")))
+    features = {"words": words, "characters": characters}
+    if source:
+        features["embeddings"] = FunctionTransformer(embedder(source, pick_machine("auto")))
     weights = {name: weight for name, weight in WEIGHTS.items() if name in parts}
-    return FeatureUnion([(name, known[name]) for name in parts], transformer_weights=weights)
+    return FeatureUnion([(name, features[name]) for name in parts], transformer_weights=weights)
 
 
-def fit_linear(method: str, data: dataset.Data, source: ModelFolders | None) -> tuple[Logits, dict]:
+def fit_linear(
+    method: str, data: dataset.Data, source: ModelFolders | None
+) -> tuple[Classify, dict]:
     """Fit a linear model with each strength; return the one with the best validation accuracy.
 
+    source: the backbone of embeddings. Also returns the chosen strength.
     Raises: UserError if the training rows have a single label.
     """
     texts, label_ids, classes = data.train.texts, data.train.label_ids, len(data.names)
@@ -163,37 +176,21 @@ def fit_linear(method: str, data: dataset.Data, source: ModelFolders | None) -> 
         margins = model.decision_function(vectors)
         if margins.ndim == 1:  # of two labels, the second's
             margins = np.stack([0 * margins, margins], axis=1)
-        found = np.repeat(margins.min(axis=1, keepdims=True) + ABSENT, classes, axis=1)
-        found[:, model.classes_] = margins
-        return torch.from_numpy(found).float()
+        columns = np.repeat(margins.min(axis=1, keepdims=True) + ABSENT, classes, axis=1)
+        columns[:, model.classes_] = margins
+        return torch.from_numpy(columns).float()
 
-    best: tuple[float, ClassifierMixin, float] | None = None
+    best = -1.0, model, 0.0  # accuracy, model, strength
     for strength in strengths:
         model.set_params(C=strength)
         fitted = OneVsRestClassifier(model) if multi_label else model
         fitted.fit(vectors, label_ids)
-        found = Predictions.from_logits(logits(fitted, validation), multi_label)
-        accuracy = compute_metrics(found, data.eval.label_ids)["accuracy"]
-        if best is None or accuracy > best[0]:
+        predictions = Predictions.from_logits(logits(fitted, validation), multi_label)
+        accuracy = compute_metrics(predictions, data.eval.label_ids)["accuracy"]
+        if accuracy > best[0]:
             best = accuracy, copy.deepcopy(fitted), strength
     _, fitted, strength = best
-    return lambda texts: logits(fitted, features.transform(texts)), {"C": strength}
-
-
-def fit(
-    method: str, data: dataset.Data, multi_label: bool, source: ModelFolders | None
-) -> tuple[Logits, dict]:
-    """Fit a baseline; return it and the settings that the validation file chose."""
-    if method in LINEAR:
-        return fit_linear(method, data, source)
-    one_hot, validation = (
-        split.label_ids if multi_label else np.eye(len(data.names))[split.label_ids]
-        for split in (data.train, data.eval)
-    )
-    share = (one_hot.mean(axis=0) + TIE * validation.mean(axis=0)) / (1 + TIE)
-    texts = data.train.texts
-    classify = majority(share) if method == "majority" else lookup(texts, one_hot, share)
-    return lambda texts: to_logits(classify(texts), multi_label), {}
+    return lambda split: logits(fitted, features.transform(split.texts)), {"C": strength}
 
 
 def parse(argv: list[str]) -> tuple[str, Namespace]:
@@ -214,39 +211,59 @@ def parse(argv: list[str]) -> tuple[str, Namespace]:
 
 
 def run(argv: list[str]) -> None:
-    """Fit a baseline, score it and publish the results, as `main.run` does."""
+    """Fit a baseline, score it and publish the results."""
     method, args = parse(argv)
     set_up_process()
     form = fill_format(vars(args))
     fill(vars(args), {"text_column_delimiter": form.text_column_delimiter})
     settings = {name: getattr(args, name) for name in SETTINGS}
-    multi_label = form.multi_label
-    with opened(args.output_dir, args.overwrite_output_dir) as output:
-        files = {"train": args.train_file, "eval": args.validation_file}
-        splits = dataset.read_splits(files, form)
-        names = dataset.label_names(splits["train"], args.label_names)
-        sample = {"max_train_samples": args.max_train_samples, "seed": args.seed}
-        data = dataset.prepare(form, splits, names, args.test_file, **sample)
-        check_columns(data, args.reject_below)
+
+    def build(data: dataset.Data) -> Built:
         model = {"backbone": method, "weights_sha256": None, "method": f"baseline {method}"}
+        if method not in LINEAR:
+            return settings, model, fit_lookup(data, method == "lookup"), {}
         source = None
         if "embeddings" in features_of(method):
             source = locate(args.model_name_or_path)
             model |= {"backbone": source.name, "weights_sha256": sha256_of(source.all)}
-        record = describe_run(settings, model, data.names, data.describe())
+        return settings, model, *fit_linear(method, data, source)
+
+    score_and_publish(args, form, build, calibrated=method in LINEAR)
+
+
+def score_and_publish(
+    args: Namespace,
+    form: FileFormat,
+    build: Callable,
+    names: list[str] | None = None,
+    calibrated: bool = True,
+    explain: bool = True,
+) -> None:
+    """Score a model that is not tuned here, and publish the results, as `main.run` does.
+
+    build: `dataset.Data` -> `Built`. names: the labels, if not those of the training file.
+    explain: see `score`.
+    """
+    with opened(args.output_dir, args.overwrite_output_dir) as output:
+        files = {"train": args.train_file, "eval": args.validation_file}
+        splits = dataset.read_splits(files, form)
+        names = names or dataset.label_names(splits["train"], args.label_names)
+        sample = {"max_train_samples": args.max_train_samples, "seed": args.seed}
+        data = dataset.prepare(form, splits, names, args.test_file, **sample)
+        check_columns(data, args.reject_below)
+        settings, model, classify, results = build(data)
+        record = describe_run(settings, model, names, data.describe())
         output.start(record)
-        classify, chosen = fit(method, data, multi_label, source)
-        results = data.count_rows() | chosen
+        calibration, figures = Calibration(), {}
+        if calibrated:
+            calibration, figures = calibrate(classify(data.eval)[None], data)
+        results = data.count_rows() | results | figures
 
         def logits(split: dataset.Split) -> torch.Tensor:
-            return calibration(classify(split.texts))
+            return calibration(classify(split))
 
-        calibration = Calibration()
-        if method in LINEAR:
-            calibration, found = calibrate(logits(data.eval)[None], data)
-            results |= found
         options = Options(args.safe_csv, args.reject_below)
-        results |= score(logits, data, multi_label, output, options)
+        results |= score(logits, data, form.multi_label, output, options, explain)
         publish(output, record, results)
 
 

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Compare this project's speed with other libraries on this machine; see script/benchmark/benchmark.py.
-set -euo pipefail
 if [[ " $* " == *" --help "* ]]; then # needs no rivals
     source "$(dirname "$0")/environment.sh" requirements.txt
 else
@@ -8,5 +7,4 @@ else
         script/requirements-export.txt
     source script/data.sh "$@"
 fi
-
 exec "$PYTHON" -m script.benchmark.benchmark "$@"

@@ -1,7 +1,5 @@
 #!/usr/bin/env bash
 # Run the study: compare baselines and all tuning methods; see script/study/compare.py.
-set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
 [[ " $* " == *" --original "* && " $* " == *" --unseen "* ]] || source script/data.sh
-
 exec "$PYTHON" -m script.study.compare "$@"

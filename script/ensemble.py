@@ -16,25 +16,24 @@ K runs, N rows, C classes.
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-import dataset
 from arguments import parse_args
-from evaluation.calibration import ENOUGH_ROWS, calibrate, calibration_rows, figures
-from evaluation.predictions import FILES, Options, check_columns
-from evaluation.scoring import publish, score
+from dataset import Data, Split
+from evaluation.calibration import ENOUGH_ROWS, calibration_rows, figures
+from evaluation.predictions import FILES
 from model.predictions import to_logits
 from runtime.csv_reader import Table
 from runtime.file_format import SETTINGS, FileFormat
 from runtime.files import UserError, run_and_report, sha256
 from runtime.flags import contains, unused_flag
-from runtime.output_folder import opened
-from runtime.record import RUN_FILE, describe_run, differences, read_record
+from runtime.record import RUN_FILE, differences, read_record
+from script.baseline import Built, score_and_publish
 
 logger = logging.getLogger(__name__)
 
@@ -46,30 +45,27 @@ DATA_SETTINGS = (  # of a run: how its files are read
 )
 
 
-def read_runs(folders: Sequence[str]) -> list[dict]:
-    """Read the records of finished runs.
+def read_runs(folders: Sequence[str]) -> dict:
+    """Check the records of finished runs, and return the first.
 
     Raises: UserError if one is not finished or cannot be combined with the first.
     """
     if not folders:
         raise UserError("no runs: pass their output folders before the flags")
-    records = []
-    for folder in folders:
-        record = read_record(Path(folder) / RUN_FILE)
+    records = [read_record(Path(folder) / RUN_FILE) for folder in folders]
+    for folder, record in zip(folders, records, strict=True):
         missing = [name for name in FILES.values() if not (Path(folder) / name).is_file()]
         if not record or missing:
             what = f"lacks {missing[0]}" if record else "contains no finished run"
             raise UserError(f"{folder} {what}: pass folders of runs that evaluated and predicted")
         if missing := {"train", "eval", "test"} - record["data"].keys():
             raise UserError(f"{folder} used no {missing.pop()} file: pass a run that trained")
-        records.append(record)
-    for folder, record in zip(folders, records, strict=True):
         if other := differences(comparable(records[0]), comparable(record)):
             raise UserError(
                 f"{folder} and {folders[0]} have different {', '.join(other)}: pass runs on the "
                 "same files"
             )
-    return records
+    return records[0]
 
 
 def comparable(record: dict) -> dict:
@@ -80,35 +76,33 @@ def comparable(record: dict) -> dict:
     settings = {name: record["settings"].get(name) or None for name in names}
     if len(settings["text_column_names"]) == 1:
         settings["text_column_delimiter"] = None  # joins nothing
-    return {
-        "settings": settings,
-        "data": {name: one["sha256"] for name, one in record["data"].items()},
-        "labels": sorted(record["labels"]),
-    }
-
-
-def texts_of(table: pd.DataFrame, columns: list[str]) -> list[list[str]]:
-    """Return the cells of these columns, without the apostrophes that --safe_csv may have added."""
-    return [[cell.lstrip("'") for cell in table[name]] for name in columns]
+    data = {name: file["sha256"] for name, file in record["data"].items()}
+    return {"settings": settings, "data": data, "labels": sorted(record["labels"])}
 
 
 def read_probabilities(
-    folder: str, name: str, labels: list[str], text_columns: list[str], texts: list[list[str]]
+    folders: list[str], name: str, labels: list[str], columns: Sequence[str], parts: Iterable[Split]
 ) -> np.ndarray:
-    """Read a run's predictions of a file: probabilities [N, C], in the order of `labels`.
+    """Read the runs' predictions of a file: probabilities [K, N, C], in the order of `labels`.
 
-    texts: `texts_of` the file. Raises: UserError if the predictions were changed.
+    columns: of texts. parts: of the file. Raises: UserError if the predictions were changed.
     """
-    path, columns = Path(folder) / FILES[name], [f"probability_{label}" for label in labels]
-    file = Table(path, FileFormat().written_here(), [*text_columns, *columns])
-    table = next(file.frames())
-    if texts_of(table, text_columns) != texts:
-        raise UserError(f"{path} has other rows than the file it predicts: repeat that run")
-    try:
-        found = table[columns].to_numpy(dtype=float)
-    except ValueError:
-        raise UserError(f"{path} has a probability that is no number: repeat that run") from None
-    return np.clip(found, SMALLEST, 1 - SMALLEST)
+
+    def texts(table: pd.DataFrame) -> list[list[str]]:  # --safe_csv may have added apostrophes
+        return [[cell.lstrip("'") for cell in table[column]] for column in columns]
+
+    expected = texts(pd.concat(part.table for part in parts))
+    probability, names = [], [f"probability_{label}" for label in labels]
+    for path in (Path(folder) / FILES[name] for folder in folders):
+        table = next(Table(path, FileFormat().written_here(), [*columns, *names]).frames())
+        if texts(table) != expected:
+            raise UserError(f"{path} has other rows than the file it predicts: repeat that run")
+        try:
+            probability.append(table[names].to_numpy(dtype=float))
+        except ValueError:
+            message = f"{path} has a probability that is no number: repeat that run"
+            raise UserError(message) from None
+    return np.clip(np.stack(probability), SMALLEST, 1 - SMALLEST)
 
 
 def select(probability: np.ndarray, label_ids: np.ndarray) -> np.ndarray:
@@ -142,61 +136,50 @@ def parse(argv: list[str]) -> tuple[list[str], Namespace]:
 
 
 def run(argv: list[str]) -> None:
-    """Choose the weights, score the average and publish the results, as `main.run` does."""
+    """Choose the weights, score the average and publish the results. Raises: UserError."""
     folders, args = parse(argv)
-    records = read_runs(folders)
-    settings = {name: records[0]["settings"].get(name) for name in DATA_SETTINGS}
-    names, multi_label = records[0]["labels"], settings["problem_type"].startswith("multi")
+    first = read_runs(folders)
+    settings = {name: first["settings"].get(name) for name in DATA_SETTINGS}
     vars(args).update(settings)
     for folder in folders:
         if contains(args.output_dir, folder):
             raise UserError(f"--output_dir contains the run {folder}: choose another one")
-    with opened(args.output_dir, args.overwrite_output_dir) as output:
-        form = FileFormat.from_settings(settings)
-        files = {"train": args.train_file, "eval": args.validation_file}
-        sample = {"max_train_samples": args.max_train_samples, "seed": args.seed}
-        splits = dataset.read_splits(files, form)
-        data = dataset.prepare(form, splits, names, args.test_file, **sample)
-        for name, described in data.describe().items():
-            if described["sha256"] != records[0]["data"][name]["sha256"]:
-                raise UserError(f"{described['path']} has changed since {folders[0]} used it")
-        check_columns(data, args.reject_below)
-        columns, found = settings["text_column_names"], {}
-        for name, parts in (("eval", [data.eval]), ("test", data.test)):
-            texts = texts_of(pd.concat(part.table for part in parts), columns)
-            each = [read_probabilities(one, name, names, columns, texts) for one in folders]
-            found[name] = np.stack(each)
+    form = FileFormat.from_settings(settings)
+
+    def build(data: Data) -> Built:
+        for name, file in data.describe().items():
+            if file["sha256"] != first["data"][name]["sha256"]:
+                raise UserError(f"{file['path']} has changed since {folders[0]} used it")
+        probability = {
+            name: read_probabilities(folders, name, data.names, form.text_column_names, parts)
+            for name, parts in (("eval", [data.eval]), ("test", data.test))
+        }
         rows = calibration_rows(data)
         if rows.sum() < ENOUGH_ROWS:
             rows[:] = True
-        counts = select(found["eval"][:, rows], data.eval.label_ids[rows])
+        counts = select(probability["eval"][:, rows], data.eval.label_ids[rows])
         weights = counts / counts.sum()
         for folder, weight in zip(folders, weights, strict=True):
             logger.info("weight %.2f: %s", weight, folder)
         used = {f: round(float(w), 6) for f, w in zip(folders, weights, strict=True) if w}
+        about = {"output_dir": args.output_dir, "runs": folders, "weights": used}
+        about["runs_sha256"] = {f: sha256(Path(f) / FILES["eval"]) for f in folders}
         model = {"backbone": ", ".join(used), "weights_sha256": None}
         model["method"] = f"ensemble of {len(used)} runs"
-        settings |= {"output_dir": args.output_dir, "runs": list(folders), "weights": used}
-        settings["runs_sha256"] = {one: sha256(Path(one) / FILES["eval"]) for one in folders}
-        record = describe_run(settings, model, names, data.describe())
-        output.start(record)
-
         logits = {
-            name: to_logits(np.tensordot(weights, one, axes=1), multi_label)
-            for name, one in found.items()
+            name: to_logits(np.tensordot(weights, runs, axes=1), form.multi_label)
+            for name, runs in probability.items()
         }
-        calibration, calibrated = calibrate(logits["eval"][None], data)
-        results = data.count_rows() | calibrated
-        rest = iter(calibration(logits["test"]))
+        test_rows = iter(logits["test"])
 
-        def classify(split: dataset.Split) -> torch.Tensor:
+        def classify(split: Split) -> torch.Tensor:
             if split is data.eval:
-                return calibration(logits["eval"])
-            return torch.stack([next(rest) for _ in range(len(split))])
+                return logits["eval"]
+            return torch.stack([next(test_rows) for _ in range(len(split))])
 
-        options = Options(args.safe_csv, args.reject_below)
-        results |= score(classify, data, multi_label, output, options, explain=False)
-        publish(output, record, results)
+        return settings | about, model, classify, {}
+
+    score_and_publish(args, form, build, first["labels"], explain=False)
 
 
 def main(argv: list[str]) -> int:

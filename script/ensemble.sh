@@ -1,7 +1,5 @@
 #!/usr/bin/env bash
 # Average finished runs, with weights that the validation file chooses; see script/ensemble.py:
 #     bash script/ensemble.sh checkpoints/og checkpoints/prefix --output_dir checkpoints/both
-set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt
-
 exec "$PYTHON" -m script.ensemble "$@"

@@ -1,7 +1,5 @@
 #!/usr/bin/env bash
 # Write a tuned model as ONNX, for onnxruntime, OpenVINO and others; see script/export.py:
 #     bash script/export.sh checkpoints/prefix
-set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements.txt script/requirements-export.txt
-
 exec "$PYTHON" -m script.export "$@"

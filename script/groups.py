@@ -5,8 +5,6 @@
 
 import csv
 import hashlib
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,15 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from runtime.csv_reader import text_key
-from runtime.file_format import SplitRecord
-from runtime.files import UserError, name_list, read_json, sha256, to_json, writing
+from runtime.files import (
+    UserError,
+    name_list,
+    read_json,
+    sha256,
+    to_json,
+    write_text,
+    writing,
+)
 
 SAMPLE_FILE = "csv/USvideos_sample.csv"
 JOINS_LABELS = "\x1f"  # several labels of a row; ASCII's unit separator
@@ -155,40 +160,6 @@ def format_figures(figures: dict[str, dict[str, dict]]) -> str:
     return table.to_string(formatters={"share_in_train": percent, "lookup_accuracy": percent})
 
 
-def earlier_splits(folder: Path, checksum: str) -> dict[Path, str]:
-    """Return the split.json files in a folder and its folds that are of other content.
-
-    checksum: of the content to split now. Returns the input file that each of them names, by path.
-    """
-    paths = [*folder.glob("split.json"), *folder.glob("[0-9]*/split.json")]
-    found = {path: read_json(path, SplitRecord) for path in paths}
-    return {
-        path: record.get("input", "unknown")
-        for path, record in found.items()
-        if record.get("input_sha256", checksum) != checksum
-    }
-
-
-def keep_earlier(folder: Path, checksum: str) -> Path | None:
-    """Copy the splits of other content in a folder into a subfolder; returns it, or None.
-
-    Runs that used them need them to be resumed. A split of the same content needs no copy, since
-    the same command makes it again. checksum: see `earlier_splits`.
-    Raises: UserError if a file cannot be copied.
-    """
-    earlier = [*earlier_splits(folder, checksum)]
-    if not earlier:
-        return None
-    kept = folder / f"earlier-{sha256(earlier[0])[:8]}"
-    for path in earlier:
-        copies = kept / path.parent.relative_to(folder)
-        with writing(copies):
-            copies.mkdir(parents=True, exist_ok=True)
-            for file in (path, *path.parent.glob("*_simple.csv")):
-                shutil.copy2(file, copies)
-    return kept
-
-
 def write_splits(folders: dict[Path, tuple[dict[str, pd.DataFrame], dict]]) -> None:
     """Write each folder's `{train,val,test}_simple.csv` and split.json, each file atomically.
 
@@ -198,30 +169,26 @@ def write_splits(folders: dict[Path, tuple[dict[str, pd.DataFrame], dict]]) -> N
     Raises: UserError, before anything is written, if a file was not written by this function; also
         if a folder cannot be written.
     """
-    files = {}
+    files: dict[Path, str] = {}
     for folder, (tables, record) in folders.items():
         split_file, checksums = folder / "split.json", {}
+        written = read_json(split_file).get("files") if split_file.exists() else {}
+        foreign = [] if isinstance(written, dict) else [split_file]
         for name, table in tables.items():
             text = table.to_csv(index=False, lineterminator="\n")
             if "\r" in text:  # which Python 3.11 leaves unquoted
                 text = table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_ALL)
             path = folder / f"{name}_simple.csv"
-            files[path] = text.encode()
-            checksums[path.name] = hashlib.sha256(files[path]).hexdigest()
-        written = read_json(split_file).get("files") if split_file.exists() else {}
-        foreign = [] if isinstance(written, dict) else [split_file]
-        for name, checksum in checksums.items():
-            path = folder / name  # the new content is there if an earlier call was killed
-            if not foreign and path.exists() and sha256(path) not in (checksum, written.get(name)):
+            files[path] = text
+            checksums[path.name] = new = hashlib.sha256(text.encode()).hexdigest()
+            # the new content is there if an earlier call was killed
+            if not foreign and path.exists() and sha256(path) not in (new, written.get(path.name)):
                 foreign.append(path)
         if foreign:
             problem = f"{foreign[0]} was not written by split.sh or preprocess.sh"
             raise UserError(f"{problem}: move it or choose another output_dir")
-        files[split_file] = to_json({**record, "files": checksums}).encode()
-    for path, data in files.items():
+        files[split_file] = to_json({**record, "files": checksums})
+    for path, text in files.items():
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".partial").write_bytes(data)
-    for path in files:
-        with writing(path):
-            os.replace(path.with_suffix(".partial"), path)
+        write_text(path, text)

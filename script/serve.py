@@ -20,11 +20,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
-from arguments import DIR, FILE
+from arguments import DIR, FILE, INF, INT, NAME
 from runtime.columns import precision_for
-from runtime.files import UserError, run_and_report
-from runtime.flags import Parser, number, value
+from runtime.files import UserError, name_list, run_and_report
+from runtime.flags import Parser, choice, number, value
 from runtime.machine import pick_machine, set_up_process
 from serving.app import create_app
 from serving.engine import Settings
@@ -38,47 +39,6 @@ MACOS_OPEN_FILES = 10_240  # the most it grants, though its limit may be infinit
 SHUTDOWN_SECONDS = 60  # for requests in flight
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = Parser("bash script/serve.sh", __doc__)
-    count, defaults = number(int, 1, float("inf")), Settings()
-    size = number(float, 0, float("inf"), open_low=True)
-    add = parser.add_argument
-    add("models", nargs="*", metavar="MODEL")
-    add("--host", default="127.0.0.1", help="address to listen on [%(default)s]")
-    add("--port", default=8000, **value(number(int, 0, 65535)), help="0: any free one [8000]")
-    add(
-        "--allowed_hosts",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="further names by which clients call this server, such as example.org; '*': any",
-    )
-    add(
-        "--allow_origins",
-        nargs="+",
-        default=[],
-        **value(origin, "URL"),
-        help="pages that may call this server, such as https://example.org; '*': any [none]",
-    )
-    add("--api_key_file", **FILE, help="its content is the key that clients must send")
-    add(
-        "--allow_updates",
-        **DIR | {"metavar": "FOLDER"},
-        help="let /v1/load_adapter and /v1/unload_adapter change what is served, from below FOLDER",
-    )
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    for name, default, kind, what in (
-        ("--cache_gib", 1.0, value(size, "GIB"), "memory for prefixes; those used last stay "),
-        ("--max_batch_tokens", defaults.max_batch_tokens, value(count), ""),
-        ("--max_queue", defaults.max_queue, value(count), "texts that may wait; more get 429 "),
-        ("--max_texts", defaults.max_texts, value(count), "texts of one request "),
-        ("--max_body_mib", defaults.max_body / 2**20, value(size, "MIB"), "size of one request "),
-    ):
-        add(name, default=default, **kind, help=f"{what}[%(default)s]")
-    return parser.parse_args(argv)
-
-
 def origin(text: str) -> str:
     """Check the origin of pages, as browsers send it. Raises: ArgumentTypeError."""
     if text != "*" and not re.fullmatch(r"https?://[^/\s]+", text):
@@ -86,6 +46,38 @@ def origin(text: str) -> str:
             f"'{text}' is no origin: write it such as https://example.org, without a path"
         )
     return text.lower()
+
+
+LIMITS = Settings()
+SIZE = value(number(float, 0, INF, open_low=True), "GIB|MIB")
+# fmt: off
+FLAGS = (
+    ("--host", {}, "127.0.0.1", "address to listen on [%(default)s]"),
+    ("--port", value(number(int, 0, 65535)), 8000, "0: any free one [%(default)s]"),
+    ("--allowed_hosts", NAME | {"nargs": "+"}, (),
+     "further names by which clients call this server, such as example.org; '*': any"),
+    ("--allow_origins", value(origin, "URL", nargs="+"), (),
+     "pages that may call this server, such as https://example.org; '*': any [none]"),
+    ("--api_key_file", FILE, None, "its content is the key that clients must send"),
+    ("--allow_updates", DIR | {"metavar": "FOLDER"}, None,
+     "let /v1/load_adapter and /v1/unload_adapter change what is served, from below FOLDER"),
+    ("--precision", choice("auto", "fp32", "bf16"), "auto", ""),
+    ("--cache_gib", SIZE, 1.0, "memory for prefixes; those used last stay [%(default)s]"),
+    ("--max_batch_tokens", INT, LIMITS.max_batch_tokens, "[%(default)s]"),
+    ("--max_queue", INT, LIMITS.max_queue, "texts that may wait; more get 429 [%(default)s]"),
+    ("--max_texts", INT, LIMITS.max_texts, "texts of one request [%(default)s]"),
+    ("--max_body_mib", SIZE, LIMITS.max_body / 2**20, "size of one request [%(default)s]"),
+)
+# fmt: on
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser("bash script/serve.sh", __doc__)
+    parser.add_argument("models", nargs="*", metavar="MODEL")
+    for name, kind, default, text in FLAGS:
+        parser.add_argument(name, **kind, default=default, help=text)
+    return parser.parse_args(argv)
 
 
 def read_key(path: str | None) -> str | None:
@@ -121,52 +113,42 @@ def run(args: argparse.Namespace) -> None:
         updates_from=updates,
         allow_origins=tuple(args.allow_origins),
     )
-    listener = listen(args.host, args.port)
+    try:  # before models load: a port in use is reported at once, and connections wait
+        listener = socket.create_server((args.host, args.port), backlog=BACKLOG)
+    except OSError as error:
+        raise UserError(
+            f"--host {args.host} --port {args.port}: {error.strerror or error}"
+        ) from None
     set_up_process()
     found = find_models(paths)
     machine = pick_machine(precision_for(args.precision, found.values()))
     registry = Registry(machine, int(args.cache_gib * 2**30))
     registry.add_all(found, named=paths)
-    app = create_app(registry, settings)
+    own = sum(not model.adapters for model in registry.models.values())
+    logger.info(
+        "%s; %d models: %d on %d shared backbones, %d on their own", registry.machine,
+        len(registry.models), len(registry.models) - own, len(registry.backbones), own,
+    )  # fmt: skip
+    logger.info("serving %s", name_list(registry.models))
+    address = "http://{}:{}".format(*listener.getsockname())
+    logger.info("ready after %.1f s: %s", time.perf_counter() - began, address)
+    serve(create_app(registry, settings), listener)
+    logger.info("stopped")
+
+
+def serve(app: FastAPI, listener: socket.socket) -> None:
+    """Serve until a signal."""
     # Python looks for garbage in all objects, and the libraries have a million of them. That took
     # four fifths of the main thread's time, while no other thread could run. So leave these out.
     gc.collect()
     gc.freeze()
-    own = sum(not model.adapters for model in registry.models.values())
-    names = [*registry.models]
-    logger.info(
-        "%s; %d models: %d on %d shared backbones, %d on their own",
-        registry.machine, len(names), len(names) - own, len(registry.backbones), own,
-    )  # fmt: skip
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    logger.info("serving %s", shown)
-    host, port = listener.getsockname()[:2]
-    logger.info("ready after %.1f s: http://%s:%d", time.perf_counter() - began, host, port)
     config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        backlog=BACKLOG,
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        server_header=False,
-    )
-    for one in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it again at its end
-        signal.signal(one, lambda *_: None)
+        app, log_level="warning", access_log=False, server_header=False, backlog=BACKLOG,
+        limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )  # fmt: skip
+    for sent in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it again at its end
+        signal.signal(sent, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listener])
-    logger.info("stopped")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Open the socket before models load, so that a port in use is reported at once."""
-    try:
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(BACKLOG)  # from now on connections wait instead of being refused
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror or error}") from None
-    return listener
 
 
 def raise_open_files() -> None:

@@ -4,6 +4,9 @@
 """
 
 import re
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -14,16 +17,9 @@ from runtime.advice import row_list
 from runtime.csv_reader import Table, text_key
 from runtime.file_format import FileFormat
 from runtime.files import UserError, name_list, read_json
-from runtime.flags import QUOTINGS
+from runtime.flags import QUOTINGS, boolean, column_names, encoding, number
 from runtime.labels import label_key
-from script.groups import (
-    FEW_ROWS,
-    SAMPLE_FILE,
-    connected,
-    cut_groups,
-    keep_training_labels,
-    write_splits,
-)
+from script.groups import FEW_ROWS, SAMPLE_FILE, connected, cut_groups, keep_training_labels
 
 RAW_FILES = ("csv/USvideos.csv", "csv/USvideo.csv")
 TEXT_COLUMNS = ("title", "channel_title", "tags", "description")
@@ -34,69 +30,15 @@ DEFAULT_COLUMNS = {
 }  # fmt: skip
 NEWER_NAMES = {"categoryId": "category_id", "channelTitle": "channel_title"}
 DATE_FORMATS = ("%y.%d.%m", "ISO8601")  # of the first and of the newer version
-MANY_ROWS, MANY_LOSSES = 0.01, 0.1  # shares of rows that cleaning drops, or takes words from
+MANY_LOSSES = 0.1  # share of the texts from which cleaning drops words
 FOLDERS = {"original": ".", "unseen": "unseen"}  # of the protocols, inside output_dir
 
-# Category ids of the YouTube Data API, used if no XX_category_id.json is next to the raw file.
-CATEGORY_NAMES = {
-    1: "Film & Animation", 2: "Autos & Vehicles", 10: "Music", 15: "Pets & Animals", 17: "Sports",
-    18: "Short Movies", 19: "Travel & Events", 20: "Gaming", 21: "Videoblogging",
-    22: "People & Blogs", 23: "Comedy", 24: "Entertainment", 25: "News & Politics",
-    26: "Howto & Style", 27: "Education", 28: "Science & Technology",
-    29: "Nonprofits & Activism", 30: "Movies", 31: "Anime/Animation", 32: "Action/Adventure",
-    33: "Classics", 34: "Comedy", 35: "Documentary", 36: "Drama", 37: "Family", 38: "Foreign",
-    39: "Horror", 40: "Sci-Fi/Fantasy", 41: "Thriller", 42: "Shorts", 43: "Shows", 44: "Trailers",
-}  # fmt: skip
-
-# NLTK's English stop list of 179 words, which the original used; the nltk package would download
-# it at run time.
-STOP_WORDS = frozenset(
-    """i me my myself we our ours ourselves you you're you've you'll you'd your yours yourself
-    yourselves he him his himself she she's her hers herself it it's its itself they them their
-    theirs themselves what which who whom this that that'll these those am is are was were be been
-    being have has had having do does did doing a an the and but if or because as until while of
-    at by for with about against between into through during before after above below to from up
-    down in out on off over under again further then once here there when where why how all any
-    both each few more most other some such no nor not only own same so than too very s t can will
-    just don don't should should've now d ll m o re ve y ain aren aren't couldn couldn't didn
-    didn't doesn doesn't hadn hadn't hasn hasn't haven haven't isn isn't ma mightn mightn't mustn
-    mustn't needn needn't shan shan't shouldn shouldn't wasn wasn't weren weren't won won't wouldn
-    wouldn't""".split()
-)
-
-
-def check_parameters(**parameters) -> dict:
-    """Check the notebook's parameters; `text_columns` may be one string, `title,tags`.
-
-    Returns them, with a list of the first version's names as `text_columns`.
-    Raises: UserError naming the parameter.
-    """
-    columns = parameters["text_columns"]
-    columns = columns.split(",") if isinstance(columns, str) else columns
-    columns = [NEWER_NAMES.get(name.strip(), name.strip()) for name in columns]
-    valid = len(columns) == len(set(columns)) > 0 and set(columns) <= set(TEXT_COLUMNS)
-    quantile, seed = parameters["top_quantile"], parameters["seed"]
-    share = "a number between 0 and 1"
-    for name, good, wanted in (
-        ("text_columns", valid, f"some of {', '.join(TEXT_COLUMNS)}, each once"),
-        ("cleaning", parameters["cleaning"] in CLEANINGS, f"one of {', '.join(CLEANINGS)}"),
-        ("group_by", parameters["group_by"] in GROUPINGS, f"one of {', '.join(GROUPINGS)}"),
-        ("top_quantile", quantile is None or is_share(quantile), f"{share}, or None"),
-        ("balance", isinstance(parameters["balance"], bool), "True or False"),
-        ("drop_malformed", isinstance(parameters["drop_malformed"], bool), "True or False"),
-        ("quoting", parameters["quoting"] in QUOTINGS, f"one of {', '.join(QUOTINGS)}"),
-        ("seed", type(seed) is int and 0 <= seed < 2**32, "a whole number from 0 to 4294967295"),
-        ("train_share", is_share(parameters["train_share"]), share),
-        ("test_share", is_share(parameters["test_share"]), share),
-    ):
-        if not good:
-            raise UserError(f"parameter {name} is {parameters[name]!r}: set it to {wanted}")
-    return parameters | {"text_columns": columns}
-
-
-def is_share(value: object) -> bool:
-    """Return whether a value is a number strictly between 0 and 1."""
-    return isinstance(value, float) and 0 < value < 1
+# Category names: by id of the YouTube Data API, used if no XX_category_id.json is next to the raw
+# file. Stop words: NLTK's English list of 179, which the original used; the nltk package would
+# download it at run time.
+TABLES = read_json(Path(__file__).with_suffix(".json"))
+CATEGORY_NAMES = {int(number): name for number, name in TABLES["category_names"].items()}
+STOP_WORDS = frozenset(" ".join(TABLES["stop_words"]).split())
 
 
 def find_raw(input_file: str | None) -> tuple[str, bool]:
@@ -123,12 +65,11 @@ def read_raw(
 ) -> pd.DataFrame:
     """Read the raw rows, as text except the added `category_id`, `day` and `video_id`.
 
-    Columns get the names of the data set's first version. A parameter that is None is found; the
-    table's `attrs["found"]` has the four that were used, `attrs["counts"]` the malformed rows that
-    were dropped. `category_id` is an int, or a name if the label column has names. If date or id
-    column are not needed, they may be missing: `day` is then the row's number and `video_id` the
-    text. An invalid id gets the text appended: spreadsheets turn ids that start with a minus into
-    "#NAME?", which many videos share.
+    Columns get the names of the data set's first version. The table's `attrs["found"]` has the
+    parameters that were used for None, `attrs["counts"]` the malformed rows that were dropped.
+    `category_id` is an int, or a name if the label column has names. Columns of dates and ids may
+    be missing if not needed: `day` is then the row's number and `video_id` the text. An invalid id
+    gets the text appended: spreadsheets turn ids that start with a minus into "#NAME?".
 
     dialect: fields of `FileFormat`.
     Raises: UserError for a malformed file, a missing column, and rows with an invalid category
@@ -142,21 +83,24 @@ def read_raw(
     found = {key: given[key] or newer.get(name, name) for key, name in DEFAULT_COLUMNS.items()}
     dated = bool(group_by == "time" or date_column or date_format)  # are dates needed?
     texts = [newer.get(name, name) for name in text_columns]
-    needed = {
-        "text_columns": texts,
-        "label_column": [found["label_column"]],
-        "date_column": [found["date_column"]] if dated else [],
-        "id_column": [id_column] if id_column else [],
-        "group_by": [newer.get("channel_title", "channel_title")] if group_by == "channel" else [],
-    }
-    check_header(path, header, needed, {*texts, *found.values()})
+    needed = dict.fromkeys(texts, "text_columns") | {found["label_column"]: "label_column"}
+    needed |= {found["date_column"]: "date_column"} if dated else {}
+    needed |= {id_column: "id_column"} if id_column else {}
+    if group_by == "channel":
+        needed[newer.get("channel_title", "channel_title")] = "group_by"
+    for name in {**needed, **dict.fromkeys(found.values())}:
+        if name in needed and name not in header:
+            names = name_list(map(repr, header))
+            raise UserError(f"{path} has no column {name!r}; it has {names}: set -p {needed[name]}")
+        if header.count(name) > 1:
+            raise UserError(f"{path} has the column {name!r} more than once: rename one")
     table = next(file.frames())
     for remark in file.remarks():
         print(f"warning: {remark}")
     ids = text = table[texts].agg(" ".join, axis=1)
     if (column := found["id_column"]) in table:
-        form = r"[\w-]{11}" if column == "video_id" else r"[^#\s].*"
-        ids = table[column].where(table[column].str.fullmatch(form), table[column] + " " + text)
+        valid = r"[\w-]{11}" if column == "video_id" else r"[^#\s].*"
+        ids = table[column].where(table[column].str.fullmatch(valid), table[column] + " " + text)
     label = parse_labels(path, table[found["label_column"]])
     day, found["date_format"] = parse_days(path, table, found["date_column"], date_format, dated)
     table = table.rename(columns={new: old for old, new in newer.items()})
@@ -164,20 +108,6 @@ def read_raw(
     counts = {"rows_malformed": file.malformed} if file.malformed else {}
     table.attrs |= {"found": found, "counts": counts}
     return table
-
-
-def check_header(
-    path: str, header: list[str], needed: dict[str, list[str]], used: set[str]
-) -> None:
-    """Raise a UserError for a column that is missing, by its parameter, or used and there twice."""
-    for parameter, names in needed.items():
-        if missing := [name for name in names if name not in header]:
-            raise UserError(
-                f"{path} has no column {missing[0]!r}; it has {name_list(map(repr, header))}: set "
-                f"-p {parameter}"
-            )
-    if twice := [name for name in used if header.count(name) > 1]:
-        raise UserError(f"{path} has the column {twice[0]!r} more than once: rename one")
 
 
 def parse_labels(path: str, column: pd.Series) -> pd.Series:
@@ -201,30 +131,27 @@ def parse_days(
     If dates are not needed, and there is none in the format, the day is the row's number.
     Raises: UserError for invalid dates, and for a format that Python does not know.
     """
-    rows = pd.Series(table.index, table.index)
     formats = (date_format,) if date_format else DATE_FORMATS
     if column not in table:
-        return rows, formats[0]
+        return table.index.to_series(), formats[0]
+    options = {"errors": "coerce", "utc": True}
     try:
-        days = [
-            pd.to_datetime(table[column], format=form, errors="coerce", utc=True)
-            for form in formats
-        ]
+        days = {form: pd.to_datetime(table[column], format=form, **options) for form in formats}
     except ValueError as error:
         raise UserError(
             f"parameter date_format is {date_format!r}: {error}; set it to one such as %d/%m/%Y"
         ) from None
-    day, form = max(zip(days, formats, strict=True), key=lambda pair: pair[0].notna().sum())
-    if not needed and day.isna().all():
+    form = max(days, key=lambda form: days[form].count())
+    if not needed and days[form].isna().all():
         print(
             f"warning: {column} is not a date in the format {' or '.join(formats)}: the rows are "
             "taken to be in order of time (-p date_format)"
         )
-        return rows, form
-    other = "another -p date_format or -p date_column"
-    other = other if date_format else "-p date_format, such as %d/%m/%Y"
-    check_column(path, table[column], day.notna(), f"a date in the format {form}", other)
-    return day, form
+        return table.index.to_series(), form
+    wanted = f"a date in the format {form}"
+    advice = "-p date_format, such as %d/%m/%Y, or -p date_column"
+    check_column(path, table[column], days[form].notna(), wanted, advice)
+    return days[form], form
 
 
 def check_column(path: str, column: pd.Series, good: pd.Series, wanted: str, other: str) -> None:
@@ -272,6 +199,47 @@ DROPPED_WORD = re.compile(r"(?<![^\W_])\d*[^\W\d_a-zA-Z]")
 CLEANINGS = {"original": clean, "none": lambda text: " ".join(text.split())}
 
 
+def one_of(words: Sequence[str], text: str) -> str:
+    """Check that a parameter is one of the words."""
+    if text not in words:
+        raise ArgumentTypeError(f"'{text}' is not one of {', '.join(words)}")
+    return text
+
+
+def text_columns(text: str) -> list[str]:
+    """Return the columns' names in the data set's first version."""
+    return [one_of(TEXT_COLUMNS, NEWER_NAMES.get(name, name)) for name in column_names(text)]
+
+
+SHARE = number(float, 0, 0.999999, open_low=True)
+OPTIONAL = "input_file label_column date_column date_format id_column top_quantile".split()
+PARAMETERS = {  # of the notebook, with their types
+    **dict.fromkeys(OPTIONAL, str), "output_dir": str, "csv_encoding": encoding,
+    "quoting": partial(one_of, QUOTINGS), "drop_malformed": boolean,
+    "seed": number(int, 0, 2**32 - 1), "text_columns": text_columns,
+    "cleaning": partial(one_of, CLEANINGS), "top_quantile": SHARE, "balance": boolean,
+    "group_by": partial(one_of, GROUPINGS), "train_share": SHARE, "test_share": SHARE,
+}  # fmt: skip
+
+
+def check_parameters(**parameters) -> dict:
+    """Return the notebook's parameters, or texts such as `title,tags`, as values of their types.
+
+    Raises: UserError naming the parameter.
+    """
+    checked = {}
+    for name, value in parameters.items():
+        if name not in PARAMETERS:
+            raise UserError(f"-p {name}: no such parameter; use {', '.join(PARAMETERS)}")
+        text = ",".join(value) if isinstance(value, list) else str(value)
+        try:
+            is_none = text == "None" and name in OPTIONAL
+            checked[name] = None if is_none else PARAMETERS[name](text)
+        except ArgumentTypeError as error:
+            raise UserError(f"parameter {name}: {error}") from None
+    return checked
+
+
 def make_texts(raw: pd.DataFrame, text_columns: list[str], cleaning: str) -> pd.Series:
     r"""Make one text per row: the columns in the given order, joined by " | ", then cleaned.
 
@@ -296,28 +264,25 @@ def drop_empty(table: pd.DataFrame, text_columns: list[str]) -> tuple[pd.DataFra
     """
     whole, keep = make_texts(table, text_columns, "none"), "-p cleaning none keeps them"
     blank, empty = whole == "", table["text"] == ""
-    rows, cleaned_away = len(table), int((empty & ~blank).sum())
-    many = cleaned_away > MANY_ROWS * rows
+    counts = {
+        "rows_without_text": int(blank.sum()),
+        "rows_cleaned_away": int((empty & ~blank).sum()),
+    }
     if blank.any():
-        where = row_list([*table.index[blank]])
-        print(f"warning: dropped {blank.sum():,} of {rows:,} rows without a text: {where}")
-    if cleaned_away:
-        print(
-            f"{'warning: ' * many}dropped {cleaned_away:,} of {rows:,} rows whose text is empty "
-            f"after cleaning{f': {keep}' * many}"
-        )
+        rows = row_list([*table.index[blank]])
+        print(f"warning: dropped {blank.sum():,} of {len(table):,} rows without a text: {rows}")
+    if count := counts["rows_cleaned_away"]:
+        what = f"{count:,} of {len(table):,} rows whose text is empty after cleaning"
+        print(f"warning: dropped {what}: {keep}")
     if empty.all():
-        raise UserError(
-            f"none of the {rows:,} rows has a text"
-            + (f" after cleaning: {keep}" if cleaned_away else ": set -p text_columns")
-        )
+        advice = f" after cleaning: {keep}" if count else ": set -p text_columns"
+        raise UserError(f"none of the {len(table):,} rows has a text{advice}")
     lost = (whole.str.contains(DROPPED_WORD) & ~table["text"].str.contains(DROPPED_WORD))[~empty]
     if lost.mean() > MANY_LOSSES:
         print(
             "warning: cleaning dropped words that do not start with a letter from a to z in "
             f"{lost.mean():.0%} of the remaining texts: {keep}"
         )
-    counts = {"rows_without_text": int(blank.sum()), "rows_cleaned_away": cleaned_away}
     return table[~empty], counts
 
 
@@ -360,12 +325,12 @@ def original_splits(
     """
     try:
         train, rest = train_test_split(table, train_size=train_share, random_state=seed)
-        # a label with a single row cannot be stratified
-        rare = rest["label"].value_counts().min() < 2
-        if rare:
+        strata = rest["label"]
+        if strata.value_counts().min() < 2:
             print("warning: original: not stratified, since a label has one row outside training")
+            strata = None
         test, val = train_test_split(
-            rest, train_size=test_share, random_state=seed, stratify=None if rare else rest["label"]
+            rest, train_size=test_share, random_state=seed, stratify=strata
         )
     except ValueError:
         raise UserError(
@@ -373,14 +338,15 @@ def original_splits(
             "-p train_share and -p test_share"
         ) from None
     if balance:
-        groups = train.groupby("label")
-        each = groups.size().min()
-        if each < FEW_ROWS:
+        labels = train.groupby("label")
+        rarest = labels.size().min()
+        if rarest < FEW_ROWS:
             print(
-                f"warning: original: balanced to {each} training rows per label, the number of the "
-                "rarest: useless for training; use -p balance False or a higher -p top_quantile"
+                f"warning: original: balanced to {rarest} training rows per label, the number of "
+                "the rarest: useless for training; use -p balance False or a higher "
+                "-p top_quantile"
             )
-        train = groups.sample(n=each, random_state=seed)
+        train = labels.sample(n=rarest, random_state=seed)
     return keep_training_labels({"train": train, "val": val, "test": test})
 
 
@@ -397,22 +363,10 @@ def unseen_splits(
     videos = table.sort_values("day", kind="stable").drop_duplicates("video_id")
     others = [videos["channel_title"]] if group_by == "channel" else []
     groups = connected(videos["text"].map(text_key), *others)
-    if (found := len(set(groups))) < 3:
+    if (count := len(set(groups))) < 3:
         advice = ", or use -p group_by video" if others else ""
-        raise UserError(f"too few videos to split: they form {found} groups: add videos{advice}")
+        raise UserError(f"too few videos to split: they form {count} groups: add videos{advice}")
     shares = [train_share, (1 - train_share) * (1 - test_share), (1 - train_share) * test_share]
     order = videos["day"] if group_by == "time" else None
     part = cut_groups(groups, videos["label"], shares, seed, order)
     return keep_training_labels({name: videos[part == n] for n, name in enumerate(USES.values())})
-
-
-def write_protocols(
-    folder: Path, protocols: dict[str, dict[str, pd.DataFrame]], figures: dict, record: dict
-) -> None:
-    """Write each protocol's split files and split.json, see `write_splits`."""
-    folders = {}
-    for protocol, splits in protocols.items():
-        tables = {name: split[["text", "label"]] for name, split in splits.items()}
-        content = {"protocol": protocol, **record, "splits": figures[protocol]}
-        folders[folder / FOLDERS[protocol]] = tables, content
-    write_splits(folders)

@@ -16,9 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from conftest import bash, one_line
-from script import get_data
-from script.get_data import COLUMNS
 
+FILES = {"USvideos.csv", "US_category_id.json"}
+COLUMNS = ["video_id", "trending_date", "title", "category_id", *map(str, range(12))]
 pytestmark = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed here")
 ROW = b"id,17.14.11,t,c,22,2017,tag,1,1,1,1,link,False,False,False,text\n"
 
@@ -77,14 +77,12 @@ def server():
 
 
 @pytest.fixture
-def fetch(clone, monkeypatch, capsys):
-    """Call the script's program in this process; returns its status and what it said."""
+def fetch(clone):
+    """Call the script; returns its status and what it said."""
 
     def call(url: str) -> tuple[int, str]:
-        monkeypatch.chdir(clone)
-        capsys.readouterr()
-        status = get_data.main(["--url", url])
-        return status, "".join(capsys.readouterr())
+        done = bash(clone, "get_data.sh", "--url", url)
+        return done.returncode, done.stdout + done.stderr
 
     return call
 
@@ -97,8 +95,8 @@ def test_the_files_are_fetched_checked_and_unpacked_once(clone, fetch, server):
     server.data = archive()
     done = bash(clone, "get_data.sh", "--url", server.url)
     assert done.returncode == 0, done.stderr
-    assert "csv/USvideos.csv: 40,949 rows, all 16 columns" in done.stdout
-    assert left(clone) == set(get_data.FILES)
+    assert "csv/USvideos.csv: 40,949 rows" in done.stdout
+    assert left(clone) == FILES
     status, said = fetch(server.url)
     assert (status, len(server.ranges)) == (0, 1) and "exists already" in said
 
@@ -120,7 +118,7 @@ def test_a_download_resumes_after_a_lost_connection(clone, fetch, server, how, r
     server.cut = None
     assert fetch(server.url)[0] == 0
     assert server.ranges == ranges
-    assert left(clone) == set(get_data.FILES)
+    assert left(clone) == FILES
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -142,7 +140,7 @@ def test_a_whole_download_is_not_repeated_unless_it_is_another_file(clone, fetch
         (archive(leave_out="USvideos.csv"), "There is no item named 'USvideos.csv'"),
         (damaged(archive()), "the download is not the data set"),
         (archive(rows=100), "USvideos.csv has 100 rows, not about 40,949"),
-        (archive(header=",".join([*COLUMNS[:15], "x"])), "has no column 'description'"),
+        (archive(header=",".join(["x", *COLUMNS[1:]])), "not found: ['video_id']"),
     ],
     ids=["page", "member", "damaged", "rows", "columns"],
 )
@@ -154,6 +152,12 @@ def test_a_wrong_file_is_refused_and_removed(clone, fetch, server, data, message
     assert left(clone) == set()
 
 
+def test_a_wrong_flag_is_one_line_and_help_needs_no_network(clone):
+    said = bash(clone, "get_data.sh", "--adress", "x")
+    assert "unrecognized arguments: --adress x" in one_line((said.returncode, said.stderr))
+    assert "bash script/get_data.sh [--url" in bash(clone, "get_data.sh", "--help").stdout
+
+
 def test_without_a_network_an_answer_or_curl_the_manual_steps_are_shown(
     clone, fetch, server, monkeypatch
 ):
@@ -162,7 +166,10 @@ def test_without_a_network_an_answer_or_curl_the_manual_steps_are_shown(
         said = one_line(fetch(url))
         assert "cannot be reached (" in said and "()" not in said
         assert "put USvideos.csv and US_category_id.json into csv/" in said
-    monkeypatch.setenv("PATH", str(clone))
+    (clone / "bin").mkdir()
+    for program in ("bash", "dirname"):
+        (clone / "bin" / program).symlink_to(shutil.which(program))
+    monkeypatch.setenv("PATH", str(clone / "bin"))
     assert "curl is not installed: install it, or by hand" in one_line(fetch(server.url))
 
 
@@ -170,7 +177,8 @@ def test_without_a_network_an_answer_or_curl_the_manual_steps_are_shown(
 def test_a_full_disk_is_a_user_error_and_leaves_nothing_half_written(clone, fetch, server, blocks):
     """A file-size limit simulates it: the archive or the unpacked file is larger."""
     server.data = archive()
-    command = ["bash", "-c", f"ulimit -f {blocks}; bash script/get_data.sh --url {server.url}"]
+    limit = f"trap '' XFSZ; ulimit -f {blocks}"
+    command = ["bash", "-c", f"{limit}; bash script/get_data.sh --url {server.url}"]
     env = os.environ | {"VIRTUAL_ENV": sys.prefix}
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True, env=env)
     assert "free some space" in one_line((done.returncode, done.stderr))

@@ -247,7 +247,7 @@ def test_help_needs_no_installation(clone):
 
 def test_only_interpreters_that_exist_are_tried(clone):
     """Defect 22: without an active environment /bin/python came before .venv."""
-    code = "unset VIRTUAL_ENV CONDA_PREFIX; set -x; source script/environment.sh requirements.txt"
+    code = "unset VIRTUAL_ENV; set -x; source script/environment.sh requirements.txt"
     env = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"}
     (clone / ".venv" / "bin").mkdir(parents=True)
     (clone / ".venv" / "bin" / "python").write_text("#!/bin/sh\n")  # it says that it has all
@@ -255,7 +255,7 @@ def test_only_interpreters_that_exist_are_tried(clone):
     done = subprocess.run(
         ["bash", "-c", code], cwd=clone, env=env, capture_output=True, text=True, timeout=60
     )
-    tried = re.findall(r"^\++ serves '?(.*?)'? requirements.txt", done.stderr, re.MULTILINE)
+    tried = re.findall(r"^\++ has_pins '?(.*?)'? requirements.txt", done.stderr, re.MULTILINE)
     assert tried == [str(clone / ".venv" / "bin" / "python")]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from conftest import bash
 from runtime.csv_reader import text_key
+from runtime.files import sha256
 from script import split
 from script.groups import connected, cut_groups
 
@@ -191,45 +192,42 @@ def test_folds_of_an_earlier_call_do_not_join_a_study(tmp_path, capsys):
     assert "has other folds (3): remove them, or" in capsys.readouterr().err
 
 
-def test_two_files_of_one_name_do_not_replace_each_others_split(tmp_path, monkeypatch, capsys):
-    """split.sh refuses the second; a run, which names no folder, takes one of its own."""
-    monkeypatch.chdir(tmp_path)
-    for team in ("acme", "globex", "other/globex"):
-        Path(team).mkdir(parents=True)
-        write(Path(team) / "data.csv", [(f"{team} {i}", "ab"[i % 2]) for i in range(40)])
-    assert split.main(["acme/data.csv"]) == 0
-    before = read(Path("csv/split/data"))
-    capsys.readouterr()
-    for flags in ([], ["--folds", "3"], ["--output_dir", "csv/split/data"]):
-        assert split.main(["globex/data.csv", *flags]) == 2
-        line = capsys.readouterr().err
-        assert "csv/split/data has the split of acme/data.csv" in line
-        assert "another --output_dir, such as csv/split/globex-data" in line
-    for _ in range(2):
-        for file, name in (
-            ("globex/data.csv", "globex-data"),
-            ("other/globex/data.csv", "other-globex-data"),
-            (str(tmp_path / "acme" / "data.csv"), "data"),
-        ):
-            assert split.main(["--within_run", "--train_file", file]) == 0
-            assert capsys.readouterr().out == f"csv/split/{name}\n"
-    assert all(table.equals(before[name]) for name, table in read(Path("csv/split/data")).items())
-    assert split.main(["globex/data.csv", "--output_dir", "csv/split/globex-data"]) == 0
-    assert "--output_dir checkpoints/globex-data" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("flags", [[], ["--folds", "3"]])
-def test_the_split_of_a_files_earlier_content_is_kept(tmp_path, capsys, flags):
-    out = tmp_path / "out"
-    command = [str(tmp_path / "a.csv"), "--output_dir", str(out), *flags]
-    for count in (40, 40, 50):
-        before = {path.relative_to(out): path.read_bytes() for path in out.rglob("*.*")}
-        write(tmp_path / "a.csv", [row[:2] for row in MANY] + [("new", "a")] * (count - 40))
-        capsys.readouterr()
-        assert split.main(command) == 0
-        assert ("its earlier split is kept in" in capsys.readouterr().out) == (count == 50)
-    (kept,) = out.glob("earlier-*")
-    assert before == {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*.*")}
+def test_the_split_of_another_file_or_content_is_kept(tmp_path, monkeypatch, capsys, flags):
+    """split.sh and runs take a folder of its own for the new one, unless a folder is named."""
+    monkeypatch.chdir(tmp_path)
+    for team in ("acme", "globex"):
+        Path(team).mkdir()
+        write(Path(team) / "data.csv", [(f"{team} {i}", "ab"[i % 2]) for i in range(40)])
+    assert split.main(["acme/data.csv", *flags]) == 0 == split.main(["acme/data.csv", *flags])
+    assert "kept" not in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in Path("csv/split/data").rglob("*.*")}
+    assert split.main(["globex/data.csv", *flags, "--output_dir", "csv/split/data"]) == 2
+    said = capsys.readouterr().err
+    assert "has the split of another file or content: remove it, or choose another" in said
+    folder = f"csv/split/data-{sha256('globex/data.csv')[:8]}"
+    assert split.main(["globex/data.csv", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "csv/split/data has the split of another file or content: it is kept" in said
+    assert f"--output_dir checkpoints/{Path(folder).name}" in said and Path(folder).is_dir()
+    assert before == {path: path.read_bytes() for path in Path("csv/split/data").rglob("*.*")}
+
+
+def test_a_run_gets_the_flags_of_the_files_that_its_tasks_need(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "a file.csv", [row[:2] for row in MANY])
+    command = ["--within_run", "--prefix", "--train_file", path, "--val_share=x"]
+    files = {
+        name: f"--{name}_file 'csv/split/a file/{file}_simple.csv'"
+        for name, file in (("train", "train"), ("validation", "val"), ("test", "test"))
+    }
+    for flags, names in (
+        ([], files),
+        (["--do_eval", "False"], ("train", "test")),
+        (["--do_eval=no", "--do_predict=0"], ("train",)),
+    ):
+        assert split.main([*command, *flags]) == 0
+        assert capsys.readouterr().out == " ".join(files[name] for name in names) + "\n"
 
 
 MANY = [(f"text {i}", "ab"[i % 2], "one group", "not a time") for i in range(40)]
