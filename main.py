@@ -106,12 +106,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def run(args: Namespace) -> None:
     """Execute one run, from checked arguments to published results."""
-    with (
-        processes.joined() as group,
-        opened(
-            args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, group.is_main
-        ) as output,
-    ):
+    where = args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint
+    with processes.joined() as group, opened(*where, group.is_main) as output:
         # prepare: machine, model, data and record, the same in all processes
         calibrated = [] if args.do_train else model_folders(vars(args))
         choice = precision_for(output.precision(args.precision), calibrated)

@@ -130,16 +130,14 @@ def train(
 ) -> dict[str, float]:
     """Train the model in place, and leave it with a moving average of its trainable weights.
 
-    With an `eval_set`, each epoch is evaluated; with `args.load_best_model_at_end`, the model ends
-    with the average of the best epoch instead of the last. `save` receives state and tensors after
-    each epoch unless `args.save_strategy` is "no", and every `args.save_steps` steps if that is
-    set. With a `checkpoint`, the run is resumed and ends as if it had never stopped. After each
-    step, `stop_requested` may return a signal number; then the step is saved and training stops.
+    eval_set: evaluated after each epoch; with `load_best_model_at_end`, the model ends with the
+    average of the best epoch. save: receives state and tensors after each epoch and every
+    `save_steps` steps. checkpoint: the run is resumed, and ends as if it had never stopped.
+    stop_requested: returns a signal number after the step at which to save and stop.
 
     Returns `train_loss` (mean over all examples), `train_runtime` (seconds, with evaluations),
     `train_samples_per_second`, `train_steps` and, if an epoch was chosen, `best_epoch`.
-    Raises: UserError if the loss or its gradient is not finite, before that step changes the
-        weights; Stopped, after the step is saved.
+    Raises: UserError before a step whose loss or gradient is not finite changes weights; Stopped.
     """
     step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(train_set) / args.num_prefixes / step_size)
@@ -168,9 +166,7 @@ def train(
                 )
                 progress.step([train_set.rows[row] for row in rows], loss, norm, rate)
                 state.average.update(progress.done)
-                if (
-                    progress.done % steps_per_epoch
-                ):  # the last step of an epoch is saved after its evaluation
+                if progress.done % steps_per_epoch:  # else saved after the epoch's evaluation
                     due = bool(args.save_steps) and progress.done % args.save_steps == 0
                     save_if_due(state, due, machine, save, stop_requested)
 
