@@ -53,6 +53,7 @@ METHODS = {
     "prefix": SMALL_PREFIX,
     "probe": "--tuning_method probe",
     "bias": "--tuning_method bias",
+    "lora": "--tuning_method lora --lora_r 2",
     "two prefixes": f"{SMALL_PREFIX} --num_prefixes 2",
     "projected prefix": f"{SMALL_PREFIX} --prefix_projection --prefix_hidden_size 4",
     "input prefix, bfloat16": f"{SMALL_PREFIX} --prefix_depth input --precision bf16",

@@ -209,6 +209,9 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
             ["--tuning_method", "probe", "--pre_seq_len", "4"],
             "--pre_seq_len needs --tuning_method prefix",
         ),
+            ["--tuning_method", "probe", "--pre_seq_len", "4"],
+            "--pre_seq_len needs --tuning_method prefix",
+        ),
         (["--prefix_column", "a"], "--prefix_column needs --prefix_paths"),
         (
             ["--prefix_paths", "a", "--prefix_column", "b"],
@@ -342,7 +345,7 @@ def test_home_is_expanded_in_every_flag_that_takes_a_path(monkeypatch, tmp_path)
     for name in ("--model_name_or_path", *paths):
         found = getattr(build_parser().parse_args([f"{name}=~/a"]), name[2:])
         assert found in (f"{tmp_path}/a", [f"{tmp_path}/a"]), name
-    assert split.parse_args(["x.csv", "--output_dir=~/a"]).output_dir == tmp_path / "a"
+    assert split.parse_args(["x.csv", "--output_dir=~/a"]).output_dir == f"{tmp_path}/a"
     assert serve.parse(["--allow_updates=~/a"]).allow_updates == f"{tmp_path}/a"
 
 
