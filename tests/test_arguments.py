@@ -209,9 +209,6 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
             ["--tuning_method", "probe", "--pre_seq_len", "4"],
             "--pre_seq_len needs --tuning_method prefix",
         ),
-            ["--tuning_method", "probe", "--pre_seq_len", "4"],
-            "--pre_seq_len needs --tuning_method prefix",
-        ),
         (["--prefix_column", "a"], "--prefix_column needs --prefix_paths"),
         (
             ["--prefix_paths", "a", "--prefix_column", "b"],
