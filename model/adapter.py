@@ -6,17 +6,14 @@ PEFT does not store, are in an additional config.json, which PEFT does not read.
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertConfig
 
-from model.folders import ADAPTER_CONFIG, check_weights
-from model.loading import TUNED
+from model.folders import ADAPTER_CONFIG
+from model.loading import TUNED, opened, read_shapes
 from runtime.files import UserError, to_json
 
 WEIGHTS = "adapter_model.safetensors"
@@ -43,24 +40,13 @@ def save(
     config.save_pretrained(folder)
 
 
-@contextmanager
-def opened(folder: Path) -> Iterator[safe_open]:
-    """Open the tensors of an adapter folder. Raises: UserError if they are unreadable."""
-    check_weights(folder, WEIGHTS)
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read: {error}") from None
-
-
 def read(folder: Path, shapes: dict[str, tuple[int, ...] | None]) -> dict[str, Tensor]:
     """Read the tensors with these names (ours) and shapes; a name without a shape is skipped.
 
     Raises: UserError if the file is unreadable, or has other tensors or values that are not finite.
     """
     path = folder / WEIGHTS
-    with opened(folder) as file:
+    with opened(path) as file:
         names = {our_name(stored): stored for stored in file.keys()}  # noqa: SIM118
         if other := names.keys() ^ shapes.keys():
             raise UserError(
@@ -77,15 +63,9 @@ def read(folder: Path, shapes: dict[str, tuple[int, ...] | None]) -> dict[str, T
     return tensors
 
 
-def read_unchecked(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of an adapter folder, by our names, without checks."""
-    return {our_name(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
-
-
 def count_labels(folder: Path) -> int:
-    """Return the number of labels of an adapter that PEFT wrote."""
-    with opened(folder) as file:
-        biases = [name for name in file.keys() if our_name(name) == "classifier.bias"]  # noqa: SIM118
-        if not biases:
-            raise UserError(f"{folder / WEIGHTS} has no classifier.bias: it has no head")
-        return file.get_slice(biases[0]).get_shape()[0]
+    """Return the number of labels of an adapter that PEFT wrote. Raises: UserError."""
+    shapes = {our_name(name): shape for name, shape in read_shapes(folder / WEIGHTS).items()}
+    if "classifier.bias" not in shapes:
+        raise UserError(f"{folder / WEIGHTS} has no classifier.bias: it has no head")
+    return shapes["classifier.bias"][0]

@@ -14,9 +14,9 @@ from transformers import BertConfig
 
 from model import adapter
 from model.prefix_bank import LearnedSlots, PrefixBank, Stacked, TunedPrefix
-from model.prefix_encoder import keys_and_values, prefix_width
+from model.prefix_encoder import by_layer, keys_and_values, prefix_width
 from model.sequence_classification import POOLINGS, BertPrefixForSequenceClassification
-from model.tuning import HEAD, OWN_POOLINGS, AdapterMethod, put
+from model.tuning import HEAD, OWN_POOLINGS, AdapterMethod
 from runtime.columns import ENSEMBLE_FOLDER
 from runtime.files import UserError
 
@@ -98,18 +98,18 @@ class Prefix(AdapterMethod):
     def build(self, folders, config, fresh_head=False):
         """Build the model; `config.num_prefixes` above 1 makes it a bank of new prefixes."""
         model = super().build(folders, config, fresh_head)
-        count = getattr(config, "num_prefixes", 1)
-        if count == 1:
+        others = getattr(config, "num_prefixes", 1) - 1
+        if not others:
             return model
 
-        def draw(first: Tensor) -> list[Tensor]:
-            shapes = [first.shape] * (count - 1)
-            return [first.detach(), *(config.initializer_range * torch.randn(s) for s in shapes)]
+        def draw(first: Tensor) -> Tensor:
+            drawn = (config.initializer_range * torch.randn(first.shape) for _ in range(others))
+            return torch.stack([first.detach(), *drawn])
 
-        slots = LearnedSlots(config, torch.stack(draw(model.get_parameter(adapter.PREFIX))))
-        weight = torch.stack(draw(model.classifier.weight))
+        slots = LearnedSlots(config, draw(model.get_parameter(adapter.PREFIX)))
+        weight = draw(model.classifier.weight)
         heads = Stacked(weight=weight, bias=torch.zeros(weight.shape[:2]))
-        lengths = torch.full((count,), config.pre_seq_len)
+        lengths = torch.full((len(weight),), config.pre_seq_len)
         return PrefixBank(model.bert, config, slots, lengths, heads)
 
     def initialise(self, model, tokenizer, settings, texts):
@@ -119,7 +119,7 @@ class Prefix(AdapterMethod):
         """
         if settings["prefix_init"] != "text":
             return
-        config, bert, starts = model.config, model.bert, []
+        config, bert, prefixes = model.config, model.bert, []
         for number in range(config.num_prefixes):
             words = settings["prefix_init_text"]
             if words is None:  # 64 random texts fill a prefix of the default length
@@ -130,11 +130,10 @@ class Prefix(AdapterMethod):
                 raise UserError(f"no word to start from in '{words}': see --prefix_init_text")
             ids = torch.from_numpy(np.resize(ids, config.pre_seq_len)).to(bert.device)
             at_input = config.prefix_depth == "input"
-            starts.append(
-                bert.get_input_embeddings()(ids) if at_input else keys_and_values(bert, ids)
-            )
-        flat = torch.stack(starts) if config.num_prefixes > 1 else starts[0]
-        put(model, {adapter.PREFIX: flat})
+            states = bert.get_input_embeddings()(ids) if at_input else keys_and_values(bert, ids)
+            prefixes.append(states)
+        flat = torch.stack(prefixes) if config.num_prefixes > 1 else prefixes[0]
+        model.load_state_dict({adapter.PREFIX: flat}, strict=False)
 
     @torch.no_grad()
     def tensors(self, model):
@@ -200,4 +199,7 @@ def read_prefix(
     shapes = {f"{HEAD}weight": head, f"{HEAD}bias": head[:1]}
     shapes[adapter.PREFIX] = (config.pre_seq_len, prefix_width(config))
     weight, bias, flat = (t.to(device) for t in adapter.read(folder, shapes).values())
-    return TunedPrefix.from_flat(config, flat.to(dtype), weight, bias)
+    slots = by_layer(flat.to(dtype)[None], config)[:, :, :, 0]  # [L, 2, H, P, D]
+    # copies, whatever happens to the file
+    slots = slots.clone(memory_format=torch.contiguous_format)
+    return TunedPrefix(slots, weight.clone(), bias.clone())

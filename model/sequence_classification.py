@@ -23,9 +23,8 @@ def pool_cls(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
 
 def pool_mean(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
     """Average the text's tokens, as in Sentence-BERT (https://arxiv.org/abs/1908.10084)."""
-    states = outputs.last_hidden_state[
-        :, : mask.shape[1]
-    ].float()  # at depth "input" these come first
+    # at depth "input" virtual tokens come last
+    states = outputs.last_hidden_state[:, : mask.shape[1]].float()
     weights = mask[..., None].float()  # [B, T, 1]
     return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
@@ -100,7 +99,7 @@ class BertPrefixForSequenceClassification(BertForSequenceClassification):
                 input_ids=input_ids,
                 attention_mask=torch.cat([ones, attention_mask], dim=1),
                 position_ids=text[None],
-                prefix=by_layer(flat, self.config).__getitem__,  # `attend` passes its layer
+                prefix=by_layer(flat[None], self.config).unbind().__getitem__,  # [2, H, 1, P, D]
                 **options,
             )
         # Attention knows the order of tokens only from their position embeddings. So the virtual

@@ -14,7 +14,7 @@ from transformers import BertConfig, PreTrainedTokenizerBase
 from model import adapter
 from model.bert import quiet
 from model.folders import ModelFolders
-from model.loading import TUNED, load_weights, read_shapes
+from model.loading import TUNED, WEIGHTS, load_weights, read_shapes
 from model.sequence_classification import POOLINGS, BertForSequenceClassification
 from runtime.files import UserError
 
@@ -107,14 +107,16 @@ class TuningMethod:
             return new_head if self.is_head(name) else self.may_lack(name, config)
 
         model = load_weights(self.model_class, folders.backbone, config, may_lack, not new_head)
-        if fresh_head and f"{HEAD}weight" in read_shapes(folders.backbone):  # it was loaded
+        if fresh_head and f"{HEAD}weight" in read_shapes(
+            folders.backbone / WEIGHTS
+        ):  # it was loaded
             nn.init.normal_(model.classifier.weight, std=config.initializer_range)
             nn.init.zeros_(model.classifier.bias)
         if folders.adapter:
             shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors(model).items()}
             if fresh_head:
                 shapes |= {name: None for name in shapes if self.is_head(name)}
-            put(model, adapter.read(folders.adapter, shapes))
+            model.load_state_dict(adapter.read(folders.adapter, shapes), strict=False)
         unread = self.unread(config)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.is_trainable(name) and not name.startswith(unread))
@@ -201,10 +203,3 @@ class AdapterMethod(TuningMethod):
         settings |= {"task_type": "SEQ_CLS", "peft_type": self.peft_type(config)}
         tensors = {self.stored_name(name): tensor for name, tensor in tensors.items()}
         adapter.save(folder, config, tensors, settings | self.settings(config), self.stored)
-
-
-def put(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into the parameters of the same names."""
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            model.get_parameter(name).copy_(tensor)

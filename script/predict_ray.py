@@ -65,9 +65,7 @@ class Predictor:
         set_up_process()
         self.args, source, self.form = read_arguments(argv)
         machine = pick_machine(precision_for(self.args.precision, [self.args.model_name_or_path]))
-        self.classifier = Classifier.from_source(
-            source, machine, self.args.per_device_eval_batch_size
-        )
+        self.classifier = Classifier(source, machine, self.args.per_device_eval_batch_size)
         self.record = record
 
     def __call__(self, row: dict[str, str]) -> dict[str, str | int]:

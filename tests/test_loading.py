@@ -150,7 +150,7 @@ def test_bad_model_folders_are_refused(backbone, tmp_path):
         "wider", edit_config(intermediate_size=64)
     )
     assert "has its weights as pytorch_model*.bin" in broken("pickled", pickled)
-    assert "no usable model.safetensors" in broken("truncated", truncated)
+    assert "model.safetensors cannot be read: " in broken("truncated", truncated)
     assert "do not belong together" in broken("vocabulary", edit_config(vocab_size=20))
     assert "has no tokenizer" in broken("words", without_words)
     assert "config.json: hidden_size: expected a whole number, got a text; correct it" in broken(

@@ -16,7 +16,7 @@ from model.folders import locate
 from model.loading import load_tokenizer
 from model.methods import TUNING, method_of
 from model.sequence_classification import classification_loss
-from model.source import count_parameters, read_model_config
+from model.source import ModelSource, read_model_config
 from runtime.files import UserError
 
 LAYERS, HEADS, HIDDEN, CLASSES, PREFIX = 2, 2, 16, 3, 5
@@ -248,6 +248,11 @@ def test_parameter_counts_match_a_hand_calculation(make_model, kind, trainable, 
     predicting = count_parameters(model.requires_grad_(False))
     nothing = {"trainable_parameters": 0, "trainable_parameters_without_head": 0}
     assert predicting == {**counts, **nothing}
+
+
+def count_parameters(model):
+    config = model.config
+    return ModelSource([], [config], config, method_of(config), "").count(model)
 
 
 def peer_of(model, backbone):

@@ -270,7 +270,7 @@ def our_scoring(texts: list[str], parent: str, names: list[str]) -> Measure:
         index = np.arange(len(texts)) % len(names)
     set_up_process()
     source = open_model(folders if len(names) > 1 else folders[0], by_row=len(names) > 1)
-    classifier = Classifier.from_source(source, pick_machine("auto"))
+    classifier = Classifier(source, pick_machine("auto"))
     return timed(lambda: classifier.logits(rows_of(texts), index), len(texts))
 
 
