@@ -4,17 +4,13 @@ Format: PEFT 0.21 (https://github.com/huggingface/peft), SEQ_CLS. Labels and `ma
 PEFT does not store, are in an additional config.json, which PEFT does not read.
 """
 
-import copy
 import re
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import BertConfig
 
-from model.folders import ADAPTER_CONFIG
-from model.loading import TUNED, opened, read_shapes
-from runtime.files import UserError, to_json
+from model.loading import opened, read_shapes
+from runtime.files import UserError
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX, STORED_PREFIX = "prefix_encoder.embedding.weight", "prompt_embeddings"
@@ -23,21 +19,6 @@ PREFIX, STORED_PREFIX = "prefix_encoder.embedding.weight", "prompt_embeddings"
 def our_name(stored: str) -> str:
     """Return our name for a tensor of an adapter folder; see `AdapterMethod.stored_name`."""
     return PREFIX if stored == STORED_PREFIX else re.sub(r"^base_model\.(model\.)?", "", stored)
-
-
-def save(
-    folder: Path, config: BertConfig, tensors: dict[str, Tensor], settings: dict, changes: dict
-) -> None:
-    """Write the trained `tensors`, by PEFT's names, without the backbone.
-
-    settings: the content of adapter_config.json. changes: entries to change in config.json.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / ADAPTER_CONFIG).write_text(to_json(dict(sorted(settings.items()))), encoding="utf-8")
-    config = copy.deepcopy(config)
-    config.update({"architectures": TUNED, **changes})
-    config.save_pretrained(folder)
 
 
 def read(folder: Path, shapes: dict[str, tuple[int, ...] | None]) -> dict[str, Tensor]:

@@ -166,22 +166,21 @@ def set_labels(config: BertConfig, names: list[str]) -> None:
     config.label2id = {name: number for number, name in enumerate(names)}
 
 
-def set_max_seq_length(config: BertConfig, virtual: int, wanted: int | None) -> None:
+def set_max_seq_length(config: BertConfig, wanted: int | None) -> None:
     """Set the maximum text length in tokens: `wanted`, or the tuned model's, or 128.
 
-    Raises: UserError if `virtual` tokens and text together exceed the position embeddings.
+    Raises: UserError if virtual tokens and text together exceed the position embeddings.
     """
     length = wanted or getattr(config, "max_seq_length", None) or 128
-    if (room := config.max_position_embeddings - virtual) < length:
+    positions, virtual = config.max_position_embeddings, getattr(config, "pre_seq_len", 0)
+    if (room := positions - virtual) < length:
         tokens = f"{virtual} virtual tokens and " * bool(virtual) + f"--max_seq_length {length}"
         advice = f"--max_seq_length {room} or less"
         if room < 3:  # leave the text its length, if that is possible at all
-            text = min(length, config.max_position_embeddings - 1)
-            most = config.max_position_embeddings - text
-            advice = f"--pre_seq_len {most} and --max_seq_length {text} or less"
+            text = min(length, positions - 1)
+            advice = f"--pre_seq_len {positions - text} and --max_seq_length {text} or less"
         raise UserError(
-            f"{tokens}: more than the {config.max_position_embeddings} positions of the backbone; "
-            f"pass {advice}"
+            f"{tokens}: more than the {positions} positions of the backbone; pass {advice}"
         )
     config.max_seq_length = length
 

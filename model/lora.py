@@ -54,7 +54,8 @@ class BertLoraForSequenceClassification(BertForSequenceClassification):
 class Lora(AdapterMethod):
     """LoRA: the head and two small matrices beside each query and value matrix are trained."""
 
-    name = "lora"
+    name, words = "lora", "LoRA of rank {0.lora_r}"
+    flags, adds = ("lora_r", "lora_alpha"), (".lora_",)
     model_class = BertLoraForSequenceClassification
     of_peft = ("LORA",)
     peft_types = ("LORA", *(f"{pooling}_LORA" for pooling in OWN_POOLINGS))
@@ -65,24 +66,13 @@ class Lora(AdapterMethod):
         total=False,
     )
 
-    def title(self, config: BertConfig) -> str:
-        return f"LoRA of rank {config.lora_r}"
-
     def peft_type(self, config: BertConfig) -> str:
         is_berts = POOLINGS[config.pooling].is_berts
         return "LORA" if is_berts else f"{config.pooling.upper()}_LORA"
 
     def configure(self, config, settings, tuned):
         super().configure(config, settings, tuned)
-        if settings["lora_r"] is not None:  # an adapter tuned further keeps its own
-            config.lora_r, config.lora_alpha = settings["lora_r"], settings["lora_alpha"]
-            config.lora_targets = list(TARGETS)
-
-    def may_lack(self, name: str, config: BertConfig) -> bool:
-        return ".lora_" in name or super().may_lack(name, config)
-
-    def is_trainable(self, name: str) -> bool:
-        return self.is_head(name) or ".lora_" in name
+        config.lora_targets = getattr(config, "lora_targets", list(TARGETS))
 
     def build(self, folders, config, fresh_head=False):
         """Build the model; new matrices start as in the paper, with a product of 0."""

@@ -110,9 +110,9 @@ class PrefixBank(nn.Module):
         """Join tuned prefixes of any length; labels that one lacks have the logit `UNKNOWN`."""
         parts, pad = [prefix.slots for prefix in tuned], nn.functional.pad
         lengths = torch.tensor([part.shape[3] for part in parts], device=parts[0].device)
-        missing = [max(p.shape[3] for p in parts) - part.shape[3] for part in parts]
-        if any(missing):
-            parts = [pad(part, (0, 0, 0, n)) for part, n in zip(parts, missing, strict=True)]
+        longest = max(part.shape[3] for part in parts)
+        if any(part.shape[3] < longest for part in parts):
+            parts = [pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts]
         # [L, 2, H, K, P, D]; no copy of a single one
         slots = torch.stack(parts, dim=3) if len(parts) > 1 else parts[0].unsqueeze(3)
         weight = pad_sequence([prefix.weight for prefix in tuned], batch_first=True)

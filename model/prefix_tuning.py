@@ -22,7 +22,6 @@ from runtime.files import UserError
 
 logger = logging.getLogger(__name__)
 
-FLAGS = ("pre_seq_len", "prefix_depth", "prefix_projection", "prefix_hidden_size")
 OF_BACKBONE = {  # entries of adapter_config.json, and of the config, that a prefix cannot choose
     "num_attention_heads": "num_attention_heads",
     "num_layers": "num_hidden_layers",
@@ -33,7 +32,8 @@ OF_BACKBONE = {  # entries of adapter_config.json, and of the config, that a pre
 class Prefix(AdapterMethod):
     """Prefix tuning, at the input or in every layer, one prefix or several side by side."""
 
-    name = "prefix"
+    name, adds = "prefix", ("prefix_encoder.",)
+    flags = ("pre_seq_len", "prefix_depth", "prefix_projection", "prefix_hidden_size")
     model_class = BertPrefixForSequenceClassification
     # PEFT can load the first; the others are of depth input or of other poolings
     peft_types = ("PREFIX_TUNING", "INPUT_PREFIX", *(f"{name}_PREFIX" for name in OWN_POOLINGS))
@@ -72,24 +72,12 @@ class Prefix(AdapterMethod):
 
     def configure(self, config, settings, tuned):
         super().configure(config, settings, tuned)
-        for name in FLAGS:
-            if settings[name] is not None:  # a prefix tuned further keeps its own
-                setattr(config, name, settings[name])
         config.num_prefixes = settings["num_prefixes"]
         if why := self.not_for_peft(config):
             logger.warning("warning: %s", why)
 
     def fits_bank(self, config: BertConfig) -> bool:
         return config.prefix_depth == "all"
-
-    def virtual_tokens(self, config: BertConfig) -> int:
-        return config.pre_seq_len
-
-    def may_lack(self, name: str, config: BertConfig) -> bool:
-        return name.startswith("prefix_encoder.") or super().may_lack(name, config)
-
-    def is_trainable(self, name: str) -> bool:
-        return name.startswith(("prefix_encoder.", HEAD))
 
     def is_exempt(self, name, parameter):
         """Also exempt the prefix: it acts as an input, not as a weight."""

@@ -60,14 +60,17 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options
     ) -> SequenceClassifierOutput:
         """Classify int64 [B, T] tokens; logits [B, C]. options: of `prefix_encoder.attend`."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.classify(attention_mask, **inputs, **options)
-
-    def classify(self, mask: torch.Tensor, **inputs) -> SequenceClassifierOutput:
-        """Compute logits [B, C] from the inputs of BertModel; `mask` [B, T] marks the text."""
+        inputs = self.bert_inputs(input_ids, attention_mask)
         inputs["attention_mask"] = ready_mask(inputs["attention_mask"])
-        pooled = POOLINGS[self.config.pooling].pool(self.bert(**inputs), mask)
+        outputs = self.bert(**inputs, **options)
+        pooled = POOLINGS[self.config.pooling].pool(outputs, attention_mask)
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
+
+    def bert_inputs(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return the inputs of BertModel."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 class BertPrefixForSequenceClassification(BertForSequenceClassification):
@@ -84,34 +87,28 @@ class BertPrefixForSequenceClassification(BertForSequenceClassification):
         self.prefix_encoder = PrefixEncoder(config)
         self.post_init()
 
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options
-    ) -> SequenceClassifierOutput:
-        """Classify int64 [B, T] tokens; logits [B, C]. options: of `prefix_encoder.attend`."""
+    def bert_inputs(self, input_ids, attention_mask):
         flat = self.prefix_encoder()
         batch, length = input_ids.shape
         positions = torch.arange(len(flat) + length, device=input_ids.device)
         virtual, text = positions.split([len(flat), length])
         ones = attention_mask.new_ones(batch, len(flat))  # [B, P]
         if self.config.prefix_depth == "all":
-            return self.classify(
-                attention_mask,
-                input_ids=input_ids,
-                attention_mask=torch.cat([ones, attention_mask], dim=1),
-                position_ids=text[None],
-                prefix=by_layer(flat[None], self.config).unbind().__getitem__,  # [2, H, 1, P, D]
-                **options,
-            )
+            return {
+                "input_ids": input_ids,
+                "attention_mask": torch.cat([ones, attention_mask], dim=1),
+                "position_ids": text[None],
+                # `attend` passes its layer: [2, H, G=1, P, D]
+                "prefix": by_layer(flat[None], self.config).unbind().__getitem__,
+            }
         # Attention knows the order of tokens only from their position embeddings. So the virtual
         # tokens can have the first positions and yet come last: [CLS] stays the first output.
         words = self.get_input_embeddings()(input_ids)  # [B, T, HD]
-        return self.classify(
-            attention_mask,
-            inputs_embeds=torch.cat([words, flat.expand(batch, -1, -1)], dim=1),
-            attention_mask=torch.cat([attention_mask, ones], dim=1),
-            position_ids=torch.cat([text, virtual])[None],
-            **options,
-        )
+        return {
+            "inputs_embeds": torch.cat([words, flat.expand(batch, -1, -1)], dim=1),
+            "attention_mask": torch.cat([attention_mask, ones], dim=1),
+            "position_ids": torch.cat([text, virtual])[None],
+        }
 
 
 def divergence(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:

@@ -31,7 +31,7 @@ from model.loading import list_labels, read_config, read_shapes
 from model.methods import TUNING, method_of
 from model.prefix_bank import UNKNOWN, PrefixBank, TunedPrefix
 from model.prefix_tuning import read_prefix
-from model.tuning import POOLER, AdapterMethod, TuningMethod
+from model.tuning import POOLER, TuningMethod
 from runtime.file_format import MULTI_LABEL, SINGLE_LABEL, FileFormat
 from runtime.files import UserError, name_list, read_json
 from runtime.flags import fill
@@ -209,7 +209,7 @@ def new_model(settings: dict[str, Any]) -> ModelSource:
             output_dir = os.path.realpath(settings["output_dir"])
             config.backbone_path = os.path.relpath(name, output_dir)
     config.problem_type = settings["problem_type"]
-    loading.set_max_seq_length(config, method.virtual_tokens(config), settings["max_seq_length"])
+    loading.set_max_seq_length(config, settings["max_seq_length"])
     source = ModelSource([folders], [config], config, method, method.title(config))
     if tuned_by:
         source.started_from, source.tuned_pooling = path, pooling
@@ -266,7 +266,7 @@ def open_folder(
             f"{path} has one output, as cross-encoders have, so it cannot choose between labels: "
             "tune it further with --do_train, or pass a model of two labels or more"
         )
-    loading.set_max_seq_length(config, method.virtual_tokens(config), max_seq_length)
+    loading.set_max_seq_length(config, max_seq_length)
     return folders, config, method
 
 
@@ -275,18 +275,15 @@ def check_alike(
 ) -> None:
     """Check that prefixes fit together. Raises: UserError naming a folder that does not fit."""
     names = ("problem_type", "max_seq_length", "pooling")
-    traits = [
-        {"backbone": folder.backbone} | {name: getattr(config, name) for name in names}
-        for folder, config in zip(folders, configs, strict=True)
-    ]
-    for path, config, trait in zip(paths, configs, traits, strict=True):
+    for path, folder, config in zip(paths, folders, configs, strict=True):
         if not method_of(config).fits_bank(config):
             raise UserError(f"--prefix_paths: {path} is not a prefix of depth all")
-        for name, value in trait.items():
-            if value != traits[0][name]:
+        values = {name: (getattr(config, name), getattr(configs[0], name)) for name in names}
+        values["backbone"] = folder.backbone, folders[0].backbone
+        for name, (value, first) in values.items():
+            if value != first:
                 raise UserError(
-                    f"--prefix_paths: {name} of {path} is {value}, but in {paths[0]} it is "
-                    f"{traits[0][name]}"
+                    f"--prefix_paths: {name} of {path} is {value}, but in {paths[0]} it is {first}"
                 )
         if not by_row and {*list_labels(config)} != {*list_labels(configs[0])}:
             raise UserError(
@@ -306,8 +303,7 @@ def read_model_config(folders: ModelFolders) -> tuple[BertConfig, TuningMethod |
         return config, TUNING["full"] if config.architectures == loading.TUNED else None
     path = folders.adapter / ADAPTER_CONFIG
     settings = read_json(path, AdapterSettings)
-    adapters = [method for method in TUNING.values() if isinstance(method, AdapterMethod)]
-    methods = {kind: method for method in adapters for kind in method.peft_types}
+    methods = {kind: method for method in TUNING.values() for kind in method.peft_types}
     kind, task = settings.get("peft_type"), settings.get("task_type")
     if task != "SEQ_CLS" or kind not in methods:
         raise UserError(
