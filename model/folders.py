@@ -53,11 +53,6 @@ class ModelFolders:
         """The folders of the backbone and, if there is one, the adapter."""
         return [self.backbone, *([self.adapter] if self.adapter else [])]
 
-    @property
-    def folder(self) -> Path:
-        """The folder to name in messages."""
-        return self.adapter or self.backbone
-
 
 def ensemble_folders(folder: Path) -> list[str]:
     """List the adapter folders of an ensemble of prefixes, in order; of other models, none.
@@ -70,7 +65,7 @@ def ensemble_folders(folder: Path) -> list[str]:
         return []
     config = min(members.values()) / "config.json"  # contains the number of prefixes
     size = read_json(config, BertSettings).get("num_prefixes", 1) if config.is_file() else 1
-    names = [ENSEMBLE_FOLDER.format(n) for n in range(1, max(size, len(members)) + 1)]
+    names = [ENSEMBLE_FOLDER.format(number) for number in range(1, max(size, len(members)) + 1)]
     if missing := [name for name in names if name not in members]:
         raise UserError(f"{folder} lacks {', '.join(missing)}: copy the whole folder")
     return [str(members[name]) for name in names]
@@ -114,7 +109,7 @@ def backbone_sha256(folder: Path) -> str:
 
     Other files may change without a change of what the backbone computes.
     """
-    words = next((n for n in ("tokenizer.json", "vocab.txt") if (folder / n).is_file()), "")
+    words = "tokenizer.json" if (folder / "tokenizer.json").is_file() else "vocab.txt"
     paths = (folder / name for name in (WEIGHTS, words))
     parts = (checksum(path) for path in paths if path.is_file())
     return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -126,7 +126,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     with opened(path) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     backbone = ("embeddings.", "encoder.", "pooler.")
-    return {f"bert.{k}" if k.startswith(backbone) else k: shape for k, shape in shapes.items()}
+    return {"bert." * name.startswith(backbone) + name: shape for name, shape in shapes.items()}
 
 
 def check_shapes(folder: Path, config: BertConfig) -> None:

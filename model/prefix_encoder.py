@@ -123,7 +123,7 @@ def attend(
     virtual, length = (0 if slots is None else slots.shape[3]), key.shape[2]
     if fused or is_fused(query, virtual, length, dropout):
         if slots is not None:
-            key, value = (prepend(slots[n], x, table_rows) for n, x in enumerate((key, value)))
+            key, value = prepend(slots[0], key, table_rows), prepend(slots[1], value, table_rows)
         return attend_fused(query, key, value, attention_mask, scaling, dropout), None
 
     # heads first: [B, H, T, D] -> [H, B, T, D]
@@ -197,8 +197,8 @@ def attend_fused(
 
     tensors = [x for x in (query, key, value, attention_mask) if x is not None]
     rows = zip(*(x.split(1) for x in tensors), strict=True)
-    each = [checkpoint(attend_row, *row, use_reentrant=False) for row in rows]
-    return torch.cat(each).transpose(1, 2)
+    outputs = [checkpoint(attend_row, *row, use_reentrant=False) for row in rows]
+    return torch.cat(outputs).transpose(1, 2)
 
 
 def ready_mask(mask: torch.Tensor) -> torch.Tensor:

@@ -122,9 +122,9 @@ def divergence(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
     """
     if multi_label:  # each label is a choice between two
         logits = torch.stack([logits, torch.zeros_like(logits)], dim=-1)  # [2B, C, 2]
-    one, other = logits.float().log_softmax(dim=-1).chunk(2)
-    each = ((one.exp() - other.exp()) * (one - other)).sum(dim=-1) / 2
-    return each.mean(dim=1).sum() if multi_label else each.sum()
+    first, second = logits.float().log_softmax(dim=-1).chunk(2)
+    sums = ((first.exp() - second.exp()) * (first - second)).sum(dim=-1) / 2
+    return sums.mean(dim=1).sum() if multi_label else sums.sum()
 
 
 def classification_loss(
@@ -138,8 +138,8 @@ def classification_loss(
     """
     logits = logits.float()
     if labels.is_floating_point():
-        each = nn.functional.binary_cross_entropy_with_logits(
+        losses = nn.functional.binary_cross_entropy_with_logits(
             logits, labels, pos_weight=weights, reduction="none"
         )
-        return each.mean(dim=1).sum()
+        return losses.mean(dim=1).sum()
     return nn.functional.cross_entropy(logits, labels, weight=weights, reduction="sum")

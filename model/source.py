@@ -52,7 +52,7 @@ class ModelSource:
     title: str  # in reports
     is_bank: bool = False  # whether it is K prefixes, possibly a single one
     started_from: str | None = None  # the tuned model that is tuned further
-    tuned_pooling: str | None = None  # of that model's head
+    tuned_pooling: str = ""  # of that model's head
     fresh_head: bool = False
 
     @property
@@ -88,8 +88,8 @@ class ModelSource:
 
     def settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Return all settings of a run, completed from the model's config."""
-        unset = [k for k, value in settings.items() if value is None and hasattr(self.config, k)]
-        return settings | {name: getattr(self.config, name) for name in unset}
+        unset = [name for name, value in settings.items() if value is None]
+        return settings | {name: getattr(self.config, name, None) for name in unset}
 
     def describe(self) -> dict:
         """Return the model's part of run.json."""
@@ -111,7 +111,7 @@ class ModelSource:
         """Set the labels to train on; a tuned model keeps its own if they include `names`."""
         self.fresh_head = True
         if self.started_from:
-            known, keys, folder = self.labels, {*map(label_key, names)}, self.folders[0].folder
+            known, keys, folder = self.labels, {*map(label_key, names)}, self.started_from
             if not keys <= {*map(label_key, known)} and keys <= {*label_numbers(known)}:
                 known = [str(number) for number in range(len(known))]
                 logger.info("%s names no labels: using %s, in this order", folder, known)
@@ -198,23 +198,21 @@ def new_model(settings: dict[str, Any]) -> ModelSource:
     method, pooling = TUNING[settings["tuning_method"]], config.pooling
     method.configure(config, settings, bool(tuned_by))
     if method.needs_backbone:  # an adapter's config stores by what it finds its backbone again
-        pooler, name = f"{POOLER}dense.weight", folders.name
-        unread = POOLER in method.unread(config)
-        if not unread and pooler not in read_shapes(folders.backbone / loading.WEIGHTS):
+        weights, output_dir = folders.backbone / loading.WEIGHTS, settings["output_dir"]
+        reads_pooler = POOLER not in method.unread(config)
+        if reads_pooler and f"{POOLER}dense.weight" not in read_shapes(weights):
             raise UserError(
                 f"{folders.backbone} has no pooler for the head to read: pass --pooling mean"
             )
         config.backbone_sha256 = backbone_sha256(folders.backbone)
-        if os.path.isabs(name):  # a folder, not a name on the hub
-            output_dir = os.path.realpath(settings["output_dir"])
-            config.backbone_path = os.path.relpath(name, output_dir)
+        if os.path.isabs(folders.name):  # a folder, not a name on the hub
+            config.backbone_path = os.path.relpath(folders.name, os.path.realpath(output_dir))
     config.problem_type = settings["problem_type"]
     loading.set_max_seq_length(config, settings["max_seq_length"])
-    source = ModelSource([folders], [config], config, method, method.title(config))
     if tuned_by:
-        source.started_from, source.tuned_pooling = path, pooling
         logger.warning("warning: %s was tuned before: texts it saw then count as unseen", path)
-    return source
+    started = {"started_from": path if tuned_by else None, "tuned_pooling": pooling}
+    return ModelSource([folders], [config], config, method, method.title(config), **started)
 
 
 def open_model(

@@ -150,8 +150,9 @@ class TuningMethod:
         """Write a tuned model into `folder`. Raises: OSError if the disk is full."""
         # without a pooler that is not read, transformers says that the folder does not fit
         unread = self.unread(model.config)
-        read = {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(unread)}
+        state = model.state_dict()
         with quiet():
+            read = {name: state[name] for name in state if not name.startswith(unread)}
             model.save_pretrained(folder, state_dict=read)
         try:
             tokenizer.save_pretrained(folder)
@@ -199,7 +200,8 @@ class AdapterMethod(TuningMethod):
         self, tensors: dict[str, Tensor], config: BertConfig, folders: ModelFolders, folder: Path
     ) -> None:
         """Write the trained tensors into `folder`. Raises: OSError if the disk is full."""
-        stored = {self.stored_name(k): t.detach().cpu().contiguous() for k, t in tensors.items()}
+        stored = {self.stored_name(name): tensors[name].detach().cpu() for name in tensors}
+        stored = {name: tensor.contiguous() for name, tensor in stored.items()}
         save_file(stored, folder / adapter.WEIGHTS, metadata={"format": "pt"})
         settings = {"base_model_name_or_path": folders.name, "inference_mode": True}
         settings |= {"task_type": "SEQ_CLS", "peft_type": self.peft_type(config)}

@@ -207,8 +207,11 @@ def training_batches(
     if prefixes > 1:
         rows = len(lengths) // prefixes
         orders = (
-            [batch + k * rows for batch in training_batches(part, batch_size, seed + k, epoch)]
-            for k, part in enumerate(np.split(lengths, prefixes))
+            [
+                number * rows + batch
+                for batch in training_batches(part, batch_size, seed + number, epoch)
+            ]
+            for number, part in enumerate(np.split(lengths, prefixes))
         )
         return [np.concatenate(batches) for batches in zip(*orders, strict=True)]
     random = np.random.default_rng([seed, epoch])

@@ -120,11 +120,11 @@ def precision_for(choice: str, folders: Iterable[str | Path]) -> str:
     "auto" becomes that of their training if it was float32 for all: so they were calibrated.
     bfloat16 stays "auto", since it may be slow on this machine.
     """
-    known = set()
-    for folder in folders:
+    trained_in = set()
+    for folder in folders if choice == "auto" else ():
         with suppress(UserError):  # the model cannot be opened either, and that says why
-            known.add(remembered_settings(Path(folder)).get("precision"))
-    return "fp32" if choice == "auto" and known == {"fp32"} else choice
+            trained_in.add(remembered_settings(Path(folder)).get("precision"))
+    return "fp32" if trained_in == {"fp32"} else choice
 
 
 def split_settings(path: str | Path) -> Reading:
