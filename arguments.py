@@ -10,30 +10,18 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from runtime import flags
+from runtime.file_format import MULTI_LABEL, SINGLE_LABEL, several_columns
 from runtime.flags import Parser, boolean, choice, column_names, encoding, fill, number, value
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
-# Peak learning rates of the tuning methods (`model.tuning.TUNING`): the lowest that is plausible,
-# then the default and the highest, each for a backbone's hidden size up to 384, up to 768, above.
-# - up to 384: measured on the bundled backbone alone (results/README.md); the projected and the
-#   input prefix not on real data
-# - full: 2e-5 to 5e-5 for base and large (Devlin et al. 2019, https://arxiv.org/abs/1810.04805)
-# - prefix: 5e-3 to 2e-2 for BERT-large, projected 1e-4 (run_script, github.com/THUDM/P-tuning-v2)
-# - bias and probe: 1e-3 for BERT-base (README, github.com/benzakenelad/BitFit); above: a guess
-TUNING_DEFAULTS = {
-    "full":             (1e-6, (2e-4, 5e-5, 2e-5), (1e-3, 1e-4, 5e-5)),
-    "prefix":           (1e-3, (3e-2, 1e-2, 5e-3), (1, 0.1, 0.1)),
-    "projected prefix": (2e-5, (1e-3, 3e-4, 1e-4), (1e-2, 3e-3, 1e-3)),
-    "input prefix":     (1e-3, (3e-2, 1e-2, 5e-3), (1, 0.1, 0.1)),
-    "probe":            (1e-4, (3e-3, 1e-3, 1e-3), (0.1, 0.1, 0.1)),
-    "bias":             (1e-4, (3e-3, 1e-3, 5e-4), (3e-2, 1e-2, 1e-2)),
-}  # fmt: skip
-WIDTHS = (384, 768)  # a width in between has the rates of the wider backbone, which are safer
 # If at least half of the validation texts are training texts, so are those of the test file, and
 # what counts is to memorise them. If not, long training makes the model overconfident, dropout and
 # R-Drop help, and the last epoch beats the best on a small validation file (results/LOG.md).
@@ -41,21 +29,51 @@ SCHEDULE = (
     "num_train_epochs hidden_dropout_prob attention_probs_dropout_prob rdrop_alpha "
     "load_best_model_at_end"
 ).split()
-SCHEDULES = {
-    #                   seen texts              new texts
-    "full":             ((8, 0, 0.1, 0, True),  (4, 0.1, 0.1, 1, False)),
-    "prefix":           ((12, 0, 0, 0, True),   (8, 0.1, 0, 1, False)),
-    "projected prefix": ((12, 0, 0, 0, True),   (12, 0, 0, 0, True)),
-    "input prefix":     ((12, 0, 0, 0, True),   (12, 0, 0, 0, True)),
-    "probe":            ((12, 0, 0, 0, True),   (12, 0, 0, 0, True)),
-    "bias":             ((8, 0, 0, 0, True),    (8, 0, 0, 0, True)),
-}  # fmt: skip
+WIDTHS = (384, 768)  # a width in between has the rates of the wider backbone, which are safer
+
+
+class Tuning(NamedTuple):
+    """The defaults of a tuning method: peak learning rates by hidden size, see WIDTHS; schedules.
+
+    - up to 384: measured on the bundled backbone alone (results/README.md); the projected and the
+      input prefix not on real data
+    - full: 2e-5 to 5e-5 for base and large (Devlin et al. 2019, https://arxiv.org/abs/1810.04805)
+    - prefix: 5e-3 to 2e-2 for BERT-large, projected 1e-4 (run_script, github.com/THUDM/P-tuning-v2)
+    - lora: 2e-4 to 5e-4 for RoBERTa (Hu et al. 2022, https://arxiv.org/abs/2106.09685)
+    - bias and probe: 1e-3 for BERT-base (README, github.com/benzakenelad/BitFit); above: a guess
+    """
+
+    lowest: float  # that is plausible
+    rates: tuple[float, float, float]
+    highest: tuple[float, float, float]
+    seen: tuple  # SCHEDULE, if most texts are seen
+    new: tuple  # and if not
+    flags: Mapping[str, Any] = MappingProxyType({})  # its own ones: their defaults
+    peft_type: str | None = None  # as PEFT names it in adapter_config.json
+
+
+KEEP_BEST = (12, 0, 0, 0, True)
+# fmt: off
+TUNING = {
+    "full":   Tuning(1e-6, (2e-4, 5e-5, 2e-5), (1e-3, 1e-4, 5e-5),
+                     (8, 0, 0.1, 0, True), (4, 0.1, 0.1, 1, False)),
+    "prefix": Tuning(1e-3, (3e-2, 1e-2, 5e-3), (1, 0.1, 0.1), KEEP_BEST, (8, 0.1, 0, 1, False),
+                     {"prefix_depth": "all", "prefix_init": "text", "prefix_projection": False},
+                     "PREFIX_TUNING"),
+    "projected prefix": Tuning(2e-5, (1e-3, 3e-4, 1e-4), (1e-2, 3e-3, 1e-3), KEEP_BEST, KEEP_BEST),
+    "input prefix": Tuning(1e-3, (3e-2, 1e-2, 5e-3), (1, 0.1, 0.1), KEEP_BEST, KEEP_BEST),
+    "lora":   Tuning(1e-5, (2e-3, 5e-4, 2e-4), (2e-2, 5e-3, 2e-3),
+                     KEEP_BEST, (8, 0.1, 0, 1, False), {"lora_r": 8, "lora_alpha": 16.0}, "LORA"),
+    "probe":  Tuning(1e-4, (3e-3, 1e-3, 1e-3), (0.1, 0.1, 0.1), KEEP_BEST, KEEP_BEST),
+    "bias":   Tuning(1e-4, (3e-3, 1e-3, 5e-4), (3e-2, 1e-2, 1e-2),
+                     (8, 0, 0, 0, True), (8, 0, 0, 0, True)),
+}
+# fmt: on
 MOSTLY_SEEN = 0.5  # share of the validation rows
-METHODS = tuple(name for name in TUNING_DEFAULTS if " " not in name)  # others: kinds of prefix
+METHODS = tuple(name for name in TUNING if " " not in name)  # others: kinds of prefix
 USES = {"train": "train", "validation": "val", "test": "test"}
 FILES = {f"{use}_file": f"csv/{name}_simple.csv" for use, name in USES.items()}
 SCORING = ("do_predict", "do_eval")
-PREFIX_DEFAULTS = {"prefix_depth": "all", "prefix_init": "text", "prefix_projection": False}
 PRE_SEQ_LEN = {"all": 128, "input": 16}
 
 INF = math.inf
@@ -71,22 +89,19 @@ DROPOUT, PROBABILITY = (value(number(float, 0, high), "P") for high in (0.99, 1)
 
 def by_method(name: str) -> str:
     """List the default of a schedule flag for every tuning method, for the help text."""
-    column = SCHEDULE.index(name)
-    values = {method: [each[column] for each in both] for method, both in SCHEDULES.items()}
-    return ", ".join(f"{method} {old:g}/{new:g}" for method, (old, new) in values.items())
+    place = SCHEDULE.index(name)
+    rows = ((method, row.seen[place], row.new[place]) for method, row in TUNING.items())
+    return ", ".join(f"{method} {seen:g}/{new:g}" for method, seen, new in rows)
 
 
-RATES = ", ".join(
-    f"{method} {'/'.join(f'{rate:g}' for rate in rates)}"
-    for method, (_, rates, _) in TUNING_DEFAULTS.items()
-)
+RATES = ", ".join(f"{name} {'/'.join(f'{r:g}' for r in row.rates)}" for name, row in TUNING.items())
 TUNED_FOLDER = "or the tuned model's"
 # fmt: off
 READING = (  # how a file is read: flags of main.py and split.sh
     ("--text_column_names", value(column_names, "A,B"), None, f"columns [text, {TUNED_FOLDER}]"),
     ("--label_column_name", value(flags.label_columns, "NAME"), None,
      f"a column; A,B,C: a column of 0 and 1 for each label [label, {TUNED_FOLDER}]"),
-    ("--problem_type", choice("single_label_classification", "multi_label_classification"), None,
+    ("--problem_type", choice(SINGLE_LABEL, MULTI_LABEL), None,
      "multi-label: a row has several labels, or none, such as a|b or ['a', 'b'] "
      f"[single, {TUNED_FOLDER}]"),
     ("--label_separator", value(flags.separator, "S"), None, "between labels in one cell [|]"),
@@ -141,9 +156,13 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--prefix_projection", SWITCH, None, "reparametrise the prefix with an MLP [False]"),
     ("--prefix_hidden_size", INT, None, "hidden size of the --prefix_projection MLP [512]"),
 ),
+"lora tuning": (
+    ("--lora_r", INT, None, "rank of the matrices beside each query and value matrix [8]"),
+    ("--lora_alpha", POSITIVE, None, "their product is scaled by X over the rank [16]"),
+),
 "training": (
-    ("--tuning_method", choice(*METHODS), None, "train all weights, a prefix, the head alone (over "
-     f"mean-pooled tokens), or biases and LayerNorm's gains [full, {TUNED_FOLDER}]"),
+    ("--tuning_method", choice(*METHODS), None, "train all weights, a prefix, LoRA, the head alone "
+     f"(over mean-pooled tokens), or biases and LayerNorm's gains [full, {TUNED_FOLDER}]"),
     ("--pooling", choice("cls", "mean"), None,
      "what the head reads: BERT's pooler over [CLS], or the mean of the tokens, which transformers "
      f"and PEFT cannot load [cls; probe mean, {TUNED_FOLDER}]"),
@@ -196,8 +215,12 @@ GROUPS = {  # each flag: name, kind, default and help
 ),
 }
 # fmt: on
-TRAINING = ("prefix tuning", "training", "evaluation and choice of the best epoch")
-PREFIX_FLAGS = [row[0][2:] for row in GROUPS["prefix tuning"] if row[0] != "--prefix"]
+METHOD_FLAGS = {  # of one method alone
+    method: [row[0][2:] for row in GROUPS.get(f"{method} tuning", ()) if row[0] != "--prefix"]
+    for method in METHODS
+}
+OF_METHODS = [title for title in GROUPS if title.endswith(" tuning")]
+TRAINING = (*OF_METHODS, "training", "evaluation and choice of the best epoch")
 TRAINING_FLAGS = [row[0].split()[0][2:] for title in TRAINING for row in GROUPS[title]]
 TASKS = {  # the tasks that use a flag, if not all do: a flag without an effect is an error
     **dict.fromkeys((*TRAINING_FLAGS, "train_file", "seed"), ("do_train",)),
@@ -289,7 +312,7 @@ def fill_files(parser: Parser, args: argparse.Namespace) -> None:
         for name in (name for name, used in needed.items() if used and not getattr(args, name)):
             advice = f"pass it, or make all three files by bash script/split.sh {args.train_file}"
             parser.error(f"--train_file also needs --{name}: {advice}")
-    fill(args, FILES)
+    fill(vars(args), FILES)
 
 
 def check_paths(parser: Parser, args: argparse.Namespace) -> None:
@@ -311,21 +334,27 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--prefix and --tuning_method {args.tuning_method} exclude each other")
     method, tuned_by = "prefix" if args.prefix else args.tuning_method, None
     if os.path.isfile(os.path.join(folder, "adapter_config.json")):  # PEFT adds no config.json
-        tuned_by = read_json(f"{folder}/config.json").get("tuning_method", "prefix")
+        kind = read_json(f"{folder}/adapter_config.json").get("peft_type", "PREFIX_TUNING")
+        of_peft = next((name for name, row in TUNING.items() if row.peft_type == kind), "prefix")
+        tuned_by = read_json(f"{folder}/config.json").get("tuning_method", of_peft)
         if tuned_by not in METHODS or method not in (None, tuned_by):
             parser.error(
                 f"--tuning_method: {folder} was tuned with {tuned_by}; its method cannot be changed"
             )
     args.tuning_method = tuned_by or method or "full"
     args.prefix = args.tuning_method == "prefix"
-    given = [name for name in PREFIX_FLAGS if getattr(args, name)]
-    if given and tuned_by == "prefix":
-        parser.error(f"--{given[0]} cannot change the tuned prefix in {folder}: omit the flag")
-    if given and not args.prefix:
-        parser.error(f"--{given[0]} needs --prefix")
+    for method, names in METHOD_FLAGS.items():
+        given = [name for name in names if getattr(args, name)]
+        if given and tuned_by == method:
+            parser.error(f"--{given[0]} cannot change the tuned adapter in {folder}: omit the flag")
+        if given and args.tuning_method != method:
+            flag = "--prefix" if method == "prefix" else f"--tuning_method {method}"
+            parser.error(f"--{given[0]} needs {flag}")
     if args.prefix and not tuned_by:
         fill_prefix(parser, args)
-    fill(args, {"num_prefixes": 1})
+    elif not tuned_by:
+        fill(vars(args), TUNING[args.tuning_method].flags)
+    fill(vars(args), {"num_prefixes": 1})
 
 
 def fill_prefix(parser: Parser, args: argparse.Namespace) -> None:
@@ -337,31 +366,31 @@ def fill_prefix(parser: Parser, args: argparse.Namespace) -> None:
     if args.prefix_projection:
         if args.prefix_init == "text" or args.prefix_init_text:
             parser.error("--prefix_init text: --prefix_projection requires --prefix_init random")
-        fill(args, {"prefix_init": "random", "prefix_hidden_size": 512})
-    fill(args, PREFIX_DEFAULTS)
+        fill(vars(args), {"prefix_init": "random", "prefix_hidden_size": 512})
+    fill(vars(args), TUNING["prefix"].flags)
     if (args.num_prefixes or 1) > 1 and (args.prefix_projection or args.prefix_depth == "input"):
         parser.error("--num_prefixes: several prefixes need --prefix_depth all, unprojected")
-    fill(args, {"pre_seq_len": PRE_SEQ_LEN[args.prefix_depth]})
+    fill(vars(args), {"pre_seq_len": PRE_SEQ_LEN[args.prefix_depth]})
 
 
 def check_training(parser: Parser, args: argparse.Namespace) -> None:
     """Check the flags of training and evaluation, and fill in their defaults."""
     strategy = "epoch" if args.do_eval else "no"
-    kind = "multi" if "," in (args.label_column_name or "") else "single"
-    fill(args, {"problem_type": f"{kind}_label_classification", "eval_strategy": strategy})
-    multi_label = args.problem_type == "multi_label_classification"
+    kind = MULTI_LABEL if several_columns(args.label_column_name) else SINGLE_LABEL
+    fill(vars(args), {"problem_type": kind, "eval_strategy": strategy})
+    multi_label = args.problem_type == MULTI_LABEL
     if args.label_separator and not multi_label:
-        parser.error("--label_separator needs --problem_type multi_label_classification")
+        parser.error(f"--label_separator needs --problem_type {MULTI_LABEL}")
     if args.eval_strategy == "no":
         needs = ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model")
         if given := [name for name in needs if getattr(args, name)]:
             parser.error(f"--{given[0]} needs --do_eval and --eval_strategy epoch")
         args.load_best_model_at_end = False
     elif args.metric_for_best_model or args.early_stopping_patience:  # a choice was asked for
-        fill(args, {"load_best_model_at_end": True})
+        fill(vars(args), {"load_best_model_at_end": True})
         if not args.load_best_model_at_end and not args.early_stopping_patience:
             parser.error("--metric_for_best_model needs --load_best_model_at_end")
-    fill(args, {"metric_for_best_model": "micro_f1" if multi_label else "accuracy"})
+    fill(vars(args), {"metric_for_best_model": "micro_f1" if multi_label else "accuracy"})
     if args.metric_for_best_model == "micro_f1" and not multi_label:
         parser.error("--metric_for_best_model: micro_f1 is for multi-label data, else use accuracy")
     if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
@@ -373,19 +402,22 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
 def check_saving(parser: Parser, args: argparse.Namespace) -> None:
     """Check the checkpoint flags; checkpoints not asked for are removed when the run finishes."""
     asked = args.save_strategy is not None or args.save_steps is not None
-    fill(args, {"save_strategy": "steps" if args.save_steps else "epoch"})
+    fill(vars(args), {"save_strategy": "steps" if args.save_steps else "epoch"})
     if args.save_strategy == "steps":
-        fill(args, {"save_steps": 500})
+        fill(vars(args), {"save_steps": 500})
     elif args.save_steps:
         parser.error("--save_steps needs --save_strategy steps")
     if args.save_total_limit and args.save_strategy == "no":
         parser.error("--save_total_limit needs --save_strategy epoch or steps")
     if not asked:
-        fill(args, {"save_total_limit": 0})
+        fill(vars(args), {"save_total_limit": 0})
 
 
-def defaults_name(args: argparse.Namespace) -> str:
-    """Return the key of `TUNING_DEFAULTS` that applies to the arguments."""
-    if args.prefix and args.prefix_projection:
-        return "projected prefix"
-    return "input prefix" if args.prefix_depth == "input" else args.tuning_method
+def tuning_of(settings: dict[str, Any]) -> tuple[str, Tuning]:
+    """Return the name and the row of `TUNING` that applies to the settings of a run."""
+    name = settings["tuning_method"]
+    if settings.get("prefix_projection"):
+        name = f"projected {name}"
+    elif settings.get("prefix_depth") == "input":
+        name = f"input {name}"
+    return name, TUNING[name]

@@ -3,21 +3,21 @@
 Independent of any model. N rows, C classes.
 """
 
-import hashlib
 import logging
-from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from runtime.batches import prefix_index
-from runtime.csv_reader import Table, row_list, text_key
+from runtime.advice import row_list
+from runtime.csv_reader import Table, text_key
 from runtime.file_format import FileFormat
-from runtime.files import UserError, name_list
+from runtime.files import UserError, name_list, sha256
 from runtime.labels import (
     label_counts,
     label_key,
@@ -76,11 +76,9 @@ class Split:
     def take(self, chosen: np.ndarray) -> "Split":
         """Return the rows at these positions (from 0), in file order and without label ids."""
         chosen = np.sort(chosen)
-        texts, labels, rows = (
-            [values[i] for i in chosen] for values in (self.texts, self.labels, self.rows)
-        )
-        table = self.table.iloc[chosen]
-        return replace(self, table=table, texts=texts, labels=labels, rows=rows, label_ids=None)
+        lists = {"texts": self.texts, "labels": self.labels, "rows": self.rows}
+        lists = {name: [values[place] for place in chosen] for name, values in lists.items()}
+        return replace(self, table=self.table.iloc[chosen], label_ids=None, **lists)
 
     def number_labels(self, names: list[str]) -> "Split":
         """Return the same rows with `label_ids` set, in the order of `names`, if they have labels.
@@ -90,34 +88,63 @@ class Split:
         if self.labels is None:
             return self
         index = label_numbers(names)
-        unknown = [
-            (row, name)
-            for row, labels in zip(self.rows, self.labels, strict=True)
-            for name in labels
-            if label_key(name) not in index
-        ]
-        if unknown:
-            strange = sorted({name for _, name in unknown})
+        ids = [[index.get(label_key(name), -1) for name in labels] for labels in self.labels]
+        unknown = [-1 in row for row in ids]
+        if any(unknown):
+            labels = {name for row in self.labels for name in row if label_key(name) not in index}
             raise UserError(
-                f"{self.path}: label {name_list(map(repr, strange))} in "
-                f"{row_list(sorted({row for row, _ in unknown}))} does not occur in the training "
+                f"{self.path}: label {name_list(map(repr, sorted(labels)))} in "
+                f"{row_list([*compress(self.rows, unknown)])} does not occur in the training "
                 f"file, which has {name_list(map(repr, names))}; correct or remove such rows"
             )
         if not self.multi_label:
-            ids = np.array([index[label_key(name)] for (name,) in self.labels], dtype=np.int64)
-            return replace(self, label_ids=ids)
+            return replace(self, label_ids=np.array(ids, dtype=np.int64).reshape(-1))
         one_hot = np.zeros((len(self), len(names)), dtype=np.float32)
-        for row, labels in enumerate(self.labels):
-            one_hot[row, [index[label_key(name)] for name in labels]] = 1
+        for row, numbers in enumerate(ids):
+            one_hot[row, numbers] = 1
         return replace(self, label_ids=one_hot)
 
 
-def open_table(
-    path: str | Path, form: FileFormat, labels_required: bool | None, digest=None
-) -> Table:
+@dataclass(frozen=True)
+class RowPrefixes:
+    """A column of a file that names the adapter folder to predict each row with."""
+
+    column: str  # --prefix_column
+    paths: list[str]  # --prefix_paths
+    labels: list[list[str]]  # of each folder
+
+    def index(self, split: Split) -> np.ndarray:
+        """Return the index in `paths` of the folder that each row names: int64 [N].
+
+        A row names the path as on the command line, or just the folder.
+        Raises: UserError if the column is missing, or names an unknown or ambiguous folder.
+        """
+        if (count := split.columns.count(self.column)) != 1:
+            what = "has no column" if count == 0 else "has more than once the column"
+            raise UserError(f"{split.path} {what} '{self.column}' (--prefix_column)")
+        numbers: dict[str, set[int]] = {}
+        for number, path in enumerate(self.paths):
+            for name in {path, path.rstrip("/"), Path(path).name}:
+                numbers.setdefault(name, set()).add(number)
+        matches = [numbers.get(cell.strip(), ()) for cell in split.table[self.column]]
+        if bad := [row for row, ids in zip(split.rows, matches, strict=True) if len(ids) != 1]:
+            raise UserError(
+                f"{split.path}: '{self.column}' in {row_list(bad)} names none, or more than one, "
+                f"of --prefix_paths {' '.join(self.paths)}"
+            )
+        return np.array([min(ids) for ids in matches], dtype=np.int64)
+
+    def check_labels(self, split: Split) -> None:
+        """Check that each row's folder knows its label. Raises: UserError, see also `index`."""
+        index = self.index(split)
+        for number, names in enumerate(self.labels if split.labels else ()):
+            split.take(np.flatnonzero(index == number)).number_labels(names)
+
+
+def open_table(path: str | Path, form: FileFormat, labels_required: bool | None) -> Table:
     """Open a file, which needs the text columns and, if they are required, the label columns."""
     labels = form.label_column_name if labels_required else ()
-    return Table(path, form, [*form.text_column_names, *labels], digest)
+    return Table(path, form, [*form.text_column_names, *labels])
 
 
 def read_chunks(
@@ -128,34 +155,30 @@ def read_chunks(
     labels_required: False: the label column may be missing or all blank; None: it is not read.
     Raises: UserError that names the file, the rows and what to do.
     """
-    form, path = table.form, str(table.path)
+    form, path, join = table.form, str(table.path), table.form.text_column_delimiter.join
     for frame in table.frames(size):
-        fields = list(zip(*(frame[name] for name in form.text_column_names), strict=True))
-        kept = np.array([bool("".join(row).strip()) for row in fields])
-        if not kept.all() and not form.drop_empty:
+        fields = zip(*(frame[name] for name in form.text_column_names), strict=True)
+        texts = [join(row) if any(map(str.strip, row)) else "" for row in fields]
+        blank = np.array([not text for text in texts])
+        if blank.any() and not form.drop_empty:
             raise UserError(
-                f"{path}: the text is blank in {row_list(frame.index[~kept].tolist())}; "
+                f"{path}: the text is blank in {row_list(frame.index[blank].tolist())}; "
                 f"fill it in, or drop such rows with {form.flag('drop_empty')}"
             )
-        join = form.text_column_delimiter.join
-        texts = [join(row) for row, keep in zip(fields, kept, strict=True) if keep]
-        rows = frame.index[kept].tolist()
-        dropped = len(frame) - len(rows)
-        frame = frame[kept].reset_index(drop=True)
-        labels = None
-        if labels_required is not None:
-            labels = read_labels(path, frame, rows, form, labels_required)
-        yield Split(path, frame, texts, labels, rows, form.multi_label, dropped)
+        rows, texts = frame.index[~blank].tolist(), [*filter(None, texts)]
+        frame = frame[~blank].reset_index(drop=True)
+        is_read = labels_required is not None
+        labels = read_labels(path, frame, rows, form, labels_required) if is_read else None
+        yield Split(path, frame, texts, labels, rows, form.multi_label, int(blank.sum()))
 
 
 def read_split(path: str | Path, form: FileFormat, labels_required: bool = True) -> Split:
     """Read and check a whole file, see `read_chunks`, and log what may be wrong with it."""
-    digest = hashlib.sha256()
-    table = open_table(path, form, labels_required, digest)
+    table = open_table(path, form, labels_required)
     split = next(read_chunks(table, None, labels_required))
     report(table, split.dropped, len(split))
-    found = {"malformed": table.malformed, "read_as": table.read_as()}
-    return replace(split, sha256=digest.hexdigest(), **found)
+    facts = {"malformed": table.malformed, "read_as": table.read_as(), "sha256": table.sha256}
+    return replace(split, **facts)
 
 
 def report(table: Table, dropped: int, left: int) -> None:
@@ -172,7 +195,7 @@ def report(table: Table, dropped: int, left: int) -> None:
 
 
 @dataclass(frozen=True)
-class Stream:
+class TestFile:
     """A test file of any size: first checked as a whole, then read chunk by chunk."""
 
     path: str
@@ -188,12 +211,11 @@ class Stream:
         return self.rows
 
     def __iter__(self) -> Iterator[Split]:
-        digest = hashlib.sha256()
-        table = open_table(self.path, self.form, self.labelled, digest)
+        table = open_table(self.path, self.form, self.labelled)
         for chunk in read_chunks(table, CHUNK_ROWS, self.labelled):
             if len(chunk):
                 yield chunk.number_labels(self.names)
-        if digest.hexdigest() != self.sha256:
+        if sha256(self.path) != self.sha256:
             raise UserError(f"{self.path} changed while it was read: start the command again")
 
 
@@ -204,8 +226,9 @@ class Data:
     names: list[str]  # the labels, in the order of their numbers
     train: Split | None
     eval: Split | None
-    test: Stream | None
+    test: TestFile | None
     training_keys: frozenset[str] | None  # of the training texts; None without a training file
+    prefixes: RowPrefixes | None = None
 
     @cached_property
     def seen_share(self) -> float:
@@ -234,11 +257,11 @@ class Data:
 
     def describe(self) -> dict[str, dict]:
         """Return path, number of rows and checksum of each file, for run.json."""
-        return {name: described(file) for name, file in self.files()}
+        return {name: described(file) for name, file in self.files().items()}
 
     def count_rows(self) -> dict[str, int]:
         """Count the rows of each file, as `train_rows` and so on."""
-        return {f"{name}_rows": len(file) for name, file in self.files()}
+        return {f"{name}_rows": len(file) for name, file in self.files().items()}
 
     def to_predict(self) -> Iterator[Split]:
         """Yield the validation file and the chunks of the test file."""
@@ -247,112 +270,91 @@ class Data:
         if self.test is not None:
             yield from self.test
 
-    def files(self) -> list[tuple[str, Split | Stream]]:
-        """List the files of this run with their names: train, eval, test."""
-        files = (("train", self.train), ("eval", self.eval), ("test", self.test))
-        return [(name, file) for name, file in files if file is not None]
+    def files(self) -> dict[str, Split | TestFile]:
+        """Return the files of this run by their names: train, eval, test."""
+        files = {"train": self.train, "eval": self.eval, "test": self.test}
+        return {name: file for name, file in files.items() if file is not None}
 
 
-def described(file: "Split | Stream") -> dict:
+def described(file: "Split | TestFile") -> dict:
     """Return a file's entry for run.json."""
     malformed = {"malformed": file.malformed} if file.malformed else {}
     return {"path": file.path, "rows": len(file), "sha256": file.sha256} | malformed
 
 
-def read_splits(args: Namespace, form: FileFormat) -> dict[str, Split]:
-    """Read the training and validation files, if needed, as `train` and `eval`."""
-    wanted = [("train", args.do_train, args.train_file)]
-    wanted += [("eval", args.do_eval, args.validation_file)]
-    return {name: read_split(path, form) for name, needed, path in wanted if needed}
+def read_splits(paths: dict[str, str], form: FileFormat) -> dict[str, Split]:
+    """Read the training and validation files, whose `paths` are under "train" and "eval"."""
+    return {name: read_split(path, form) for name, path in paths.items()}
 
 
 def prepare(
-    args: Namespace,
     form: FileFormat,
     splits: dict[str, Split],
     names: list[str],
-    labels_by_prefix: list[list[str]] | None = None,
+    test_file: str | None = None,
+    prefixes: RowPrefixes | None = None,
+    max_train_samples: int | None = None,
+    seed: int = 0,
 ) -> Data:
     """Number the labels of all files, check the test file, and log leaks.
 
-    names: all labels. labels_by_prefix: the labels of each folder in `--prefix_paths`.
+    names: all labels. seed: of the choice of `max_train_samples` rows.
     Raises: UserError for an unknown label, and for an unusable test file.
     """
-    train, validation, test, keys = splits.get("train"), splits.get("eval"), None, None
+    train, validation, keys = splits.get("train"), splits.get("eval"), None
     known: dict[str, frozenset[str]] = {}  # the keys of each file, without those of earlier ones
     if train is not None:
-        train = train.sample(args.max_train_samples, args.seed).number_labels(names)
+        train = train.sample(max_train_samples, seed).number_labels(names)
         keys = known["training file"] = audit(train, names, form)
     if validation is not None:
         validation = validation.number_labels(names)
         if keys is not None:
-            share = seen_texts(keys, validation.keys).mean()
-            file = f"{validation.path}{validation.read_as}"
-            log_seen(file, len(validation), {"training file": share})
+            seen = {"training file": seen_texts(keys, validation.keys).sum()}
+            log_seen(f"{validation.path}{validation.read_as}", len(validation), seen)
             known["validation file alone"] = frozenset(validation.keys) - keys
-    if args.do_predict:
-        test = open_stream(args, form, names, known, labels_by_prefix)
-    return Data(names, train, validation, test, keys)
+    test = open_test_file(test_file, form, names, known, prefixes) if test_file else None
+    return Data(names, train, validation, test, keys, prefixes)
 
 
-def open_stream(
-    args: Namespace,
+def open_test_file(
+    path: str,
     form: FileFormat,
     names: list[str],
     known: dict[str, frozenset[str]] | None = None,
-    labels_by_prefix: list[list[str]] | None = None,
-) -> Stream:
+    prefixes: RowPrefixes | None = None,
+) -> TestFile:
     """Check the whole test file, chunk by chunk, and log leaks; it may have no labels.
 
     known: the keys of the texts of other files, by the names of the files.
     Raises: UserError for a bad file, also if only some of its rows have labels.
     """
-    path, rows, dropped, text = args.test_file, 0, 0, ""
-    seen = dict.fromkeys(known or {}, 0)
-    first: dict[bool, list[int]] = {True: [], False: []}  # first rows of chunks, labelled or not
-    digest = hashlib.sha256()
-    table = open_table(path, form, labels_required=False, digest=digest)
+    rows, dropped, text, seen = 0, 0, "", dict.fromkeys(known or {}, 0)
+    first: dict[bool, int] = {}  # the first row of a chunk with labels (True), and without
+    table = open_table(path, form, labels_required=False)
     for chunk in read_chunks(table, CHUNK_ROWS, labels_required=False):
         rows, dropped = rows + len(chunk), dropped + chunk.dropped
         if len(chunk):
             text = text or chunk.texts[0]
-            first[chunk.labels is not None] += chunk.rows[:1]
-        check_labels(
-            chunk,
-            names,
-            prefix_index(chunk, args.prefix_column, args.prefix_paths),
-            labels_by_prefix,
-        )
+            first.setdefault(chunk.labels is not None, chunk.rows[0])
+        if prefixes is None:
+            chunk.number_labels(names)
+        else:
+            prefixes.check_labels(chunk)
         for file in seen:
             seen[file] += seen_texts(known[file], chunk.keys).sum()
     report(table, dropped, rows)
-    if first[True] and first[False] and not chunk.multi_label:  # multi-label: a blank is valid
+    if len(first) > 1 and not form.multi_label:  # multi-label: a blank is valid
         raise UserError(
-            f"{path}: no '{args.label_column_name}' from row {first[False][0]} on, but other rows "
-            "have one: fill it in, or leave it blank in all rows"
+            f"{path}: no '{','.join(form.label_column_name)}' from row {first[False]} on, but "
+            "other rows have one: fill it in, or leave it blank in all rows"
         )
-    labelled, checksum = bool(first[True]), digest.hexdigest()
+    labelled = True in first
     if seen:
-        shares = {file: count / rows for file, count in seen.items()}
-        log_seen(f"{path}{table.read_as()}", rows, shares)
+        log_seen(f"{path}{table.read_as()}", rows, seen)
     else:
         used = form if labelled else replace(form, label_column_name=())
         logger.info(used.describe(path, f"{rows:,} rows", text, table.read_as()))
-    return Stream(path, checksum, rows, table.header, labelled, names, form, table.malformed)
-
-
-def check_labels(
-    chunk: Split,
-    names: list[str],
-    index: np.ndarray | None,
-    labels_by_prefix: list[list[str]] | None,
-) -> None:
-    """Check labels. Raises: UserError for one not in `names`, or unknown to its row's prefix."""
-    if chunk.labels is None or labels_by_prefix is None:
-        chunk.number_labels(names)
-        return
-    for number, known in enumerate(labels_by_prefix):
-        chunk.take(np.flatnonzero(index == number)).number_labels(known)
+    return TestFile(path, table.sha256, rows, table.header, labelled, names, form, table.malformed)
 
 
 def label_names(train: Split, order: dict[str, str] | None = None) -> list[str]:
@@ -372,9 +374,9 @@ def seen_texts(known: frozenset[str], keys: list[str]) -> np.ndarray:
     return np.array([key in known for key in keys], dtype=bool)
 
 
-def log_seen(file: str, rows: int, shares: dict[str, float]) -> None:
+def log_seen(file: str, rows: int, seen: dict[str, int]) -> None:
     """Log what share of a file's rows has a text from each other file."""
-    parts = [f"{100 * share:.1f} % of them with a text from the {n}" for n, share in shares.items()]
+    parts = (f"{100 * n / rows:.1f} % of them with a text from the {f}" for f, n in seen.items())
     logger.info("%s: %d rows, %s", file, rows, ", ".join(parts))
 
 
@@ -384,16 +386,13 @@ def audit(train: Split, names: list[str], form: FileFormat) -> frozenset[str]:
     names: the labels, in the order of their numbers. Returns the keys of the training texts.
     """
     keys = frozenset(train.keys)
-    each = {name: count for name, count in train.count_labels(names).items() if count}
+    counts = {name: count for name, count in train.count_labels(names).items() if count}
     rows = f"{len(train):,} rows, {len(keys):,} distinct texts"
     logger.info(form.describe(train.path, rows, train.texts[0], train.read_as))
-    logger.info("labels: %s", label_counts(each, sum(not labels for labels in train.labels)))
-    for remark in label_remarks(each, form):
+    logger.info("labels: %s", label_counts(counts, sum(not labels for labels in train.labels)))
+    for remark in label_remarks(counts, form):
         logger.warning("warning: %s: %s", train.path, remark)
-    labels: dict[str, set[bytes]] = {}  # of each text
-    for key, ids in zip(train.keys, train.label_ids, strict=True):
-        labels.setdefault(key, set()).add(ids.tobytes())
-    if doubtful := sum(len(found) > 1 for found in labels.values()):
-        message = "warning: %s: %d texts occur with more than one label"
-        logger.warning(message, train.path, doubtful)
+    pairs = {(key, ids.tobytes()) for key, ids in zip(train.keys, train.label_ids, strict=True)}
+    if count := sum(count > 1 for count in Counter(key for key, _ in pairs).values()):
+        logger.warning("warning: %s: %d texts occur with more than one label", train.path, count)
     return keys

@@ -4,40 +4,20 @@
 the usual ways to start it.
 """
 
-import os
 import sys
 
-from runtime.interrupt import one_line_on_interrupt
+from runtime.startup import check_packages, one_line_on_interrupt, open_closed_streams
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # answer --help and typos before torch loads, which takes seconds
     one_line_on_interrupt()
-
-from importlib.util import find_spec
-from itertools import zip_longest
+    open_closed_streams()
+    check_packages("msgspec", "torch", "transformers", "pandas", "sklearn", "matplotlib", "jinja2")
 
 from arguments import DEFAULT_BACKBONE, parse_args
 
 if __name__ == "__main__":
-    for number in range(3):  # else a file could get the number of a stream that is closed
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-
-if __name__ == "__main__":  # answer --help and typos before torch loads, which takes seconds
     parse_args()
-    for package in ("torch", "transformers", "pandas", "sklearn", "matplotlib", "jinja2"):
-        if not find_spec(package):
-            advice = "run bash script/run_og.sh once, then use .venv/bin/python"
-            print(f"error: {package} is not installed here; {advice}", file=sys.stderr)
-            sys.exit(2)
     print("loading libraries ...", file=sys.stderr)
-# Limit how long OpenMP threads spin at a barrier before they sleep; libgomp reads it when torch
-# loads it. By default they spin so long that training beside other processes is ten times slower.
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import logging
 import signal
@@ -48,24 +28,22 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 import dataset
 import trainer
-from dataset import Data, Split
+from dataset import Data, RowPrefixes, Split
 from evaluation.calibration import calibrate
-from evaluation.importance import word_importance
-from evaluation.predictions import check_columns
+from evaluation.predictions import Options, check_columns
 from evaluation.scoring import publish, score, show
 from evaluation.tables import schedule_name, summary
-from model.bank_start import find_start
-from model.classifier import Classifier, as_texts
+from evaluation.texts import label_texts
+from model.bert import train_words_in_use
+from model.classifier import Classifier
 from model.schedule import fill_schedule, learning_rate_warning
-from model.sequence_classification import train_words_in_use
-from model.start import Start, read_tensors
+from model.source import ModelSource, new_model, open_model, read_tensors
 from runtime import checkpoint as checkpoints
 from runtime import processes
-from runtime.batches import encode, prefix_index
+from runtime.batches import encode
 from runtime.checkpoint import Checkpoint, Tensors
 from runtime.columns import fill_format, model_folders, precision_for
 from runtime.files import UserError, writing
@@ -96,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         set_up_process()
         if args.text:
-            label_texts(args)
+            label_texts(classifier_of(args), args.text, args.drop_empty, args.reject_below)
         else:
             run(args)
         return 0
@@ -130,10 +108,10 @@ def run(args: Namespace) -> None:
     """Execute one run, from checked arguments to published results."""
     with processes.joined() as group, opened(args, group.is_main) as output:
         # prepare: machine, model, data and record, the same in all processes
-        calibrated = [] if args.do_train else model_folders(args)
+        calibrated = [] if args.do_train else model_folders(vars(args))
         choice = precision_for(output.precision(args.precision), calibrated)
         machine = pick_machine(group.from_main(choice), group)
-        start, data, tokenizer, record = group.agree(
+        source, data, record = group.agree(
             lambda: prepare(args, machine), compared=lambda prepared: identity(prepared[-1])
         )
 
@@ -147,103 +125,98 @@ def run(args: Namespace) -> None:
         output.start(record, checkpoint)
 
         # model
-        model = start.build(args)
         if args.do_train:
-            start.method.initialise(model, tokenizer, args, data.train.texts)
+            model = source.build_trainable(args.seed, args.gradient_checkpointing)
+            source.method.initialise(model, source.tokenizer, vars(args), data.train.texts)
+        else:
+            model = source.build()
         machine.place(model)
-        results = data.count_rows() | start.count(model)
+        results = data.count_rows() | source.count(model)
 
         # train; the model ends with its best epoch on the validation file, else with the last
         if args.do_train:
-            results |= tune(
-                model, tokenizer, data, args, machine, start, output, record, checkpoint
-            )
+            results |= tune(model, source, data, args, machine, output, record, checkpoint)
 
         # calibrate on the validation file, and write the tuned model
-        batch_size = args.per_device_eval_batch_size
-        classifier = Classifier(start, model, tokenizer, machine, batch_size)
+        classifier = Classifier(source, model, machine, args.per_device_eval_batch_size)
         if args.do_train and data.eval is not None:
             logits = classifier.member_logits(data.eval)  # one fit: others may round differently
             calibration, found = group.from_main(calibrate(logits, data) if group.is_main else None)
-            start.method.change_logits(model, calibration.temperature, calibration.biases)
+            source.method.change_logits(model, calibration.temperature, calibration.biases)
             results |= found
         if args.do_train and group.is_main:
             with writing(output.staging):
-                start.save(model, tokenizer, output.staging)
+                source.save(model, output.staging)
 
         # score; the model sees the test file only now that every choice has been made
         def classify(split: Split) -> torch.Tensor:
-            index = prefix_index(split, args.prefix_column, args.prefix_paths)
-            return classifier.logits(split, index)
+            return classifier.logits(split, data.prefixes and data.prefixes.index(split))
 
         if not group.is_main:  # the other processes only help to predict
             for split in data.to_predict():
                 classify(split)
             return
         explain = group.size == 1 and not args.prefix_column  # else texts alone cannot be scored
-        results |= score(classify, data, start.multi_label, output, args, explain)
+        options = Options(args.safe_csv, args.reject_below)
+        results |= score(classify, data, source.multi_label, output, options, explain)
 
         # publish; a limit of 0 means that checkpoints were only for resuming
         publish(output, record, results, keep_checkpoints=args.save_total_limit != 0)
 
 
-def prepare(args: Namespace, machine: Machine) -> tuple[Start, Data, PreTrainedTokenizerBase, dict]:
+def classifier_of(args: Namespace) -> Classifier:
+    """Load a tuned model."""
+    machine = pick_machine(precision_for(args.precision, model_folders(vars(args))))
+    return Classifier.from_source(find_model(args), machine, args.per_device_eval_batch_size)
+
+
+def find_model(args: Namespace) -> ModelSource:
+    """Return the model to train, or to predict with."""
+    settings = vars(args)
+    if args.do_train:
+        return new_model(settings)
+    paths = args.prefix_paths or args.model_name_or_path
+    return open_model(paths, args.max_seq_length, args.problem_type, bool(args.prefix_column))
+
+
+def prepare(args: Namespace, machine: Machine) -> tuple[ModelSource, Data, dict]:
     """Find the model, read and check the data, and describe the run."""
-    # start: the model to start from
-    form = fill_format(args)
-    start = find_start(args)
-    tokenizer = start.tokenizer()
-    form = start.complete(form, args, tokenizer)
-    logger.info("%s, model %s", machine, start.source.name)
-    settings = start.settings(args) | machine.describe()
+    # model: what to start from, without its weights
+    settings = vars(args)
+    form = fill_format(settings)
+    source = find_model(args)
+    form = source.complete(form, settings)
+    logger.info("%s, model %s", machine, source.name)
+    described = source.settings(settings) | machine.describe()
 
     # data: read, check, audit for leaks
-    splits = dataset.read_splits(args, form)
+    tasks = ("train", args.do_train, args.train_file), ("eval", args.do_eval, args.validation_file)
+    splits = dataset.read_splits({name: path for name, wanted, path in tasks if wanted}, form)
     if args.do_train:
-        start.set_labels(dataset.label_names(splits["train"], args.label_names))
-    data = dataset.prepare(args, form, splits, start.labels, start.labels_by_prefix)
+        source.set_labels(dataset.label_names(splits["train"], args.label_names))
+    prefixes, test_file = None, args.test_file if args.do_predict else None
+    if args.prefix_column:
+        prefixes = RowPrefixes(args.prefix_column, args.prefix_paths, source.labels_by_prefix)
+    sample = args.max_train_samples, args.seed
+    data = dataset.prepare(form, splits, source.labels, test_file, prefixes, *sample)
     check_columns(data, args.reject_below)
 
     # schedule: for the backbone's width, and texts that repeat or new ones, unless flags set it
     if args.do_train:
-        width, measured = start.config.hidden_size, start.source.name == DEFAULT_BACKBONE
-        schedule = fill_schedule(args, data.seen_share, width)
+        width, measured = source.config.hidden_size, source.name == DEFAULT_BACKBONE
+        schedule = fill_schedule(settings, data.seen_share, width)
         shown = ", ".join(f"{name} {value}" for name, value in schedule.items())
         shown += "" if measured else "; not measured on this backbone"
         logger.info("%s, hidden size %d: %s", schedule_name(data.seen_share), width, shown)
         if args.rdrop_alpha and not (args.hidden_dropout_prob or args.attention_probs_dropout_prob):
             raise UserError("--rdrop_alpha needs dropout: pass --hidden_dropout_prob 0.1")
-        settings |= schedule
+        described |= schedule
         args.class_weights = trainer.class_weights(data.train, args.class_weights, data.names)
-        settings |= {"class_weights": args.class_weights}
-        start.set_dropout(args)
+        described |= {"class_weights": args.class_weights}
+        source.set_dropout(args.hidden_dropout_prob, args.attention_probs_dropout_prob)
 
     # record: describe everything the results depend on
-    record = describe_run(settings, start.describe(), data.names, data.describe())
-    return start, data, tokenizer, record
-
-
-def label_texts(args: Namespace) -> None:
-    """Print each text's labels, the most probable first, and why; write no files."""
-    many = args.text == ["-"]
-    try:
-        texts = [line.rstrip("\r\n") for line in sys.stdin] if many else args.text
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not {error.encoding}: convert it") from None
-    texts = as_texts(texts, args.drop_empty, "fill it in, or drop blank texts with --drop_empty")
-    if not texts:
-        raise UserError("there is no text to label: pass one after --text, or lines with --text -")
-    classify = Classifier.of(find_start(args), args)
-    why = word_importance(classify.logits, [] if many else texts, classify.multi_label)
-    for text, found, words in zip_longest(texts, classify(texts), why, fillvalue=()):
-        order = sorted(found["probabilities"].items(), key=lambda one: -one[1])
-        lines = [text, *(f"{share:8.4f}  {label}" for label, share in order)]
-        if found["confidence"] < args.reject_below:
-            lines.append(f"          rejected: its confidence is below {args.reject_below:g}")
-        if most := sorted(words, key=lambda one: -one[1])[:3]:
-            falls = (f"{word} {-fall:+.4f}" for word, fall in most)
-            lines.append(f"          without the word: {', '.join(falls)}")
-        show("\n".join(lines))
+    return source, data, describe_run(described, source.describe(), data.names, data.describe())
 
 
 def find_checkpoint(
@@ -269,30 +242,30 @@ def find_checkpoint(
 
 def tune(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    source: ModelSource,
     data: Data,
     args: Namespace,
     machine: Machine,
-    start: Start,
     output: OutputFolder,
     record: dict,
     checkpoint: Checkpoint | None,
 ) -> dict:
     """Train with checkpoints, and return the training figures."""
-    if warning := learning_rate_warning(args, start.config.hidden_size):
+    if warning := learning_rate_warning(vars(args), source.config.hidden_size):
         logger.warning("warning: %s", warning)
-    is_main, length = machine.group.is_main, start.config.max_seq_length
-    train_set = encode(tokenizer, data.train, length).for_each_prefix(args.num_prefixes)
+    is_main, length = machine.group.is_main, source.config.max_seq_length
+    train_set = encode(source.tokenizer, data.train, length).for_each_prefix(args.num_prefixes)
     if args.class_weights:
         train_set = replace(train_set, label_weights=[*args.class_weights.values()])
-    eval_set = encode(tokenizer, data.eval, length) if args.eval_strategy == "epoch" else None
+    evaluates = args.eval_strategy == "epoch"
+    eval_set = encode(source.tokenizer, data.eval, length) if evaluates else None
     train_words_in_use(model, train_set.token_ids)
 
     if checkpoint:  # the run may have been killed before it removed older checkpoints
         checkpoints.prune(output.staging, args.save_total_limit, checkpoint.state["best_step"])
 
     def write_model(folder: Path) -> None:
-        start.save(model, tokenizer, folder)
+        source.save(model, folder)
         output.copy_metrics(folder)
 
     def save(state: dict, tensors: Tensors) -> None:
@@ -301,18 +274,10 @@ def tune(
             checkpoints.write(output.staging, state, tensors, write_model, read_tensors)
             checkpoints.prune(output.staging, args.save_total_limit, state["best_step"])
 
-    write_metrics = recorder(output, args.report_to if is_main else "none")
+    write = recorder(output, args.report_to if is_main else "none")
     with stop_signals() as received_signal:
         figures = trainer.train(
-            model,
-            train_set,
-            eval_set,
-            args,
-            machine,
-            write_metrics,
-            save,
-            checkpoint,
-            received_signal,
+            model, train_set, eval_set, args, machine, write, save, checkpoint, received_signal
         )
     if number := received_signal():  # a signal that came after the last step
         signal.raise_signal(number)

@@ -16,10 +16,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from dataset import Split
 from evaluation.metrics import compute_metrics, prefixed
 from model.classifier import predict
+from model.methods import method_of
 from model.predictions import Predictions
 from model.schedule import advice_after_collapse
 from model.sequence_classification import classification_loss, divergence
-from model.tuning import method_of
 from runtime.batches import Encoded, chunks, padding_share, training_batches
 from runtime.checkpoint import Checkpoint, Tensors
 from runtime.files import UserError, name_list, read_json
@@ -176,7 +176,7 @@ def train(
             save_if_due(state, args.save_strategy != "no", machine, save, stop_requested)
     if one_class:
         message = "warning: in the last epoch every prediction is the same class; %s"
-        logger.warning(message, advice_after_collapse(args))
+        logger.warning(message, advice_after_collapse(vars(args)))
     return state.finish()
 
 
@@ -292,6 +292,6 @@ def evaluate(
     Also returns whether every prediction is the same class, though the labels are not.
     """
     logits = predict(model, data, args.per_device_eval_batch_size, machine)
-    found = Predictions.of(logits, data.labels.ndim == 2)
-    one_class = data.labels.ndim == 1 and len(set(found.label)) == 1 < len(set(data.labels))
-    return compute_metrics(found, data.labels), one_class and len(data) >= ENOUGH_ROWS
+    predictions = Predictions.from_logits(logits, data.labels.ndim == 2)
+    one_class = data.labels.ndim == 1 and len(set(predictions.label)) == 1 < len(set(data.labels))
+    return compute_metrics(predictions, data.labels), one_class and len(data) >= ENOUGH_ROWS

@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from dataset import Data, seen_texts
-from evaluation.metrics import Counts
+from evaluation.metrics import Tally, calibration_error
 from model.predictions import Predictions, average
 from model.schedule import coming_texts
 
@@ -56,7 +56,7 @@ def fit(logits: torch.Tensor, label_ids: np.ndarray) -> Calibration:
     would decide.
 
     logits: float32 [K, N, C], of the members of an ensemble, whose probabilities are averaged; K is
-    1 for a single model. label_ids: as in `Counts.add`.
+    1 for a single model. label_ids: as in `Tally.add`.
     """
     multi_label, labels = label_ids.ndim == 2, torch.from_numpy(label_ids)
     criterion = binary_cross_entropy_with_logits if multi_label else cross_entropy
@@ -73,15 +73,15 @@ def fit(logits: torch.Tensor, label_ids: np.ndarray) -> Calibration:
         return total.item(), numbers.grad.numpy()
 
     options = {"jac": True, "options": {"ftol": 0, "gtol": 1e-9}}
-    found = minimize(loss, np.zeros(1 + classes), method="L-BFGS-B", **options).x
-    return Calibration(float(np.exp(found[0])), torch.from_numpy(found[1:]).float())
+    best = minimize(loss, np.zeros(1 + classes), method="L-BFGS-B", **options).x
+    return Calibration(float(np.exp(best[0])), torch.from_numpy(best[1:]).float())
 
 
 def figures(logits: torch.Tensor, label_ids: np.ndarray) -> dict[str, float]:
     """Return the log loss and the calibration error (ECE) of logits, [K, N, C]."""
-    counts = Counts(label_ids.ndim == 2)
-    counts.add(Predictions.of(average(logits, counts.multi_label), counts.multi_label), label_ids)
-    return {"loss": counts.metrics()["loss"], "ece": counts.more_metrics()["ece"]}
+    tally, multi_label = Tally(), label_ids.ndim == 2
+    tally.add(Predictions.from_logits(average(logits, multi_label), multi_label), label_ids)
+    return {"loss": tally.loss / tally.rows, "ece": calibration_error(tally.bins)}
 
 
 def calibrate(logits: torch.Tensor, data: Data) -> tuple[Calibration, dict]:
@@ -95,21 +95,20 @@ def calibrate(logits: torch.Tensor, data: Data) -> tuple[Calibration, dict]:
         message = "not calibrated: %d validation rows are like the rows to come, %d are needed"
         logger.info(message, rows.sum(), ENOUGH_ROWS)
         return Calibration(), {}
-    calibration = fit(logits[:, rows], label_ids[rows])
-    before, after = (
-        figures(one[:, rows], label_ids[rows]) for one in (logits, calibration(logits))
-    )
+    logits, unseen_only, label_ids = logits[:, rows], not rows.all(), label_ids[rows]
+    calibration = fit(logits, label_ids)
+    before, after = figures(logits, label_ids), figures(calibration(logits), label_ids)
     logger.info(
         "calibrated on %d validation rows: temperature %.2f, log loss %.3f -> %.3f, calibration "
         "error %.3f -> %.3f",
-        *(rows.sum(), calibration.temperature),
+        *(len(label_ids), calibration.temperature),
         *(before["loss"], after["loss"], before["ece"], after["ece"]),
     )
     return calibration, {
         "temperature": calibration.temperature,
         "calibration_biases": calibration.biases.tolist(),
-        "calibration_rows": int(rows.sum()),
-        "calibration_unseen_only": bool(rows.sum() < len(rows)),
+        "calibration_rows": len(label_ids),
+        "calibration_unseen_only": unseen_only,
         **{f"calibration_{name}_before": value for name, value in before.items()},
         **{f"calibration_{name}_after": value for name, value in after.items()},
     }

@@ -25,23 +25,20 @@ def word_importance(
     The importance is the fall of the predicted label's probability without the word; for several
     labels, the fall of the probability of exactly these. classify: texts -> logits [N, C].
     """
-    words = [text.split() for text in texts]
-    words = [each if 1 < len(each) <= MOST_WORDS else [] for each in words]
-    shorter = [
-        " ".join(each[:place] + each[place + 1 :]) for each in words for place in range(len(each))
-    ]
+    lists = [words if 1 < len(words) <= MOST_WORDS else [] for words in map(str.split, texts)]
+    shorter = [" ".join(words[:n] + words[n + 1 :]) for words in lists for n in range(len(words))]
     if not shorter:
-        return [[] for _ in texts]
+        return lists
     logits = classify(rows_of([*texts, *shorter], path=""))
-    probability = Predictions.of(logits, multi_label).probability
+    probability = Predictions.from_logits(logits, multi_label).probability
     whole, rest = probability[: len(texts)], iter(probability[len(texts) :])
 
-    def confidence(one: np.ndarray, full: np.ndarray) -> float:
+    def confidence(row: np.ndarray, full: np.ndarray) -> float:
         if multi_label:
-            return float(np.where(full >= 0.5, one, 1 - one).prod())
-        return float(one[full.argmax()])
+            return float(np.where(full >= 0.5, row, 1 - row).prod())
+        return float(row[full.argmax()])
 
     return [
-        [(word, confidence(full, full) - confidence(next(rest), full)) for word in each]
-        for full, each in zip(whole, words, strict=True)
+        [(word, confidence(full, full) - confidence(next(rest), full)) for word in words]
+        for full, words in zip(whole, lists, strict=True)
     ]

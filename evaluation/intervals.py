@@ -9,6 +9,7 @@ N rows, L predictions per row, T distinct texts.
 
 import math
 import zlib
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -42,7 +43,17 @@ def wilson(share: float, size: float) -> list[float]:
     return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
-class Bootstrap:
+class Sums:
+    """Sums over rows, the attributes: those of two sets of rows without a common text are added."""
+
+    def __add__(self, other: Self) -> Self:
+        total = type(self)()
+        for name, value in vars(self).items():
+            setattr(total, name, value + getattr(other, name))
+        return total
+
+
+class Bootstrap(Sums):
     """95 % interval of an accuracy, over the random choice of texts.
 
     A bootstrap over distinct texts gives the variance of the accuracy: the number of times a text
@@ -66,11 +77,6 @@ class Bootstrap:
             drawn = [random_of(text).poisson(1.0, RESAMPLES) for text in texts[part]]
             self.sums += counts[:, part] @ np.array(drawn)
 
-    def merge(self, other: "Bootstrap") -> None:
-        """Add the rows of another one, which has other texts."""
-        self.sums += other.sums
-        self.rows, self.hits = self.rows + other.rows, self.hits + other.hits
-
     def interval(self) -> list[float]:
         """Return the two ends of the interval."""
         share, rows = self.hits / self.rows, self.sums[0]
@@ -81,7 +87,7 @@ class Bootstrap:
         return wilson(share, min(size, self.rows))
 
 
-class Chance:
+class Chance(Sums):
     """The calibration error that a perfectly calibrated model has by chance.
 
     Files are simulated in which each prediction is right with the probability that its confidence
@@ -90,35 +96,28 @@ class Chance:
 
     def __init__(self) -> None:
         self.hits = np.zeros((BINS, SIMULATED))  # in each bin of each simulated file
-        self.confidence = np.zeros(BINS)  # summed
-        self.count = 0
+        self.confidence, self.count = np.zeros(BINS), 0  # summed; of predictions
 
     def add(self, keys: list[str], confidence: np.ndarray) -> None:
         """Add rows: the keys of their texts, and the confidence of their predictions, [N, L]."""
-        place = bin_of(confidence, BINS).ravel()
         self.count += confidence.size
-        self.confidence += np.bincount(place, confidence.ravel(), BINS)
+        self.confidence += np.bincount(bin_of(confidence, BINS).ravel(), confidence.ravel(), BINS)
         text_index, texts = pd.factorize(np.array(keys, dtype=object))
         # the predictions of a text: one, unless several prefixes predicted it
-        each, rows = np.unique(np.c_[text_index, confidence], axis=0, return_counts=True)
+        distinct, rows = np.unique(np.c_[text_index, confidence], axis=0, return_counts=True)
         labels, size = confidence.shape[1], max(1, 1000 // confidence.shape[1])
-        for start in range(0, len(each), size):
+        for start in range(0, len(distinct), size):
             part = slice(start, start + size)
-            shares = each[part, 1:]
+            shares = distinct[part, 1:]
             drawn = [
                 random_of(text).random((labels, SIMULATED), dtype=np.float32)
-                for text in texts[each[part, 0].astype(int)]
+                for text in texts[distinct[part, 0].astype(int)]
             ]
             hit = (np.array(drawn) < shares[:, :, None]).astype(np.float32)
             weight = np.eye(BINS, dtype=np.float32)[bin_of(shares, BINS)] * rows[part, None, None]
             self.hits += np.tensordot(weight.astype(np.float32), hit, ((0, 1), (0, 1)))
 
-    def merge(self, other: "Chance") -> None:
-        """Add the rows of another one, which has other texts."""
-        self.hits, self.confidence = self.hits + other.hits, self.confidence + other.confidence
-        self.count += other.count
-
     def errors(self) -> tuple[float, float]:
         """Return the mean calibration error, and the one that 95 % of the files stay below."""
-        found = np.abs(self.hits - self.confidence[:, None]).sum(axis=0) / self.count
-        return float(found.mean()), float(np.quantile(found, LEVEL))
+        errors = np.abs(self.hits - self.confidence[:, None]).sum(axis=0) / self.count
+        return float(errors.mean()), float(np.quantile(errors, LEVEL))

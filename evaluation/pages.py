@@ -1,6 +1,7 @@
 """The page of a run (report.html, one file that needs no network), and the model card."""
 
 import json
+from itertools import compress
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -36,11 +37,6 @@ def fill(template: str, folder: Path = FOLDER, **values) -> str:
     return environment.get_template(template).render(**values)
 
 
-def shorten(label: str) -> str:
-    """Shorten a label that would not fit into a page."""
-    return label if len(label) <= LABEL_LENGTH else f"{label[:LABEL_LENGTH]}..."
-
-
 def render_card(record: dict, results: dict) -> str:
     """Render the model card, README.md, of a trained model; unset settings are left out."""
     settings = {k: v for k, v in record["settings"].items() if v is not None and v is not False}
@@ -56,23 +52,26 @@ def render_card(record: dict, results: dict) -> str:
 
 def render_run(record: dict, results: dict, evaluation: dict, records: list[dict]) -> str:
     """Render a run's page from run.json, all_results.json, evaluation.json and metrics.jsonl."""
-    labels = [shorten(name) for name in evaluation["labels"]]
+    labels = [
+        label if len(label) <= LABEL_LENGTH else f"{label[:LABEL_LENGTH]}..."
+        for label in evaluation["labels"]
+    ]
     name = "test" if "test" in evaluation else "eval"
     details = evaluation[name]
 
     def named(label: int | list[int]) -> str:
         if isinstance(label, list):  # 0 or 1 for each label
-            return ", ".join(n for n, one in zip(labels, label, strict=True) if one) or "none"
+            return ", ".join(compress(labels, label)) or "none"
         return labels[label]
 
-    mistakes = [
-        one | {"label": named(one["label"]), "predicted": named(one["predicted"])}
-        for one in details["mistakes"]
-    ]
-    for one in mistakes:  # how dark each word's background is, as a share
-        most = max((abs(value) for _, value in one.get("words", ())), default=0)
-        words = one["words"] if most else ()
-        one["shaded"] = [(word, value, abs(value) / most) for word, value in words]
+    mistakes = []
+    for mistake in details["mistakes"]:
+        names = {key: named(mistake[key]) for key in ("label", "predicted")}
+        words = mistake.get("words", ())
+        most = max((abs(value) for _, value in words), default=0)
+        # with how dark each word's background is, as a share
+        shaded = [(word, value, abs(value) / most) for word, value in words if most]
+        mistakes.append(mistake | names | {"shaded": shaded})
     columns = (details[key] for key in ("precision", "recall", "f1", "support"))
     cards: dict[tuple, str] = {}  # titles by figure: if no text is seen, two figures are the same
     for key, title in CARDS.items():

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from evaluation.metrics import IN_MATRIX
+from evaluation.metrics import IN_MATRIX, calibration_error
 
 # The palette of Okabe & Ito, which colour-blind people can distinguish.
 COLORS = BLUE, ORANGE, *_ = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -34,18 +34,20 @@ class Run(NamedTuple):
     records: list[dict]  # the lines of metrics.jsonl
 
 
-def svg(figure: Figure, words: str) -> Markup:
-    """Render a figure as an SVG element, with `words` that describe it to screen readers."""
+def svg_file(figure: Figure, **options) -> str:
+    """Render a figure as an SVG file; options: of `savefig`."""
     file = io.StringIO()
     with warnings.catch_warnings():  # the browser picks a font, which has more than matplotlib's
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(
-            file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
-        )
-    picture = file.getvalue()
-    picture = picture[picture.index("<svg") :].replace(INK, "currentColor")
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, **options)
+    return file.getvalue()
+
+
+def svg(figure: Figure, words: str) -> Markup:
+    """Render a figure as an SVG element, with `words` that describe it to screen readers."""
+    _, _, picture = svg_file(figure, transparent=True).partition("<svg")
     label = f'<svg role="img" aria-label="{escape(words)}"'
-    return Markup(picture.replace("<svg", label, 1))  # matplotlib escapes what it draws
+    return Markup(label + picture.replace(INK, "currentColor"))  # matplotlib escapes what it draws
 
 
 def room_for(labels: list[str]) -> float:
@@ -56,30 +58,33 @@ def room_for(labels: list[str]) -> float:
 
 def learning_curves(run: Run) -> list[Markup]:
     """Draw training and validation loss by epoch, and validation accuracy."""
-    steps = [line for line in run.records if "loss" in line]
-    epochs = [line for line in run.records if "eval_loss" in line]
+
+    def points(key: str) -> tuple[list[float], list[float]]:
+        lines = [line for line in run.records if key in line]
+        return [line["epoch"] for line in lines], [line[key] for line in lines]
+
     pictures = []
     for key, title in (("loss", "loss"), ("accuracy", "validation accuracy")):
-        figure = Figure(figsize=(4, 3))
-        axis = figure.subplots()
+        axis = Figure(figsize=(4, 3)).subplots()
         words = f"Learning curve of {title}."
-        if key == "loss" and steps:
-            by_step = [x["loss"] for x in steps]
-            marker = "o" if len(steps) < MARKED else None  # a single point has no line
-            at = [x["epoch"] for x in steps]
-            axis.plot(at, by_step, marker=marker, markersize=4, color=BLUE, label="training")
-            words += f" In training it goes from {by_step[0]:.2f} to {by_step[-1]:.2f}."
-        if epochs:
-            at, values = [x["epoch"] for x in epochs], [x[f"eval_{key}"] for x in epochs]
-            axis.plot(at, values, "o-", color=ORANGE, label="validation")
+        epochs, values = points(key)  # of training, which has no accuracy
+        if values:
+            marker = "o" if len(values) < MARKED else None  # a single point has no line
+            axis.plot(epochs, values, marker=marker, markersize=4, color=BLUE, label="training")
+            words += f" In training it goes from {values[0]:.2f} to {values[-1]:.2f}."
+        epochs, values = points(f"eval_{key}")
+        if values:
+            axis.plot(epochs, values, "o-", color=ORANGE, label="validation")
             best = (np.argmin if key == "loss" else np.argmax)(values)
-            words += f" On validation it is best after epoch {at[best]}, with {values[best]:.3f}."
+            words += (
+                f" On validation it is best after epoch {epochs[best]}, with {values[best]:.3f}."
+            )
         axis.set(xlabel="epoch", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
         if axis.lines:
             if key == "loss":
                 axis.legend()
-            pictures.append(svg(figure, words))
+            pictures.append(svg(axis.figure, words))
     return pictures
 
 
@@ -91,8 +96,7 @@ def confusion(run: Run) -> list[Markup]:
     table = np.array(run.details["confusion"])
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     size = max(2, 0.45 * len(labels)) + room_for(labels)
-    figure = Figure(figsize=(size, size))
-    axis = figure.subplots()
+    axis = Figure(figsize=(size, size)).subplots()
     axis.pcolormesh(share, cmap="Blues", vmin=0, vmax=1)  # vectors, where imshow puts a bitmap
     axis.invert_yaxis()
     places = np.arange(len(labels)) + 0.5
@@ -108,7 +112,7 @@ def confusion(run: Run) -> list[Markup]:
                 column + 0.5, row + 0.5, table[row, column], ha="center", va="center", color=color
             )
     right = table.trace() / max(table.sum(), 1)
-    return [svg(figure, f"Confusion matrix: {right:.1%} of the rows lie on the diagonal.")]
+    return [svg(axis.figure, f"Confusion matrix: {right:.1%} of the rows lie on the diagonal.")]
 
 
 def class_bars(run: Run) -> list[Markup]:
@@ -117,14 +121,13 @@ def class_bars(run: Run) -> list[Markup]:
     if len(labels) > DRAWN:
         return []
     names = [f"{name} ({rows:,})" for name, rows in zip(labels, support, strict=True)]
-    figure = Figure(figsize=(4 + room_for(names), 0.35 * len(labels) + 1))
-    axis = figure.subplots()
+    axis = Figure(figsize=(4 + room_for(names), 0.35 * len(labels) + 1)).subplots()
     bars = axis.barh(names, f1, color=BLUE)
     axis.bar_label(bars, fmt="%.2f", padding=3)
     axis.set(xlim=(0, 1.1), xlabel="F1 (rows in brackets)")
     axis.invert_yaxis()
     low = labels[int(np.argmin(f1))]
-    return [svg(figure, f"F1 of each label, lowest for {low} with {min(f1):.2f}.")]
+    return [svg(axis.figure, f"F1 of each label, lowest for {low} with {min(f1):.2f}.")]
 
 
 def reliability(run: Run) -> list[Markup]:
@@ -134,24 +137,22 @@ def reliability(run: Run) -> list[Markup]:
     neighbouring bins with few share a point.
     """
     bins = np.array([run.details["reliability"][name] for name in ("rows", "hits", "confidence")])
-    error = np.abs(bins[1] - bins[2]).sum() / bins[0].sum()
     rows, hits, confidence = merge_sparse(bins)
     x, y = confidence / rows, hits / rows
-    figure = Figure(figsize=(4, 4))
-    axis = figure.subplots()
+    axis = Figure(figsize=(4, 4)).subplots()
     axis.plot([0, 1], [0, 1], "--", color=INK, linewidth=1, label="calibrated")
     axis.plot(x, y, "o-", color=BLUE, clip_on=False, label="this model, with predictions per point")
     for place, count in zip(zip(x, y, strict=True), rows, strict=True):
         axis.annotate(f"{count:,.0f}", place, (5, -11), textcoords="offset points", fontsize=8)
     axis.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.03))
     axis.legend(loc="upper left")
-    return [svg(figure, f"Reliability curve; confidence is off by {error:.1%} on average.")]
+    error = calibration_error(bins)
+    return [svg(axis.figure, f"Reliability curve; confidence is off by {error:.1%} on average.")]
 
 
 def coverage(run: Run) -> list[Markup]:
     """Draw the accuracy on the most confident rows by their share of all rows."""
-    figure = Figure(figsize=(4, 4))
-    axis = figure.subplots()
+    axis = Figure(figsize=(4, 4)).subplots()
     words = []
     for (name, points), color in zip(run.details["coverage"].items(), COLORS, strict=False):
         _, share, accuracy = np.array(points).T
@@ -159,17 +160,17 @@ def coverage(run: Run) -> list[Markup]:
         words += [f"{name}: {accuracy[0]:.1%} of all, {accuracy[-1]:.1%} of {share[-1]:.1%}"]
     axis.set(xlabel="most confident rows, %", ylabel="accuracy, %", xlim=(0, 102))
     axis.legend(loc="lower left")
-    return [svg(figure, f"Accuracy on the most confident rows. {'; '.join(words)}.")]
+    return [svg(axis.figure, f"Accuracy on the most confident rows. {'; '.join(words)}.")]
 
 
 def merge_sparse(bins: np.ndarray) -> np.ndarray:
     """Merge neighbouring bins, [3, BINS], until each has `FEW` predictions or one is left."""
     merged: list[np.ndarray] = []
-    for one in bins.T:
+    for column in bins.T:
         if merged and merged[-1][0] < FEW:
-            merged[-1] = merged[-1] + one
+            merged[-1] = merged[-1] + column
         else:
-            merged.append(one)
+            merged.append(column)
     if len(merged) > 1 and merged[-1][0] < FEW:
         merged[-2:] = [merged[-2] + merged[-1]]
     return np.array(merged).T

@@ -1,14 +1,14 @@
 """The rows of the test and the validation file, with what the model predicts for them, as CSV."""
 
 import csv
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import torch
 
-from dataset import Data
+from dataset import Data, Split
 from model.predictions import Predictions
 from runtime.files import UserError, writing
 
@@ -36,33 +36,53 @@ def check_added(path: str, columns: list[str], names: list[str], reject_below: f
         )
 
 
-@contextmanager
-def prediction_writer(
-    path: Path, columns: list[str], names: list[str], safe: bool = False, reject_below: float = 0.0
-) -> Iterator[Callable[[pd.DataFrame, Predictions], None]]:
-    """Open a file with one row per input row, in order. Yields a function that adds a chunk.
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose about a file of predictions."""
 
-    A row has the input's `columns` and the `added_columns`. Strings are quoted, to keep any text.
-    safe: put an apostrophe before text that a spreadsheet would execute as a formula
-    (https://owasp.org/www-community/attacks/CSV_Injection). reject_below: if it is not 0, the
-    column `rejected` says whether the confidence is lower, as True or False.
+    safe: bool = False  # put an apostrophe before what a spreadsheet would execute as a formula
+    reject_below: float = 0.0  # if not 0, the column `rejected` says whether confidence is lower
+
+
+def predict_file(
+    classify: Callable[[Split], torch.Tensor],
+    chunks: Iterable[Split],
+    columns: list[str],
+    path: Path,
+    names: list[str],
+    multi_label: bool,
+    options: Options = Options(),
+    use: Callable[[Split, Predictions], None] = lambda chunk, predictions: None,
+) -> int:
+    """Write a CSV file with a row per input row, in order; returns the number of rows.
+
+    A row has the input's `columns` and the `added_columns`. Strings are quoted, to keep any text
+    (formulas: https://owasp.org/www-community/attacks/CSV_Injection).
+
+    classify: rows -> logits, float32 [N, C]. names: the C labels. use: called with each chunk.
+    Raises: UserError if the file cannot be written.
     """
 
     def cell(text: str) -> str:
-        return f"'{text}" if safe and text.startswith(FORMULA_STARTS) else text
+        return f"'{text}" if options.safe and text.startswith(FORMULA_STARTS) else text
 
+    rows, below = 0, options.reject_below
     with writing(path), open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        writer.writerow(map(cell, [*columns, *added_columns(names, reject_below)]))
-
-        def add(table: pd.DataFrame, found: Predictions) -> None:
-            figures = np.hstack([found.confidence[:, None], found.probability]).astype(float)
-            values = np.round(figures, 6).tolist()
-            labels, rejected = found.named(names), found.confidence < reject_below
-            for row, label, unsure, (confidence, *rest) in zip(
-                table.to_numpy(), labels, rejected, values, strict=True
+        writer.writerow(map(cell, [*columns, *added_columns(names, below)]))
+        for chunk in chunks:
+            predictions = Predictions.from_logits(classify(chunk), multi_label)
+            confidence = predictions.confidence
+            figures = np.hstack([confidence[:, None], predictions.probability]).astype(float)
+            for row, label, unsure, (first, *rest) in zip(
+                chunk.table.to_numpy(),
+                predictions.named(names),
+                (confidence < below).tolist(),
+                np.round(figures, 6).tolist(),
+                strict=True,
             ):
-                marked = [bool(unsure)] if reject_below else []
-                writer.writerow([*map(cell, [*row, label]), confidence, *marked, *rest])
-
-        yield add
+                marked = [unsure] if below else []
+                writer.writerow([*map(cell, [*row, label]), first, *marked, *rest])
+            rows += len(chunk)
+            use(chunk, predictions)
+    return rows

@@ -5,77 +5,72 @@ import logging
 import os
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
-import pandas as pd
 import torch
 
-from dataset import Data, Split, Stream
+from dataset import Data, Split
 from evaluation import tables
 from evaluation.importance import word_importance
 from evaluation.metrics import Score
-from evaluation.predictions import FILES, prediction_writer
+from evaluation.predictions import FILES, Options, predict_file
 from model.predictions import Predictions
 from runtime.output_folder import OutputFolder
 from runtime.record import peak_memory_bytes
 
 logger = logging.getLogger(__name__)
 
-Classify = Callable[[Split], torch.Tensor]  # split -> logits, float32 [N, C]
-Write = Callable[[pd.DataFrame, Predictions], None]  # adds rows to a file of predictions
-
 
 def score(
-    classify: Classify,
+    classify: Callable[[Split], torch.Tensor],
     data: Data,
     multi_label: bool,
     output: OutputFolder,
-    args: Namespace,
+    options: Options,
     explain: bool = True,
 ) -> dict:
     """Predict the validation and the test file, and score them; the test file may have no labels.
 
-    Writes the predictions (safe_csv and reject_below of the arguments: see `prediction_writer`) and
-    evaluation.json; returns the figures for all_results.json. explain: compute which words the
-    most confident mistakes depend on; `classify` is then called with other texts.
+    Writes the predictions and evaluation.json; returns the figures for all_results.json. classify:
+    rows -> logits, float32 [N, C]. explain: compute which words the most confident mistakes depend
+    on; `classify` is then called with other texts.
     """
     scores: dict[str, Score] = {}
+    figures, start = {}, time.perf_counter()
+    for name, file in data.files().items():
+        if name == "train":
+            continue
+        start, done = time.perf_counter(), 0
 
-    def add(name: str, split: Split, write: Write) -> None:
-        found = Predictions.of(classify(split), multi_label)
-        write(split.table, found)
-        if split.labels is not None:
-            seen = data.seen(name, split.keys)
-            one = scores.setdefault(name, Score(multi_label, args.reject_below))
-            one.add(found, split.label_ids, split.texts, split.keys, seen)
+        def use(
+            chunk: Split,
+            predictions: Predictions,
+            name: str = name,
+            file=file,
+            start: float = start,
+        ) -> None:
+            nonlocal done
+            if chunk.labels is not None:
+                seen = data.seen(name, chunk.keys)
+                total = scores.setdefault(name, Score(multi_label, options.reject_below))
+                total.add(predictions, chunk.label_ids, chunk.texts, chunk.keys, seen)
+            done += len(chunk)
+            if name == "test":
+                figures["predict_samples_per_second"] = log_speed(done, len(file), start)
 
-    def writer(name: str, file: Split | Stream) -> AbstractContextManager[Write]:
-        path, options = output.staging / FILES[name], (args.safe_csv, args.reject_below)
-        return prediction_writer(path, file.columns, data.names, *options)
-
-    if data.eval is not None:
-        with writer("eval", data.eval) as write:
-            add("eval", data.eval, write)
-    figures = {}
-    if data.test is not None:
-        done, start = 0, time.perf_counter()
-        with writer("test", data.test) as write:
-            for chunk in data.test:
-                add("test", chunk, write)
-                done += len(chunk)
-                figures["predict_samples_per_second"] = log_speed(done, len(data.test), start)
+        chunks = [file] if isinstance(file, Split) else file
+        path = output.staging / FILES[name]
+        predict_file(classify, chunks, file.columns, path, data.names, multi_label, options, use)
     if scores:
-        details = {name: one.details() for name, one in scores.items()}
-        for mistakes in (one["mistakes"] for one in details.values() if explain):
-            texts = [one["text"] for one in mistakes]
-            words = word_importance(classify, texts, multi_label)
-            for mistake, one in zip(mistakes, words, strict=True):
-                mistake["words"] = [(word, round(value, 4)) for word, value in one]
+        details = {name: total.details() for name, total in scores.items()}
+        for mistakes in (part["mistakes"] for part in details.values() if explain):
+            texts = [mistake["text"] for mistake in mistakes]
+            importance = word_importance(classify, texts, multi_label)
+            for mistake, words in zip(mistakes, importance, strict=True):
+                mistake["words"] = [(word, round(value, 4)) for word, value in words]
         output.write_json("evaluation.json", {"labels": data.names, **details})
-    for name, one in scores.items():
-        figures |= one.results(name)
+    for name, total in scores.items():
+        figures |= total.results(name)
     return figures
 
 

@@ -14,5 +14,9 @@ def load(folder, precision: str = "auto", batch_size: int = 64):
     texts per batch. Raises: runtime.files.UserError if the folder is not usable.
     """
     from model.classifier import Classifier  # takes seconds, which other imports of model/ can skip
+    from model.source import open_model
+    from runtime.columns import precision_for
+    from runtime.machine import pick_machine
 
-    return Classifier.load(folder, precision, batch_size)
+    machine = pick_machine(precision_for(precision, [folder]))
+    return Classifier.from_source(open_model(str(folder)), machine, batch_size)

@@ -5,6 +5,7 @@ PEFT does not store, are in an additional config.json, which PEFT does not read.
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,28 +15,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig
 
+from model.folders import ADAPTER_CONFIG, check_weights
 from model.loading import TUNED
-from model.source import ADAPTER_CONFIG, check_weights
 from runtime.files import UserError, to_json
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "prefix_encoder.embedding.weight"
+PREFIX, STORED_PREFIX = "prefix_encoder.embedding.weight", "prompt_embeddings"
 
 
-def stored_name(name: str) -> str:
-    """Return PEFT's name for one of our parameters."""
-    return "prompt_embeddings" if name == PREFIX else f"base_model.{name}"
+def our_name(stored: str) -> str:
+    """Return our name for a tensor of an adapter folder; see `AdapterMethod.stored_name`."""
+    return PREFIX if stored == STORED_PREFIX else re.sub(r"^base_model\.(model\.)?", "", stored)
 
 
 def save(
     folder: Path, config: BertConfig, tensors: dict[str, Tensor], settings: dict, changes: dict
 ) -> None:
-    """Write the trained `tensors` (by our names), without the backbone.
+    """Write the trained `tensors`, by PEFT's names, without the backbone.
 
     settings: the content of adapter_config.json. changes: entries to change in config.json.
     """
-    stored = {stored_name(n): one.detach().cpu().contiguous() for n, one in tensors.items()}
-    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / ADAPTER_CONFIG).write_text(to_json(dict(sorted(settings.items()))), encoding="utf-8")
     config = copy.deepcopy(config)
     config.update({"architectures": TUNED, **changes})
@@ -58,31 +59,33 @@ def read(folder: Path, shapes: dict[str, tuple[int, ...] | None]) -> dict[str, T
 
     Raises: UserError if the file is unreadable, or has other tensors or values that are not finite.
     """
-    path, names = folder / WEIGHTS, {stored_name(name): name for name in shapes}
+    path = folder / WEIGHTS
     with opened(folder) as file:
-        if other := set(file.keys()).symmetric_difference(names):
+        names = {our_name(stored): stored for stored in file.keys()}  # noqa: SIM118
+        if other := names.keys() ^ shapes.keys():
             raise UserError(
-                f"{path} must contain exactly {', '.join(names)}; missing or unexpected: "
-                f"{', '.join(other)}"
+                f"{path} must contain exactly {', '.join(shapes)}; missing or unexpected: "
+                f"{', '.join(names.get(name, name) for name in sorted(other))}"
             )
-        tensors = {ours: file.get_tensor(name) for name, ours in names.items() if shapes[ours]}
+        tensors = {name: file.get_tensor(names[name]) for name in shapes if shapes[name]}
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name] or not tensor.isfinite().all():
             raise UserError(
-                f"{path}: {stored_name(name)} does not fit the config: {list(tensor.shape)} should "
-                f"be {list(shapes[name])}, with finite values only"
+                f"{path}: {names[name]} does not fit the config: {list(tensor.shape)} should be "
+                f"{list(shapes[name])}, with finite values only"
             )
     return tensors
 
 
 def read_unchecked(folder: Path) -> dict[str, Tensor]:
     """Read all tensors of an adapter folder, by our names, without checks."""
-    ours = {"prompt_embeddings": PREFIX}
-    tensors = load_file(folder / WEIGHTS)
-    return {ours.get(k, k.removeprefix("base_model.")): one for k, one in tensors.items()}
+    return {our_name(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
 
 
 def count_labels(folder: Path) -> int:
     """Return the number of labels of an adapter that PEFT wrote."""
     with opened(folder) as file:
-        return file.get_slice(stored_name("classifier.bias")).get_shape()[0]
+        biases = [name for name in file.keys() if our_name(name) == "classifier.bias"]  # noqa: SIM118
+        if not biases:
+            raise UserError(f"{folder / WEIGHTS} has no classifier.bias: it has no head")
+        return file.get_slice(biases[0]).get_shape()[0]

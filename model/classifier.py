@@ -4,9 +4,7 @@ K members of an ensemble, N texts, U distinct texts, C classes.
 """
 
 import math
-from argparse import Namespace
 from collections.abc import Iterable, Mapping, Set
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -14,15 +12,12 @@ import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from model.bank_start import find_start
 from model.predictions import Predictions
-from model.start import Start
+from model.source import ModelSource
 from runtime.batches import Encoded, TextRows, encode, length_batches, rows_of
-from runtime.columns import model_folders, precision_for
 from runtime.files import UserError
-from runtime.machine import Machine, in_streams, pick_machine
+from runtime.machine import Machine, in_workers
 
 
 def as_texts(
@@ -64,34 +59,20 @@ class Classifier:
     """A trained model with all that it needs to label texts; `model.load` returns one."""
 
     def __init__(
-        self,
-        start: Start,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        machine: Machine,
-        batch_size: int = 64,
+        self, source: ModelSource, model: nn.Module, machine: Machine, batch_size: int = 64
     ) -> None:
-        self.labels, self.multi_label = start.labels, start.multi_label
-        self.max_seq_length = start.config.max_seq_length
-        self.title = start.method.title(start.config)
-        self.model, self.tokenizer, self.machine = model, tokenizer, machine
+        self.labels, self.multi_label = source.labels, source.multi_label
+        self.max_seq_length = source.config.max_seq_length
+        self.title = source.method.title(source.config)
+        self.model, self.tokenizer, self.machine = model, source.tokenizer, machine
         self.batch_size = batch_size
 
     @classmethod
-    def load(cls, folder: str | Path, precision: str = "auto", batch_size: int = 64) -> Self:
-        """Load a model folder or an adapter folder. Raises: UserError if it is not usable."""
-        unset = dict.fromkeys(("problem_type", "max_seq_length", "prefix_paths", "prefix_column"))
-        args = Namespace(model_name_or_path=str(folder), do_train=False, seed=0, **unset)
-        args.precision, args.per_device_eval_batch_size = precision, batch_size
-        return cls.of(find_start(args), args)
-
-    @classmethod
-    def of(cls, start: Start, args: Namespace) -> Self:
-        """Build the model of `start`, to predict."""
-        machine = pick_machine(precision_for(args.precision, model_folders(args)))
-        tokenizer, model = start.tokenizer(), start.build(args)
+    def from_source(cls, source: ModelSource, machine: Machine, batch_size: int = 64) -> Self:
+        """Load the weights of a tuned model. Raises: UserError if they do not fit."""
+        model = source.build()
         machine.place(model)
-        return cls(start, model, tokenizer, machine, args.per_device_eval_batch_size)
+        return cls(source, model, machine, batch_size)
 
     def __call__(self, texts: str | Iterable[str]) -> list[dict]:
         """Label one text or many, such as a list or a column of a table.
@@ -102,7 +83,7 @@ class Classifier:
         texts = as_texts(texts)
         if not texts:
             return []
-        found = Predictions.of(self.logits(rows_of(texts)), self.multi_label)
+        found = Predictions.from_logits(self.logits(rows_of(texts)), self.multi_label)
         return [
             {
                 "label": label,
@@ -135,7 +116,7 @@ def predict(model: nn.Module, data: Encoded, batch_size: int, machine: Machine) 
     """
     model.eval()
     group = machine.group
-    each = math.ceil(len(data.token_ids) / (group.size * machine.streams)) or 1  # all are busy
+    each = math.ceil(len(data.token_ids) / (group.size * machine.workers)) or 1  # all are busy
     mine = group.share(length_batches(data, min(batch_size, each)))
     text_logits = torch.zeros(len(data.token_ids), model.config.num_labels)  # [U, C]
     no_bar = None if group.is_main else True  # None: no bar if the output is not a terminal
@@ -145,7 +126,7 @@ def predict(model: nn.Module, data: Encoded, batch_size: int, machine: Machine) 
         with torch.inference_mode():  # of this thread
             return machine.logits(model, data, texts)
 
-    found = in_streams(classify, mine, machine.streams)
+    found = in_workers(classify, mine, machine.workers)
     shown = list(tqdm(found, total=len(mine), disable=no_bar, **bar))
     if mine:  # read once, since a GPU would be waited for after each batch
         text_logits[np.concatenate(mine)] = torch.cat(shown).cpu()

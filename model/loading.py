@@ -1,19 +1,16 @@
 """Load and check the config, tokenizer and weights of a BERT."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
-import torch
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase
-from transformers.activations import ACT2CLS
-from transformers.utils import logging as transformers_logging
 
+from model.bert import ACTIVATIONS, quiet, read_weights
+from model.folders import check_weights
 from model.sequence_classification import POOLINGS, BertForSequenceClassification
-from model.source import Source, check_weights
 from runtime.files import UserError, read_json
 
 TUNED = ["BertForSequenceClassification"]  # `architectures` of a model with a head
@@ -35,7 +32,7 @@ class BertSettings(TypedDict, total=False):
     intermediate_size: Size
     max_position_embeddings: Size
     type_vocab_size: Size
-    hidden_act: Literal[tuple(ACT2CLS)]
+    hidden_act: Literal[ACTIVATIONS]
     hidden_dropout_prob: Share
     attention_probs_dropout_prob: Share
     classifier_dropout: Share | None
@@ -61,21 +58,6 @@ class TokenizerSettings(TypedDict, total=False):
 
     do_lower_case: Any
     normalizer: dict[str, Any] | None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers about missing and unexpected weights, which are checked here."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def read_config(folder: Path) -> BertConfig:
@@ -198,23 +180,23 @@ def set_max_seq_length(config: BertConfig, virtual: int, wanted: int | None) -> 
     config.max_seq_length = length
 
 
-def load_tokenizer(source: Source, config: BertConfig) -> PreTrainedTokenizerBase:
-    """Load the backbone's fast tokenizer. Raises: UserError if it does not fit the model."""
-    if not any((source.backbone / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+def load_tokenizer(folder: Path, config: BertConfig) -> PreTrainedTokenizerBase:
+    """Load a backbone's fast tokenizer. Raises: UserError if it does not fit the model."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         # transformers would build a tokenizer that knows only the special tokens
-        raise UserError(f"{source.backbone} has no tokenizer.json or vocab.txt")
-    options = {"do_lower_case": False} if is_cased(source.backbone) else {}
+        raise UserError(f"{folder} has no tokenizer.json or vocab.txt")
+    options = {"do_lower_case": False} if is_cased(folder) else {}
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
-                source.backbone, use_fast=True, trust_remote_code=False, **options
+                folder, use_fast=True, trust_remote_code=False, **options
             )
     except Exception as error:  # tokenizers has no narrower exception
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"{source.backbone} has no usable tokenizer: {first}") from None
+        raise UserError(f"{folder} has no usable tokenizer: {first}") from None
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"{source.backbone}: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model "
             f"{config.vocab_size} embeddings: they do not belong together"
         )
     tokenizer.model_max_length = config.max_seq_length
@@ -247,41 +229,35 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def load_weights(
-    cls: type, folder: Path, config: BertConfig, new: tuple[str, ...] = ()
+    cls: type[BertForSequenceClassification],
+    folder: Path,
+    config: BertConfig,
+    may_lack: Callable[[str], bool],
+    strict: bool,
 ) -> BertForSequenceClassification:
     """Build a `cls` with the weights in `folder`.
 
-    new: parameters whose names start with one of these may be missing; they are drawn from torch's
-    generator, normal with the backbone's initializer_range.
+    may_lack: whether the parameter of a name may be missing; it is then drawn from torch's
+    generator, normal with the backbone's initializer_range. strict: no other weights may be there.
 
     Raises: UserError if other weights are missing, have the wrong shape, are not finite or are not
         in safetensors.
     """
     check_shapes(folder, config)
     try:
-        with quiet():
-            model, report = cls.from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # checked below, with the missing ones
-                output_loading_info=True,
-            )
+        model, fresh, unused = read_weights(cls, folder, config)
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"{folder} has no usable model.safetensors: {first}") from None
-    fresh = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    lost = [key for key in fresh if not key.startswith(new)]
-    if lost:
+    if lost := [name for name in sorted(fresh) if not may_lack(name)]:
         raise UserError(
             f"{folder} lacks {len(lost)} of the weights, or has them in other shapes: "
             f"{', '.join(lost[:5])}; is this a model folder?"
         )
-    if not new and report["unexpected_keys"]:
+    if strict and unused:
         raise UserError(
             f"{folder} has weights that do not belong to a classifier: "
-            f"{', '.join(sorted(report['unexpected_keys'])[:5])}"
+            f"{', '.join(sorted(unused)[:5])}"
         )
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():

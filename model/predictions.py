@@ -39,7 +39,7 @@ class Predictions:
     confidence: np.ndarray  # probability of the prediction [N]; of several labels: their product
 
     @classmethod
-    def of(cls, logits: torch.Tensor, multi_label: bool) -> Self:
+    def from_logits(cls, logits: torch.Tensor, multi_label: bool) -> Self:
         """Derive predictions from logits; multi-label: every label of probability 0.5 or more."""
         if multi_label:
             probability = logits.sigmoid().numpy()

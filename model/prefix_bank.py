@@ -16,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from model.predictions import average
 from model.prefix_encoder import on_gpu, ready_mask
 from model.sequence_classification import POOLINGS
+from runtime.file_format import MULTI_LABEL
 
 UNKNOWN = -1e4  # logit of a label that a prefix does not know
 
@@ -27,6 +28,58 @@ class Stacked(nn.Module):
         super().__init__()
         for name, tensor in tensors.items():
             setattr(self, name, nn.Parameter(tensor))
+
+
+class LearnedSlots(nn.Module):
+    """The keys and values of K prefixes, as parameters [K, P, 2LHD] of the usual name."""
+
+    def __init__(self, config: BertConfig, flat: torch.Tensor) -> None:
+        super().__init__()
+        self.shape = config.num_hidden_layers, 2, config.num_attention_heads, -1
+        self.embedding = Stacked(weight=flat)
+
+    def forward(self) -> torch.Tensor:
+        """Return the slots: [L, 2, H, K, P, D]."""
+        flat = self.embedding.weight
+        return flat.view(*flat.shape[:2], *self.shape).permute(2, 3, 4, 0, 1, 5)
+
+
+class FixedSlots(nn.Module):
+    """The keys and values of K tuned prefixes: [L, 2, H, K, P, D]."""
+
+    def __init__(self, slots: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("slots", slots, persistent=False)
+
+    def forward(self) -> torch.Tensor:
+        """Return the slots, cast once instead of in every batch."""
+        device = self.slots.device.type
+        if torch.is_autocast_enabled(device):
+            self.slots = self.slots.to(torch.get_autocast_dtype(device))
+        return self.slots
+
+
+@dataclass(frozen=True)
+class TunedPrefix:
+    """A tuned prefix with its head, in the layout that scoring needs."""
+
+    slots: torch.Tensor  # [L, 2, H, P, D]
+    weight: torch.Tensor  # [C, HD]
+    bias: torch.Tensor  # [C]
+
+    @classmethod
+    def from_flat(
+        cls, config: BertConfig, flat: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> Self:
+        """Arrange a flat prefix, [P, 2LHD]; the tensors are copies, whatever happens to a file."""
+        slots = flat.view(len(flat), config.num_hidden_layers, 2, config.num_attention_heads, -1)
+        slots = slots.permute(1, 2, 3, 0, 4).clone(memory_format=torch.contiguous_format)
+        return cls(slots, weight.clone(), bias.clone())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(tensor.nbytes for tensor in vars(self).values())
 
 
 class PrefixBank(nn.Module):
@@ -41,32 +94,46 @@ class PrefixBank(nn.Module):
         self,
         bert: BertModel,
         config: BertConfig,
-        prefixes: list[torch.Tensor],
-        weight: torch.Tensor,
-        bias: torch.Tensor,
+        slots: LearnedSlots | FixedSlots,
+        lengths: torch.Tensor,
+        heads: Stacked,
+        head_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """prefixes: K times [P, 2LHD]. weight, bias: of the heads, [K, C, HD] and [K, C]."""
-        super().__init__()
-        self.bert, self.config = bert, config
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.register_buffer("lengths", torch.tensor([len(one) for one in prefixes]))  # [K]
-        self.prefix_encoder = nn.Module()
-        self.prefix_encoder.embedding = Stacked(weight=pad_sequence(prefixes, batch_first=True))
-        self.classifier = Stacked(weight=weight, bias=bias)
-        self.ready: torch.Tensor | None = None  # the slots of frozen prefixes
+        """lengths: of the prefixes, [K]. heads: weight [K, C, HD] and bias [K, C].
 
-    def slots(self, device: str) -> torch.Tensor:
-        """Return the keys and values of all prefixes: [L, 2, H, K, P, D]."""
-        flat = self.prefix_encoder.embedding.weight  # [K, P, 2LHD]
-        if self.ready is None or flat.requires_grad:
-            heads, layers = self.config.num_attention_heads, self.config.num_hidden_layers
-            found = flat.view(*flat.shape[:2], layers, 2, heads, -1).permute(2, 3, 4, 0, 1, 5)
-            if flat.requires_grad:
-                return found
-            self.ready = found.contiguous()
-        if torch.is_autocast_enabled(device):  # cast once instead of in every batch
-            self.ready = self.ready.to(torch.get_autocast_dtype(device))
-        return self.ready
+        head_dtype: to which the heads round. That of a single prefix rounds to the precision of the
+        backbone.
+        """
+        super().__init__()
+        self.bert, self.config, self.head_dtype = bert, config, head_dtype
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.prefix_encoder, self.classifier = slots, heads
+        self.register_buffer("lengths", lengths)
+
+    @classmethod
+    def from_tuned(
+        cls,
+        bert: BertModel,
+        config: BertConfig,
+        tuned: list[TunedPrefix],
+        head_dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Join tuned prefixes of any length; labels that one lacks have the logit `UNKNOWN`."""
+        parts, device = [prefix.slots for prefix in tuned], tuned[0].slots.device
+        lengths = [part.shape[3] for part in parts]
+        longest = max(lengths)
+        if min(lengths) < longest:
+            pad = nn.functional.pad
+            parts = [pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts]
+        # [L, 2, H, K, P, D]; no copy of a single one
+        slots = torch.stack(parts, dim=3) if len(parts) > 1 else parts[0].unsqueeze(3)
+        weight = pad_sequence([prefix.weight for prefix in tuned], batch_first=True)
+        bias = pad_sequence([prefix.bias for prefix in tuned], True, padding_value=UNKNOWN)
+        heads = Stacked(weight=weight, bias=bias)
+        lengths = torch.tensor(lengths, device=device)
+        bank = cls(bert, config, FixedSlots(slots), lengths, heads, head_dtype)
+        bank.dropout = nn.Identity()  # a server has a bank for each batch: eval() takes time
+        return bank
 
     def forward(
         self,
@@ -81,13 +148,13 @@ class PrefixBank(nn.Module):
         """
         if prefix_index is None:
             return self.average(input_ids, attention_mask)
-        slots = self.slots(input_ids.device.type)
+        slots = self.prefix_encoder()
         lengths = self.lengths[prefix_index]  # [B]
         if on_gpu(input_ids):  # each row has a copy, since finding what rows share would wait
             longest, chosen = slots.shape[4], prefix_index
-            places = torch.arange(len(prefix_index), device=prefix_index.device), 1
+            rows = torch.arange(len(prefix_index), device=prefix_index.device), 1
         else:
-            longest, (chosen, places) = int(lengths.max()), self.share(prefix_index)
+            longest, (chosen, rows) = int(lengths.max()), self.share(prefix_index)
         position = torch.arange(longest + input_ids.shape[1], device=input_ids.device)
         prefix_mask = position[:longest] < lengths[:, None]  # [B, P]
         mask = torch.cat([prefix_mask.to(attention_mask.dtype), attention_mask], dim=1)
@@ -96,26 +163,30 @@ class PrefixBank(nn.Module):
             attention_mask=ready_mask(mask),
             position_ids=position[: input_ids.shape[1]] + lengths[:, None],
             prefix=lambda layer: slots[layer][:, :, chosen, :longest],  # [2, H, G, P, D]
-            places=places,
+            table_rows=rows,
         )
         pooled = POOLINGS[self.config.pooling].pool(outputs, attention_mask)
-        weight, bias = self.classifier.weight[prefix_index], self.classifier.bias[prefix_index]
-        return SequenceClassifierOutput(logits=self.head(self.dropout(pooled), weight, bias))
+        return SequenceClassifierOutput(logits=self.head(self.dropout(pooled), prefix_index))
 
     def share(
         self, prefix_index: torch.Tensor
     ) -> tuple[torch.Tensor | slice, tuple[torch.Tensor, int] | None]:
-        """Return the prefixes that a batch needs, G of them, and `places`, see `attend`."""
+        """Return the prefixes that a batch needs, G of them, and `table_rows`, see `attend`."""
         used, group = prefix_index.unique(return_inverse=True)  # [G]; each row's index into it, [B]
         if len(used) == 1:
             return slice(int(used), int(used) + 1), None
         # a slice needs no copy
         chosen = used if len(used) < len(self.lengths) else slice(None)
-        return chosen, place_rows(group)
+        return chosen, table_rows(group)
 
-    def head(self, pooled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Apply each row's head, [B, C, HD] and [B, C], to [B, HD]: logits [B, C]."""
-        return torch.einsum("bcd,bd->bc", weight, pooled.float()) + bias
+    def head(self, pooled: torch.Tensor, prefix_index: torch.Tensor) -> torch.Tensor:
+        """Apply each row's head to [B, HD]: logits [B, C]."""
+        weight, bias = self.classifier.weight[prefix_index], self.classifier.bias[prefix_index]
+        if self.head_dtype == torch.float32:
+            return torch.einsum("bcd,bd->bc", weight, pooled.float()) + bias
+        with torch.autocast(pooled.device.type, enabled=False):
+            pooled, weight, bias = (x.to(self.head_dtype).float() for x in (pooled, weight, bias))
+            return (torch.einsum("bcd,bd->bc", weight, pooled) + bias).to(self.head_dtype)
 
     def average(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
@@ -125,68 +196,11 @@ class PrefixBank(nn.Module):
         index = torch.arange(count, device=input_ids.device).repeat_interleave(batch)  # [K*B]
         rows = (tensor.repeat(count, 1) for tensor in (input_ids, attention_mask))  # [K*B, T]
         logits = self(*rows, index).logits.view(count, batch, -1)  # [K, B, C]
-        several = self.config.problem_type == "multi_label_classification"
-        return SequenceClassifierOutput(logits=average(logits, several))
+        multi_label = self.config.problem_type == MULTI_LABEL
+        return SequenceClassifierOutput(logits=average(logits, multi_label))
 
 
-@dataclass(frozen=True)
-class TunedPrefix:
-    """A tuned prefix with its head, in the layout that scoring needs."""
-
-    slots: torch.Tensor  # [L, 2, H, P, D]
-    weight: torch.Tensor  # [C, HD]
-    bias: torch.Tensor  # [C]
-
-    @classmethod
-    def of(
-        cls, config: BertConfig, flat: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-    ) -> Self:
-        """flat: [P, 2LHD]."""
-        slots = flat.view(len(flat), config.num_hidden_layers, 2, config.num_attention_heads, -1)
-        slots = slots.permute(1, 2, 3, 0, 4).clone(memory_format=torch.contiguous_format)
-        return cls(slots, weight.clone(), bias.clone())  # copies do not depend on the file
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return sum(tensor.nbytes for tensor in vars(self).values())
-
-
-class FrozenBank(PrefixBank):
-    """A bank of just the prefixes that a batch needs; building one takes a single copy of them."""
-
-    def __init__(self, bert: BertModel, config: BertConfig, tuned: list[TunedPrefix]) -> None:
-        nn.Module.__init__(self)
-        self.bert, self.config, self.dropout = bert, config, nn.Identity()
-        device = tuned[0].slots.device
-        self.lengths = torch.tensor([one.slots.shape[3] for one in tuned], device=device)  # [K]
-        weight = pad_sequence([one.weight for one in tuned], batch_first=True)
-        bias = pad_sequence([one.bias for one in tuned], batch_first=True, padding_value=UNKNOWN)
-        self.classifier = Stacked(weight=weight, bias=bias)
-        longest = max(one.slots.shape[3] for one in tuned)
-        padded = (
-            nn.functional.pad(one.slots, (0, 0, 0, longest - one.slots.shape[3]))
-            if one.slots.shape[3] < longest
-            else one.slots
-            for one in tuned
-        )
-        # [L, 2, H, K, P, D]; no copy of a single one
-        self.ready = (
-            torch.stack(list(padded), dim=3) if len(tuned) > 1 else tuned[0].slots.unsqueeze(3)
-        )
-
-    def slots(self, device: str) -> torch.Tensor:
-        return self.ready
-
-    def head(self, pooled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Round as the head of a single prefix does: in bfloat16, its logits are bfloat16 too."""
-        dtype = self.ready.dtype
-        with torch.autocast(pooled.device.type, enabled=False):
-            pooled, weight, bias = (x.to(dtype).float() for x in (pooled, weight, bias))
-            return super().head(pooled, weight, bias).to(dtype)
-
-
-def place_rows(group: torch.Tensor) -> tuple[torch.Tensor, int]:
+def table_rows(group: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Place each row in a table of G prefixes times R rows; group: int64 [B], each row's prefix.
 
     Returns the places, int64 [B], and R, the number of rows of the most common prefix.

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import BertConfig, BertModel
 
 
 class PrefixEncoder(nn.Module):
@@ -102,7 +101,8 @@ def attend(
     scaling: float,
     dropout: float = 0.0,
     prefix: Callable[[int], torch.Tensor] | None = None,
-    places: tuple[torch.Tensor, int] | None = None,
+    table_rows: tuple[torch.Tensor, int] | None = None,
+    fused: bool = False,
     **unused,
 ) -> tuple[torch.Tensor, None]:
     """Attend over [prefix; text], or text alone, as an attention function of transformers.
@@ -113,16 +113,17 @@ def attend(
 
     query, key, value: [B, H, T, D]; with depth "input" T counts the virtual tokens too, and in the
     last layer there is one query. attention_mask: bool [B, 1, T or 1, P+T], True where to attend.
-    places: None if all rows share one prefix, else (place, R): one product serves a table of R rows
-    for each prefix, some of them empty, and `place`, int64 [B], is each row's place among the G*R.
+    table_rows: None if all rows share one prefix, else (place, R): one product serves a table of R
+    rows for each prefix, some of them empty; `place`, int64 [B], is each row's among the G*R.
+    fused: always use torch's fused attention, so that one graph serves every shape.
     Returns [B, T, H, D].
     """
     # under autocast the text is bfloat16, but the prefix may not be
     slots = None if prefix is None else prefix(module.layer_idx).to(key.dtype)
     virtual, length = (0 if slots is None else slots.shape[3]), key.shape[2]
-    if is_fused(query, virtual, length, dropout):
+    if fused or is_fused(query, virtual, length, dropout):
         if slots is not None:
-            key, value = (prepend(slots[n], x, places) for n, x in enumerate((key, value)))
+            key, value = (prepend(slots[n], x, table_rows) for n, x in enumerate((key, value)))
         return attend_fused(query, key, value, attention_mask, scaling, dropout), None
 
     # heads first: [B, H, T, D] -> [H, B, T, D]
@@ -131,13 +132,13 @@ def attend(
     def over_prefix(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Multiply each row, [H, B, T, M], by its prefix's matrix, [H, G, M, N]: [H, B, T, N]."""
         heads, groups, _, width = matrix.shape
-        if places is not None:
-            place, size = places
+        if table_rows is not None:
+            place, size = table_rows
             table = rows.new_zeros(heads, groups * size, *rows.shape[2:])
             rows = table.index_copy(1, place, rows)
-        found = rows.reshape(heads, groups, -1, rows.shape[3]) @ matrix  # [H, G, R*T, N]
-        found = found.view(*rows.shape[:3], width)
-        return found if places is None else found[:, place]
+        product = rows.reshape(heads, groups, -1, rows.shape[3]) @ matrix  # [H, G, R*T, N]
+        product = product.view(*rows.shape[:3], width)
+        return product if table_rows is None else product[:, place]
 
     scores = query @ key.mT  # [H, B, T, T]
     if slots is not None:
@@ -162,13 +163,13 @@ def softmax(scores: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> 
 
 
 def prepend(
-    slots: torch.Tensor, text: torch.Tensor, places: tuple[torch.Tensor, int] | None
+    slots: torch.Tensor, text: torch.Tensor, table_rows: tuple[torch.Tensor, int] | None
 ) -> torch.Tensor:
     """Put each row's prefix before its text: [H, G, P, D] and [B, H, T, D] -> [B, H, P+T, D]."""
     slots = slots.transpose(0, 1)  # [G, H, P, D]
-    if places is None:
+    if table_rows is None:
         return torch.cat([slots.expand(text.shape[0], -1, -1, -1), text], dim=2)
-    place, size = places
+    place, size = table_rows
     return torch.cat([slots[place // size], text], dim=2)
 
 
@@ -206,10 +207,3 @@ def ready_mask(mask: torch.Tensor) -> torch.Tensor:
     It drops a mask that masks nothing, which saves time on a CPU, but it would wait for a GPU.
     """
     return mask[:, None, None].bool() if on_gpu(mask) else mask
-
-
-# Used by every classifier here; without `prefix` it is ordinary attention.
-ATTENTION = "optional_prefix"
-AttentionInterface.register(ATTENTION, attend)
-# masks as for sdpa: bool, or None if nothing is masked
-AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -1,17 +1,12 @@
-"""Learning rate and schedule: what depends on the backbone's width and on the validation file."""
+"""Learning rate and schedule: what depends on the backbone's width and on the validation file.
 
-from argparse import Namespace
+`settings` are those of a run, by the names of the flags.
+"""
+
 from bisect import bisect_left
+from typing import Any
 
-from arguments import (
-    MOSTLY_SEEN,
-    SCHEDULE,
-    SCHEDULES,
-    TUNING_DEFAULTS,
-    WIDTHS,
-    defaults_name,
-    fill,
-)
+from arguments import MOSTLY_SEEN, SCHEDULE, WIDTHS, fill, tuning_of
 
 
 def coming_texts(seen_share: float) -> str:
@@ -22,50 +17,49 @@ def coming_texts(seen_share: float) -> str:
     return "repeated" if seen_share >= MOSTLY_SEEN else "new"
 
 
-def default_rate(args: Namespace, width: int) -> tuple[float, float, float]:
+def default_rate(settings: dict[str, Any], width: int) -> tuple[float, float, float]:
     """Return the lowest, the default and the highest learning rate for a backbone's hidden size."""
-    lowest, *by_width = TUNING_DEFAULTS[defaults_name(args)]
-    return lowest, *(rates[bisect_left(WIDTHS, width)] for rates in by_width)
+    tuning, place = tuning_of(settings)[1], bisect_left(WIDTHS, width)
+    return tuning.lowest, tuning.rates[place], tuning.highest[place]
 
 
-def fill_schedule(args: Namespace, seen_share: float, width: int) -> dict:
+def fill_schedule(settings: dict[str, Any], seen_share: float, width: int) -> dict:
     """Fill in and return the learning rates and the `SCHEDULE`.
 
     seen_share: see `dataset.Data.seen_share`. width: the backbone's hidden size.
     """
-    fill(args, {"learning_rate": default_rate(args, width)[1]})
-    fill(args, {"head_learning_rate": args.learning_rate})
-    defaults = SCHEDULES[defaults_name(args)][coming_texts(seen_share) == "new"]
+    fill(settings, {"learning_rate": default_rate(settings, width)[1]})
+    fill(settings, {"head_learning_rate": settings["learning_rate"]})
+    tuning = tuning_of(settings)[1]
+    defaults = tuning.new if coming_texts(seen_share) == "new" else tuning.seen
     chosen = dict(zip(SCHEDULE, defaults, strict=True))
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        fill(args, {name: chosen[name]})
-    if not (args.hidden_dropout_prob or args.attention_probs_dropout_prob):
+    dropout = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    fill(settings, {name: chosen[name] for name in dropout})
+    if not any(settings[name] for name in dropout):
         chosen["rdrop_alpha"] = 0  # two equal predictions
-    fill(args, chosen)
-    names = ("learning_rate", "head_learning_rate", *SCHEDULE)
-    return {name: getattr(args, name) for name in names}
+    fill(settings, chosen)
+    return {name: settings[name] for name in ("learning_rate", "head_learning_rate", *SCHEDULE)}
 
 
-def learning_rate_warning(args: Namespace, width: int) -> str | None:
+def learning_rate_warning(settings: dict[str, Any], width: int) -> str | None:
     """Return a warning if the rate was probably meant for another method or width, else None."""
-    lowest, default, highest = default_rate(args, width)
-    if lowest <= args.learning_rate <= highest:
+    lowest, default, highest = default_rate(settings, width)
+    rate = settings["learning_rate"]
+    if lowest <= rate <= highest:
         return None
-    too_low = args.learning_rate < lowest
-    side, effect = ("low", "slowly") if too_low else ("high", "badly or not at all")
+    side, effect = ("low", "slowly") if rate < lowest else ("high", "badly or not at all")
     return (
-        f"--learning_rate {args.learning_rate:g} is {side} for {defaults_name(args)} tuning of a "
-        f"backbone with hidden size {width}: expect the model to learn {effect} (the default is "
-        f"{default:g})"
+        f"--learning_rate {rate:g} is {side} for {tuning_of(settings)[0]} tuning of a backbone "
+        f"with hidden size {width}: expect the model to learn {effect} (the default is {default:g})"
     )
 
 
-def advice_after_collapse(args: Namespace) -> str:
+def advice_after_collapse(settings: dict[str, Any]) -> str:
     """Return what to try after a model predicted one class only: a third of its learning rate.
 
     If that is too low to learn, the rate was set by a flag, and the default is better.
     """
-    third = args.learning_rate / 3
-    if third < TUNING_DEFAULTS[defaults_name(args)][0]:
+    third = settings["learning_rate"] / 3
+    if third < tuning_of(settings)[1].lowest:
         return "omit --learning_rate"
     return f"try --learning_rate {third:.0e}"

@@ -1,21 +1,19 @@
 """The classifiers: plain BERT, and frozen BERT with a prefix. Both share one loss.
 
-B batch, T text tokens, P virtual tokens, C classes, HD hidden size, V words in the vocabulary, U
-words in use.
+B batch, T text tokens, P virtual tokens, C classes, HD hidden size.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
 from transformers import BertConfig
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
-from transformers.models.bert.modeling_bert import BertCrossAttention, BertLayer
 
-from model.prefix_encoder import ATTENTION, PrefixEncoder, by_layer, ready_mask
+from model.bert import ATTENTION, LastLayer
+from model.prefix_encoder import PrefixEncoder, by_layer, ready_mask
 
 
 def pool_cls(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
@@ -44,25 +42,6 @@ class Pooling(NamedTuple):
 POOLINGS = {"cls": Pooling(pool_cls, is_berts=True), "mean": Pooling(pool_mean)}
 
 
-class LastLayer(BertLayer):
-    """The last layer, computed for [CLS] alone, which is all that the pooler reads."""
-
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, *_, **options
-    ) -> torch.Tensor:
-        """Map states [B, T, HD] to [B, 1, HD]; the mask is [B, 1, T, T or P+T], or None."""
-        # contiguous, else PyTorch multiplies row by row if weights are frozen: other rounding
-        first = hidden_states[:, :1].contiguous()
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, :, :1]
-        options.pop("encoder_attention_mask", None)
-        # the [CLS] row of self-attention is cross-attention from [CLS] to all states
-        context, _ = BertCrossAttention.forward(
-            self.attention.self, first, hidden_states, attention_mask, **options
-        )
-        return self.feed_forward_chunk(self.attention.output(context, first))
-
-
 class BertForSequenceClassification(transformers.BertForSequenceClassification):
     """Plain BERT: the same weights and files as in transformers, with less computation.
 
@@ -79,10 +58,11 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         self.post_init()
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options
     ) -> SequenceClassifierOutput:
-        """Classify int64 [B, T] tokens; logits [B, C]."""
-        return self.classify(attention_mask, input_ids=input_ids, attention_mask=attention_mask)
+        """Classify int64 [B, T] tokens; logits [B, C]. options: of `prefix_encoder.attend`."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.classify(attention_mask, **inputs, **options)
 
     def classify(self, mask: torch.Tensor, **inputs) -> SequenceClassifierOutput:
         """Compute logits [B, C] from the inputs of BertModel; `mask` [B, T] marks the text."""
@@ -106,9 +86,9 @@ class BertPrefixForSequenceClassification(BertForSequenceClassification):
         self.post_init()
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options
     ) -> SequenceClassifierOutput:
-        """Classify int64 [B, T] tokens; logits [B, C]."""
+        """Classify int64 [B, T] tokens; logits [B, C]. options: of `prefix_encoder.attend`."""
         flat = self.prefix_encoder()
         batch, length = input_ids.shape
         positions = torch.arange(len(flat) + length, device=input_ids.device)
@@ -120,9 +100,8 @@ class BertPrefixForSequenceClassification(BertForSequenceClassification):
                 input_ids=input_ids,
                 attention_mask=torch.cat([ones, attention_mask], dim=1),
                 position_ids=text[None],
-                prefix=by_layer(
-                    flat, self.config
-                ).__getitem__,  # `attend` calls it with its layer's number
+                prefix=by_layer(flat, self.config).__getitem__,  # `attend` passes its layer
+                **options,
             )
         # Attention knows the order of tokens only from their position embeddings. So the virtual
         # tokens can have the first positions and yet come last: [CLS] stays the first output.
@@ -132,46 +111,8 @@ class BertPrefixForSequenceClassification(BertForSequenceClassification):
             inputs_embeds=torch.cat([words, flat.expand(batch, -1, -1)], dim=1),
             attention_mask=torch.cat([attention_mask, ones], dim=1),
             position_ids=torch.cat([text, virtual])[None],
+            **options,
         )
-
-
-class WordsInUse(nn.Module):
-    """Word embeddings that are trainable only for the words in use.
-
-    The others never receive a gradient; leaving them out saves gradient and optimizer memory, and
-    weight decay does not shrink them. Word embeddings are half of a small BERT's weights, and only
-    some of them are in use.
-    """
-
-    def __init__(self, table: nn.Embedding, words: torch.Tensor) -> None:
-        """Take over a table [V, HD] and train its rows `words`, int64 [U]."""
-        super().__init__()
-        words = words[words != table.padding_idx]  # nn.Embedding does not train padding either
-        self.weight = nn.Parameter(table.weight[words])
-        place = torch.full((len(table.weight),), -1, device=words.device)
-        place[words] = torch.arange(len(words), device=words.device)
-        self.register_buffer("table", table.weight.detach(), persistent=False)
-        self.register_buffer("words", words, persistent=False)
-        self.register_buffer("place", place, persistent=False)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embed token ids: int64 [B, T] -> float [B, T, HD]."""
-        place = self.place[input_ids]
-        trained = nn.functional.embedding(place.clamp(min=0), self.weight)
-        return torch.where(place[..., None] < 0, self.table[input_ids], trained)
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """Save a single table, as the nn.Embedding that this module replaced would."""
-        table = self.table.index_copy(0, self.words, self.weight.detach())
-        destination[f"{prefix}weight"] = table
-
-
-def train_words_in_use(model: BertForSequenceClassification, token_ids: list[list[int]]) -> None:
-    """If word embeddings are trainable, train only the words that occur in these texts."""
-    table = model.bert.get_input_embeddings()
-    if table.weight.requires_grad:
-        words = torch.from_numpy(np.unique(np.concatenate(token_ids))).to(table.weight.device)
-        model.bert.set_input_embeddings(WordsInUse(table, words))
 
 
 def divergence(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:

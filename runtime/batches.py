@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
@@ -16,9 +15,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pandas as pd
 import torch
-
-from runtime.csv_reader import row_list
-from runtime.files import UserError
 
 if TYPE_CHECKING:  # saves half a second in scripts that only read CSV files
     from tokenizers import Encoding
@@ -115,7 +111,7 @@ def encode(
 ) -> Encoded:
     """Tokenize each distinct text of a split once, cut to `max_length` tokens.
 
-    index: see `prefix_index`; a text with two prefixes counts as two texts.
+    index: see `dataset.RowPrefixes`; a text with two prefixes counts as two texts.
     """
     keys = pd.Series(split.texts, dtype=object)
     if index is not None:
@@ -208,30 +204,6 @@ def ends_before_last_word(encoding: "Encoding") -> bool:
         for part in (encoding, encoding.overflowing[-1])
     )
     return kept < last
-
-
-def prefix_index(split: TextRows, column: str | None, paths: list[str] | None) -> np.ndarray | None:
-    """Return the index in `paths` of the adapter folder that each row names: int64 [N].
-
-    A row names the path as on the command line, or just the folder. Returns None without `column`.
-    Raises: UserError if the column is missing, or names an unknown or ambiguous folder.
-    """
-    if column is None:
-        return None
-    if (count := list(split.table).count(column)) != 1:
-        what = "has no column" if count == 0 else "has more than once the column"
-        raise UserError(f"{split.path} {what} '{column}' (--prefix_column)")
-    numbers: dict[str, set[int]] = {}
-    for number, path in enumerate(paths):
-        for name in {path, path.rstrip("/"), Path(path).name}:
-            numbers.setdefault(name, set()).add(number)
-    found = [numbers.get(cell.strip(), set()) for cell in split.table[column]]
-    if strange := [row for row, one in zip(split.rows, found, strict=True) if len(one) != 1]:
-        raise UserError(
-            f"{split.path}: '{column}' in {row_list(strange)} names none, or more than one, of "
-            f"--prefix_paths {' '.join(paths)}"
-        )
-    return np.array([min(one) for one in found], dtype=np.int64)
 
 
 def training_batches(

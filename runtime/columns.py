@@ -6,15 +6,21 @@ file can have names everywhere else.
 """
 
 import re
-from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from runtime.csv_reader import Table
-from runtime.file_format import MULTI_LABEL, SETTINGS, FileFormat, Reading, read_split_record
+from runtime.file_format import (
+    MULTI_LABEL,
+    SETTINGS,
+    FileFormat,
+    Reading,
+    read_split_record,
+    several_columns,
+)
 from runtime.files import UserError, read_json
 from runtime.flags import fill
 
@@ -44,12 +50,12 @@ class CheckpointState(TypedDict, total=False):
     run: TrainedRun
 
 
-def model_folders(args: Namespace) -> list[str]:
-    """Return the folders of the models that the arguments name."""
-    return args.prefix_paths or [args.model_name_or_path]
+def model_folders(settings: dict[str, Any]) -> list[str]:
+    """Return the folders of the models that the settings of a run name."""
+    return settings["prefix_paths"] or [settings["model_name_or_path"]]
 
 
-def fill_format(args: Namespace) -> FileFormat:
+def fill_format(settings: dict[str, Any]) -> FileFormat:
     """Fill in the settings of reading files that no flag sets; returns them as one value.
 
     `text_column_delimiter` stays None if neither a flag nor the tuned model sets it.
@@ -57,12 +63,12 @@ def fill_format(args: Namespace) -> FileFormat:
     Raises: UserError if they contradict each other, or if the folders of several prefixes
         remember different ones.
     """
-    folders = model_folders(args)
+    folders = model_folders(settings)
     found = [remembered_settings(Path(folder)) for folder in folders]
     known = found[0]
     for folder, other in zip(folders, found, strict=True):
         for name in SETTINGS:
-            if getattr(args, name) is None and other.get(name) != known.get(name):
+            if settings[name] is None and other.get(name) != known.get(name):
                 raise UserError(
                     f"--prefix_paths: {folders[0]} and {folder} were tuned with different --{name}"
                     f" ({known.get(name)} and {other.get(name)}): pass the one to read"
@@ -73,21 +79,21 @@ def fill_format(args: Namespace) -> FileFormat:
         if more:
             known = known | {"label_names": names | more}
     if "text_column_names" not in known:
-        known = split_settings(args.train_file) if args.do_train else {}
-    args.label_names = known.get("label_names")
-    given, delimiter = args.csv_encoding, args.text_column_delimiter
-    fill(args, {name: known.get(name, DEFAULTS.get(name)) for name in SETTINGS})
-    if delimiter is not None and len(args.text_column_names) == 1:
+        known = split_settings(settings["train_file"]) if settings["do_train"] else {}
+    settings["label_names"] = known.get("label_names")
+    encoding, delimiter = settings["csv_encoding"], settings["text_column_delimiter"]
+    fill(settings, {name: known.get(name, DEFAULTS.get(name)) for name in SETTINGS})
+    if delimiter is not None and len(settings["text_column_names"]) == 1:
         raise UserError("--text_column_delimiter needs two --text_column_names or more: omit it")
-    if "," in args.label_column_name:
-        fill(args, {"problem_type": MULTI_LABEL})
-    form = FileFormat.from_settings(vars(args)).in_encoding(given)
+    if several_columns(settings["label_column_name"]):
+        fill(settings, {"problem_type": MULTI_LABEL})
+    form = FileFormat.from_settings(settings).in_encoding(encoding)
     form.check()
-    if args.do_train and args.column_names and not args.delimiter:
-        table = Table(args.train_file, form)
+    if settings["do_train"] and settings["column_names"] and not settings["delimiter"]:
+        table = Table(settings["train_file"], form)
         if not table.is_ours:  # then split.json has the delimiter, which no header tells
-            args.delimiter = table.delimiter
-    return replace(form, delimiter=args.delimiter)
+            settings["delimiter"] = table.delimiter
+    return replace(form, delimiter=settings["delimiter"])
 
 
 def is_member(name: str) -> bool:

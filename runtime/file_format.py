@@ -15,19 +15,19 @@ from runtime.files import UserError, name_list, read_json, sha256
 from runtime.flags import DELIMITERS, QUOTINGS, is_encoding
 
 LABEL_SEPARATOR = "|"
-MULTI_LABEL = "multi_label_classification"
+SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 UTF8 = "utf-8"
 SHOWN = 60  # characters of a text
-# The settings of a run that say how its files are read; flags of main.py have the same names.
-SETTINGS = (
-    "text_column_names text_column_delimiter label_column_name label_separator column_names "
-    "delimiter quoting csv_encoding drop_empty drop_malformed"
-).split()
 
 
 def plain_name(encoding: str) -> str:
     """Return the name of an encoding: UTF8 for all of its names, and others as they are."""
     return UTF8 if codecs.lookup(encoding).name == UTF8 else encoding
+
+
+def several_columns(label_column_name: str | None) -> bool:
+    """Whether the value of --label_column_name is several columns, each of 0 and 1 for a label."""
+    return "," in (label_column_name or "")
 
 
 class Reading(TypedDict, total=False):
@@ -42,6 +42,10 @@ class Reading(TypedDict, total=False):
     quoting: Literal[QUOTINGS] | None
     csv_encoding: str
     label_names: dict[str, str] | None
+
+
+# The settings of a run that say how its files are read; flags of main.py have the same names.
+SETTINGS = (*[*Reading.__annotations__][:-1], "drop_empty", "drop_malformed")
 
 
 class SplitRecord(TypedDict, total=False):
@@ -99,16 +103,16 @@ class FileFormat:
         encoding = known.pop("csv_encoding", UTF8)
         if not is_encoding(encoding):
             raise UserError(f"csv_encoding: Python cannot read files in {encoding[:40]!r}")
-        encoding = plain_name(encoding)
-        for name in ("text_column_names", "column_names"):
-            if name in known:
-                known[name] = tuple(known[name])
         if "label_column_name" in known:
-            known["label_column_name"] = tuple(known["label_column_name"].split(","))
-        multi_label = settings.get("problem_type") == MULTI_LABEL
-        encodings = tuple(dict.fromkeys((UTF8, encoding)))
-        names = settings.get("label_names")
-        return cls(**known, multi_label=multi_label, label_names=names, encodings=encodings)
+            known["label_column_name"] = known["label_column_name"].split(",")
+        for name in {"text_column_names", "label_column_name", "column_names"} & {*known}:
+            known[name] = tuple(known[name])
+        return cls(
+            **known,
+            multi_label=settings.get("problem_type") == MULTI_LABEL,
+            label_names=settings.get("label_names"),
+            encodings=tuple(dict.fromkeys((UTF8, plain_name(encoding)))),
+        )
 
     def check(self) -> None:
         """Raises: UserError if a column is both of texts and of labels."""
@@ -136,11 +140,7 @@ class FileFormat:
         shown = first if len(first) <= SHOWN else first[: SHOWN - 1] + "…"
         return f"{path}: {rows}; {columns}{read_as}; the first text: {shown!r}"
 
-    def for_file(self, path: str | Path) -> Self:
-        """Return the format to read a file with: that of split.sh's files is known."""
-        return self.written_here() if read_split_record(path) else self
-
     def written_here(self) -> Self:
         """Return the format of a file that this program writes, with the same columns."""
-        own = {"delimiter": "comma", "quoting": "minimal", "encodings": (UTF8,)}
-        return replace(self, column_names=None, **own)
+        own = {"column_names": None, "delimiter": "comma", "quoting": "minimal"}
+        return replace(self, encodings=(UTF8,), **own)

@@ -127,6 +127,6 @@ def choice(*words: str) -> dict:
     return {"choices": words}
 
 
-def fill(args: argparse.Namespace, defaults: dict) -> None:
-    """Set each argument that was not given to its default."""
-    vars(args).update({k: v for k, v in defaults.items() if getattr(args, k) is None})
+def fill(settings: dict, defaults: dict) -> None:
+    """Set each setting that is None to its default."""
+    settings.update({k: v for k, v in defaults.items() if settings[k] is None})

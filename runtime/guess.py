@@ -11,10 +11,9 @@ LABEL_NAMES = set(
     "label labels class category categoryid target sentiment intent topic tag emotion y".split()
 )
 NUMBER = re.compile(r"\s*[+-]?[\d.,]*\d%?\s*")
-NO_LETTER = re.compile(r"[\W\d_]+")
 DATE = re.compile(r"(?=.{,40}$).*(\d:\d\d|\d{4}[-/.]\d\d?[-/.]\d|\d[-/.]\d\d?[-/.]\d{4}).*")
 # Several words, or a script without blanks between words
-WORDS = re.compile(r"(?s).*(\w\S?\s|[\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]{4}).*")
+WORDS = re.compile(r"(?s).*([^\W\d]\S?\s|[\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]{4}).*")
 
 
 class Guess(NamedTuple):
@@ -38,46 +37,35 @@ def share(pattern: re.Pattern, values: list[str]) -> float:
 
 def looks_like_row(header: list[str], rows: list[list[str]]) -> bool:
     """Whether the first line of a table is a row and not the names of the columns."""
-    keys = {key(cell) for cell in header}
-    filled = [cell for cell in header if cell.strip()]
-    if keys & TEXT_NAMES and keys & LABEL_NAMES:
+    keys, filled = {key(cell) for cell in header}, [cell for cell in header if cell.strip()]
+    numbered = [str(number) for number in range(max(2, len(filled)))]  # as pandas names columns
+    if (keys & TEXT_NAMES and keys & LABEL_NAMES) or filled == numbered:
         return False
-    if len(filled) > 1 and filled == [str(number) for number in range(len(filled))]:
-        return False  # as pandas numbers columns without names
     rows = [row for row in rows if row != header]  # headers repeat if files were joined
-    repeats = False
+    is_row = any(len(cell) > 60 or NUMBER.fullmatch(cell) for cell in filled)
     for place, cell in enumerate(header):
-        if not cell.strip():
-            continue
-        column = [row[place] for row in rows if row[place].strip()]
-        number = NUMBER.fullmatch(cell)
-        if not number and len(column) > 2 and share(NUMBER, column) == 1:
+        column = [row[place] for row in rows if cell.strip() and row[place].strip()]
+        if len(column) > 2 and share(NUMBER, column) == 1 and not NUMBER.fullmatch(cell):
             return False
-        count = column.count(cell)
-        often = count and 20 * count >= len(rows)
-        repeats |= bool(often if key(cell) in TEXT_NAMES | LABEL_NAMES else often or count > 1)
-    return repeats or any(len(cell) > 60 or NUMBER.fullmatch(cell) for cell in filled)
+        count, is_name = column.count(cell), key(cell) in TEXT_NAMES | LABEL_NAMES
+        is_row |= count > 0 and (20 * count >= len(rows) or (count > 1 and not is_name))
+    return is_row
 
 
-def is_label(values: list[str], rows: int) -> bool:
+def is_label(values: list[str]) -> bool:
     """Whether values look like labels: few, short and repeated."""
     filled = [value for value in values if value.strip()]
     kinds = len(set(filled))
-    return (
-        len(filled) >= 0.9 * rows
-        and 2 <= kinds <= rows / 2
-        and max(map(len, filled)) <= 40
-        and share(DATE, filled) < 0.5
-        and (kinds <= 20 or share(NUMBER, filled) < 0.5)
-    )
+    if len(filled) < 0.9 * len(values) or not 2 <= kinds <= len(values) / 2:
+        return False
+    too_many = kinds > 20 and share(NUMBER, filled) >= 0.5
+    return not too_many and max(map(len, filled)) <= 40 and share(DATE, filled) < 0.5
 
 
 def text_length(values: list[str]) -> float:
     """Return the mean length of values that look like texts: of several words, mostly distinct."""
     filled = [value for value in values if value.strip()]
-    if len(set(filled)) <= len(values) / 2 or share(WORDS, filled) <= 0.5:
-        return 0.0
-    if share(DATE, filled) > 0.5 or share(NO_LETTER, filled) > 0.5:
+    if len(set(filled)) <= len(values) / 2 or share(WORDS, filled) - share(DATE, filled) <= 0.5:
         return 0.0
     return sum(map(len, filled)) / len(filled)
 
@@ -90,31 +78,28 @@ def guess_columns(header: list[str], rows: list[list[str]]) -> Guess:
     rows: the first rows after the header, as long as the header. If the first line is itself a
         row, `names` are those to pass as --column_names; otherwise they are the header's.
     """
-    is_row = looks_like_row(header, rows)
-    names = [f"column_{place}" for place in range(1, len(header) + 1)] if is_row else [*header]
-    rows = [header, *rows] if is_row else rows
-    usable = [name.strip() and "," not in name and names.count(name) == 1 for name in names]
-    places = [place for place, is_usable in enumerate(usable) if is_usable]
-    columns = {place: [row[place] for row in rows] for place in places}
-
-    def named(known: set[str], first: str) -> list[int]:
-        found = [p for p in places if key(names[p]) in known]
-        return [p for p in found if key(names[p]) in (first, f"{first}s")] or found
-
-    texts, labels = named(TEXT_NAMES, "text"), named(LABEL_NAMES, "label")
-    if len(texts) != 1:
-        lengths = {p: text_length(columns[p]) for p in texts or places if p not in labels}
-        first, second = [*sorted(lengths.values(), reverse=True), 0, 0][:2]
-        texts = [p for p in lengths if lengths[p] == first > 1.5 * second]
-    if len(labels) != 1:
-        labels = [p for p in labels or places if p not in texts and is_label(columns[p], len(rows))]
-    flags = [p for p in places if {*columns[p]} == {"0", "1"}]
-    if len(labels) != 1 and len(flags) > 1 and not is_row:  # a column of 0 and 1 for each label
-        text = names[texts[0]] if len(texts) == 1 else None
-        return Guess(False, names, text, ",".join(names[p] for p in flags))
-    text, label = (found[0] if len(found) == 1 else None for found in (texts, labels))
+    is_row, names = looks_like_row(header, rows), [*header]
     if is_row:
-        for place, name in (text, "text"), (label, "label"):
-            if place is not None:
-                names[place] = name
-    return Guess(is_row, names, *(None if p is None else names[p] for p in (text, label)))
+        names, rows = [f"column_{place}" for place in range(1, len(header) + 1)], [header, *rows]
+    columns = {
+        name: [row[place] for row in rows]
+        for place, name in enumerate(names)
+        if name.strip() and "," not in name and names.count(name) == 1
+    }
+    texts = [name for name in columns if key(name) in TEXT_NAMES]
+    labels = [name for name in columns if key(name) in LABEL_NAMES]
+    if len(texts) != 1:
+        lengths = {n: text_length(columns[n]) for n in texts or columns if n not in labels}
+        first, second = [*sorted(lengths.values(), reverse=True), 0, 0][:2]
+        texts = [name for name in lengths if lengths[name] == first > 1.5 * second]
+    if len(labels) != 1:
+        labels = [n for n in labels or columns if n not in texts and is_label(columns[n])]
+    flags = [name for name in columns if {*columns[name]} == {"0", "1"}]
+    if len(labels) != 1 and len(flags) > 1 and not is_row:  # a column of 0 and 1 for each label
+        labels = [",".join(flags)]
+    text, label = (matches[0] if len(matches) == 1 else None for matches in (texts, labels))
+    if not is_row:
+        return Guess(False, names, text, label)
+    renamed = {text: "text", label: "label"}
+    names = [renamed.get(name, name) for name in names]
+    return Guess(True, names, text and "text", label and "label")

@@ -6,10 +6,13 @@ import unicodedata
 from ast import literal_eval
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
+from itertools import chain, compress
 
 import pandas as pd
 
-from runtime.csv_reader import row_list
+from runtime.advice import row_list
+from runtime.csv_reader import text_key
 from runtime.file_format import LABEL_SEPARATOR, MULTI_LABEL, FileFormat
 from runtime.files import UserError, name_list
 
@@ -26,37 +29,25 @@ def label_key(label: str) -> str:
     return re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
 
 
-def look_alike_key(label: str) -> str:
-    """Return a key that is the same for labels that a reader may take for the same."""
-    text = unicodedata.normalize("NFKC", label).casefold()
-    visible = (one for one in text if unicodedata.category(one) != "Cf")
-    return " ".join("".join(visible).split())
+def is_list(text: str) -> bool:
+    """Whether a cell looks like a list of Python or JSON."""
+    return text[:1] == "[" and text[-1:] == "]"
 
 
 def cell_labels(cell: str, separator: str) -> list[str]:
     """Return the labels in a cell such as `a|b`, `['a', 'b']` or `["a", "b"]`, each once."""
     text = cell.strip()
-    parts = text.split(separator) if text else []
-    if is_list(text):
-        parts = list_items(text)
-    return list(dict.fromkeys(filter(None, (part.strip() for part in parts))))
-
-
-def is_list(text: str) -> bool:
-    """Whether a cell looks like a list of Python or JSON."""
-    return text[:1] == "[" and text[-1:] == "]"
+    parts = list_items(text) if is_list(text) else text.split(separator)
+    return list(dict.fromkeys(filter(None, map(str.strip, parts))))
 
 
 def list_items(text: str) -> list[str]:
     """Return the items of a list that Python, JSON or NumPy wrote."""
     spaced = re.sub(r"""(?<=['"])\s+(?=['"])""", ", ", text)  # NumPy writes ['a' 'b']
     for parse, written in (json.loads, text), (literal_eval, spaced):
-        try:
-            found = parse(written)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-        return [str(item) for item in found if item is not None]
-    return [item.strip(" '\"") for item in text[1:-1].split(",") if item.strip()]
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return [str(item) for item in parse(written) if item is not None]
+    return [item.strip(" '\"") for item in text[1:-1].split(",")]
 
 
 def read_labels(
@@ -68,8 +59,8 @@ def read_labels(
     Raises: UserError for a row without a label (in multi-label data, a blank cell means that no
         label applies), and for a column of 0 and 1 with something else.
     """
-    names = [name for name in form.label_column_name if name in table]
-    if len(names) < len(form.label_column_name) or not names:
+    names = [*form.label_column_name]
+    if not names or not {*names} <= {*table}:
         return None
     if not required and not any(table[name].str.strip().any() for name in names):
         return None
@@ -79,16 +70,17 @@ def read_labels(
         labels = [cell_labels(cell, form.label_separator) for cell in table[names[0]]]
     else:
         labels = [[cell.strip()] for cell in table[names[0]]]
-    one = not form.multi_label
-    missing = [n for n, row in zip(rows, labels, strict=True) if one and (row[1:] or not any(row))]
-    if missing:
+    is_missing = [not form.multi_label and (len(row) != 1 or not row[0]) for row in labels]
+    if any(is_missing):
         what = f"'{names[0]}'" if len(names) == 1 else f"single label of {name_list(names)}"
-        advice = "fill it in, remove such rows, or, if a row may have several labels or none, pass "
-        advice += form.flag("problem_type", MULTI_LABEL)
-        raise UserError(f"{path}: no {what} in {row_list(missing)}; {advice}")
+        flag = form.flag("problem_type", MULTI_LABEL)
+        raise UserError(
+            f"{path}: no {what} in {row_list([*compress(rows, is_missing)])}; fill it in, remove "
+            f"such rows, or, if a row may have several labels or none, pass {flag}"
+        )
     if form.label_names:
         named = {label_key(label): name for label, name in form.label_names.items()}
-        labels = [[named.get(label_key(one), one) for one in row] for row in labels]
+        labels = [[named.get(label_key(label), label) for label in row] for row in labels]
     return labels
 
 
@@ -99,13 +91,10 @@ def flagged(path: str, table: pd.DataFrame, rows: list[int], names: list[str]) -
         cells = table[name].str.strip().str.casefold()
         odd = ~cells.isin(TRUE | FALSE)
         if odd.any():
-            where = row_list([row for row, is_odd in zip(rows, odd, strict=True) if is_odd])
+            where = row_list([*compress(rows, odd)])
             raise UserError(f"{path}: '{name}' is {cells[odd].iloc[0]!r}, not 0 or 1, in {where}")
         columns.append(cells.isin(TRUE))
-    return [
-        [name for name, holds in zip(names, row, strict=True) if holds]
-        for row in zip(*columns, strict=True)
-    ]
+    return [[*compress(names, row)] for row in zip(*columns, strict=True)]
 
 
 def label_numbers(names: list[str]) -> dict[str, int]:
@@ -149,37 +138,36 @@ def label_counts(counts: dict[str, int], without: int = 0) -> str:
 
 def label_remarks(counts: dict[str, int], form: FileFormat) -> list[str]:
     """Return what may be wrong with labels. counts: of the training rows, by label."""
-    found = []
-    alike: dict[str, list[str]] = {}
+    remarks, alike = [], {}
     for name in counts:
-        alike.setdefault(look_alike_key(name), []).append(name)
+        alike.setdefault(text_key(name), []).append(name)
     if pairs := [names for names in alike.values() if len(names) > 1]:
         shown = " and ".join(ascii(name[:40]) for name in pairs[0])
         more = f" (and {len(pairs) - 1} more)" if len(pairs) > 1 else ""
-        found.append(f"labels {shown} look alike but count as different{more}: are they the same?")
-    if joined := separator_of(counts):
+        what = f"look alike but count as different{more}: are they the same?"
+        remarks.append(f"labels {shown} {what}")
+    if joined := joined_labels([*counts]):
         name, separator = joined
         flags = [] if form.multi_label else [form.flag("problem_type", MULTI_LABEL)]
-        if separator:
-            flags.append(form.flag("label_separator", separator))
+        flags += [form.flag("label_separator", separator)] if separator else []
         advice = f"pass {' '.join(flags)}"
         if form.label_separator != LABEL_SEPARATOR:
             advice = "separate its labels as the others are"
-        found.append(f"{name[:40]!r} is one label; if it is several, {advice}")
+        remarks.append(f"{name[:40]!r} is one label; if it is several, {advice}")
     if single := [name for name, count in counts.items() if count == 1]:
-        found.append(f"only one row of label {name_list(single)}")
-    return found
+        remarks.append(f"only one row of label {name_list(single)}")
+    return remarks
 
 
-def separator_of(labels: Iterable[str]) -> tuple[str, str] | None:
+def joined_labels(labels: list[str]) -> tuple[str, str] | None:
     """Return a label that seems to be several, and their separator if it is not the default."""
-    labels = list(labels)
-    if joined := [name for name in labels if is_list(name) or LABEL_SEPARATOR in name]:
-        return joined[0], ""
+    for name in labels:
+        if is_list(name) or LABEL_SEPARATOR in name:
+            return name, ""
     for separator in ",;":
-        parts = {name: [*map(str.strip, name.split(separator))] for name in labels}
-        uses = Counter(part for several in parts.values() for part in set(several))
+        parts = {name: {*map(str.strip, name.split(separator))} for name in labels}
+        uses = Counter(chain.from_iterable(parts.values()))
         for name, several in parts.items():
-            if len(several) > 1 and any(uses[part] > 1 for part in several):
+            if separator in name and any(uses[part] > 1 for part in several):
                 return name, separator
     return None

@@ -21,7 +21,7 @@ from runtime.processes import ALONE, Group
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 CGROUP = Path("/sys/fs/cgroup")
-MOST_STREAMS = 8  # Python's lock would keep more waiting
+MOST_WORKERS = 8  # Python's lock would keep more waiting
 CASTS = 1.3  # bfloat16 products must be this many times as fast, to make up for casts
 
 
@@ -32,13 +32,18 @@ class Machine:
     device: torch.device
     precision: str  # "fp32", or "bf16": matrix products in bfloat16, trainable weights in float32
     group: Group = ALONE  # of processes; the main one shows progress
-    streams: int = 1  # batches that are scored at once, see `in_streams`
+    workers: int = 1  # batches that are scored at once, see `in_workers`
 
     def __str__(self) -> str:
         several = f", {self.group.size} processes that share each batch" * (self.group.size > 1)
         threads = f", {torch.get_num_threads()} threads" * (self.device.type == "cpu")
-        threads += f", scoring in {self.streams} streams" * (self.streams > 1)
+        threads += f", scoring with {self.workers} workers" * (self.workers > 1)
         return f"device {self.device}{threads}, precision {self.precision}{several}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of matrix products."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def describe(self) -> dict:
         """Return the machine's part of a run's settings."""
@@ -132,36 +137,36 @@ def pick_machine(precision: str, group: Group = ALONE) -> Machine:
     name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu" and torch.backends.mps.is_available() and group.size == 1:  # gloo has no MPS
         name = "mps"
-    streams = min(torch.get_num_threads(), MOST_STREAMS) if name == "cpu" else 1
+    workers = min(torch.get_num_threads(), MOST_WORKERS) if name == "cpu" else 1
     if precision == "auto":
         if name == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             fast = name == "cpu" and bfloat16_gain() > CASTS
         precision = group.from_main("bf16" if fast else "fp32")
-    return Machine(torch.device(name), precision, group, streams)
+    return Machine(torch.device(name), precision, group, workers)
 
 
 @cache
-def workers(streams: int, threads: int) -> ThreadPoolExecutor:
-    """Return `streams` workers, each of which computes with `threads` threads."""
-    return ThreadPoolExecutor(streams, "stream", torch.set_num_threads, (threads,))
+def pool(workers: int, threads: int) -> ThreadPoolExecutor:
+    """Return `workers` threads, each of which computes with `threads` threads of its own."""
+    return ThreadPoolExecutor(workers, "worker", torch.set_num_threads, (threads,))
 
 
-def in_streams(
-    function: Callable[[Item], Result], items: Iterable[Item], streams: int
+def in_workers(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
-    """Yield the result for each item, in order; `streams` of them are computed at once.
+    """Yield the result for each item, in order; `workers` of them are computed at once.
 
     A batch on all threads has a barrier after every operation, where each waits for the slowest.
-    Beside other processes a thread often waits for a core, and the rest for it. Streams, each on
+    Beside other processes a thread often waits for a core, and the rest for it. Workers, each on
     threads of its own, need no barriers.
     """
-    if streams == 1:
+    if workers == 1:
         yield from map(function, items)
         return
     threads = torch.get_num_threads()
     try:
-        yield from workers(streams, max(1, threads // streams)).map(function, items)
+        yield from pool(workers, max(1, threads // workers)).map(function, items)
     finally:
         torch.set_num_threads(threads)  # else threads that start later would have a worker's number

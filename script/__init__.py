@@ -2,7 +2,7 @@
 
 import sys
 
-from runtime.interrupt import one_line_on_interrupt
+from runtime.startup import one_line_on_interrupt
 
 if sys.argv[0] == "-m":  # a command is about to load its libraries
     one_line_on_interrupt()

@@ -32,14 +32,14 @@ import dataset
 from arguments import parse_args
 from evaluation.calibration import Calibration, calibrate
 from evaluation.metrics import compute_metrics
-from evaluation.predictions import Predictions, check_columns
+from evaluation.predictions import Options, check_columns
 from evaluation.scoring import publish, score
 from model.classifier import predict
+from model.folders import ModelFolders, locate, sha256_of
 from model.loading import load_tokenizer, set_max_seq_length
-from model.predictions import to_logits
-from model.source import Source, locate, sha256_of
-from model.start import read_model_config
-from model.tuning import TUNING
+from model.methods import TUNING
+from model.predictions import Predictions, to_logits
+from model.source import read_model_config
 from runtime.batches import encode, rows_of
 from runtime.columns import fill_format
 from runtime.file_format import SETTINGS as READING
@@ -108,7 +108,7 @@ def features_of(method: str) -> tuple[str, ...]:
     return FEATURES.get(method.removesuffix(SVM), ())
 
 
-def embedder(source: Source, machine: Machine, batch_size: int = 64) -> Embed:
+def embedder(source: ModelFolders, machine: Machine, batch_size: int = 64) -> Embed:
     """Return a function that maps texts to the mean of the backbone's last states, of length 1.
 
     As in Sentence-BERT (Reimers & Gurevych 2019, https://arxiv.org/abs/1908.10084).
@@ -117,7 +117,7 @@ def embedder(source: Source, machine: Machine, batch_size: int = 64) -> Embed:
     config, _ = read_model_config(source)
     set_max_seq_length(config, 0, min(128, config.max_position_embeddings))
     config.pooling = TUNING["probe"].pooling
-    tokenizer = load_tokenizer(source, config)
+    tokenizer = load_tokenizer(source.backbone, config)
     model = TUNING["probe"].build(source, config, fresh_head=True).requires_grad_(False)
     model.classifier, model.config.num_labels = nn.Identity(), config.hidden_size
     machine.place(model)
@@ -130,7 +130,9 @@ def embedder(source: Source, machine: Machine, batch_size: int = 64) -> Embed:
     return embed
 
 
-def vectorizer(parts: tuple[str, ...], texts: list[str], source: Source | None) -> FeatureUnion:
+def vectorizer(
+    parts: tuple[str, ...], texts: list[str], source: ModelFolders | None
+) -> FeatureUnion:
     """Build the features `parts`, float32; source: the backbone of embeddings.
 
     Raises: UserError if they need words and no text has one.
@@ -147,7 +149,9 @@ def vectorizer(parts: tuple[str, ...], texts: list[str], source: Source | None) 
     return FeatureUnion([(name, features[name]) for name in parts], transformer_weights=weights)
 
 
-def fit_linear(method: str, data: dataset.Data, source: Source | None) -> tuple[Classify, dict]:
+def fit_linear(
+    method: str, data: dataset.Data, source: ModelFolders | None
+) -> tuple[Classify, dict]:
     """Fit a linear model with each strength; return the one with the best validation accuracy.
 
     source: the backbone of embeddings. Also returns the chosen strength.
@@ -181,7 +185,7 @@ def fit_linear(method: str, data: dataset.Data, source: Source | None) -> tuple[
         model.set_params(C=strength)
         fitted = OneVsRestClassifier(model) if multi_label else model
         fitted.fit(vectors, label_ids)
-        predictions = Predictions.of(logits(fitted, validation), multi_label)
+        predictions = Predictions.from_logits(logits(fitted, validation), multi_label)
         accuracy = compute_metrics(predictions, data.eval.label_ids)["accuracy"]
         if accuracy > best[0]:
             best = accuracy, copy.deepcopy(fitted), strength
@@ -210,8 +214,8 @@ def run(argv: list[str]) -> None:
     """Fit a baseline, score it and publish the results."""
     method, args = parse(argv)
     set_up_process()
-    form = fill_format(args)
-    fill(args, {"text_column_delimiter": form.text_column_delimiter})
+    form = fill_format(vars(args))
+    fill(vars(args), {"text_column_delimiter": form.text_column_delimiter})
     settings = {name: getattr(args, name) for name in SETTINGS}
 
     def build(data: dataset.Data) -> Built:
@@ -221,7 +225,7 @@ def run(argv: list[str]) -> None:
         source = None
         if "embeddings" in features_of(method):
             source = locate(args.model_name_or_path)
-            model |= {"backbone": source.name, "weights_sha256": sha256_of(source.folders)}
+            model |= {"backbone": source.name, "weights_sha256": sha256_of(source.all)}
         return settings, model, *fit_linear(method, data, source)
 
     score_and_publish(args, form, build, calibrated=method in LINEAR)
@@ -239,9 +243,11 @@ def score_and_publish(
     build: `dataset.Data` -> `Built`. explain: see `score`.
     """
     with opened(args) as output:
-        splits = dataset.read_splits(args, form)
+        files = {"train": args.train_file, "eval": args.validation_file}
+        splits = dataset.read_splits(files, form)
         names = dataset.label_names(splits["train"], args.label_names)
-        data = dataset.prepare(args, form, splits, names)
+        sample = {"max_train_samples": args.max_train_samples, "seed": args.seed}
+        data = dataset.prepare(form, splits, names, args.test_file, **sample)
         check_columns(data, args.reject_below)
         settings, model, classify, results = build(data)
         record = describe_run(settings, model, names, data.describe())
@@ -254,7 +260,8 @@ def score_and_publish(
         def logits(split: dataset.Split) -> torch.Tensor:
             return calibration(classify(split))
 
-        results |= score(logits, data, form.multi_label, output, args, explain)
+        options = Options(args.safe_csv, args.reject_below)
+        results |= score(logits, data, form.multi_label, output, options, explain)
         publish(output, record, results)
 
 

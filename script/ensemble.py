@@ -140,7 +140,7 @@ def run(argv: list[str]) -> None:
     folders, args = parse(argv)
     first = read_runs(folders)
     settings = {name: first["settings"].get(name) for name in DATA_SETTINGS}
-    vars(args).update(settings | {"prefix_column": None, "prefix_paths": None})
+    vars(args).update(settings)
     for folder in folders:
         if contains(args.output_dir, folder):
             raise UserError(f"--output_dir contains the run {folder}: choose another one")

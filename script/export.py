@@ -19,13 +19,12 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 
 from arguments import DIR
-from model import load, prefix_encoder
+from model import load
 from model.classifier import Classifier
 from model.prefix_bank import PrefixBank
 from runtime.files import UserError, run_and_report
@@ -44,8 +43,8 @@ class Logits(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Map int64 [B, T] tokens and mask to logits [B, C]."""
-        return self.model(input_ids, attention_mask).logits
+        """Map int64 [B, T] tokens and mask to logits [B, C], for texts of every length."""
+        return self.model(input_ids, attention_mask, fused=True).logits
 
 
 def example(classifier: Classifier, batch: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -68,8 +67,6 @@ def write(classifier: Classifier, path: Path) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # about names of axes
-        # one attention for texts of every length
-        stack.enter_context(mock.patch.object(prefix_encoder, "LONG", -1))
         torch.onnx.export(
             Logits(classifier.model).eval(),
             tuple(example(classifier, *SHAPES[1]).values()),

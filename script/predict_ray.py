@@ -25,12 +25,10 @@ import ray
 
 import dataset
 from arguments import DIR, INT, SWITCH, parse_args
-from evaluation.predictions import check_added, prediction_writer
-from model.bank_start import find_start
+from evaluation.predictions import Options, check_added, predict_file
 from model.classifier import Classifier
-from model.predictions import Predictions
-from model.start import Start
-from runtime.columns import fill_format
+from model.source import ModelSource, open_model
+from runtime.columns import fill_format, precision_for
 from runtime.file_format import SETTINGS, FileFormat
 from runtime.files import (
     UserError,
@@ -43,7 +41,7 @@ from runtime.files import (
     writing,
 )
 from runtime.flags import Parser, unused_flag
-from runtime.machine import set_up_process
+from runtime.machine import pick_machine, set_up_process
 from runtime.record import Record, describe_run, run_differences
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -65,8 +63,11 @@ class Predictor:
 
     def __init__(self, argv: list[str], record: dict) -> None:
         set_up_process()
-        self.args, start, self.form = open_model(argv)
-        self.classifier = Classifier.of(start, self.args)
+        self.args, source, self.form = read_arguments(argv)
+        machine = pick_machine(precision_for(self.args.precision, [self.args.model_name_or_path]))
+        self.classifier = Classifier.from_source(
+            source, machine, self.args.per_device_eval_batch_size
+        )
         self.record = record
 
     def __call__(self, row: dict[str, str]) -> dict[str, str | int]:
@@ -75,19 +76,15 @@ class Predictor:
         Returns the rows, or the error.
         """
         output, rows = Path(row["output"]), 0
+        options = Options(self.args.safe_csv, self.args.reject_below)
+        labels, multi_label = self.classifier.labels, self.classifier.multi_label
         with tempfile.TemporaryDirectory(dir=row["staging"]) as staging:
             try:
                 new = Path(staging) / "predictions.csv"
-                args = Namespace(**vars(self.args) | {"test_file": row["path"]})
-                names, multi_label = self.classifier.labels, self.classifier.multi_label
-                file = dataset.open_stream(args, self.form, names, None)
-                check_added(row["path"], file.columns, names, args.reject_below)
-                options = file.columns, names, args.safe_csv, args.reject_below
-                with prediction_writer(new, *options) as write:
-                    for chunk in file:
-                        found = Predictions.of(self.classifier.logits(chunk), multi_label)
-                        write(chunk.table, found)
-                        rows += len(chunk)
+                file = dataset.open_test_file(row["path"], self.form, labels)
+                check_added(row["path"], file.columns, labels, options.reject_below)
+                facts = file.columns, new, labels, multi_label, options
+                rows = predict_file(self.classifier.logits, file, *facts)
                 data = {"test": dataset.described(file)}
                 record = self.record | {"data": data, "predictions_sha256": sha256(new)}
                 write_text(Path(staging) / "record.json", to_json(record))
@@ -101,12 +98,12 @@ class Predictor:
         return row | {"rows": rows, "error": ""}
 
 
-def open_model(argv: list[str]) -> tuple[Namespace, Start, FileFormat]:
+def read_arguments(argv: list[str]) -> tuple[Namespace, ModelSource, FileFormat]:
     """Return the arguments, the model, and how it reads files."""
     args = parse_args(argv)
-    form = fill_format(args)
-    start = find_start(args)
-    return args, start, start.complete(form, args, start.tokenizer())
+    form = fill_format(vars(args))
+    source = open_model(args.model_name_or_path, args.max_seq_length, args.problem_type)
+    return args, source, source.complete(form, vars(args))
 
 
 def shards(texts: Path, output_dir: Path) -> list[dict[str, str]]:
@@ -167,8 +164,8 @@ def run(args: Namespace, flags: list[str]) -> None:
     """Predict all files that are not finished yet. Raises: UserError naming those that failed."""
     argv = ["--do_predict", "--model_name_or_path", args.model, "--output_dir", args.output_dir]
     argv += flags
-    given, start, _ = open_model(argv)  # a bad flag or model is reported before Ray starts
-    record = describe_run(start.settings(given), start.describe(), start.labels, {})
+    given, source, _ = read_arguments(argv)  # a bad flag or model is reported before Ray starts
+    record = describe_run(source.settings(vars(given)), source.describe(), source.labels, {})
     texts, output_dir = Path(args.texts), Path(args.output_dir)
     every = shards(texts, output_dir)
     with writing(output_dir):

@@ -10,7 +10,6 @@ each. serving/README.md describes the interface.
 import argparse
 import gc
 import logging
-import os
 import re
 import resource
 import signal
@@ -19,8 +18,6 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see main.py
 
 import uvicorn
 from fastapi import FastAPI

@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 
 from arguments import DIR, FILE, INF, INT, NAME, READING, SEED, STR, SWITCH, USES
-from runtime.csv_reader import Table, row_list, text_key
+from runtime.advice import row_list
+from runtime.csv_reader import Table, text_key
 from runtime.file_format import MULTI_LABEL, SETTINGS, FileFormat, SplitRecord
 from runtime.files import UserError, name_list, plural, read_json, run_and_report, sha256
 from runtime.flags import Parser, column_names, number, value

@@ -13,7 +13,8 @@ import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from arguments import USES
-from runtime.csv_reader import Table, row_list, text_key
+from runtime.advice import row_list
+from runtime.csv_reader import Table, text_key
 from runtime.file_format import FileFormat
 from runtime.files import UserError, name_list, read_json
 from runtime.flags import QUOTINGS, boolean, column_names, encoding, number

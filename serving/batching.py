@@ -2,16 +2,20 @@
 
 A worker takes a batch as soon as it is free, so nothing waits for a batch to fill, and under load
 the batches grow by themselves. The models take turns, so none can starve the others.
+
+N texts, C classes.
 """
 
 import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
+from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from model.predictions import average
@@ -24,36 +28,40 @@ logger = logging.getLogger(__name__)
 MOST_PREFIXES = 32  # of a batch, since it has a copy of each
 MOST_PADDING = 64  # tokens, about what another call of the model costs
 
-
-class Full(Exception):
-    """The queue is full. Argument: the seconds after which a client may try again."""
+Row = tuple[Model, tuple[int, ...]]  # a text to score: its model and tokens
 
 
-class Refused(Exception):
-    """A request cannot be answered at all. Argument: why."""
+class Full(HTTPException):
+    """The queue is full; a client may try again after some seconds."""
+
+    def __init__(self, seconds: int) -> None:
+        message = "too many texts are waiting: try again"
+        super().__init__(429, message, {"retry-after": str(seconds)})
 
 
 class Job:
-    """The texts of one request; `future` gets their logits, float32 [N, C]."""
+    """The texts of one request; `future` gets their logits, float32 [N, C].
+
+    Times are those of `time.perf_counter`, and complete once the future has a result.
+    """
 
     def __init__(self, model: Model, token_ids: list[list[int]], arrived: float) -> None:
         self.model, self.token_ids = model, token_ids
         self.future: Future[Tensor] = Future()
-        self.logits: list[Tensor | None] = [None] * len(token_ids)
-        self.missing = len(token_ids)
-        self.arrived = arrived
-        self.taken: float | None = None  # when the first text left the queue
-        self.done: float | None = None
+        self.logits: dict[int, Tensor] = {}  # by the text's number
+        self.arrived, self.taken, self.done = arrived, 0.0, 0.0  # taken: the first text
 
-    @property
-    def queue_seconds(self) -> float:
-        """How long the request waited."""
-        return (self.taken or self.arrived) - self.arrived
-
-    @property
-    def inference_seconds(self) -> float:
-        """How long it took from the first text's batch to the last one's."""
-        return (self.done or self.arrived) - (self.taken or self.arrived)
+    def finish(self, number: int, outcome: Tensor | Exception) -> None:
+        """Store a text's logits; the last ones complete the request, and an error ends it."""
+        with suppress(InvalidStateError):  # the client has gone, or another text failed
+            if isinstance(outcome, Exception):
+                self.future.set_exception(outcome)
+                return
+            self.logits[number] = outcome
+            if len(self.logits) == len(self.token_ids):
+                self.done = time.perf_counter()
+                logits = [self.logits[number] for number in range(len(self.logits))]
+                self.future.set_result(torch.stack(logits))
 
 
 class Item(NamedTuple):
@@ -61,16 +69,8 @@ class Item(NamedTuple):
 
     job: Job
     number: int
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The text's tokens."""
-        return self.job.token_ids[self.number]
-
-    @property
-    def cost(self) -> int:
-        """Tokens to compute; each prefix of an ensemble counts."""
-        return len(self.token_ids) * max(1, len(self.job.model.adapters))
+    token_ids: list[int]
+    cost: int  # tokens to compute; each prefix of an ensemble counts
 
 
 class Batcher:
@@ -79,17 +79,17 @@ class Batcher:
     def __init__(
         self, machine: Machine, max_batch_tokens: int, max_queue: int, metrics: Metrics
     ) -> None:
-        self.machine, self.metrics = machine, metrics
-        self.max_batch_tokens, self.max_queue = max_batch_tokens, max_queue
+        self.metrics, self.max_batch_tokens, self.max_queue = metrics, max_batch_tokens, max_queue
         self.turns: OrderedDict[Model, deque[Item]] = OrderedDict()  # the next model comes first
         self.size, self.closed = 0, False
         self.speed = 100.0  # texts per second, a moving average
         self.changed = threading.Condition()
-        self.threads = max(1, torch.get_num_threads() // machine.streams)  # of each worker
+        self.threads = max(1, torch.get_num_threads() // machine.workers)  # of each worker
         self.workers = [
             threading.Thread(target=self.work, name=f"worker {number}", daemon=True)
-            for number in range(machine.streams)
+            for number in range(machine.workers)
         ]
+        metrics.queue_size.set_function(lambda: self.size)
 
     def start(self) -> None:
         """Start the workers."""
@@ -109,10 +109,10 @@ class Batcher:
 
         A model may have as many texts in the queue as are still free, so others always find room
         (Choudhury and Hahne 1998, "Dynamic queue length thresholds for shared-memory packet
-        switches"). Raises: Full; Refused if the server is stopping.
+        switches"). Raises: Full; HTTPException if the server is stopping.
         """
         if self.closed:
-            raise Refused("the server is stopping")
+            raise HTTPException(503, "the server is stopping")
         if len(self.turns.get(model, ())) + count > self.max_queue - self.size:
             raise Full(max(1, round(self.size / self.speed)))
 
@@ -121,148 +121,97 @@ class Batcher:
         job = Job(model, token_ids, arrived)
         with self.changed:
             self.check_room(model, len(token_ids))
-            waiting = self.turns.setdefault(model, deque())
-            waiting.extend(Item(job, number) for number in range(len(token_ids)))
-            self.size += len(token_ids)
-            self.metrics.queue_size.set(self.size)
+            count = max(1, len(model.adapters))
+            items = [Item(job, n, ids, count * len(ids)) for n, ids in enumerate(token_ids)]
+            self.turns.setdefault(model, deque()).extend(items)
+            self.size += len(items)
             self.changed.notify_all()  # a large request has work for all
         return job
 
     def take(self) -> list[Item]:
-        """Wait for texts, and return a batch of one backbone; empty once the queue is closed.
+        """Wait for texts, and return a batch of one backbone; empty if their clients have gone.
 
         The model that has waited longest decides on the backbone. The models then take turns of at
         most a quarter of a batch, so a model that floods the queue delays others by a batch.
         """
+        batch: list[Item] = []
+        room, share = self.max_batch_tokens, max(1, self.max_batch_tokens // 4)
+        prefixes: dict[Model, int] = {}
         with self.changed:
-            while not self.turns:
-                if self.closed:
-                    return []
-                self.changed.wait()
-            backend = next(iter(self.turns)).backend
-            batch: list[Item] = []
-            prefixes: dict[Model, int] = {}
-            room = self.max_batch_tokens
-            while room > 0 and (
-                models := [model for model in self.turns if model.backend is backend]
-            ):
-                for model in models:
-                    waiting, share = self.turns[model], max(1, self.max_batch_tokens // 4)
-                    prefixes[model] = len(model.adapters)
-                    while waiting and room > 0 and share > 0:
-                        item = waiting.popleft()
-                        self.size -= 1
-                        if not item.job.future.done():  # else the client has gone, or it failed
-                            batch.append(item)
-                            room, share = room - item.cost, share - item.cost
-                    if waiting:
-                        self.turns.move_to_end(model)
-                    else:
-                        del self.turns[model]
-                    if sum(prefixes.values()) >= MOST_PREFIXES:
-                        room = 0
-                    if room <= 0:
-                        break
-            self.metrics.queue_size.set(self.size)
+            self.changed.wait_for(lambda: self.turns or self.closed)
+            backend = next((model.backend for model in self.turns), None)
+            while room > 0 and sum(prefixes.values()) < MOST_PREFIXES:
+                model = next((model for model in self.turns if model.backend is backend), None)
+                if model is None:
+                    break
+                waiting, turn = self.turns.pop(model), min(room, share)
+                while waiting and turn > 0:
+                    item = waiting.popleft()
+                    self.size -= 1
+                    if not item.job.future.done():  # else the client has gone, or it failed
+                        batch.append(item)
+                        room, turn = room - item.cost, turn - item.cost
+                if waiting:
+                    self.turns[model] = waiting  # its next turn comes last
+                prefixes[model] = len(model.adapters)
         return batch
 
     def work(self) -> None:
         """Score batches until the queue is closed and empty."""
         torch.set_num_threads(self.threads)
-        while True:
-            batch = self.take()
-            if batch:
-                began = time.perf_counter()
-                try:
-                    self.score(batch, began)
-                except Exception as error:  # a worker must not end
-                    logger.exception("a batch failed")
-                    fail(batch, error)
-                seconds = time.perf_counter() - began
-                self.speed += 0.05 * (len(batch) * len(self.workers) / seconds - self.speed)
-            elif self.closed and not self.turns:
-                return
+        while self.turns or not self.closed:
+            if not (batch := self.take()):
+                continue
+            began = time.perf_counter()
+            try:
+                self.score(batch, began)
+            except Exception as error:  # a worker must not end
+                logger.exception("a batch failed")
+                for item in batch:
+                    item.job.finish(item.number, error)
+            seconds = time.perf_counter() - began
+            self.speed += 0.05 * (len(batch) * len(self.workers) / seconds - self.speed)
 
     def score(self, batch: list[Item], now: float) -> None:
         """Score a batch of one backbone; the same text for the same model is scored once."""
         self.metrics.batch_size.observe(len(batch))
         self.metrics.batch_tokens.observe(sum(item.cost for item in batch))
         backend = batch[0].job.model.backend
-        rows: dict[tuple, list[Item]] = {}
+        rows: dict[Row, list[Item]] = {}
         for item in batch:
             item.job.taken = item.job.taken or now
             rows.setdefault((item.job.model, tuple(item.token_ids)), []).append(item)
-        prepared, refused = {}, {}
+        prepared = {}
         for model in dict.fromkeys(model for model, _ in rows):
             try:
                 prepared[model] = backend.prepare(model)
-            except Exception as error:  # whatever it is, the other models' rows go on
+            except Exception as error:  # whatever it is, the other models' rows are scored
                 if not isinstance(error, Changed):
                     logger.exception("model %s cannot be read", model.name)
                 why = f"the folder of model '{model.name}' has changed: it must be loaded again"
-                refused[model] = Refused(why)
+                for item in batch:
+                    if item.job.model is model:
+                        item.job.finish(item.number, HTTPException(503, why))
         for part in by_length([row for row in rows if row[0] in prepared]):
-            found = backend.logits(
-                [list(ids) for _, ids in part], [prepared[model] for model, _ in part]
-            )
-            for (model, ids), logits in zip(part, found, strict=True):
-                averaged = average(logits[:, None].float(), model.multi_label)[0]
-                if averaged.isfinite().all():
-                    for item in rows[model, ids]:
-                        finish(item, averaged)
-                else:
-                    refused[model] = Refused(f"model '{model.name}' has diverged: train it again")
-        for (model, _), items in rows.items():
-            if model in refused:
-                fail(items, refused[model])
+            token_ids = [list(ids) for _, ids in part]
+            scored = backend.logits(token_ids, [prepared[model] for model, _ in part])
+            for (model, ids), logits in zip(part, scored, strict=True):
+                outcome = average(logits[:, None].float(), model.multi_label)[0]
+                if not outcome.isfinite().all():
+                    why = f"model '{model.name}' has diverged: train it again"
+                    outcome = HTTPException(503, why)
+                for item in rows[model, ids]:
+                    item.job.finish(item.number, outcome)
 
 
-def by_length(rows: list[tuple]) -> list[list[tuple]]:
+def by_length(rows: list[Row]) -> list[list[Row]]:
     """Cut rows into parts of similar length, so that none has more than `MOST_PADDING` tokens."""
-    parts: list[list[tuple]] = []
-    padding = 0
+    parts: list[list[Row]] = []
+    padding = MOST_PADDING + 1
     for row in sorted(rows, key=lambda row: -len(row[1])):
         padding += len(parts[-1][0][1]) - len(row[1]) if parts else 0
-        if parts and padding <= MOST_PADDING:
-            parts[-1].append(row)
-        else:
-            parts.append([row])
+        if padding > MOST_PADDING:
+            parts.append([])
             padding = 0
+        parts[-1].append(row)
     return parts
-
-
-LOCK = threading.Lock()  # two workers may finish texts of one request at once
-
-
-def finish(item: Item, logits: Tensor) -> None:
-    """Store a text's logits; the last one completes its request.
-
-    Logits that cannot be stacked are an error of this request alone, not of its batch.
-    """
-    job = item.job
-    with LOCK:
-        job.logits[item.number] = logits
-        job.missing -= 1
-        if job.missing == 0 and is_open(job.future):
-            job.done = time.perf_counter()
-            try:
-                job.future.set_result(torch.stack(job.logits))
-            except Exception as error:  # a request that is_open has marked must be answered
-                logger.exception("the result of model %s cannot be stored", job.model.name)
-                job.future.set_exception(error)
-
-
-def fail(items: list[Item], error: Exception) -> None:
-    """Let the requests of these texts fail."""
-    with LOCK:
-        for job in {item.job for item in items}:
-            if is_open(job.future):
-                job.future.set_exception(error)
-
-
-def is_open(future: Future) -> bool:
-    """Mark a request as being answered; False if it has been answered or its client has gone.
-
-    Its result or error must be set before `LOCK` is released: it cannot be marked twice.
-    """
-    return not future.done() and future.set_running_or_notify_cancel()

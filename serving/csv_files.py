@@ -3,21 +3,19 @@
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dataset import CHUNK_ROWS, open_table, read_chunks
-from evaluation.predictions import check_added, prediction_writer
-from model.predictions import Predictions
+from evaluation.predictions import check_added, predict_file
 from runtime.batches import TextRows
 from runtime.file_format import FileFormat
 from runtime.files import UserError
 from runtime.flags import column_names, encoding
 from serving.models import Model
-from serving.schemas import CsvOptions
+from serving.uploads import CsvOptions
 
 
 def predict_csv(
@@ -36,16 +34,13 @@ def predict_csv(
     output = path.with_name("predictions.csv")
     try:
         table = open_table(path, wanted_format(model.form, wanted), labels_required=None)
-        chunks = filter(len, read_chunks(table, CHUNK_ROWS, labels_required=None))
-        first = next(chunks, None)
-        if first is None:
-            raise UserError(f"{path}: every text is blank")
         check_added(str(path), table.header, model.labels)
-        with prediction_writer(output, table.header, model.labels) as write:
-            for chunk in chain([first], chunks):
-                write(chunk.table, Predictions.of(classify(chunk), model.multi_label))
+        chunks = filter(len, read_chunks(table, CHUNK_ROWS, labels_required=None))
+        facts = table.header, output, model.labels, model.multi_label
+        if not predict_file(classify, chunks, *facts):
+            raise UserError(f"{path}: every text is blank")
     except UserError as error:
-        if isinstance(error.__context__, OSError):  # of `prediction_writer`: the disk is full
+        if isinstance(error.__context__, OSError):  # of writing: the disk is full
             raise error.__context__ from None
         raise UserError(str(error).replace(str(path), "the file")) from None
     return output, table.malformed

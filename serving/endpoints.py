@@ -1,41 +1,32 @@
-"""The endpoints. /v1/... follows vLLM and SGLang; /predict, /info and /metrics follow
-text-embeddings-inference.
+"""The endpoints, each below the bodies that it takes and returns. /v1/... follows vLLM and SGLang;
+/predict, /info and /metrics follow text-embeddings-inference.
 """
 
 import asyncio
 import logging
-import tempfile
 import time
 import uuid
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, Literal
 
 import msgspec
-import numpy as np
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, Field
 from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
 
-from evaluation.importance import Words, word_importance
+from evaluation.importance import word_importance
 from model.predictions import Predictions
 from runtime.files import UserError
 from serving.batching import Job
 from serving.csv_files import predict_csv
-from serving.engine import ApiError, Engine
-from serving.schemas import (
-    CSV_BODY,
-    ClassifyRequest,
-    ClassifyResponse,
-    CsvOptions,
-    LoadRequest,
-    PredictRequest,
-    Score,
-    UnloadRequest,
-    find_unknown,
-    refusals,
-)
-from serving.uploads import store_upload
+from serving.engine import Engine, Shared
+from serving.errors import refusals
+from serving.uploads import CSV_BODY, CsvOptions, store_upload
 
 logger = logging.getLogger(__name__)
 
@@ -43,191 +34,192 @@ PAGE = Path(__file__).parent / "page"
 TIMES = ("x-total-time", "x-queue-time", "x-inference-time")  # headers of answers
 DROPPED = "x-dropped-rows"  # malformed ones of a file, with drop_malformed
 MOST_EXPLAINED = 32  # texts of a request, since each of their words is left out once
+QUEUED = refusals(404, 408, 413, 429, 503)
+
+router = APIRouter()
 
 
-async def check_query(request: Request) -> None:
-    """Check the names of the query parameters, but not those of probes. Raises: ApiError."""
-    if request.method != "POST":
-        return
-    params = request.scope["route"].dependant.query_params
-    known = [name for one in params for name in one.field_info.annotation.model_fields]
-    if message := find_unknown("query parameter", request.query_params, known):
-        raise ApiError(422, message, "validation")
+class Score(BaseModel):
+    """A label and its probability."""
+
+    label: str
+    score: float
 
 
-router = APIRouter(dependencies=[Depends(check_query)])
-page = APIRouter()
+def ranked(labels: list[str], scores: list[float], count: int | None = None) -> list[dict]:
+    """Return labels with their scores, as `Score`, the highest first."""
+    order = sorted(range(len(labels)), key=lambda number: -scores[number])[:count]
+    return [{"label": labels[number], "score": scores[number]} for number in order]
 
 
-async def engine_of(request: Request) -> Engine:
-    """Return what the endpoints share."""
-    return request.app.state.engine
+def times(job: Job, began: float) -> dict[str, str]:
+    """Return the headers with the times of a request, in milliseconds."""
+    seconds = time.perf_counter() - began, job.taken - job.arrived, job.done - job.taken
+    return {name: f"{1000 * value:.2f}" for name, value in zip(TIMES, seconds, strict=True)}
 
 
-Shared = Annotated[Engine, Depends(engine_of)]
+class ClassifyRequest(BaseModel, extra="forbid"):
+    """What /v1/classify takes."""
 
-# ------------------------------------------------------------------ classify
+    model: str | None = Field(None, description="A served model; optional if there is one only.")
+    input: str | list[str] = Field(description="A text, or several; long ones are cut.")
+    top_k: int | None = Field(None, ge=1, description="Also return the k likeliest labels.")
+    explain: bool = Field(False, description="Also return what each word contributes.")
 
 
-@router.post(
-    "/v1/classify",
-    response_model=None,
-    responses={200: {"model": ClassifyResponse}, **refusals(404, 408, 413, 429, 503)},
-)
-async def classify(body: ClassifyRequest, request: Request, engine: Shared) -> Response:
+class Classified(BaseModel):
+    """One text's prediction."""
+
+    index: int
+    label: str
+    confidence: float
+    probs: list[float]
+    num_classes: int
+    scores: list[Score] | None = None
+    words: list[tuple[str, float]] | None = None
+
+
+class Usage(BaseModel):
+    """The tokens of a request."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class ClassifyResponse(BaseModel):
+    """What /v1/classify returns."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Classified]
+    usage: Usage
+
+
+@router.post("/v1/classify", response_model_exclude_none=True, responses=QUEUED)
+async def classify(
+    body: ClassifyRequest, request: Request, response: Response, engine: Shared
+) -> ClassifyResponse:
     """Label texts with a tuned model."""
-    began = time.perf_counter()
-    engine.metrics.requests.labels("classify").inc()
-    model = engine.find(body.model)
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    if body.explain and len(texts) > MOST_EXPLAINED:
-        raise ApiError(413, f"explain: at most {MOST_EXPLAINED} texts", "batch_size")
-    job = await engine.score(request, model, texts)
-    words: list[Words] = []
-    if body.explain:
-        words = await engine.in_thread(
-            request, model, lambda score: word_importance(score, texts, model.multi_label)
+    with engine.metrics.request("classify") as began:
+        model = engine.find(body.model)
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        if body.explain and len(texts) > MOST_EXPLAINED:
+            raise HTTPException(413, f"explain: at most {MOST_EXPLAINED} texts")
+        job = await engine.score(request, model, texts)
+        predictions = Predictions.from_logits(job.future.result(), model.multi_label)
+        words = [None] * len(texts)
+        if body.explain:
+            words = await engine.in_thread(
+                request, model, lambda score: word_importance(score, texts, model.multi_label)
+            )
+        data = []
+        for index, label in enumerate(predictions.named(model.labels)):
+            probs = predictions.probability[index].tolist()
+            entry = Classified(
+                index=index,
+                label=label,
+                confidence=predictions.confidence[index],
+                probs=probs,
+                num_classes=len(probs),
+                scores=ranked(model.labels, probs, body.top_k) if body.top_k else None,
+                words=words[index],
+            )
+            data.append(entry)
+        tokens = sum(map(len, job.token_ids))
+        response.headers.update(times(job, began))
+        return ClassifyResponse(
+            id=f"classify-{uuid.uuid4().hex}",
+            object="list",
+            created=int(time.time()),
+            model=model.name,
+            data=data,
+            usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
         )
-    found = Predictions.of(job.future.result(), model.multi_label)
-    tokens = sum(map(len, job.token_ids))
-    content = {
-        "id": f"classify-{uuid.uuid4().hex}",
-        "object": "list",
-        "created": int(time.time()),
-        "model": model.name,
-        "data": classified(model.labels, found, body.top_k, words),
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
-    engine.finished("classify", began)
-    return timed(content, job, began)
 
 
-def classified(
-    labels: list[str], found: Predictions, top_k: int | None, words: list[Words]
-) -> list[dict]:
-    """Return the entries of `ClassifyResponse.data`."""
-    data = [
-        {
-            "index": number,
-            "label": label,
-            "confidence": float(confidence),
-            "probs": probability.tolist(),
-            "num_classes": len(labels),
-        }
-        for number, (label, confidence, probability) in enumerate(
-            zip(found.named(labels), found.confidence, found.probability, strict=True)
-        )
-    ]
-    if top_k:
-        for one, probability in zip(data, found.probability, strict=True):
-            one["scores"] = ranked(labels, probability, top_k)
-    for one, why in zip(data, words, strict=False):
-        one["words"] = why
-    return data
+class PredictRequest(BaseModel, extra="forbid"):
+    """What /predict takes: a text, a pair of texts, or a list of lists of one text or two."""
+
+    inputs: str | list[str] | list[list[str]]
+    model: str | None = None
+    raw_scores: bool = Field(False, description="Logits instead of probabilities.")
+    truncate: bool = Field(True, description="Cut long texts; if false, refuse them.")
+    truncation_direction: Literal["Right", "right"] = Field("Right", description="Cut the end.")
 
 
-@router.post(
-    "/predict",
-    response_model=None,
-    responses={
-        200: {"model": list[Score] | list[list[Score]]},
-        **refusals(404, 408, 413, 429, 503),
-    },
-)
+@router.post("/predict", response_model=list[Score] | list[list[Score]], responses=QUEUED)
 async def predict(body: PredictRequest, request: Request, engine: Shared) -> Response:
     """Label texts, as in text-embeddings-inference."""
-    began = time.perf_counter()
-    engine.metrics.requests.labels("predict").inc()
-    model = engine.find(body.model)
-    several = isinstance(body.inputs, list) and isinstance(next(iter(body.inputs), ""), list)
-    rows = body.inputs if several else [body.inputs]
-    rows = [[row] if isinstance(row, str) else row for row in rows]
-    if any(len(row) not in (1, 2) for row in rows):
-        message = 'each input is a text or a pair of texts; send several as [["one"], ["two"]]'
-        raise ApiError(422, message, "validation")
-    delimiter = model.form.text_column_delimiter
-    joined = [delimiter.join(row) if "".join(row).strip() else "" for row in rows]
-    job = await engine.score(request, model, joined, body.truncate)
-    logits = job.future.result()
-    scores = logits.numpy()
-    if not body.raw_scores:
-        scores = Predictions.of(logits, model.multi_label).probability
-    content = [ranked(model.labels, row) for row in scores]
-    engine.finished("predict", began)
-    return timed(content if several else content[0], job, began)
-
-
-def ranked(labels: list[str], scores: np.ndarray, count: int | None = None) -> list[dict]:
-    """Return labels with their scores, the highest first."""
-    order = np.argsort(-scores, kind="stable")[:count]
-    return [{"label": labels[place], "score": float(scores[place])} for place in order]
-
-
-def timed(content: dict | list, job: Job, began: float) -> Response:
-    """Answer with JSON, and with the times in headers, in milliseconds."""
-    seconds = time.perf_counter() - began, job.queue_seconds, job.inference_seconds
-    headers = {name: f"{1000 * one:.2f}" for name, one in zip(TIMES, seconds, strict=True)}
-    return Response(msgspec.json.encode(content), media_type="application/json", headers=headers)
+    with engine.metrics.request("predict") as began:
+        model = engine.find(body.model)
+        several = isinstance(body.inputs, list) and isinstance(next(iter(body.inputs), ""), list)
+        rows = body.inputs if several else [body.inputs]
+        rows = [[row] if isinstance(row, str) else row for row in rows]
+        if any(len(row) not in (1, 2) for row in rows):
+            message = 'each input is a text or a pair of texts; send several as [["one"], ["two"]]'
+            raise HTTPException(422, message)
+        delimiter = model.form.text_column_delimiter
+        texts = [delimiter.join(row) if "".join(row).strip() else "" for row in rows]
+        job = await engine.score(request, model, texts, body.truncate)
+        predictions = Predictions.from_logits(job.future.result(), model.multi_label)
+        scores = predictions.logits if body.raw_scores else predictions.probability
+        content = [ranked(model.labels, row) for row in scores.tolist()]
+        content = msgspec.json.encode(content if several else content[0])  # twice as fast
+        return Response(content, headers=times(job, began), media_type="application/json")
 
 
 @router.post(
     "/v1/predict_csv",
-    response_model=None,
     responses={
         200: {"content": {"text/csv": {}}, "description": "the rows with their predictions"},
-        **refusals(404, 408, 413, 429, 503),
+        **QUEUED,
     },
-    openapi_extra={"requestBody": {"required": True, "content": CSV_BODY}},
+    openapi_extra={"requestBody": CSV_BODY},
 )
 async def classify_csv(
-    request: Request,
-    engine: Shared,
-    options: Annotated[CsvOptions, Query()],
+    request: Request, engine: Shared, options: Annotated[CsvOptions, Query()]
 ) -> Response:
     """Label the rows of a CSV file: the body, or the one file of a form, whose fields are options.
 
     The answer is the same file with predictions added.
     """
-    began = time.perf_counter()
-    engine.metrics.requests.labels("predict_csv").inc()
-    folder = None
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="predictions-")
-        upload = Path(folder.name) / "upload.csv"
-        options = await store_upload(request, upload, options)
-        model = engine.find(options.model)
-        output, dropped = await engine.in_thread(
-            request, model, lambda score: predict_csv(score, model, upload, options)
-        )
-    except BaseException as error:
-        if folder:
-            folder.cleanup()
-        if isinstance(error, UserError):
-            raise ApiError(422, str(error), "validation") from None
-        if isinstance(error, OSError):
+    with engine.metrics.request("predict_csv"), ExitStack() as files:
+        try:
+            folder = files.enter_context(TemporaryDirectory(prefix="predictions-"))
+            upload = Path(folder, "upload.csv")
+            options = await store_upload(request, upload)  # also those of a form
+            model = engine.find(options.model)
+            output, dropped = await engine.in_thread(
+                request, model, lambda score: predict_csv(score, model, upload, options)
+            )
+        except UserError as error:
+            raise HTTPException(422, str(error)) from None
+        except OSError as error:
             logger.error("a CSV file could not be stored: %s", error)
-            raise ApiError(
-                503, "the server cannot store the file: try again later", "unavailable"
-            ) from None
-        raise
-    engine.finished("predict_csv", began)
-    return FileResponse(
-        output,
-        media_type="text/csv",
-        filename="predictions.csv",
-        headers={DROPPED: str(dropped)},
-        background=BackgroundTask(folder.cleanup),
-    )
+            raise HTTPException(503, "the server cannot store the file: try again later") from None
+        return FileResponse(
+            output,
+            media_type="text/csv",
+            filename="predictions.csv",
+            headers={DROPPED: str(dropped)},
+            background=BackgroundTask(files.pop_all().close),
+        )
 
 
-# ------------------------------------------------------------------ models
-
-
-@router.get("/v1/models", responses=refusals())
+@router.get("/v1/models")
 async def models(engine: Shared) -> dict:
     """List the served models: labels, sizes and test scores."""
     served = [*engine.registry.models.values()]
-    return {"object": "list", "data": [one.describe() for one in served]}
+    return {"object": "list", "data": [model.describe() for model in served]}
+
+
+class LoadRequest(BaseModel, extra="forbid"):
+    """What /v1/load_adapter takes."""
+
+    name: str = Field(min_length=1, max_length=200, pattern=r"^[^/\\\s]+$")
+    path: str = Field(min_length=1, description="Below the folder of updates.")
 
 
 @router.post("/v1/load_adapter", responses=refusals(403, 408, 413))
@@ -240,9 +232,15 @@ async def load_adapter(body: LoadRequest, engine: Shared) -> dict:
         except (UserError, OSError) as error:
             logger.warning("not loaded: %s", error)
             message = "refused: it is damaged, no prefix, or tuned on another backbone"
-            raise ApiError(422, f"path: {message} (see the server's log)", "refused") from None
+            raise HTTPException(422, f"path: {message} (see the server's log)") from None
     logger.info("loaded %s", body.name)
     return model.describe()
+
+
+class UnloadRequest(BaseModel, extra="forbid"):
+    """What /v1/unload_adapter takes."""
+
+    name: str
 
 
 @router.post("/v1/unload_adapter", responses=refusals(403, 404, 408, 413))
@@ -250,41 +248,36 @@ async def unload_adapter(body: UnloadRequest, engine: Shared) -> dict:
     """Stop serving a model."""
     updates_of(engine)
     if not engine.registry.remove(body.name):
-        raise ApiError(404, "no such model: see /v1/models", "not_found")
+        raise HTTPException(404, "no such model: see /v1/models")
     logger.info("unloaded %s", body.name)
     return {"id": body.name, "object": "model", "deleted": True}
 
 
 def updates_of(engine: Engine) -> Path:
-    """Return the folder that models may be loaded from. Raises: ApiError if there is none."""
+    """Return the folder that models may be loaded from. Raises: HTTPException if there is none."""
     if engine.settings.updates_from is None:
-        raise ApiError(403, "updates are off: whoever runs the server can allow them", "forbidden")
+        raise HTTPException(403, "updates are off: whoever runs the server can allow them")
     return engine.settings.updates_from.resolve()
 
 
 def below(root: Path, path: str) -> Path:
-    """Return the folder that a path names. Raises: ApiError if it is not below `root`."""
-    try:
+    """Return the folder that a path names. Raises: HTTPException if it is not below `root`."""
+    with suppress(OSError, ValueError):  # it is not the name of a folder
         folder = (root / path).resolve()
-    except (OSError, ValueError):
-        raise ApiError(422, "path: it is not the name of a folder", "validation") from None
-    if folder == root or not folder.is_relative_to(root):
-        raise ApiError(422, "path: it must be below the folder of updates", "validation")
-    return folder
+        if root in folder.parents:
+            return folder
+    raise HTTPException(422, "path: it must name a folder below the folder of updates")
 
 
-# ------------------------------------------------------------------ state
-
-
-@router.get("/health", responses=refusals())
+@router.get("/health")
 async def health(engine: Shared) -> dict:
     """Whether the workers run."""
     if not all(worker.is_alive() for worker in engine.batcher.workers):
-        raise ApiError(503, "a worker has ended: restart the server", "unhealthy")
+        raise HTTPException(503, "a worker has ended: restart the server")
     return {"status": "ok"}
 
 
-@router.get("/info", responses=refusals())
+@router.get("/info")
 async def info(engine: Shared) -> dict:
     """The limits, as in text-embeddings-inference."""
     settings, registry = engine.settings, engine.registry
@@ -301,7 +294,7 @@ async def info(engine: Shared) -> dict:
     }
 
 
-@router.get("/metrics", response_class=PlainTextResponse, responses=refusals())
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(engine: Shared) -> Response:
     """Metrics for Prometheus."""
     shown, registry = engine.metrics, engine.registry
@@ -311,19 +304,9 @@ async def metrics(engine: Shared) -> Response:
     return Response(generate_latest(shown.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-# ------------------------------------------------------------------ the page
-
-
-def page_file(path: str, name: str) -> None:
+@router.get("/", include_in_schema=False)
+@router.get("/page.css", include_in_schema=False)
+@router.get("/page.js", include_in_schema=False)
+async def page_file(request: Request) -> FileResponse:
     """Serve a file of the page."""
-    page.add_api_route(
-        path,
-        lambda: FileResponse(PAGE / name),
-        response_class=FileResponse,
-        include_in_schema=False,
-    )
-
-
-page_file("/", "index.html")
-page_file("/page.css", "page.css")
-page_file("/page.js", "page.js")
+    return FileResponse(PAGE / (request.scope["route"].path[1:] or "index.html"))

@@ -5,15 +5,18 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
-from fastapi import Request
+from fastapi import Depends, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from runtime.batches import TextRows, tokenize
-from serving.batching import Batcher, Full, Job, Refused
+from serving.batching import Batcher, Full, Job
 from serving.metrics import Metrics
 from serving.models import Model, Registry
 
@@ -39,27 +42,6 @@ class Settings:
     allow_origins: tuple[str, ...] = ()  # of pages that may call this server; "*": any
 
 
-class ApiError(Exception):
-    """An error that a client is told."""
-
-    def __init__(self, status: int, message: str, kind: str, retry_after: int = 0) -> None:
-        super().__init__(message)
-        self.status, self.message, self.kind = status, message, kind
-        self.retry_after = retry_after  # seconds
-
-    @classmethod
-    def of(cls, error: Full | Refused) -> "ApiError":
-        """Return what a client is told about an error of the queue."""
-        if isinstance(error, Refused):
-            return cls(503, str(error), "unavailable")
-        return cls(429, "too many texts are waiting: try again", "overloaded", error.args[0])
-
-
-def gone() -> ApiError:
-    """Return what ends the work for a client that has left; nobody reads it."""
-    return ApiError(499, "the client has gone", "gone")
-
-
 class Engine:
     """The models, the queue and the limits: all that endpoints need."""
 
@@ -73,68 +55,68 @@ class Engine:
         self.loading = asyncio.Lock()  # one model at a time
 
     def find(self, name: str | None) -> Model:
-        """Return a served model. Raises: ApiError."""
+        """Return a served model. Raises: HTTPException."""
         models = self.registry.models
-        if name is None and len(models) == 1:
-            return next(iter(models.values()))
         if name is None:
-            raise ApiError(422, "name a model: see /v1/models", "validation")
+            if len(models) != 1:
+                raise HTTPException(422, "name a model: see /v1/models")
+            return next(iter(models.values()))
         if name not in models:
-            raise ApiError(404, "no such model: see /v1/models", "not_found")
+            raise HTTPException(404, "no such model: see /v1/models")
         return models[name]
 
     def check(self, texts: list[str]) -> None:
-        """Check the texts of a request. Raises: ApiError."""
+        """Check the texts of a request. Raises: HTTPException."""
         limit = self.settings.max_characters
         most = min(self.settings.max_texts, self.settings.max_queue)
         if not texts:
-            raise ApiError(422, "there is no text", "validation")
+            raise HTTPException(422, "there is no text")
         if len(texts) > most:
-            message = f"more than {most} texts: send fewer at a time"
-            raise ApiError(413, message, "batch_size")
+            raise HTTPException(413, f"more than {most} texts: send fewer at a time")
         for number, text in enumerate(texts):
             if not text.strip():
-                raise ApiError(422, f"text {number} is blank: leave it out", "validation")
+                raise HTTPException(422, f"text {number} is blank: leave it out")
             if len(text) > limit:
                 message = f"text {number} has more than {limit:,} characters: shorten it"
-                raise ApiError(413, message, "too_large")
+                raise HTTPException(413, message)
             try:
                 text.encode()
             except UnicodeEncodeError:
                 message = f"text {number} is not valid Unicode: it has half of a surrogate pair"
-                raise ApiError(422, message, "tokenization") from None
+                raise HTTPException(422, message) from None
 
     async def score(
         self, request: Request, model: Model, texts: list[str], truncate: bool = True
     ) -> Job:
-        """Score texts, unless the client leaves; returns the finished job. Raises: ApiError."""
-        arrived = time.perf_counter()
+        """Score texts; returns the finished job.
+
+        Raises: HTTPException; ClientDisconnect if the client leaves.
+        """
         self.check(texts)
-        loop = asyncio.get_running_loop()
-        try:
-            self.batcher.check_room(model, len(texts))  # rather than tokenize in vain
-            token_ids: list[list[int]] = []
-            for part in parts(texts, TOKENIZED):  # in between it is the turn of other requests
-                ids, is_cut = await loop.run_in_executor(
-                    self.tokenizing, tokenize, model.tokenizer, part, model.max_seq_length
-                )
-                token_ids += ids
-                if any(is_cut) and not truncate:
-                    message = (
-                        f"a text has more than {model.max_seq_length} tokens: leave out truncate"
-                    )
-                    raise ApiError(422, message, "validation")
-            job = self.batcher.submit(model, token_ids, arrived)
-            waiting = asyncio.wrap_future(job.future)
-            if not await first(waiting, request):
-                waiting.cancel()  # the workers leave it out
-                raise gone()
-            waiting.result()
-        except (Full, Refused) as error:
-            raise ApiError.of(error) from None
-        self.metrics.count_texts(model.name, len(texts))
-        self.metrics.queued.observe(job.queue_seconds)
-        self.metrics.inference.observe(job.inference_seconds)
+        scoring = asyncio.create_task(self.run_job(model, texts, truncate))
+        if not await is_first(scoring, request):
+            scoring.cancel()  # the workers leave its texts out
+            raise ClientDisconnect
+        job = scoring.result()
+        self.metrics.queued.observe(job.taken - job.arrived)
+        self.metrics.inference.observe(job.done - job.taken)
+        return job
+
+    async def run_job(self, model: Model, texts: list[str], truncate: bool = True) -> Job:
+        """Tokenize texts, queue them and wait for their logits. Raises: HTTPException."""
+        arrived, token_ids = time.perf_counter(), []
+        self.batcher.check_room(model, len(texts))  # rather than tokenize in vain
+        for part in parts(texts, TOKENIZED):  # in between it is the turn of other requests
+            ids, is_cut = await asyncio.get_running_loop().run_in_executor(
+                self.tokenizing, tokenize, model.tokenizer, part, model.max_seq_length
+            )
+            token_ids += ids
+            if any(is_cut) and not truncate:
+                message = f"a text has more than {model.max_seq_length} tokens: leave out truncate"
+                raise HTTPException(422, message)
+        job = self.batcher.submit(model, token_ids, arrived)
+        await asyncio.wrap_future(job.future)
+        self.metrics.texts.labels(model.name).inc(len(texts))
         return job
 
     async def in_thread(
@@ -142,57 +124,46 @@ class Engine:
     ) -> Result:
         """Call `work` in a thread, with a function that scores rows; end it if the client leaves.
 
-        The function waits for room in the queue. Raises: ApiError, and what `work` raises.
+        The function waits for room in the queue. Raises: see `score`, and what `work` raises.
         """
-        stop = threading.Event()
+        loop, stop = asyncio.get_running_loop(), threading.Event()
+        size = max(1, min(TOKENIZED, self.settings.max_queue // 4))  # leaves room for others
+
+        def run_part(texts: list[str]) -> Job:
+            while not stop.is_set():
+                with suppress(Full):
+                    job = asyncio.run_coroutine_threadsafe(self.run_job(model, texts), loop)
+                    return job.result()
+                time.sleep(0.05)
+            raise ClientDisconnect
 
         def classify(rows: TextRows) -> torch.Tensor:
             """Return the logits, float32 [N, C], a part at a time."""
-            found = []
-            size = max(1, min(TOKENIZED, self.settings.max_queue // 4))  # leaves room for others
-            for part in parts(list(rows.texts), size):
-                arguments = model.tokenizer, part, model.max_seq_length
-                ids, _ = self.tokenizing.submit(tokenize, *arguments).result()
-                job = None
-                while job is None:
-                    if stop.is_set():
-                        raise gone()
-                    try:
-                        job = self.batcher.submit(model, ids, time.perf_counter())
-                    except Full:
-                        time.sleep(0.05)
-                found.append(job.future.result())
-                self.metrics.count_texts(model.name, len(part))
-            return torch.cat(found)
+            return torch.cat([run_part(part).future.result() for part in parts(rows.texts, size)])
 
-        loop = asyncio.get_running_loop()
-        working = asyncio.ensure_future(loop.run_in_executor(self.waiting, work, classify))
-        if not await first(working, request):
-            stop.set()
+        working = loop.run_in_executor(self.waiting, work, classify)
         try:
-            return await working
-        except Refused as error:
-            raise ApiError.of(error) from None
-
-    def finished(self, method: str, began: float) -> None:
-        """Count an answered request."""
-        self.metrics.successes.labels(method).inc()
-        self.metrics.duration.observe(time.perf_counter() - began)
+            await is_first(working, request)
+        finally:
+            stop.set()
+        return await working  # its files are needed until it ends
 
 
-async def first(future: asyncio.Future, request: Request) -> bool:
+async def is_first(future: asyncio.Future, request: Request) -> bool:
     """Wait for a future or until the client leaves; returns whether the future is done."""
-
-    async def until_gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    leaving = asyncio.create_task(until_gone())
-    await asyncio.wait({future, leaving}, return_when=asyncio.FIRST_COMPLETED)
-    leaving.cancel()
+    while not future.done() and not await request.is_disconnected():
+        await asyncio.wait({future}, timeout=1)
     return future.done()
 
 
 def parts(texts: list[str], size: int) -> list[list[str]]:
     """Cut texts into parts; the last one may be shorter."""
     return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+
+async def engine_of(request: Request) -> Engine:
+    """Return what the endpoints share."""
+    return request.app.state.engine
+
+
+Shared = Annotated[Engine, Depends(engine_of)]

@@ -5,13 +5,17 @@ import hmac
 import time
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.errors import error_response
 
 PUBLIC = ("/", "/health", "/page.css", "/page.js")  # without a key: the page asks for it
 BODY_SECONDS = 30  # for a client to send its body
 MOST_BODIES = 16  # of the largest size, in memory or the temporary folder at a time
 CLOSE = {"connection": "close"}  # rather than read the rest of the body
+NO_KEY = HTTPException(
+    401, "pass the API key: Authorization: Bearer KEY", {"www-authenticate": "Bearer"}
+)
 
 POLICY = (  # nothing from elsewhere, no inline code
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -23,16 +27,6 @@ BROWSER_HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 ]
-
-
-def error_body(path: str, status: int, message: str, kind: str) -> dict:
-    """Return an error as clients of the path expect it.
-
-    /predict: that of text-embeddings-inference; others: that of vLLM and OpenAI.
-    """
-    if path == "/predict":
-        return {"error": message, "error_type": kind}
-    return {"error": {"message": message, "type": kind, "code": status}}
 
 
 class Guards:
@@ -67,23 +61,21 @@ class Guards:
             except TimeoutError:
                 text = f"the body took more than {BODY_SECONDS} s"
                 raise HTTPException(408, text, CLOSE) from None
-            received += len(message.get("body", b""))
-            self.held += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            received, self.held = received + size, self.held + size
             if self.held > MOST_BODIES * self.max_body:
-                raise HTTPException(503, "too many large requests at once: try again", CLOSE)
+                text = "too many large requests at once: try again"
+                raise HTTPException(503, text, CLOSE)
             if received > self.max_body:
                 text = f"the body has more than {self.max_body:,} bytes: send less at a time"
                 raise HTTPException(413, text, CLOSE)
             is_whole = not message.get("more_body")
             return message
 
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        is_open = not self.expected or scope["path"] in PUBLIC
-        if not (is_open or hmac.compare_digest(given, self.expected)):
-            message = "pass the API key: Authorization: Bearer KEY"
-            content = error_body(scope["path"], 401, message, "unauthorized")
-            answer = JSONResponse(content, 401, {"www-authenticate": "Bearer"})
-            await answer(scope, receive, send_guarded)
+        key = dict(scope["headers"]).get(b"authorization", b"")
+        is_public = not self.expected or scope["path"] in PUBLIC
+        if not (is_public or hmac.compare_digest(key, self.expected)):
+            await error_response(scope["path"], NO_KEY)(scope, receive, send_guarded)
             return
         try:
             await self.app(scope, receive_guarded, send_guarded)

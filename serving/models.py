@@ -9,43 +9,28 @@ P virtual tokens, L layers, H heads, D head size (HD the hidden size), C classes
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
+from transformers import BertModel, PreTrainedTokenizerBase
 
-from model import adapter
+from model import load
+from model.adapter import WEIGHTS
 from model.classifier import Classifier
-from model.loading import (
-    TUNED,
-    list_labels,
-    load_tokenizer,
-    problem_type,
-    read_config,
-    set_max_seq_length,
-)
-from model.prefix_bank import FrozenBank, TunedPrefix
-from model.source import (
-    ADAPTER_CONFIG,
-    Source,
-    backbone_sha256,
-    ensemble_folders,
-    find_backbone,
-    locate,
-)
-from model.start import check_backbone, read_model_config
-from model.tuning import TUNING
+from model.folders import ADAPTER_CONFIG, ensemble_folders, find_backbone
+from model.loading import TUNED, read_config
+from model.prefix_bank import PrefixBank, TunedPrefix
+from model.source import ModelSource, open_model
 from runtime.batches import Encoded
 from runtime.columns import is_member, remembered_settings
 from runtime.file_format import FileFormat
 from runtime.files import UserError, read_json
 from runtime.machine import Machine
-from serving.prefixes import Adapter, Changed, PrefixCache, stamp_of
+from serving.prefixes import Adapter, Changed, PrefixCache, stamps_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,39 +54,35 @@ class SharedBackbone:
     """A frozen BERT on which each row of a batch has a prefix of its own."""
 
     def __init__(
-        self,
-        source: Source,
-        config: BertConfig,
-        bert: BertModel,
-        machine: Machine,
-        prefixes: PrefixCache,
+        self, source: ModelSource, bert: BertModel, machine: Machine, prefixes: PrefixCache
     ) -> None:
-        self.source, self.config, self.bert = source, config, bert
-        self.machine, self.prefixes = machine, prefixes
+        self.folders, self.config, self.bert = source.folders[0], source.config, bert
+        self.tokenizer, self.machine, self.prefixes = source.tokenizer, machine, prefixes
 
     def prepare(self, model: "Model") -> list[TunedPrefix]:
         """Return the prefixes that a row of the model needs. Raises: Changed or UserError."""
-        return [self.prefixes.get(one) for one in model.adapters]
+        return [self.prefixes.get(adapter) for adapter in model.adapters]
 
     @torch.inference_mode()
     def logits(self, token_ids: list[list[int]], prepared: list[list[TunedPrefix]]) -> list[Tensor]:
         """Score rows: for each, the logits of each of its prefixes, float32 [K, C]."""
-        distinct = list({id(one): one for tuned in prepared for one in tuned}.values())
-        number = {id(one): place for place, one in enumerate(distinct)}
-        index = [number[id(one)] for tuned in prepared for one in tuned]
+        distinct = list({id(prefix): prefix for tuned in prepared for prefix in tuned}.values())
+        number = {id(prefix): place for place, prefix in enumerate(distinct)}
+        index = [number[id(prefix)] for tuned in prepared for prefix in tuned]
         ids = [ids for ids, tuned in zip(token_ids, prepared, strict=True) for _ in tuned]
-        bank = FrozenBank(self.bert, self.config, distinct)
-        found = score(self.machine, bank, ids, self.config.pad_token_id or 0, index)
-        each = found.split([len(tuned) for tuned in prepared])
+        bank = PrefixBank.from_tuned(self.bert, self.config, distinct, self.machine.dtype)
+        logits = score(self.machine, bank, ids, self.config.pad_token_id or 0, index)
+        by_row = logits.split([len(tuned) for tuned in prepared])
         classes = (len(tuned[0].bias) for tuned in prepared)
-        return [rows[:, :count] for rows, count in zip(each, classes, strict=True)]
+        return [rows[:, :count] for rows, count in zip(by_row, classes, strict=True)]
 
 
 class OwnBackbone:
-    """A model that shares nothing: full, bias tuning, a probe, or a prefix at the input."""
+    """A model that shares nothing: of another method, or a prefix at the input."""
 
     def __init__(self, classifier: Classifier) -> None:
-        self.classifier, self.machine = classifier, classifier.machine
+        self.model, self.machine = classifier.model.eval(), classifier.machine
+        self.tokenizer = classifier.tokenizer
 
     def prepare(self, model: "Model") -> None:
         """Nothing needs to be read: the model is in memory."""
@@ -109,8 +90,8 @@ class OwnBackbone:
     @torch.inference_mode()
     def logits(self, token_ids: list[list[int]], prepared: list[None]) -> list[Tensor]:
         """Score rows: for each, its logits, float32 [1, C]."""
-        pad = self.classifier.tokenizer.pad_token_id
-        return list(score(self.machine, self.classifier.model, token_ids, pad)[:, None])
+        pad = self.tokenizer.pad_token_id
+        return list(score(self.machine, self.model, token_ids, pad)[:, None])
 
 
 def score(
@@ -128,18 +109,21 @@ class Model:
     """A served model. It never changes: loading it again makes another one."""
 
     name: str
-    folder: Path
     labels: list[str]
     multi_label: bool
     max_seq_length: int
     title: str  # of the tuning method
-    tokenizer: PreTrainedTokenizerBase
     backend: SharedBackbone | OwnBackbone
     adapters: list[Adapter] = field(default_factory=list)
     created: int = 0  # seconds since 1970
     stored_bytes: int = 0
     scores: dict[str, float] = field(default_factory=dict)  # of its test
     form: FileFormat = field(default_factory=FileFormat)  # of the files that it was trained on
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer, which all its prefixes share."""
+        return self.backend.tokenizer
 
     def describe(self) -> dict[str, Any]:
         """Return the model's entry in /v1/models."""
@@ -217,8 +201,6 @@ class Registry:
         self.machine, self.models = machine, dict[str, Model]()
         self.prefixes = PrefixCache(cache_bytes, machine)
         self.backbones: dict[tuple[Path, str], SharedBackbone] = {}
-        self.locate, self.checksum = cache(locate), cache(backbone_sha256)
-        self.tokenizers: dict[Path, PreTrainedTokenizerBase] = {}
 
     def add_all(self, found: dict[str, Path], named: list[str]) -> None:
         """Serve the models that `find_models` found; in a folder of models, those that are usable.
@@ -239,42 +221,43 @@ class Registry:
         Raises: UserError if the folder is damaged or does not fit; then nothing changes.
         """
         members = [Path(path) for path in ensemble_folders(folder)] or [folder]
-        if not (members[0] / ADAPTER_CONFIG).is_file():
-            if known_backbone:
-                raise UserError(f"{folder} is not an adapter folder")
-            return self.replace(self.open_whole(name, folder))
-        opened = [self.open_prefix(member, known_backbone) for member in members]
-        if None in opened:
-            if len(members) > 1 or known_backbone:
-                raise UserError(f"{folder} has no prefix of depth all")
-            return self.replace(self.open_whole(name, folder))
-        backend, config = opened[0][:2]
-        for other, other_config, *_ in opened[1:]:
-            alike = (list_labels, lambda one: one.problem_type, lambda one: one.max_seq_length)
-            if other is not backend or any(of(other_config) != of(config) for of in alike):
-                raise UserError(f"the prefixes in {folder} do not belong together")
-        title = TUNING["prefix"].title(config)
-        title += f", {len(members)} averaged" * (len(members) > 1)
+        stamps = [stamps_of(member) for member in members]
+        if known_backbone:
+            self.check_served(folder, members)
+        source = open_model(str(folder))
+        tuned: dict[Adapter, TunedPrefix] = {}
+        if source.method.fits_bank(source.config):
+            backend = self.backbone_of(source)
+            configs = source.configs or [source.config]
+            adapters = [Adapter(*fields) for fields in zip(members, configs, stamps, strict=True)]
+            try:
+                tuned = {adapter: adapter.read(self.machine) for adapter in adapters}
+            except Changed:
+                raise UserError(f"{folder} changed while it was read: load it again") from None
+        elif known_backbone:
+            raise UserError(f"{folder} has no prefix of depth all")
+        else:
+            backend = OwnBackbone(load(folder, self.machine.precision))
+        weights = [path for m in members for path in (m / WEIGHTS, m / "model.safetensors")]
+        states = [path.stat() for path in weights if path.is_file()]
+        averaged = f", {len(members)} averaged" * (len(members) > 1)
         model = Model(
             name=name,
-            folder=folder,
-            labels=list_labels(config),
-            multi_label=problem_type(config, None, folder) == "multi_label_classification",
-            max_seq_length=config.max_seq_length,
-            title=title,
-            tokenizer=self.tokenizer(backend.source, config),
+            labels=source.labels,
+            multi_label=source.multi_label,
+            max_seq_length=source.config.max_seq_length,
+            title=source.method.title(source.config) + averaged,
             backend=backend,
-            adapters=[one for _, _, one, _ in opened],
-            **stored(folder, members),
+            adapters=list(tuned),
+            created=int(max(state.st_mtime for state in states)),
+            stored_bytes=sum(state.st_size for state in states),
+            scores=read_scores(folder),
+            form=FileFormat.from_settings(remembered_settings(folder)),
         )
-        for _, _, one, tuned in opened:
-            self.prefixes.put(one, tuned)
-        return self.replace(model)
-
-    def replace(self, model: Model) -> Model:
-        """Serve a model from now on; requests that began with the old one end with it."""
-        old = self.models.get(model.name)
-        self.models[model.name] = model
+        for adapter, prefix in tuned.items():
+            self.prefixes.put(adapter, prefix)
+        old = self.models.get(name)
+        self.models[name] = model  # requests that began with the old one end with it
         if old:
             self.prefixes.retire(old.adapters)
         return model
@@ -286,74 +269,36 @@ class Registry:
             self.prefixes.retire(old.adapters)
         return old is not None
 
-    def open_prefix(
-        self, folder: Path, known_backbone: bool
-    ) -> tuple[SharedBackbone, BertConfig, Adapter, TunedPrefix] | None:
-        """Open an adapter folder; None if it is not a prefix of depth `all`."""
-        stamp = stamp_of(folder)
-        base = find_backbone(folder)
-        if known_backbone and not self.is_served(base):
-            raise UserError(f"{folder} was tuned on a backbone that is not served: {base}")
-        source = replace(self.locate(base), adapter=folder)
-        config, method = read_model_config(source)
-        if method is not TUNING["prefix"] or config.prefix_depth != "all":
-            return None
-        check_backbone(source, config, self.checksum(source.backbone))
-        set_max_seq_length(config, method.virtual_tokens(config), None)
-        key = (source.backbone.resolve(), config.pooling)
+    def check_served(self, folder: Path, members: list[Path]) -> None:
+        """Check that adapters are of a served backbone, before another one is looked for.
+
+        Raises: UserError.
+        """
+        backbones = [shared.folders for shared in self.backbones.values()]
+        known = {f.name for f in backbones} | {str(f.backbone) for f in backbones}
+        known |= {str(f.backbone.resolve()) for f in backbones}
+        for member in members:
+            if not (member / ADAPTER_CONFIG).is_file():
+                raise UserError(f"{folder} is not an adapter folder")
+            if (base := find_backbone(member)) not in known:
+                raise UserError(f"{folder} was tuned on a backbone that is not served: {base}")
+
+    def backbone_of(self, source: ModelSource) -> SharedBackbone:
+        """Return the backbone of prefixes, loaded once.
+
+        Raises: UserError if a prefix has other settings of the backbone than the first.
+        """
+        config, folders = source.config, source.folders[0]
+        key = (folders.backbone.resolve(), config.pooling)
         if key not in self.backbones:
-            built = method.build(source, config).requires_grad_(False).eval()
-            self.machine.place(built)
-            self.backbones[key] = SharedBackbone(
-                source, config, built.bert, self.machine, self.prefixes
-            )
-        backend, one = self.backbones[key], Adapter(folder, config, stamp)
-        for name in OF_BACKBONE:
-            if getattr(config, name) != getattr(backend.config, name):
-                raise UserError(f"{folder}/config.json: {name} differs from the backbone's")
-        try:
-            return backend, config, one, one.read(self.machine)
-        except Changed:
-            raise UserError(f"{folder} changed while it was read: load it again") from None
-
-    def is_served(self, backbone: str) -> bool:
-        """Whether models on a backbone of this name, or in this folder, are served."""
-        sources = [one.source for one in self.backbones.values()]
-        return any(
-            backbone in (one.name, str(one.backbone), str(one.backbone.resolve()))
-            for one in sources
-        )
-
-    def open_whole(self, name: str, folder: Path) -> Model:
-        """Load a model that shares nothing."""
-        classifier = Classifier.load(folder, self.machine.precision)
-        classifier.model.eval()
-        return Model(
-            name=name,
-            folder=folder,
-            labels=classifier.labels,
-            multi_label=classifier.multi_label,
-            max_seq_length=classifier.max_seq_length,
-            title=classifier.title,
-            tokenizer=classifier.tokenizer,
-            backend=OwnBackbone(classifier),
-            **stored(folder, [folder]),
-        )
-
-    def tokenizer(self, source: Source, config: BertConfig) -> PreTrainedTokenizerBase:
-        """Return the backbone's tokenizer, which all its prefixes share."""
-        if source.backbone not in self.tokenizers:
-            self.tokenizers[source.backbone] = load_tokenizer(source, config)
-        return self.tokenizers[source.backbone]
-
-
-def stored(folder: Path, members: list[Path]) -> dict[str, Any]:
-    """Return the fields of a `Model` that come from its folder; members: with weights."""
-    names = (adapter.WEIGHTS, "model.safetensors")
-    files = [(one / name).stat() for one in members for name in names if (one / name).is_file()]
-    return {
-        "created": int(max(one.st_mtime for one in files)),
-        "stored_bytes": sum(one.st_size for one in files),
-        "scores": read_scores(folder),
-        "form": FileFormat.from_settings(remembered_settings(folder)),
-    }
+            built = source.method.build(folders, source.configs[0] if source.configs else config)
+            self.machine.place(built.requires_grad_(False).eval())
+            self.backbones[key] = SharedBackbone(source, built.bert, self.machine, self.prefixes)
+        backend = self.backbones[key]
+        for path, other in zip(source.folders, source.configs or [config], strict=True):
+            for name in OF_BACKBONE:
+                if getattr(other, name) != getattr(backend.config, name):
+                    raise UserError(
+                        f"{path.adapter}/config.json: {name} differs from the backbone's"
+                    )
+        return backend

@@ -2,19 +2,17 @@
 
 import contextlib
 import ctypes
-import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import BertConfig
 
-from model import adapter
+from model.adapter import WEIGHTS
+from model.folders import ADAPTER_CONFIG, stamp_of
 from model.prefix_bank import TunedPrefix
-from model.source import ADAPTER_CONFIG
-from model.tuning import TUNING
+from model.prefix_tuning import read_prefix
 from runtime.machine import Machine
 
 READS_TO_TRIM = 200  # prefixes read until the heap is trimmed, which takes 30 ms
@@ -30,32 +28,21 @@ class Adapter:
 
     folder: Path
     config: BertConfig
-    stamp: list[tuple[int, ...]]  # of its files when the model was loaded
+    stamps: list[tuple[int, ...]]  # of its files when the model was loaded
 
     def read(self, machine: Machine) -> TunedPrefix:
         """Read the weights. Raises: Changed or UserError if they are not those that were loaded."""
-        if stamp_of(self.folder) != self.stamp:
+        if stamps_of(self.folder) != self.stamps:
             raise Changed
-        tensors = adapter.read(self.folder, TUNING["prefix"].shapes(self.config))
-        dtype = torch.bfloat16 if machine.precision == "bf16" else torch.float32
-        names = (adapter.PREFIX, "classifier.weight", "classifier.bias")
-        flat, *head = (tensors[name].to(machine.device) for name in names)
-        tuned = TunedPrefix.of(self.config, flat.to(dtype), *head)
-        if stamp_of(self.folder) != self.stamp:
+        tuned = read_prefix(self.folder, self.config, machine.device, machine.dtype)
+        if stamps_of(self.folder) != self.stamps:
             raise Changed
         return tuned
 
 
-def stamp_of(folder: Path) -> list[tuple[int, ...]]:
+def stamps_of(folder: Path) -> list[tuple[int, ...]]:
     """Return what changes if a file of an adapter folder is replaced or written again."""
-    found = []
-    for name in (adapter.WEIGHTS, ADAPTER_CONFIG, "config.json"):
-        try:
-            one = os.stat(folder / name)
-            found.append((one.st_dev, one.st_ino, one.st_mtime_ns, one.st_size))
-        except OSError:
-            found.append(())
-    return found
+    return [stamp_of(folder / name) for name in (WEIGHTS, ADAPTER_CONFIG, "config.json")]
 
 
 def trim_heap() -> None:

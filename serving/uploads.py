@@ -3,50 +3,72 @@
 import asyncio
 import logging
 import shutil
-from collections.abc import Iterable
 from contextlib import aclosing
 from pathlib import Path
+from typing import Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
-from serving.engine import ApiError, gone
-from serving.schemas import CsvOptions
+from runtime.files import plural
+from runtime.flags import DELIMITERS
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # no line for each broken form
 MOST_PARTS = 10  # files of a form, and as many fields, that are read before it is rejected
 
 
-def rejected(why: str) -> ApiError:
+class CsvOptions(BaseModel, extra="forbid"):
+    """What /v1/predict_csv takes beside the file, as query parameters or fields of a form."""
+
+    model: str | None = None
+    text_column_names: str | None = Field(None, description="Comma-separated; else the model's.")
+    column_names: str | None = Field(None, description="Comma-separated, if there is no header.")
+    delimiter: Literal[tuple(DELIMITERS)] | None = Field(None, description="Else by the header.")
+    quoting: Literal["minimal", "none"] | None = None
+    csv_encoding: str | None = Field(None, description="Else UTF-8, or that of the model.")
+    drop_empty: bool = Field(False, description="Leave out rows without a text.")
+    drop_malformed: bool = Field(False, description="Leave out rows that cannot be read.")
+
+
+FORM = CsvOptions.model_json_schema() | {"required": ["file"]}
+FORM["properties"] |= {"file": {"type": "string", "format": "binary"}}
+CSV_BODY = {  # for OpenAPI
+    "required": True,
+    "content": {"text/csv": {}, "multipart/form-data": {"schema": FORM}},
+}
+
+
+def rejected(why: str) -> HTTPException:
     """Return an error whose advice works for every CSV file."""
-    return ApiError(422, f"{why}; send one CSV file: curl -F file=@FILE URL", "validation")
+    return HTTPException(422, f"{why}; send one CSV file: curl -F file=@FILE URL")
 
 
-async def store_upload(request: Request, path: Path, options: CsvOptions) -> CsvOptions:
-    """Write the CSV file of a request to `path`.
+async def store_upload(request: Request, path: Path) -> CsvOptions:
+    """Write the CSV file of a request to `path`; returns the options of the query and the form.
 
-    Returns the options of the query, and of the form if the file is in one.
-    Raises: ApiError; RequestValidationError for a field that does not fit; OSError if the file
-        cannot be stored.
+    Raises: HTTPException; RequestValidationError for a field that does not fit; OSError if the file
+        cannot be stored; ClientDisconnect.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         raise rejected("this endpoint takes no JSON")
+    store = store_form if kind == "multipart/form-data" else store_body
+    pairs = [*request.query_params.multi_items(), *await store(request, path)]
+    if len(dict(pairs)) < len(pairs):
+        raise HTTPException(422, "an option is given twice: leave one out")
     try:
-        if kind != "multipart/form-data":
-            await store_body(request, path)
-            return options
-        fields = await store_file(request, path)
-    except ClientDisconnect:
-        raise gone() from None
-    return with_fields(request, fields) if fields else options
+        return CsvOptions.model_validate(dict(pairs))
+    except ValidationError as error:  # FastAPI has checked the query
+        errors = [entry | {"loc": ("form", *entry["loc"])} for entry in error.errors()]
+        raise RequestValidationError(errors) from None
 
 
-async def store_body(request: Request, path: Path) -> None:
-    """Write the body to a file. Raises: ApiError if it cannot be CSV; OSError."""
+async def store_body(request: Request, path: Path) -> list[tuple[str, str]]:
+    """Write the body to a file; returns no options."""
     start, has_lines = b"", False
     with open(path, "wb") as file:
         async for chunk in request.stream():
@@ -55,64 +77,29 @@ async def store_body(request: Request, path: Path) -> None:
             await asyncio.to_thread(file.write, chunk)
     if start.startswith(b"--") and b"form-data" in start:
         raise rejected("the body is a form, but the header content-type does not say so")
-    if start and not has_lines:
+    if start and not has_lines:  # curl -d removes them
         raise rejected("the file has no line breaks")
+    return []
 
 
-class FormParser(MultiPartParser):
-    """Starlette's parser, which also tells whether the end of the form has arrived."""
-
-    is_whole = False
-
-    def on_end(self) -> None:
-        """Note the end of the form."""
-        self.is_whole = True
-
-
-async def store_file(request: Request, path: Path) -> list[tuple[str, str]]:
-    """Write the only file of a form to `path`; returns the fields. Raises: ApiError; OSError."""
+async def store_form(request: Request, path: Path) -> list[tuple[str, str]]:
+    """Write the only file of a form to `path`; returns the fields, which are options."""
+    is_whole = asyncio.Event()
     async with aclosing(request.stream()) as body:
-        limits = {"max_files": MOST_PARTS, "max_fields": MOST_PARTS}
-        parser = FormParser(request.headers, body, **limits)
+        parser = MultiPartParser(request.headers, body, max_files=MOST_PARTS, max_fields=MOST_PARTS)
+        parser.on_end = is_whole.set  # it ignores that a form is cut off
         try:
             form = await parser.parse()
         except MultiPartException as error:
             raise rejected(f"the form cannot be read ({error.message.rstrip('.')})") from None
     try:
-        if not parser.is_whole:
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        if not is_whole.is_set():
             raise rejected("the form is cut off: its last boundary is missing")
-        parts = form.multi_items()
-        fields = [(name, value) for name, value in parts if isinstance(value, str)]
-        files = [value for _, value in parts if isinstance(value, UploadFile)]
-        files = [file for file in files if file.filename or file.size]  # else none was chosen
-        if not files:
-            others = f", only fields: {shown(name for name, _ in fields)}" if fields else ""
-            raise rejected(f"the form has no file{others}")
-        if len(files) > 1:
-            names = shown(file.filename for file in files)
-            raise rejected(f"the form has {len(files)} files: {names}")
+        if len(files) != 1:
+            raise rejected(f"the form has {plural(len(files), 'file')}")
         with open(path, "wb") as copy:
             await asyncio.to_thread(shutil.copyfileobj, files[0].file, copy)
     finally:
         await form.close()
-    return fields
-
-
-def with_fields(request: Request, fields: list[tuple[str, str]]) -> CsvOptions:
-    """Return the options of a request's query and form. Raises: see `store_upload`."""
-    given = [*request.query_params.multi_items(), *fields]
-    try:
-        options = CsvOptions.model_validate(dict(given))
-    except ValidationError as error:
-        found = [one | {"loc": ("form", *one["loc"])} for one in error.errors()]
-        raise RequestValidationError(found) from None
-    names = [name for name, _ in given]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ApiError(422, f"{twice[0]} is given twice: leave one out", "validation")
-    return options
-
-
-def shown(names: Iterable[str]) -> str:
-    """Quote the first names, in ASCII and cut."""
-    first, *more = [f"{name[:30]!a}" for name in names]
-    return ", ".join([first, *more[:2]]) + (", ..." if len(more) > 2 else "")
+    return [(name, value) for name, value in form.multi_items() if isinstance(value, str)]

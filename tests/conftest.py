@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # see main.py
 import pytest
 import torch
 import uvicorn
+from jinja2 import Environment, FileSystemBytecodeCache
 from transformers import BertConfig, BertModel, BertTokenizer
 
 import main
@@ -29,7 +31,7 @@ import trainer
 from arguments import parse_args
 from evaluation import pages
 from leftovers import no_process_left  # noqa: F401 - a fixture of every test
-from model.start import Start
+from model.source import new_model
 from runtime import checkpoint, record
 from runtime.machine import pick_machine, set_up_process
 from runtime.processes import end_with_parent
@@ -123,12 +125,21 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "pictures: with the pictures of a run's page")
 
 
-@pytest.fixture(autouse=True)
-def without_pictures(request, monkeypatch) -> None:
-    """Leave out the pictures of a run's page and git's commit, which take longer than a small run.
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory):
+    """Keep the pages' compiled templates: compiling them takes a third of a small run."""
+    cache = FileSystemBytecodeCache(str(tmp_path_factory.mktemp("templates")))
+    return partial(Environment, bytecode_cache=cache)
 
-    Tests that are marked with `pictures` have both, and so have the commands that a test starts.
+
+@pytest.fixture(autouse=True)
+def fast(request, monkeypatch, templates) -> None:
+    """Leave out what takes longer than a small run: waiting for the disk, pictures, git's commit.
+
+    Tests that are marked with `pictures` have the last two; commands that a test starts have all.
     """
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(pages, "Environment", templates)
     if not request.node.get_closest_marker("pictures"):
         monkeypatch.setattr(pages, "run_plots", lambda run: {})
         monkeypatch.setattr(record, "commit", lambda: "0" * 40)
@@ -247,12 +258,15 @@ def make_model(backbone):
         if "--prefix_projection" in flags:
             argv += ["--prefix_hidden_size", "7"]
         args = parse_args([*argv, *flags])
-        start = Start(args)
-        start.set_labels(["a", "b", "c"])
-        start.set_dropout(args)
-        model = start.build(args).eval()
+        source = new_model(vars(args))
+        source.set_labels(["a", "b", "c"])
+        source.set_dropout(0.1, 0.1)
+        model = source.build_trainable(args.seed, args.gradient_checkpointing).eval()
         if args.prefix:  # as large as keys and values, to have an effect
             torch.nn.init.normal_(model.prefix_encoder.embedding.weight)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:  # it starts as 0
+                torch.nn.init.normal_(parameter, std=0.3)
         return model
 
     return make
@@ -282,14 +296,36 @@ def stop_at(monkeypatch):
     return arrange
 
 
+@pytest.fixture(scope="session")
+def masters(tmp_path_factory) -> dict[str, Path]:
+    """Folders of results that several tests copy, by name; each is made when it is first used."""
+    return defaultdict(lambda: tmp_path_factory.mktemp("master"))
+
+
 @pytest.fixture
-def stopped(run, stop_at):
+def stopped(run, stop_at, masters, tmp_path):
     """Return the folder of an unfinished run with checkpoints 3 and 5."""
-    stop_at(4)
-    folder = run("--save_strategy", "epoch", status=143) / "unfinished"
-    stop_at(None)
+    master = masters["stopped"] / "out"
+    if not master.exists():
+        stop_at(4)
+        shutil.copytree(run("--save_strategy", "epoch", status=143), master)
+        stop_at(None)
+    folder = shutil.copytree(master, tmp_path / "out", dirs_exist_ok=True) / "unfinished"
     assert set(checkpoint.steps(folder)) == {3, 5}
     return folder
+
+
+@pytest.fixture
+def trained(run, masters, tmp_path):
+    """Copy the model folder of a run with these flags, which only the first test makes."""
+
+    def call(*flags: str) -> Path:
+        master = masters[" ".join(("trained", *flags))] / "out"
+        if not master.exists():
+            shutil.copytree(run(*flags), master)
+        return shutil.copytree(master, tmp_path / "out", dirs_exist_ok=True)
+
+    return call
 
 
 @contextmanager

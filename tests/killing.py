@@ -141,8 +141,13 @@ def watch_operations(folder: Path, log: Path, act) -> None:
     sys.addaudithook(note)
 
 
-def fork_main(argv: list[str], folder: Path, death: tuple | None, log: Path, **env: str) -> int:
-    """Run main in a child, which `death` may end from within; returns its process id."""
+def fork_main(
+    argv: list[str], folder: Path, death: tuple | None, log: Path, said=os.devnull, **env: str
+) -> int:
+    """Run main in a child, which `death` may end from within; returns its process id.
+
+    said: the file to which it appends what it prints.
+    """
     parent, child = os.getpid(), os.fork()
     if child:
         return child
@@ -150,11 +155,11 @@ def fork_main(argv: list[str], folder: Path, death: tuple | None, log: Path, **e
     try:
         end_with_parent(parent)
         os.environ |= env
-        sink = os.open(os.devnull, os.O_WRONLY)
+        sink = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
         # pytest's own streams are files, which cannot grow on a full disk
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = sys.stderr = open(said, "a")  # noqa: SIM115
         watch_operations(folder, log, arm(death))
         status = main.main(argv)
     except SystemExit as error:
@@ -162,12 +167,15 @@ def fork_main(argv: list[str], folder: Path, death: tuple | None, log: Path, **e
     except KeyboardInterrupt:  # a second one; Python itself would end by the signal
         status = 130
     finally:
+        sys.stdout.flush()
         os._exit(status)
 
 
-def attempt(argv: list[str], folder: Path, death: tuple | None, log: Path, **env: str) -> int:
+def attempt(
+    argv: list[str], folder: Path, death: tuple | None, log: Path, said=os.devnull, **env: str
+) -> int:
     """Run main in a child that `death` (kind and details) ends; returns its wait status."""
-    child = fork_main(argv, folder, death, log, **env)
+    child = fork_main(argv, folder, death, log, said, **env)
     if death and death[0] in ("time", "signal"):
         time.sleep(death[1])
         for number in death[2]:
@@ -204,14 +212,21 @@ def arm(death: tuple | None):
     return act
 
 
-def attempt_together(argv: list[str], folder: Path, death: tuple | None, log: Path) -> int:
-    """Run main in two processes; `death` is for the first, the second ends as under torchrun."""
+def ranks() -> list[dict[str, str]]:
+    """Return the variables that torchrun would set for each of two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    env |= {"WORLD_SIZE": "2"}
-    second = fork_main(argv, folder, None, log, RANK="1", LOCAL_RANK="1", **env)
-    status = attempt(argv, folder, death, log, RANK="0", LOCAL_RANK="0", **env)
+    return [env | {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+
+
+def attempt_together(
+    argv: list[str], folder: Path, death: tuple | None, log: Path, said=os.devnull
+) -> int:
+    """Run main in two processes; `death` is for the first, the second ends as under torchrun."""
+    first, env = ranks()
+    second = fork_main(argv, folder, None, log, said, **env)
+    status = attempt(argv, folder, death, log, said, **first)
     deadline = time.monotonic() + 1
     while os.waitpid(second, os.WNOHANG)[0] == 0:
         if time.monotonic() > deadline:

@@ -86,9 +86,11 @@ def further(folder, files, tmp_path, *flags: str, name: str = "further") -> Path
 @pytest.mark.parametrize(
     "flags", [(), ("--prefix",), ("--prefix", "--prefix_depth", "input"), PROBE, BIAS]
 )
-def test_a_model_or_adapter_folder_is_tuned_further_from_its_weights(run, files, tmp_path, flags):
+def test_a_model_or_adapter_folder_is_tuned_further_from_its_weights(
+    trained, files, tmp_path, flags
+):
     """With a learning rate so small that nothing changes: same model, head and labels."""
-    folder = run(*flags)
+    folder = trained(*flags)
     assert "Training started from" not in (folder / "README.md").read_text()
     fewer = write_csv(tmp_path / "fewer.csv", ROWS[:8])  # two of the three labels
     again = further(folder, [*files, "--train_file", fewer], tmp_path, "--learning_rate", "1e-12")
@@ -115,8 +117,8 @@ def test_a_model_or_adapter_folder_is_tuned_further_from_its_weights(run, files,
 
 
 @pytest.mark.parametrize("flags", [PROBE, BIAS])
-def test_an_adapter_folder_keeps_its_method(run, files, tmp_path, capsys, flags):
-    folder = run(*flags)
+def test_an_adapter_folder_keeps_its_method(trained, files, tmp_path, capsys, flags):
+    folder = trained(*flags)
     for other in (("--prefix",), ("--tuning_method", "full")):
         argv = ["--do_train", *files[:2], "--model_name_or_path", str(folder), *other]
         with pytest.raises(SystemExit) as exit_info:
@@ -128,8 +130,8 @@ def test_an_adapter_folder_keeps_its_method(run, files, tmp_path, capsys, flags)
 
 
 @pytest.mark.parametrize("flags", [(), ("--prefix",), PROBE, BIAS])
-def test_other_labels_initialise_a_new_head_with_a_warning(run, files, tmp_path, caplog, flags):
-    folder = run(*flags)
+def test_other_labels_initialise_a_new_head_with_a_warning(trained, files, tmp_path, caplog, flags):
+    folder = trained(*flags)
     other = write_csv(tmp_path / "other.csv", [(text, f"class {n}") for text, n in ROWS])
     files = [name for flag in files[::2] for name in (flag, other)]
     caplog.clear()
@@ -244,13 +246,13 @@ def test_the_probabilities_of_several_prefixes_are_averaged(run, files, tmp_path
     assert "has other labels than" in capsys.readouterr().err
 
 
-def test_a_probe_does_not_keep_the_head_of_another_pooling(run, files, tmp_path, caplog):
-    further(run(), files, tmp_path, *PROBE)
+def test_a_probe_does_not_keep_the_head_of_another_pooling(trained, files, tmp_path, caplog):
+    further(trained(), files, tmp_path, *PROBE)
     assert "initialising a new head" in caplog.text
 
 
-def test_a_probe_without_its_labels_is_refused(run, files, tmp_path, capsys):
-    folder = run(*PROBE)
+def test_a_probe_without_its_labels_is_refused(trained, files, tmp_path, capsys):
+    folder = trained(*PROBE)
     (folder / "config.json").unlink()
     argv = ["--do_predict", "--model_name_or_path", str(folder), *files[4:]]
     assert main.main([*argv, "--output_dir", str(tmp_path / "predicted")]) == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import arguments
 from conftest import ROOT
-from model import tuning
+from model import methods, sequence_classification
 
 CONFIG = ROOT / "pyproject.toml"
 
@@ -45,6 +45,6 @@ def test_imports_respect_the_layers(tmp_path):
 
 
 def test_the_tables_of_tuning_methods_agree():
-    assert list(arguments.METHODS) == list(tuning.TUNING)
+    assert list(arguments.METHODS) == list(methods.TUNING)
     pooling = next(row for row in arguments.GROUPS["training"] if row[0] == "--pooling")
-    assert list(pooling[1]["choices"]) == list(tuning.POOLINGS)
+    assert list(pooling[1]["choices"]) == list(sequence_classification.POOLINGS)

@@ -9,8 +9,7 @@ import pytest
 from arguments import (
     GROUPS,
     SCHEDULE,
-    SCHEDULES,
-    TUNING_DEFAULTS,
+    TUNING,
     build_parser,
     parse_args,
 )
@@ -52,6 +51,8 @@ FLAGS = """
     --learning_rate
     --load_best_model_at_end
     --logging_steps
+    --lora_alpha
+    --lora_r
     --max_grad_norm
     --max_seq_length
     --max_train_samples
@@ -107,7 +108,9 @@ def test_the_original_command_line_is_accepted_with_a_warning():
     assert (args.prefix, args.pre_seq_len, args.seed, args.max_seq_length) == (True, 4, 11, 256)
     assert args.load_best_model_at_end is True
     assert (args.eval_strategy, args.save_strategy) == ("epoch", "epoch")
-    assert "--learning_rate 5e-05 is low for prefix tuning" in learning_rate_warning(args, 768)
+    assert "--learning_rate 5e-05 is low for prefix tuning" in learning_rate_warning(
+        vars(args), 768
+    )
 
 
 def test_defaults_depend_on_method_and_width_and_on_repeated_texts():
@@ -116,51 +119,58 @@ def test_defaults_depend_on_method_and_width_and_on_repeated_texts():
         "prefix": ["--prefix"],
         "projected prefix": ["--prefix", "--prefix_projection"],
         "input prefix": ["--prefix", "--prefix_depth", "input"],
+        "lora": ["--tuning_method", "lora"],
         "probe": ["--tuning_method", "probe"],
         "bias": ["--tuning_method", "bias"],
     }
-    assert cases.keys() == TUNING_DEFAULTS.keys() == SCHEDULES.keys()
+    assert cases.keys() == TUNING.keys()
     columns = {128: 0, 256: 0, 312: 0, 384: 0, 385: 1, 512: 1, 768: 1, 769: 2, 1024: 2, 1280: 2}
     for method, flags in cases.items():
-        rates = TUNING_DEFAULTS[method][1]
+        rates = TUNING[method].rates
         assert rates[0] > rates[1] >= rates[2]
         assert parse_args(TASK + flags).learning_rate is None  # until the backbone is known
         for width, column in columns.items():
             args = parse_args(TASK + flags)
-            found = fill_schedule(args, 0.0, width)
+            found = fill_schedule(vars(args), 0.0, width)
             assert found["learning_rate"] == found["head_learning_rate"] == rates[column]
-            assert learning_rate_warning(args, width) is None
+            assert learning_rate_warning(vars(args), width) is None
         for seen, column in ((0.0, 1), (0.49, 1), (0.5, 0), (0.9, 0)):
-            found = fill_schedule(parse_args(TASK + flags), seen, 384)
-            assert tuple(found[name] for name in SCHEDULE) == SCHEDULES[method][column]
+            found = fill_schedule(vars(parse_args(TASK + flags)), seen, 384)
+            assert (
+                tuple(found[name] for name in SCHEDULE)
+                == (TUNING[method].seen, TUNING[method].new)[column]
+            )
     args = parse_args([*TASK, "--num_train_epochs", "3", "--hidden_dropout_prob", "0.3"])
-    assert fill_schedule(args, 0.0, 384)["num_train_epochs"] == args.num_train_epochs == 3
+    assert fill_schedule(vars(args), 0.0, 384)["num_train_epochs"] == args.num_train_epochs == 3
     assert (args.hidden_dropout_prob, args.rdrop_alpha) == (0.3, 1)
     for flags in (["--early_stopping_patience", "2"], ["--metric_for_best_model", "loss"]):
-        assert fill_schedule(parse_args(TASK + flags), 0.0, 384)["load_best_model_at_end"]
+        assert fill_schedule(vars(parse_args(TASK + flags)), 0.0, 384)["load_best_model_at_end"]
     args = parse_args([*TASK, "--prefix", "--hidden_dropout_prob", "0"])
-    assert fill_schedule(args, 0.0, 384)["rdrop_alpha"] == 0  # two equal predictions
+    assert fill_schedule(vars(args), 0.0, 384)["rdrop_alpha"] == 0  # two equal predictions
     args = parse_args([*TASK, "--learning_rate", "2e-4", "--head_learning_rate", "1e-3"])
-    found = fill_schedule(args, 0.0, 768)
+    found = fill_schedule(vars(args), 0.0, 768)
     assert (found["learning_rate"], found["head_learning_rate"]) == (2e-4, 1e-3)
-    assert learning_rate_warning(args, 384) is None
-    assert "is high for full tuning of a backbone with hidden" in learning_rate_warning(args, 768)
+    assert learning_rate_warning(vars(args), 384) is None
+    assert "is high for full tuning of a backbone with hidden" in learning_rate_warning(
+        vars(args), 768
+    )
 
 
 def test_after_a_collapse_lower_rates_are_advised_until_they_are_too_low():
     """Each advice is typed; the first ones for BERT-base stay within what its paper searches."""
     for method, flags in (("full", []), ("prefix", ["--prefix"])):
-        lowest, rates, _ = TUNING_DEFAULTS[method]
+        lowest, rates = TUNING[method].lowest, TUNING[method].rates
         for width, rate in zip((384, 768, 1024), rates, strict=True):
             args = parse_args(TASK + flags)
-            fill_schedule(args, 0.0, width)
-            while (advice := advice_after_collapse(args)) != "omit --learning_rate":
+            fill_schedule(vars(args), 0.0, width)
+            while (advice := advice_after_collapse(vars(args))) != "omit --learning_rate":
                 verb, *typed = advice.split()
                 args = parse_args([*TASK, *flags, *typed])
                 assert (verb, len(typed)) == ("try", 2) and lowest * 0.9 < args.learning_rate < rate
                 rate = args.learning_rate
             assert args.learning_rate < 3.5 * lowest
-    assert advice_after_collapse(parse_args([*TASK, "--learning_rate", "5e-5"])).endswith("2e-05")
+    settings = vars(parse_args([*TASK, "--learning_rate", "5e-5"]))
+    assert advice_after_collapse(settings).endswith("2e-05")
 
 
 def test_prefix_is_short_for_the_tuning_method_prefix():
@@ -293,14 +303,14 @@ def test_a_flag_without_an_effect_is_an_error(task, flags, said, capsys):
 
 def test_help_shows_the_defaults():
     text = " ".join(build_parser().format_help().split())
-    for method, (_, rates, _) in TUNING_DEFAULTS.items():
-        assert f"{method} {'/'.join(f'{rate:g}' for rate in rates)}" in text
-        for old, new in zip(*(column[:-1] for column in SCHEDULES[method]), strict=True):
+    for method, row in TUNING.items():
+        assert f"{method} {'/'.join(f'{rate:g}' for rate in row.rates)}" in text
+        for old, new in zip(row.seen[:-1], row.new[:-1], strict=True):
             assert f"{method} {old:g}/{new:g}" in text
-    assert len(SCHEDULE) == len(SCHEDULES["full"][0])
+    assert len(SCHEDULE) == len(TUNING["full"].seen)
     table = (ROOT / "model" / "README.md").read_text(encoding="utf-8")
     for column, size in enumerate(("up to 384", "up to 768", "above")):
-        rates = [TUNING_DEFAULTS[name][1][column] for name in ("full", "prefix", "bias", "probe")]
+        rates = [TUNING[name].rates[column] for name in ("full", "prefix", "bias", "probe")]
         cells = " | ".join(f"{rate:.0e}".replace("e-0", "e-") for rate in rates)
         assert f"| {size} | {cells} |" in table
 
@@ -347,8 +357,8 @@ def test_a_tuned_prefix_needs_no_prefix_flags_and_refuses_them(tmp_path, capsys)
     args = parse_args(task)
     assert args.prefix
     assert args.prefix_init is None
-    assert fill_schedule(args, 0.0, 384)["learning_rate"] == TUNING_DEFAULTS["prefix"][1][0]
+    assert fill_schedule(vars(args), 0.0, 384)["learning_rate"] == TUNING["prefix"].rates[0]
     with pytest.raises(SystemExit):
         parse_args([*task, "--pre_seq_len", "4"])
     assert "--pre_seq_len cannot" in (error := capsys.readouterr().err)
-    assert f"cannot change the tuned prefix in {tmp_path}" in error
+    assert f"cannot change the tuned adapter in {tmp_path}" in error

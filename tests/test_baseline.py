@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, BertModel
 
 from conftest import REAL_DATA, ROWS, write_csv
-from model.source import locate
+from model.folders import locate
 from runtime.machine import pick_machine
 from script import baseline
 from test_main import RESULTS, load

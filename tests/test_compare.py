@@ -1,11 +1,10 @@
 """The study: which runs it makes, which it does not repeat, and what it computes."""
 
 import json
-import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,10 +13,12 @@ from matplotlib.figure import Figure
 
 import arguments
 import main
-from conftest import ROOT, ROWS, one_line, write_csv
+from conftest import ROWS, one_line, write_csv
 from runtime.files import UserError
 from script import baseline, ensemble
-from script.study import compare, learning_curve, pages
+from script.study import compare, pages, runs, summary
+from script.study.comparisons import COMPARISONS, compare_named
+from script.study.runs import METHODS, Run, largest, plan
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def study(folders, tmp_path, backbone, monkeypatch, capsys):
         status = modules[command[start - 1]].main(command[start:])
         return Namespace(wait=lambda: status)
 
-    monkeypatch.setattr(compare.subprocess, "Popen", in_process)
+    monkeypatch.setattr(runs.subprocess, "Popen", in_process)
     original, *unseen = folders
 
     def call(*flags: str) -> str:
@@ -83,31 +84,29 @@ def test_a_study_runs_once_and_reports_its_results(study, tmp_path):
     assert first[end:] == again[again.index("protocol") :]
 
 
-def test_another_study_is_refused_before_it_starts(study, tmp_path):
-    """The logs of the finished study are kept."""
-    study()
+def test_a_study_shows_caveats_and_is_not_mixed_with_another(study, tmp_path):
+    """The other one is refused before it starts: the logs of the finished study are kept."""
+    assert "--quick: --num_train_epochs" in study("--quick", "--seeds", "1")
     log = tmp_path / "study" / "unseen-prefix-0.log"
     log.write_text("of the finished run")
     with pytest.raises(UserError, match="contains a run with different flags, data or seed"):
-        study("--seeds", "7")
+        study("--quick", "--seeds", "7")
     assert log.read_text() == "of the finished run"
 
 
-def test_a_study_shows_caveats(study, tmp_path):
+def test_a_study_shows_caveats(study, folders, tmp_path):
     assert "--quick: --num_train_epochs" in study("--quick", "--seeds", "1")
     page = (tmp_path / "study" / "report.html").read_text()
     assert "Trained only briefly, to check that it works" in page
     folder = tmp_path / "study" / "unseen-prefix-0"
-    unread = {"folder": folder, "tuned": True, "size": None}
     for answers, collapsed in (("01", False), ("11", True)):
-        rows = [("a", "0", answers[0]), ("b", "1", answers[1])]
-        write_csv(folder / "predictions.csv", rows, ("text", "label", "predicted"))
-        run = compare.read(unread | {"protocol": "unseen", "data": "a", "method": "m"}, set())
-        caveats = compare.caveats([run], quick=False)
-        said = " ".join(caveats)
+        rows = [("a", "0", answers[0], 1), ("b", "1", answers[1], 1)]
+        write_csv(folder / "predictions.csv", rows, ("text", "label", "predicted", "confidence"))
+        run = Run("unseen", "prefix", folders[1], 1, None, folder, ())
+        said = " ".join(compare.caveats([run], quick=False))
         assert ("unseen-prefix-0 predicts one label for every row" in said) == collapsed
         assert ("meaningless: try --learning_rate 1e-02." in said) == collapsed
-    assert not compare.caveats([run | {"tuned": False}], quick=False)
+    assert not compare.caveats([replace(run, method="majority")], quick=False)
 
 
 def test_a_study_of_the_original_protocol_alone_ends_well(study, tmp_path):
@@ -116,63 +115,52 @@ def test_a_study_of_the_original_protocol_alone_ends_well(study, tmp_path):
     assert not (tmp_path / "study" / "label_review.csv").exists()
 
 
-def test_an_ensemble_is_stale_once_a_member_is(study, tmp_path):
-    methods = ("--seeds", "1", "--methods", "TF-IDF, linear", "prefix", "ensemble")
-    study(*methods)
-    assert "9 of them already finished" in study(*methods)
-    path = tmp_path / "study" / "unseen-prefix-0" / "validation_predictions.csv"
-    path.write_text(path.read_text() + " ")
-    with pytest.raises(UserError, match="unseen-ensemble-0 contains a run with different"):
-        study(*methods)
-
-
-def test_a_failed_run_ends_the_study_with_the_last_line_of_its_log(folders, tmp_path):
-    """Here each run is a process of its own."""
+def test_a_failed_run_ends_the_study_with_the_last_line_of_its_log(folders, tmp_path, capfd):
+    """Here the run is a process of its own."""
     write_csv(tmp_path / "fold 0" / "train_simple.csv", [("one", "1"), ("two", "1")])
-    command = [sys.executable, "-m", "script.study.compare", "--original", "--unseen", folders[1]]
-    command += ["--output_dir", str(tmp_path / "study"), "--methods", "majority"]
-    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    said = one_line((failed.returncode, failed.stderr))
+    flags = ["--output_dir", str(tmp_path / "study"), "--methods", "majority"]
+    status = compare.main(["--original", "--unseen", folders[1], *flags])
+    said = one_line((status, capfd.readouterr().err))
     assert "has only one label" in said and "repeat the command to resume the study" in said
 
 
 def test_folds_use_the_seeds_in_turn_and_baselines_run_once_each():
     args = Namespace(original=["o"], unseen=["a", "b", "c"], seeds=[1, 2], quick=True, flags=[])
     args.train_sizes = [None]
-    args.output_dir, args.methods = "out", list(compare.METHODS)
-    runs = compare.plan(args)
-    full = [(run["data"], run["seed"]) for run in runs if run["method"] == "full"]
+    args.output_dir, args.methods = "out", list(METHODS)
+    planned = plan(args)
+    full = [(run.data, run.seed) for run in planned if run.method == "full"]
     assert full == [("o", 1), ("o", 2), ("a", 1), ("b", 2), ("c", 1)]
-    assert [r["data"] for r in runs if r["method"] == "look-up"] == ["o", "a", "b", "c"]
-    assert len({r["folder"] for r in runs}) == len(runs)
-    assert {r["protocol"] for r in runs} == {"original", "unseen"}
+    assert [run.data for run in planned if run.method == "look-up"] == ["o", "a", "b", "c"]
+    assert len({run.folder for run in planned}) == len(planned)
+    assert {run.protocol for run in planned} == {"original", "unseen"}
     args.original, args.unseen, args.seeds = [], ["a", "b"], [1, 2, 3]
-    again = compare.plan(args)
-    assert [r["data"] for r in again if r["method"] == "full"] == ["a", "b", "a", "b"]
-    baselines = {run["method"] for run in runs if "--num_train_epochs" not in run["command"]}
+    assert [run.data for run in plan(args) if run.method == "full"] == ["a", "b", "a", "b"]
+    baselines = {run.method for run in planned if "--num_train_epochs" not in run.command}
     linear = {f"{name}, linear" for name in ("TF-IDF", "characters", "embeddings", "combined")}
     linear |= {"characters, SVM", "combined, SVM"}
     assert baselines == {"majority", "look-up", "ensemble", *linear}
     tuned = {*arguments.METHODS, "input prefix", "4 prefixes"}
-    assert {run["method"] for run in runs} - baselines == tuned
+    assert {run.method for run in planned} - baselines == tuned
 
 
 def test_an_ensemble_combines_the_runs_on_the_same_rows():
     args = Namespace(original=[], unseen=["a", "b"], seeds=[1, 2, 3, 4], quick=False, flags=[])
     args.output_dir, args.train_sizes = "out", [None, 99]
     args.methods = ["majority", "TF-IDF, linear", "full", "ensemble"]
-    runs = [run for run in compare.plan(args) if run["method"] == "ensemble"]
+    ensembles = [run for run in plan(args) if run.method == "ensemble"]
     members = {
-        run["folder"].name: [Path(word).name for word in run["command"][2:-2]] for run in runs
+        run.folder.name: [Path(word).name for word in run.command[2:-2]] for run in ensembles
     }
     assert members["unseen-ensemble-3"] == ["unseen-TF-IDF-linear-1", "unseen-full-3"]
     assert members["unseen-ensemble-2-n99"] == ["unseen-TF-IDF-linear-2-n99", "unseen-full-2-n99"]
-    assert len(members) == 8 and not any(run["tuned"] for run in runs)
+    assert len(members) == 8 and not any(run.tuned for run in ensembles)
 
 
 def test_the_study_lists_the_least_plausible_labels(study, folders, tmp_path):
     """Labels of the folds' test files, by the average of two models that did not see the texts."""
-    study("--seeds", "1", "--methods", "TF-IDF, linear", "prefix", "ensemble")
+    methods = ("--seeds", "1", "--methods", "TF-IDF, linear", "prefix", "ensemble")
+    study(*methods)
     listed = pd.read_csv(tmp_path / "study" / "label_review.csv")
     found = {}
     for number in range(2):
@@ -192,26 +180,37 @@ def test_the_study_lists_the_least_plausible_labels(study, folders, tmp_path):
     assert {text: tuple(rest) for text, *rest in rows} == found
     assert listed["margin"].is_monotonic_increasing
     assert "Labels to review" in (tmp_path / "study" / "report.html").read_text()
+    # an ensemble is stale once a member is
+    assert "9 of them already finished" in study(*methods)
+    path = tmp_path / "study" / "unseen-prefix-0" / "validation_predictions.csv"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(UserError, match="unseen-ensemble-0 contains a run with different"):
+        study(*methods)
 
 
-def predicted(method: str, run: str, right: list, seen: list, protocol="unseen", **more) -> dict:
+def predicted(
+    method: str, name: str, right: list, seen: list, size: int | None = None, **results
+) -> Run:
     """A run with one text for each value of `right`, all with confidence 0.6."""
-    table = pd.DataFrame({"text": range(len(right)), "run": run, "right": right, "seen": seen})
-    split = SimpleNamespace(table=pd.DataFrame({"confidence": ["0.6"] * len(right)}))
-    found = {"protocol": protocol, "method": method, "tuned": True, "results": {}, "size": None}
-    return found | {"predictions": table, "scored": ({}, split)} | more
+    run = Run("unseen", method, "a", 1, size, Path(name), ())
+    table = pd.DataFrame({"text": range(len(right)), "run": name, "right": right, "seen": seen})
+    vars(run).update(predictions=table.assign(confidence=0.6), results=results)
+    return run
 
 
 def test_the_table_averages_distinct_texts_and_says_how_sure_it_is():
     """A text that has all rows but one counts once. Half of the rows are right, confidence 0.6."""
-    runs = [predicted("m", run, [one] * 100, [False] * 100) for run, one in (("a", 1), ("b", 0))]
-    (row,) = compare.summarise(runs)
+    both = [
+        predicted("full", name, [one] * 100, [False] * 100) for name, one in (("a", 1), ("b", 0))
+    ]
+    (row,) = summary.summarise(both)
     assert row["pooled ECE"] == pytest.approx(0.1)
     assert (row["accuracy"], row["on seen"]) == (0.5, None)
-    assert np.ptp(row["accuracy interval"]) > 0.6 and compare.format_cell(row, "on seen") == "-"
-    run = predicted("m", "a", [1, 0, 0, 0], [False] * 4)
-    run["predictions"]["text"] = ["a", "b", "b", "b"]
-    (row,) = compare.summarise([run])
+    assert np.ptp(row["accuracy interval"]) > 0.6
+    assert summary.format_summary([row])["on seen"].tolist() == ["-"]
+    run = predicted("full", "a", [1, 0, 0, 0], [False] * 4)
+    run.predictions["text"] = ["a", "b", "b", "b"]
+    (row,) = summary.summarise([run])
     assert row["on unseen"] == 0.5
     assert 0.6 < np.ptp(row["on unseen interval"]) < 1  # as of two texts
 
@@ -222,19 +221,19 @@ def test_only_named_comparisons_are_tested_on_unseen_texts():
     right["prefix"] = [1] * 40 + [1] * 12 + [0] * 3 + [0] * 5
     right["TF-IDF, linear"] = [1] * 30 + [0] * 30
     best = {"majority": 0.9, "TF-IDF, linear": 0.5}  # on validation files, the former is better
-    runs = [
+    planned = [
         predicted(
             method,
-            run,
+            name,
             [*values, method == "full"],
             [False] * 60 + [True],
-            tuned=method not in best,
-            results={"eval_accuracy": 0, "eval_accuracy_unseen": best.get(method, 0.1)},
+            eval_accuracy=0,
+            eval_accuracy_unseen=best.get(method, 0.1),
         )
         for method, values in right.items()
-        for run in "ab"
+        for name in "ab"
     ]
-    first, second = compare.test_named(runs, compare.COMPARISONS)
+    first, second = compare_named(planned, COMPARISONS)
     assert (first["other"], first["one"]) == ("full", "majority")
     assert (second["other"], second["one"], second["texts"]) == ("prefix", "full", 60)
     assert second["difference"] == pytest.approx(9 / 60)
@@ -242,10 +241,10 @@ def test_only_named_comparisons_are_tested_on_unseen_texts():
     low, high = second["interval"]
     assert 0 < low < 9 / 60 < high and second["shown"]
     assert first["p_holm"] == 2 * first["p"]
-    assert [test["one"] for test in compare.test_named(runs, ["full:TF-IDF, linear"])] == [
+    assert [test["one"] for test in compare_named(planned, ["full:TF-IDF, linear"])] == [
         "TF-IDF, linear"
     ]
-    assert compare.test_named(runs, ["full:best single", "bias:full"])[0]["one"] == "majority"
+    assert compare_named(planned, ["full:best single", "bias:full"])[0]["one"] == "majority"
 
 
 def test_comparisons_are_named_before_the_first_run(study, tmp_path, capsys):
@@ -262,40 +261,36 @@ def test_comparisons_are_named_before_the_first_run(study, tmp_path, capsys):
 def test_sizes_are_further_runs_of_the_unseen_protocol_on_the_same_rows():
     args = Namespace(original=["o"], unseen=["a", "b"], seeds=[1, 2], quick=False, flags=[])
     args.output_dir, args.methods, args.train_sizes = "out", ["TF-IDF, linear", "full"], [None]
-    before = compare.plan(args)
-    args.train_sizes = learning_curve.in_order([None, 500, 250, 500])
-    runs = compare.plan(args)
-    assert [run for run in runs if not run["size"]] == before  # what is finished stays so
-    sized = [run for run in runs if run["size"]]
-    assert {run["protocol"] for run in sized} == {"unseen"}
-    assert [(run["method"], run["data"], run["size"]) for run in sized[:2]] == [
+    before = plan(args)
+    args.train_sizes = [250, 500, None]
+    planned = plan(args)
+    assert [run for run in planned if not run.size] == before  # what is finished stays so
+    sized = [run for run in planned if run.size]
+    assert {run.protocol for run in sized} == {"unseen"}
+    assert [(run.method, run.data, run.size) for run in sized[:2]] == [
         ("TF-IDF, linear", "a", 250),
         ("TF-IDF, linear", "a", 500),
     ]
-    assert len({run["folder"] for run in runs}) == len(runs) == len(before) + 8
+    assert len({run.folder for run in planned}) == len(planned) == len(before) + 8
     for run in sized:
-        given = " ".join(run["command"])
-        assert f"--seed {run['seed']} --max_train_samples {run['size']}" in given
-        assert run["folder"].name.endswith(f"-n{run['size']}")
-    assert learning_curve.largest(runs) == before
+        assert f"--seed {run.seed} --max_train_samples {run.size}" in run.line
+        assert run.folder.name.endswith(f"-n{run.size}")
+    assert largest(planned) == before
 
 
 def test_the_curve_says_what_the_last_doublings_brought():
     def run(method, size, rows, accuracy):
         right = [number < 100 * accuracy for number in range(100)]
-        more = {"size": size, "results": {"train_rows": rows}}
-        return predicted(method, f"{rows}", right, [False] * 100, **more)
+        return predicted(method, f"{rows}", right, [False] * 100, size, train_rows=rows)
 
-    runs = [run("full", 100, 100, 0.2), run("full", 200, 200, 0.5), run("full", 400, 400, 0.56)]
-    runs += [run("full", None, 790, 0.60), run("full", None, 810, 0.64)]  # 0.06 for each doubling
-    points = learning_curve.summarise(runs)
+    curve = [run("full", 100, 100, 0.2), run("full", 200, 200, 0.5), run("full", 400, 400, 0.56)]
+    curve += [run("full", None, 790, 0.60), run("full", None, 810, 0.64)]  # 0.06 a doubling
+    points = summary.learning_curve(curve)
     assert [(p["size"], p["runs"]) for p in points] == [(100, 1), (200, 1), (400, 1), (800, 2)]
-    note, said = learning_curve.sentences(points)
-    assert said == (
-        "full: 50.0 % with 200 training texts, 62.0 % with 800; each doubling brought 6.0 points."
-    )
+    note, said = summary.doublings(points)
+    assert said == "full: +6.0 points for each doubling."
     assert "extrapolates nothing" in note
-    assert learning_curve.table(points)[1][-1].startswith("62.0 (")
+    assert summary.format_curve(points)["800"][0].startswith("62.0 (")
     assert 0.18 < np.ptp(points[-1]["interval"]) < 0.5  # over 100 texts, and over two runs
 
 
@@ -316,7 +311,7 @@ def test_a_study_over_sizes_draws_a_curve(study, tmp_path):
 
 
 def test_runs_that_were_not_evaluated_have_no_curve():
-    run = {"protocol": "p", "method": "full", "records": [{"step": 1, "epoch": 1, "loss": 1.0}]}
-    axis = Figure().subplots()
-    assert pages.curves_by_method(axis, [run]) == "Validation accuracy by epoch: ."
+    run, axis = predicted("full", "a", [], []), Figure().subplots()
+    vars(run)["records"] = [{"step": 1, "epoch": 1, "loss": 1.0}]
+    assert pages.draw_curves(axis, [run]) == "Validation accuracy by epoch: ."
     assert not axis.lines

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import main
 import trainer
 from conftest import ROWS, write_csv
-from model.start import read_tensors
+from model.source import read_tensors
 from runtime import checkpoint
 from runtime.files import UserError
 from test_main import hashes
@@ -197,8 +197,8 @@ def test_a_diverged_run_keeps_its_checkpoints(run, stopped, capsys, monkeypatch)
     assert set(checkpoint.steps(stopped)) == {3, 5}
 
 
-def test_weights_that_are_not_finite_are_refused(backbone, run, tmp_path, capsys):
-    folder = run()
+def test_weights_that_are_not_finite_are_refused(backbone, trained, tmp_path, capsys):
+    folder = trained()
     weights = load_file(folder / "model.safetensors")
     weights["bert.pooler.dense.bias"][0] = torch.inf
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -4,7 +4,6 @@ import csv
 import re
 import tempfile
 import tracemalloc
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import dataset
-from arguments import parse_args
 from conftest import REAL_DATA, write_csv
 from dataset import read_split
 from runtime import batches, csv_reader
-from runtime.columns import fill_format
 from runtime.file_format import FileFormat
 from runtime.files import UserError
 
@@ -48,8 +45,8 @@ def test_odd_texts_are_read_unchanged(tmp_path):
         (b'"a,b",label\nx y,1\n', "it has 'a,b', 'label': name another with"),
         (b'"a\nb",label\nx y,1\n', "has no column 'text'; it has 'a\\nb', 'label'"),
         (b"text,text,label\nx,y,1\n", "the column 'text' more than once"),
-        (b"text,label\nx,1\ny\n", "row 2 (line 3) has 1 field, the header 2"),
-        (b'text,label\n"x\ny",1\nz,1,2\n', "row 2 (line 4) has 3 fields, the header 2"),
+        (b"text,label\nx,1\ny\n", "row 2 (line 3) has 1 field, not 2"),
+        (b'text,label\n"x\ny",1\nz,1,2\n', "row 2 (line 4) has 3 fields, not 2"),
         (b"text,label\nx,1\n \t,1\n,0\n", "the text is blank in 2 rows (2, 3)"),
         (b"text,label\nx,1\n\n\ny\n", "row 2 (line 5) has 1 field"),
         (b"text\na\n\nb\n", "the text is blank in row 2"),
@@ -147,7 +144,7 @@ def test_a_file_of_malformed_rows_alone_is_refused(tmp_path, options, advice):
             if read_whole:
                 read(path, drop_malformed=True, **options)
             else:
-                open_stream(path, [], drop_malformed=True, **options)
+                open_test_file(path, [], drop_malformed=True, **options)
         assert "--drop_malformed" not in str(error.value)
 
 
@@ -197,7 +194,7 @@ def test_the_leak_is_found_regardless_of_case_and_white_space(tmp_path, caplog):
     assert dataset.seen_texts(training_keys, test.keys).tolist() == [True, False, True]
     assert "4 rows, 3 distinct texts" in caplog.text
     known = {"training file": training_keys, "validation file alone": frozenset(["bird"])}
-    open_stream(tmp_path / "b.csv", ["0", "1", "2"], known)
+    open_test_file(tmp_path / "b.csv", ["0", "1", "2"], known)
     assert "3 rows, 66.7 % of them with a text from the training file, 33.3 %" in caplog.text
     assert "33.3 % of them with a text from the validation file alone" in caplog.text
     assert "1 texts occur with more than one label" in caplog.text
@@ -212,26 +209,24 @@ def audit(train):
     return dataset.audit(train.number_labels(names), names, FileFormat())
 
 
-def open_stream(path, names, known=None, **changed):
-    """Open a file as a run with --do_predict does."""
-    args = parse_args(["--do_predict", "--test_file", str(path), "--output_dir", "out"])
-    return dataset.open_stream(args, replace(fill_format(args), **changed), names, known)
+def open_test_file(path, names, known=None, **changed):
+    return dataset.open_test_file(path, FileFormat(**changed), names, known)
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
-def test_a_stream_yields_the_rows_of_the_whole_file(tmp_path, monkeypatch, size):
+def test_a_test_file_yields_the_rows_of_the_whole_file(tmp_path, monkeypatch, size):
     rows = [(f"text {i % 5}" if i % 4 else "", str(i % 3), str(i)) for i in range(20)]
     path = write_csv(tmp_path / "a.csv", rows, ("text", "label", "id"))
     monkeypatch.setattr(dataset, "CHUNK_ROWS", size)
-    stream = open_stream(path, ["0", "1", "2"], drop_empty=True)
+    test = open_test_file(path, ["0", "1", "2"], drop_empty=True)
     whole = read(path, drop_empty=True)
-    chunks = list(stream)
-    assert len(stream) == len(whole) == 15
+    chunks = list(test)
+    assert len(test) == len(whole) == 15
     assert max(len(chunk) for chunk in chunks) <= size
     for name in ("texts", "labels", "rows"):
         assert [x for chunk in chunks for x in getattr(chunk, name)] == getattr(whole, name)
     assert [i for chunk in chunks for i in chunk.table["id"]] == whole.table["id"].tolist()
-    assert dataset.described(stream) == dataset.described(whole)
+    assert dataset.described(test) == dataset.described(whole)
 
 
 @pytest.mark.parametrize(
@@ -242,11 +237,11 @@ def test_a_stream_yields_the_rows_of_the_whole_file(tmp_path, monkeypatch, size)
         ([("a", ""), ("b", ""), ("c", ""), (" ", "")], "the text is blank in row 4"),
     ],
 )
-def test_a_stream_is_checked_to_its_end_before_use(tmp_path, monkeypatch, rows, message):
+def test_a_test_file_is_checked_to_its_end_before_use(tmp_path, monkeypatch, rows, message):
     monkeypatch.setattr(dataset, "CHUNK_ROWS", 2)
     path = write_csv(tmp_path / "a.csv", rows)
     with pytest.raises(UserError, match=message):
-        open_stream(path, ["0", "1"])
+        open_test_file(path, ["0", "1"])
 
 
 # ---------------------------------------------------------------------------------- fuzzing

@@ -7,7 +7,6 @@ import itertools
 import lzma
 import pickle
 import random
-import sqlite3
 import tarfile
 import zipfile
 
@@ -42,36 +41,27 @@ def saved_array() -> bytes:
     return file.getvalue()
 
 
-def database(path) -> bytes:
-    connection = sqlite3.connect(path)
-    connection.execute("CREATE TABLE t(text)")
-    connection.commit()
-    connection.close()
-    return path.read_bytes()
-
-
-OPEN_DOCUMENT = b"application/vnd.oasis.opendocument."
 FILES = [
-    (gzip.compress(TABLE, mtime=0), "gunzip <"),
-    (bz2.compress(TABLE), "bunzip2 <"),
-    (lzma.compress(TABLE), "unxz <"),
-    (b"\x28\xb5\x2f\xfd\x04\x48", "unzstd <"),
-    (zipped({"a.csv": TABLE}), "a zip archive: unpack it with unzip"),
-    (zipped({"[Content_Types].xml": b"", "xl/workbook.xml": b""}), "a spreadsheet: save"),
-    (zipped({"mimetype": OPEN_DOCUMENT + b"spreadsheet"}), "a spreadsheet: save"),
-    (zipped({"mimetype": OPEN_DOCUMENT + b"text"}), "a zip archive"),
-    (zipped({"a.csv": TABLE * 9})[:-30], "an incomplete zip archive"),
+    (gzip.compress(TABLE, mtime=0), "gunzip"),
+    (bz2.compress(TABLE), "bunzip2"),
+    (lzma.compress(TABLE), "unxz"),
+    (b"\x28\xb5\x2f\xfd\x04\x48", "unzstd"),
+    (zipped({"a.csv": TABLE}), "an archive: unpack it with unzip"),
+    (zipped({"[Content_Types].xml": b"", "xl/workbook.xml": b""}), "a spreadsheet or Office file"),
+    (zipped({"mimetype": b"application/vnd.oasis"}), "a spreadsheet or Office file"),
+    (zipped({"docProps/app.xml": b"", "xl/workbook.xml": b""}), "a spreadsheet or Office file"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + b"\0" * 99, "a spreadsheet or Office file"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "run git lfs pull"),
     (b"\xef\xbb\xbf\r\n <!DOCTYPE html>\n<title>404</title>", "a web page"),
     (b'<?xml version="1.0"?>\n<HTML lang="en">', "a web page"),
     (b"%PDF-1.7\n", "a PDF"),
-    (b"ARROW1\0\0\xff\xff\xff\xff", "an Arrow"),
-    (pickle.dumps(["a"], protocol=2), "a Python pickle"),
-    (pickle.dumps(["a"], protocol=5), "a Python pickle"),
-    (saved_array(), "a NumPy array"),
-    (b"\x89HDF\r\n\x1a\n\0", "an HDF5 file"),
-    (tarred(), "a tar archive"),
+    (b"ARROW1\0\0\xff\xff\xff\xff", "Arrow"),
+    (pickle.dumps(["a"], protocol=2), "pickle"),
+    (pickle.dumps(["a"], protocol=5), "pickle"),
+    (saved_array(), "NumPy"),
+    (b"\x89HDF\r\n\x1a\n\0", "HDF5"),
+    (tarred(), "tar -xf"),
+    (b"SQLite format 3\0", "SQLite"),
 ]
 TEXTS = [  # may be tables
     b"",
@@ -94,11 +84,6 @@ def test_a_file_that_is_no_table_is_named_by_its_first_bytes(content, what, tmp_
     assert found is None if what is None else what in found
 
 
-def test_a_database_is_named(tmp_path):
-    database(tmp_path / "data.csv")
-    assert "sqlite3 -header -csv" in not_csv(tmp_path / "data.csv")
-
-
 def test_utf8_is_counted_by_blocks_as_at_once(tmp_path, monkeypatch):
     """The borders of blocks fall within characters and within broken ones."""
     rng, path = random.Random(0), tmp_path / "data.csv"
@@ -110,14 +95,9 @@ def test_utf8_is_counted_by_blocks_as_at_once(tmp_path, monkeypatch):
         data = b"".join(pieces)
         text = data.decode("utf-8", "surrogateescape")
         broken = sum("\udc80" <= char <= "\udcff" for char in text)
-        first = None
-        try:
-            data.decode()
-        except UnicodeDecodeError as error:
-            first = error.start
         path.write_bytes(data)
         monkeypatch.setattr(diagnosis, "BLOCK", rng.choice([1, 2, 3, 7, 100]))
-        assert utf8_health(path) == (sum(c > "\x7f" for c in text) - broken, broken, first)
+        assert utf8_health(path) == (sum(c > "\x7f" for c in text) - broken, broken)
 
 
 LANGUAGES = {
@@ -160,12 +140,12 @@ def with_plain_rows(texts: list[str], plain: int) -> str:
 def test_the_encoding_of_two_sentences_is_found(encoding, texts, plain, tmp_path):
     content, path = with_plain_rows(texts, plain), tmp_path / "data.csv"
     path.write_bytes(content.encode(encoding))
-    found, sample = likely_encoding(path, tried=["ascii"])
+    found, sample = likely_encoding(path, tried="ascii")
     assert found == encoding
     assert sample.strip() in content and len(sample) <= 40
     far = plain and encoding.startswith(("utf-16", "utf-32"))  # the sample is from the start
     assert far or content.isascii() or not sample.isascii()
-    assert likely_encoding(path, tried=[encoding.upper()]) is None
+    assert likely_encoding(path, tried=encoding.upper()) is None
 
 
 @pytest.mark.parametrize(
@@ -179,19 +159,19 @@ def test_the_encoding_of_two_sentences_is_found(encoding, texts, plain, tmp_path
 def test_no_encoding_is_named_that_does_not_fit_the_whole_file(content, tmp_path):
     path = tmp_path / "data.csv"
     path.write_bytes(content)
-    assert likely_encoding(path, tried=[]) is None
+    assert likely_encoding(path, tried="ascii") is None
 
 
 def test_a_stray_nul_byte_does_not_make_a_file_utf16(tmp_path):
     path = tmp_path / "data.csv"
     path.write_bytes(b"text,label\nhi\0,a\n")
-    assert likely_encoding(path, tried=[]) == ("utf-8", "text,label")
+    assert likely_encoding(path, tried="ascii") == ("utf-8", "text,label")
 
 
 def test_the_sample_shows_the_first_character_beyond_ascii(tmp_path):
     path = tmp_path / "data.csv"
     path.write_bytes((f"text,label\n{'x' * 30} caf" + "é" + "y" * 50 + ",a\n").encode("cp1252"))
-    assert likely_encoding(path, ["utf-8"]) == ("cp1252", "xxxxxxxxxxx café" + "y" * 24)
+    assert likely_encoding(path, "utf-8") == ("cp1252", "xxxxxxxxxxx café" + "y" * 24)
 
 
 WORDS = "room cold loud nice staff soup train late lamp street quiet bread view guide".split()

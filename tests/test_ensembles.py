@@ -15,7 +15,7 @@ import main
 from conftest import ROWS, one_line, write_csv
 from dataset import Data
 from evaluation.calibration import Calibration, calibrate, figures
-from evaluation.metrics import Counts
+from evaluation.metrics import Tally
 from evaluation.predictions import FILES
 from model import load as load_model
 from model.predictions import Predictions
@@ -176,8 +176,8 @@ def test_stored_models_are_calibrated(run, predict, tmp_path, flags):
     )
 
 
-def test_unsure_predictions_are_marked_on_request(run, predict, tmp_path):
-    folder = run()
+def test_unsure_predictions_are_marked_on_request(trained, predict, tmp_path):
+    folder = trained()
     table = pd.read_csv(folder / "predictions.csv")
     limit = float(table["confidence"].median())
     assert predict(folder, "--reject_below", str(limit))[0] == 0
@@ -195,11 +195,11 @@ def test_coverage_is_what_sorting_by_confidence_gives():
     random = np.random.default_rng(0)
     logits = torch.from_numpy(random.normal(0, 2, (3000, 4))).float()
     label_ids = random.integers(0, 4, 3000)
-    found, counts = Predictions.of(logits, False), Counts(False)
+    found, tally = Predictions.from_logits(logits, False), Tally()
     for part in np.array_split(np.arange(3000), 7):
-        counts.add(found.take(part), label_ids[part])
-    points = counts.coverage()
-    assert points[0][1:] == [1.0, counts.hits / 3000]
+        tally.add(found.take(part), label_ids[part])
+    points = tally.coverage()
+    assert points[0][1:] == [1.0, tally.hits / 3000]
     for threshold, share, accuracy in points:
         kept = found.confidence >= threshold
         assert share == pytest.approx(kept.mean(), abs=1e-3)

@@ -11,13 +11,11 @@ from tokenizers import Tokenizer
 
 from conftest import ROWS, one_line, write_csv
 from script import export
-from test_main import PROBE
 
 KINDS = {
     "full": (),
-    "prefix": ("--prefix",),
     "input": ("--prefix", "--prefix_depth", "input", "--pooling", "mean"),
-    "multi-label": (*PROBE, "--problem_type", "multi_label_classification"),
+    "multi-label": ("--prefix", "--problem_type", "multi_label_classification"),
 }
 
 

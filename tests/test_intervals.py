@@ -15,7 +15,7 @@ def scored(confidence: np.ndarray, right: np.ndarray, keys: list[str], seen=None
     for part in np.array_split(np.arange(len(keys)), 3):
         names = [keys[row] for row in part]
         flags = None if seen is None else seen[part]
-        score.add(Predictions.of(logits[part], False), labels[part], names, names, flags)
+        score.add(Predictions.from_logits(logits[part], False), labels[part], names, names, flags)
     return score.results("test")
 
 
@@ -59,7 +59,9 @@ def test_labels_of_a_row_are_calibrated_one_by_one():
     labels = np.stack([random.permutation(np.arange(1000) < 600) for _ in range(2)], axis=1)
     logits = torch.full((1000, 2), float(np.log(0.6 / 0.4)))
     keys = [f"text {number}" for number in range(1000)]
-    score = Score(True).add(Predictions.of(logits, True), labels.astype("f4"), keys, keys, None)
+    score = Score(True).add(
+        Predictions.from_logits(logits, True), labels.astype("f4"), keys, keys, None
+    )
     found = score.results("test")
     assert found["test_ece"] < 1e-6 < found["test_ece_by_chance"] < 0.03
     reliability = score.details()["reliability"]

@@ -20,15 +20,14 @@ from transformers import (
 )
 
 from conftest import ROWS, one_line, registry_of, write_csv
+from model import folders as model_source
 from model import load as load_classifier
 from model import prefix_encoder
-from model import source as model_source
-from model.bank_start import open_bank
+from model.folders import BUNDLED_NAME, locate, sha256_of
 from model.loading import list_labels, load_tokenizer, separator, set_labels, set_max_seq_length
+from model.methods import TUNING
 from model.sequence_classification import POOLINGS, Pooling, pool_mean
-from model.source import BUNDLED_NAME, locate, sha256_of
-from model.start import read_model_config
-from model.tuning import TUNING
+from model.source import open_model, read_model_config
 from runtime.files import UserError, name_list
 from test_model import HIDDEN, IDS, KINDS, MASKS, save
 
@@ -53,7 +52,7 @@ def tuned(make_model, backbone, tmp_path):
 @pytest.mark.parametrize("long", [False, True])
 def test_each_row_of_a_batch_has_its_own_prefix(tuned, monkeypatch, mask, prefix_index, long):
     paths, models = tuned
-    bank, *_ = open_bank(paths)
+    bank = open_model(paths, by_row=True).build()
     names = list_labels(bank.config)
     assert names == list("abcdxy")
     monkeypatch.setattr(prefix_encoder, "LONG", 0 if long else prefix_encoder.LONG)
@@ -72,7 +71,9 @@ def test_each_row_of_a_batch_has_its_own_prefix(tuned, monkeypatch, mask, prefix
 
 def test_a_bank_loads_its_backbone_once(tuned):
     paths, models = tuned
-    count = sum(weight.numel() for weight in open_bank(paths * 4)[0].bert.parameters())
+    count = sum(
+        weight.numel() for weight in open_model(paths * 4, by_row=True).build().bert.parameters()
+    )
     assert count == sum(weight.numel() for weight in models[0].bert.parameters())
 
 
@@ -80,19 +81,19 @@ def test_incompatible_prefixes_are_refused(tuned, make_model, backbone, tmp_path
     paths, _ = tuned
     save(make_model(*KINDS["input"]), backbone, tmp_path / "input")
     with pytest.raises(UserError, match="input is not a prefix of depth all"):
-        open_bank([*paths, str(tmp_path / "input")])
-    with pytest.raises(UserError, match="is not the adapter folder of a prefix"):
-        open_bank([*paths, backbone])
+        open_model([*paths, str(tmp_path / "input")], by_row=True)
+    with pytest.raises(UserError, match="is not tuned yet"):
+        open_model([*paths, backbone], by_row=True)
     other = tmp_path / "other"
     shutil.copytree(backbone, other)
     save(make_model("--prefix"), str(other), tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"backbone of .*elsewhere is .*other, but in .*0 it is "):
-        open_bank([*paths, str(tmp_path / "elsewhere")])
+        open_model([*paths, str(tmp_path / "elsewhere")], by_row=True)
     config = json.loads((tmp_path / "1" / "config.json").read_text())
     (tmp_path / "1" / "config.json").write_text(json.dumps(config | {"max_seq_length": 9}))
     with pytest.raises(UserError, match=r"max_seq_length of .*1 is 9, but in .*0 it is 16"):
-        open_bank(paths)
-    assert open_bank(paths, max_seq_length=12)[0].config.max_seq_length == 12
+        open_model(paths, by_row=True)
+    assert open_model(paths, max_seq_length=12, by_row=True).config.max_seq_length == 12
 
 
 def test_a_prefix_beyond_the_positions_is_refused(backbone):
@@ -117,7 +118,7 @@ def test_bad_model_folders_are_refused(backbone, tmp_path):
         with pytest.raises(UserError) as error:
             config, _ = read_model_config(source)
             config.max_seq_length = 16
-            load_tokenizer(source, config)
+            load_tokenizer(source.backbone, config)
             TUNING["full"].build(source, config, fresh_head=True)
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -208,7 +209,7 @@ def test_a_model_of_one_output_is_tuned_further_but_does_not_predict(
     with pytest.raises(UserError, match=one_output):
         registry_of({"one": tmp_path / "one"})
     with pytest.raises(UserError, match=one_output):
-        open_bank([folder], 16)
+        open_model([folder], 16)
     for name in ("one", "peft"):
         tuned = run("--model_name_or_path", str(tmp_path / name), name=f"{name} tuned")
         assert load_classifier(tuned).labels == ["0", "1", "2"]
@@ -221,7 +222,7 @@ def test_only_a_pooling_known_to_peft_is_stored_as_a_prefix_of_peft(make_model, 
     for config.pooling in ("cls", "third"):
         for config.prefix_depth in ("all", "input"):
             known = (config.pooling, config.prefix_depth) == ("cls", "all")
-            assert (method.settings(config)["peft_type"] == "PREFIX_TUNING") == known
+            assert (method.peft_type(config) == "PREFIX_TUNING") == known
             assert (method.library(config) == "peft") == known
     assert TUNING["full"].library(config) is None
     assert TUNING["full"].unread(config) == ("bert.pooler.",)  # transformers would read it
@@ -277,9 +278,11 @@ def test_a_bert_without_a_pooler_is_tuned_as_the_message_says(run, backbone, tmp
         run(*flags, "--pooling", "mean")
 
 
-def test_a_model_without_names_of_labels_is_scored_by_their_numbers(run, predict, tmp_path):
+def test_a_model_without_names_of_labels_is_scored_by_their_numbers(
+    run, trained, predict, tmp_path
+):
     """And tuned further with the same rule; other names are not guessed."""
-    folder = run()
+    folder = trained()
     expected = json.loads((folder / "all_results.json").read_text())["test_accuracy"]
     config = json.loads((folder / "config.json").read_text())
     config["id2label"] = {str(number): f"LABEL_{number}" for number in range(3)}
@@ -336,7 +339,7 @@ def test_capitals_are_kept_if_the_vocabulary_has_them(run, backbone, tmp_path):
     def tokens(text: str) -> list[str]:
         config, _ = read_model_config(locate(str(cased)))
         config.max_seq_length = 16
-        return load_tokenizer(locate(str(cased)), config).tokenize(text)
+        return load_tokenizer(locate(str(cased)).backbone, config).tokenize(text)
 
     assert tokens("Cat DOG") == ["cat", "dog"]
     (cased / "vocab.txt").write_text(words.replace("\none\ntwo\n", "\nCat\nDOG\n"))

@@ -12,11 +12,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from arguments import parse_args
 from conftest import without_dropout
 from model import prefix_encoder
+from model.folders import locate
 from model.loading import load_tokenizer
+from model.methods import TUNING, method_of
 from model.sequence_classification import classification_loss
-from model.source import locate
-from model.start import count_parameters, read_model_config
-from model.tuning import TUNING, method_of
+from model.source import count_parameters, read_model_config
 from runtime.files import UserError
 
 LAYERS, HEADS, HIDDEN, CLASSES, PREFIX = 2, 2, 16, 3, 5
@@ -34,7 +34,11 @@ def reference_logits(model, ids, mask, prefix=None, embeddings=None, mean=False)
     weights = dict(model.named_parameters())
 
     def linear(x, name):
-        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+        matrix = weights[f"{name}.weight"]
+        if f"{name}.lora_A.weight" in weights:
+            small = weights[f"{name}.lora_B.weight"] @ weights[f"{name}.lora_A.weight"]
+            matrix = matrix + small * model.config.lora_alpha / model.config.lora_r
+        return x @ matrix.T + weights[f"{name}.bias"]
 
     def norm(x, name):
         x = (x - x.mean(-1, keepdim=True)) / (
@@ -105,6 +109,7 @@ KINDS = {
     "input projected": ("--prefix", "--prefix_depth", "input", "--prefix_projection"),
     "probe": ("--tuning_method", "probe"),
     "bias": ("--tuning_method", "bias"),
+    "lora": ("--tuning_method", "lora", "--lora_r", "3"),
 }
 
 
@@ -179,7 +184,7 @@ def test_a_reparametrised_prefix_is_computed_once_per_step(make_model):
 
 def initialise(model, tokenizer, words):
     flags = ["--do_train", "--output_dir", "out", "--prefix", "--prefix_init_text", words]
-    TUNING["prefix"].initialise(model, tokenizer, parse_args(flags), [])
+    TUNING["prefix"].initialise(model, tokenizer, vars(parse_args(flags)), [])
 
 
 @pytest.mark.parametrize("depth", ["all", "input"])
@@ -229,6 +234,8 @@ def test_every_slot_of_the_prefix_affects_the_logits(make_model):
         ("input projected", 378, 6746, 131),
         ("probe", 51, 6419, 51),
         ("bias", 451, 6419, 451),
+        ("lora", 435, 6803, 435),
+        ("lora", 435, 6803, 435),
     ],
 )
 def test_parameter_counts_match_a_hand_calculation(make_model, kind, trainable, total, stored):
@@ -271,7 +278,7 @@ def save(model, backbone, folder):
     """Save a model and load it again."""
     folder.mkdir(exist_ok=True)
     found = locate(backbone)
-    method_of(model.config).save(model, load_tokenizer(found, model.config), found, folder)
+    method_of(model.config).save(model, load_tokenizer(found.backbone, model.config), found, folder)
     return open_folder(folder)
 
 
@@ -363,8 +370,10 @@ def test_unsupported_adapters_and_wrong_backbones_are_refused(make_model, backbo
             open_folder(tmp_path)
         return str(error.value)
 
-    kinds = "PREFIX_TUNING, INPUT_PREFIX, MEAN_PREFIX, MEAN_INPUT_PREFIX, PROBE, BIAS"
-    for change in ({"peft_type": "LORA"}, {"task_type": "CAUSAL_LM"}):
+    kinds = (
+        "PREFIX_TUNING, INPUT_PREFIX, MEAN_PREFIX, MEAN_INPUT_PREFIX, LORA, MEAN_LORA, PROBE, BIAS"
+    )
+    for change in ({"peft_type": "IA3"}, {"task_type": "CAUSAL_LM"}):
         assert f"only {kinds} with SEQ_CLS" in broken(**change)
     assert "num_layers is 12, but its backbone has 2" in broken(num_layers=12)
     assert "token_dim is 8" in broken(token_dim=8)

@@ -185,9 +185,9 @@ def workers(parent: int) -> list[int]:
     return found
 
 
-def test_workers_predict_what_main_does_even_if_one_is_killed(run, predict, tmp_path, capsys):
+def test_workers_predict_what_main_does_even_if_one_is_killed(trained, predict, tmp_path, capsys):
     """Many files in CSV, one in Parquet; two that cannot be predicted are named or counted."""
-    folder, texts, output = run("--prefix"), tmp_path / "texts", tmp_path / "predicted_by_ray"
+    folder, texts, output = trained("--prefix"), tmp_path / "texts", tmp_path / "predicted_by_ray"
     texts.mkdir()
     for number in range(FILES):
         rows = [

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import main
-from conftest import ROOT
-from killing import attempt_together, comparable
+from conftest import ROOT, within
+from killing import attempt_together, comparable, fork_main, ranks
 from runtime import processes
 from runtime.files import UserError
 from runtime.processes import Group
@@ -42,16 +42,15 @@ def command(backbone, files, tmp_path):
     return make
 
 
-def call(command: list[str]) -> subprocess.CompletedProcess:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
+def fork(command: list[str], folder: Path) -> str:
+    """Run a group's command in two forks of this process, which need not load torch again.
 
-
-def fork(command: list[str], folder: Path) -> None:
-    """Run a group's command in two forks of this process, which need not load torch again."""
-    argv = command[command.index("main.py") + 1 :]
-    assert attempt_together(argv, folder, None, folder.with_suffix(".points")) == 0
+    Returns what they printed.
+    """
+    argv, said = command[command.index("main.py") + 1 :], folder.with_suffix(".said")
+    status = attempt_together(argv, folder, None, folder.with_suffix(".points"), said)
+    assert status == 0, said.read_text()
+    return said.read_text()
 
 
 def losses(folder) -> np.ndarray:
@@ -63,12 +62,8 @@ def losses(folder) -> np.ndarray:
 def test_two_processes_learn_the_same_as_one(command, tmp_path, flags):
     flags += ("--pre_seq_len", "3") if "--prefix" in flags else ()
     flags += ("--hidden_dropout_prob", "0")  # its masks differ
-    if "--prefix" in flags:
-        fork(command("two", *flags), tmp_path / "two")
-    else:
-        printed = call(command("two", *flags))
-        assert printed.stdout.count("accuracy on unseen texts") == 1
-        assert "2 processes that share each batch" in printed.stderr
+    printed = fork(command("two", *flags), tmp_path / "two")
+    assert printed.count("accuracy on unseen texts") == 1
     assert main.main(command("one", *flags, processes=1)[2:]) == 0
     one, two = tmp_path / "one", tmp_path / "two"
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
@@ -87,13 +82,13 @@ def test_a_stopped_group_resumes_to_the_same_bytes(command, tmp_path, capsys):
     """A signal to torchrun stops the group, and every process saves the same step."""
     flags = ["--num_train_epochs", "40", "--hidden_dropout_prob", "0.1"]
     fork(command("whole", *flags), tmp_path / "whole")
-    child = subprocess.Popen(command("out", *flags), cwd=ROOT, stderr=subprocess.DEVNULL)
+    with open(tmp_path / "said", "w") as said:
+        child = subprocess.Popen(command("out", *flags), cwd=ROOT, stderr=said)
     staging = tmp_path / "out" / "unfinished"
-    deadline = time.monotonic() + 60
-    while not list(staging.glob("checkpoint-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_checkpoint(tmp_path / "out")
     child.send_signal(signal.SIGTERM)
     assert child.wait(60) != 0
+    assert "2 processes that share each batch" in (tmp_path / "said").read_text()
     assert list(staging.glob("checkpoint-*")) and not (tmp_path / "out" / "run.json").exists()
     resumed = command("out", *flags, "--resume_from_checkpoint", "auto")
     fork(resumed, tmp_path / "out")
@@ -106,40 +101,40 @@ def test_a_stopped_group_resumes_to_the_same_bytes(command, tmp_path, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-def start_group(command: list[str], folder: Path) -> tuple[subprocess.Popen, list[int]]:
-    """Start a group; return torchrun and its workers' process ids once a checkpoint exists."""
-    child = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+def wait_for_checkpoint(folder: Path) -> None:
     deadline = time.monotonic() + 60
     while not list((folder / "unfinished").glob("checkpoint-*")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True
+
+
+def test_a_process_ends_soon_if_the_other_one_dies(command, tmp_path):
+    argv, folder = command("out", "--num_train_epochs", "2000"), tmp_path / "out"
+    first, second = (
+        fork_main(argv[argv.index("main.py") + 1 :], folder, None, tmp_path / "points", **env)
+        for env in ranks()
     )
-    return child, sorted(int(number) for number in found.stdout.split())
-
-
-def test_all_processes_end_soon_if_one_dies(command, tmp_path):
-    child, workers = start_group(command("out", "--num_train_epochs", "2000"), tmp_path / "out")
-    os.kill(workers[-1], signal.SIGKILL)
-    start = time.monotonic()
-    assert child.wait(60) != 0
-    assert time.monotonic() - start < 60
+    wait_for_checkpoint(folder)
+    os.kill(second, signal.SIGKILL)
+    with within(60):
+        assert os.waitpid(first, 0)[1] != 0
+    os.waitpid(second, 0)
 
 
 def test_workers_end_with_torchrun(command, tmp_path):
     """Killed with SIGKILL, it cannot stop them; they ran on for minutes."""
-    child, workers = start_group(command("out", "--num_train_epochs", "2000"), tmp_path / "out")
+    argv = command("out", "--num_train_epochs", "2000")
+    child = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_checkpoint(tmp_path / "out")
+    workers = [process.pid for process in psutil.Process(child.pid).children()]
     assert len(workers) == 2
     end_with(child, workers)
 
 
 def test_the_neighbours_of_a_benchmark_end_with_it():
     """Even if it is killed before they have started; they kept a core busy for good."""
-    code = "from script.benchmark.benchmark import *\nwith started(multiply) as one:\n    "
-    code += "print(one.pid, flush=True); time.sleep(60)"
+    code = "import time\nfrom script.benchmark.benchmark import multiply, started\n"
+    code += "with started(multiply) as one:\n    print(one.pid, flush=True); time.sleep(60)"
     child = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

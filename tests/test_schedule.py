@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import main
-from arguments import SCHEDULE, SCHEDULES
+from arguments import SCHEDULE, TUNING
 from conftest import ROWS, make_backbone, one_line, write_csv
 from model.sequence_classification import divergence
 from runtime.files import read_json
@@ -25,7 +25,8 @@ def test_the_schedule_depends_on_the_repeated_texts(
     argv = ["--do_train", *files[:2], "--model_name_or_path", backbone, "--max_seq_length", "16"]
     assert main.main([*argv, *flags, "--output_dir", str(tmp_path / "out")]) == 0
     settings = load(tmp_path / "out", "run.json")["settings"]
-    *expected, _ = SCHEDULES["prefix" if flags else "full"][repeats == 1]
+    row = TUNING["prefix" if flags else "full"]
+    *expected, _ = row.new if repeats == 1 else row.seen
     found = [settings[name] for name in SCHEDULE]
     assert found == [*expected, False]  # without a validation file, no epoch is the best
     steps = load(tmp_path / "out", "all_results.json")["train_steps"]
@@ -35,7 +36,7 @@ def test_the_schedule_depends_on_the_repeated_texts(
     argv += ["--do_eval", *files[2:4]]
     assert main.main([*argv, *flags, "--output_dir", str(tmp_path / "other")]) == 0
     settings = load(tmp_path / "other", "run.json")["settings"]
-    expected = SCHEDULES["prefix" if flags else "full"][repeats == 3]
+    expected = row.new if repeats == 3 else row.seen
     assert [settings[name] for name in SCHEDULE] == [*expected]
     *_, line = (one for one in capsys.readouterr().out.split("\n") if one.startswith("schedule"))
     warning = "; near 50 %, where it switches, try the other one too: see --help"

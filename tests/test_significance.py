@@ -58,14 +58,15 @@ def test_accuracies_and_p_are_over_distinct_texts(finished):
         "texts, 20 rows, 2 pairs of runs)"
     )
     wrong, right = (pd.DataFrame({"text": texts, "run": 0, "right": r}) for r in (False, True))
-    test = paired_test(wrong, right)
+    test = paired_test(Scores(wrong), Scores(right))
     assert (test.one, test.other, test.difference, test.texts) == (0, 1, 1, 10)
     assert test.p == pytest.approx(2 / 2**10)
 
 
 def test_different_texts_or_a_single_text_are_not_compared():
     a, b, ab = (
-        pd.DataFrame({"text": list(texts), "run": 0, "right": True}) for texts in ("a", "b", "ab")
+        Scores(pd.DataFrame({"text": list(texts), "run": 0, "right": True}))
+        for texts in ("a", "b", "ab")
     )
     assert paired_test(a, a) is paired_test(a, b) is paired_test(ab, a) is None
     assert paired_test(ab, ab).p == 1
@@ -103,8 +104,8 @@ def test_intervals_of_a_study_cover_seeds_if_there_are_several(seeds):
 def test_texts_that_all_agree_still_leave_some_doubt():
     right, wrong = (pd.DataFrame({"text": range(10), "run": 0, "right": r}) for r in (True, False))
     assert Scores(right).interval()[0] < 0.8
-    found = paired_test(wrong, right)
-    assert found.low < 0.8 < 1 == found.high == found.difference
+    found = paired_test(Scores(wrong), Scores(right))
+    assert found.interval[0] < 0.8 < 1 == found.interval[1] == found.difference
 
 
 def test_p_values_are_corrected_as_by_holm():

@@ -13,11 +13,11 @@ from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_
 import trainer
 from arguments import parse_args
 from conftest import ROWS, without_dropout
-from evaluation.metrics import Counts, Score, compute_metrics
+from evaluation.metrics import Score, Tally, compute_metrics
+from model.bert import train_words_in_use
 from model.classifier import predict
 from model.predictions import Predictions
 from model.schedule import fill_schedule
-from model.sequence_classification import train_words_in_use
 from runtime import batches
 from runtime.batches import Encoded
 from runtime.files import UserError
@@ -38,7 +38,7 @@ def data(tmp_path) -> Encoded:
 
 def arguments(*flags):
     args = parse_args(["--do_train", "--do_eval", "--output_dir", "out", *flags])
-    fill_schedule(args, seen_share=1.0, width=16)
+    fill_schedule(vars(args), seen_share=1.0, width=16)
     return args
 
 
@@ -294,7 +294,7 @@ def test_the_last_losses_are_recorded_when_stopping_early(make_model, data, monk
 def test_metrics_cover_the_whole_file():
     logits = torch.tensor([[2.0, 0, 0], [0, 1, 0], [0, 3, 0], [1, 0, 0]])
     labels = np.array([0, 1, 2, 1])
-    found = Predictions.of(logits, multi_label=False)
+    found = Predictions.from_logits(logits, multi_label=False)
     metrics = compute_metrics(found, labels)
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
     assert metrics == pytest.approx({"loss": loss, "accuracy": 0.5, "macro_f1": (2 / 3 + 0.5) / 3})
@@ -317,28 +317,28 @@ def test_class_figures_and_confusion_matrix_equal_scikit_learns():
     labels, logits = labels[right], logits[right].float()
     score, texts = Score(False), [str(number) for number in range(200)]
     for part in (slice(150, 200), slice(0, 40), slice(40, 150)):
-        found = Predictions.of(logits[part], multi_label=False)
+        found = Predictions.from_logits(logits[part], multi_label=False)
         score.add(found, labels[part], texts[part], texts[part], None)
-    counts = score.whole().counts
-    found, predicted = counts.per_class(), logits.argmax(dim=1).numpy()
+    tally = score.whole().tally
+    found, predicted = tally.per_class(), logits.argmax(dim=1).numpy()
     expected = precision_recall_fscore_support(labels, predicted, zero_division=0)
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         np.testing.assert_allclose(found[name], values)
-    assert counts.more_metrics()["weighted_f1"] == pytest.approx(
+    assert tally.report_metrics()["weighted_f1"] == pytest.approx(
         f1_score(labels, predicted, average="weighted")
     )
     assert (score.details()["confusion"] == confusion_matrix(labels, predicted)).all()
-    assert counts.rows == 200 and score.details()["support"] == expected[3].tolist()
+    assert tally.rows == 200 and score.details()["support"] == expected[3].tolist()
 
 
 def test_calibration_error_matches_a_hand_calculation():
     """Confidence 0.9 is right half of the time, confidence 0.6 always."""
     confidence = np.array([0.9, 0.9, 0.6, 0.6])
     logits = torch.tensor(np.log(np.stack([confidence, 1 - confidence], axis=1))).float()
-    counts = Counts(multi_label=False)
-    counts.add(Predictions.of(logits, multi_label=False), np.array([0, 1, 0, 0]))
-    assert counts.more_metrics()["ece"] == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
-    assert counts.bins[0].sum() == 4
+    tally = Tally()
+    tally.add(Predictions.from_logits(logits, multi_label=False), np.array([0, 1, 0, 0]))
+    assert tally.report_metrics()["ece"] == pytest.approx(0.5 * 0.4 + 0.5 * 0.4)
+    assert tally.bins[0].sum() == 4
 
 
 def test_the_most_confident_mistakes_are_kept_each_text_once():
@@ -346,13 +346,13 @@ def test_the_most_confident_mistakes_are_kept_each_text_once():
     score = Score(multi_label=False)
     for _ in range(2):
         labels, texts = np.array([1, 1, 0, 1]), ["b", "c", "a", "b"]
-        score.add(Predictions.of(logits, multi_label=False), labels, texts, texts, None)
+        score.add(Predictions.from_logits(logits, multi_label=False), labels, texts, texts, None)
     kept = [(one["text"], one["label"], one["predicted"]) for one in score.mistakes]
     assert kept == [("b", 1, 0), ("c", 1, 0)]
     assert score.mistakes[0]["confidence"] == pytest.approx(0.982, abs=1e-3)
     labels, texts = np.ones(400, dtype=int), ["b"] * 380 + [f"other {i}" for i in range(20)]
     logits = torch.tensor([[4.0, 0.0]] * 380 + [[3.0, 0.0]] * 20)
-    score.add(Predictions.of(logits, multi_label=False), labels, texts, texts, None)
+    score.add(Predictions.from_logits(logits, multi_label=False), labels, texts, texts, None)
     assert len({one["text"] for one in score.mistakes}) == len(score.mistakes) == 20
     assert json.loads(json.dumps(score.details())) == score.details()
 
@@ -360,7 +360,7 @@ def test_the_most_confident_mistakes_are_kept_each_text_once():
 def test_multi_label_metrics_match_a_hand_calculation():
     logits = torch.tensor([[4.0, 4.0], [-4.0, 4.0], [-1.0, -4.0]])
     labels = np.array([[1, 1], [1, 1], [0, 0]], dtype=np.float32)
-    found = Predictions.of(logits, multi_label=True)
+    found = Predictions.from_logits(logits, multi_label=True)
     assert found.label.tolist() == [[1, 1], [0, 1], [0, 0]]
     expected = [0.982**2, 0.982**2, 0.731 * 0.982]
     np.testing.assert_allclose(found.confidence, expected, atol=1e-3)
@@ -374,9 +374,9 @@ def test_labels_drawn_from_their_probabilities_are_calibrated():
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(20_000, 4, generator=generator)
     labels = torch.bernoulli(logits.sigmoid(), generator=generator).numpy()
-    counts = Counts(multi_label=True)
-    counts.add(Predictions.of(logits, multi_label=True), labels)
-    assert counts.more_metrics()["ece"] < 0.015
+    tally = Tally()
+    tally.add(Predictions.from_logits(logits, multi_label=True), labels)
+    assert tally.report_metrics()["ece"] < 0.015
 
 
 def test_records_are_plain_json_and_complete(make_model, data):

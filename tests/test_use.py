@@ -19,7 +19,7 @@ import dataset
 import main
 from conftest import one_line, write_csv
 from model import load as load_classifier
-from model.source import BUNDLED_NAME, locate
+from model.folders import BUNDLED_NAME, locate
 from runtime import machine
 from runtime.batches import UNREADABLE, encode, rows_of, unreadable
 from runtime.columns import precision_for
@@ -88,8 +88,10 @@ def test_the_label_column_is_no_text_column(run, capsys):
     assert "'text' is the label column" in capsys.readouterr().err
 
 
-def test_texts_of_the_command_line_are_labelled_without_files(run, monkeypatch, capsys, tmp_path):
-    folder = run()
+def test_texts_of_the_command_line_are_labelled_without_files(
+    trained, monkeypatch, capsys, tmp_path
+):
+    folder = trained()
     before = sorted(tmp_path.iterdir())
     rows = read_csv(folder / "predictions.csv")
     argv = ["--do_predict", "--model_name_or_path", str(folder), "--precision", "fp32", "--text"]
@@ -110,8 +112,8 @@ def test_texts_of_the_command_line_are_labelled_without_files(run, monkeypatch, 
 
 
 @pytest.mark.parametrize("flags", [(), ("--prefix",), ("--tuning_method", "bias")])
-def test_a_classifier_from_python_predicts_as_main_does(run, flags):
-    folder = run(*flags)
+def test_a_classifier_from_python_predicts_as_main_does(trained, flags):
+    folder = trained(*flags)
     classifier = load_classifier(folder, "fp32")
     rows = read_csv(folder / "predictions.csv")
     for found, row in zip(classifier([row["text"] for row in rows]), rows, strict=True):
@@ -124,18 +126,18 @@ def test_a_classifier_from_python_predicts_as_main_does(run, flags):
 
 
 @pytest.mark.parametrize("flags", [(), ("--prefix",), ("--tuning_method", "bias")])
-def test_the_python_lines_of_the_model_card_run(run, flags):
+def test_the_python_lines_of_the_model_card_run(trained, flags):
     """Those of this project, and of transformers or PEFT if the folder loads there."""
-    card = (run(*flags) / "README.md").read_text(encoding="utf-8")
+    card = (trained(*flags) / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(blocks) == (1 if "bias" in flags else 2)
     for block in blocks:
         exec(block, {})
 
 
-def test_texts_of_every_kind_are_labelled_or_refused_by_number(run):
+def test_texts_of_every_kind_are_labelled_or_refused_by_number(trained):
     """A missing text had the prediction of another one, and a table a single prediction."""
-    classifier = load_classifier(run(), "fp32")
+    classifier = load_classifier(trained(), "fp32")
     texts = ["drum and bass", "a cat", "coach"]
     expected = classifier(texts)
     for kind in (tuple, pd.Series, np.array, iter):
@@ -160,8 +162,8 @@ def test_texts_of_every_kind_are_labelled_or_refused_by_number(run):
         encode(classifier.tokenizer, rows_of(["drum", None, "cat"]), 8)
 
 
-def test_loading_a_model_changes_nothing_in_the_program_that_does_it(run, monkeypatch):
-    folder, called = run("--prefix"), []
+def test_loading_a_model_changes_nothing_in_the_program_that_does_it(trained, monkeypatch):
+    folder, called = trained("--prefix"), []
     for name in ("set_num_threads", "use_deterministic_algorithms", "manual_seed"):
         monkeypatch.setattr(torch, name, lambda *_, name=name: called.append(name))
     monkeypatch.setattr(machine, "cpu_quota", lambda: 0.5)
@@ -175,9 +177,9 @@ def test_loading_a_model_changes_nothing_in_the_program_that_does_it(run, monkey
     assert transformers.logging.get_verbosity() == verbosity == transformers.logging.WARNING
 
 
-def test_texts_and_files_obey_the_same_rules(run, predict, monkeypatch, capsys, tmp_path):
+def test_texts_and_files_obey_the_same_rules(trained, predict, monkeypatch, capsys, tmp_path):
     """Blank texts are refused by number or dropped; longer texts are cut to --max_seq_length."""
-    folder = run()
+    folder = trained()
     argv = ["--do_predict", "--model_name_or_path", str(folder), "--precision", "fp32"]
 
     def label(*flags: str, lines: str = "") -> tuple[int, str, str]:
@@ -209,9 +211,11 @@ def test_texts_and_files_obey_the_same_rules(run, predict, monkeypatch, capsys, 
     assert label(text)[1].splitlines()[1].split() != best
 
 
-def test_a_model_predicts_in_the_precision_that_it_was_calibrated_in(run, monkeypatch, tmp_path):
+def test_a_model_predicts_in_the_precision_that_it_was_calibrated_in(
+    trained, monkeypatch, tmp_path
+):
     """Measured again, `auto` may pick another one."""
-    folder = run("--prefix")
+    folder = trained("--prefix")
     checkpoint = tmp_path / "checkpoint-3"
     shutil.copytree(folder, checkpoint)
     state = {"run": {"settings": {"precision": "fp32"}}}

@@ -8,18 +8,13 @@ this machine. Each contender has its own process, and they run in turn, one at a
 tables, writes all figures to benchmark.json and plots the rates in benchmark.svg.
 """
 
-import json
-import logging
-import multiprocessing
-import os
 import resource
 import statistics
 import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -27,20 +22,19 @@ from arguments import DIR, FILE
 from runtime.files import UserError, run_and_report
 from runtime.flags import Parser
 from script.benchmark import contenders
+from script.benchmark.processes import SPAWN, started, write_figures
 
 THREADS = 2
 STEPS = 50  # one of the groups that the Trainer sorts by length: no contender gets easy lengths
-SPAWN = multiprocessing.get_context("spawn")
 
 
-def worker(pipe: Connection, spawned: float, contender, arguments: tuple) -> None:
-    """Set up a contender, send its start-up time, then measure on request."""
+def worker(pipe: Connection, contender, arguments: tuple) -> None:
+    """Set up a contender and say so, then measure on request."""
     import torch  # imported here, so that the start-up time includes it
 
-    logging.disable(logging.INFO)
     torch.set_num_threads(THREADS)
     measure = contender(*arguments)
-    pipe.send(time.time() - spawned)
+    pipe.send("ready")
     while True:
         pipe.recv()
         rate = measure()
@@ -49,26 +43,6 @@ def worker(pipe: Connection, spawned: float, contender, arguments: tuple) -> Non
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         pipe.send((rate, peak))
-
-
-def child(parent: int, function, *arguments) -> None:
-    """Call a function in a process that ends with its parent, whatever the function does."""
-    from runtime.processes import end_with_parent  # loads torch, as every contender does
-
-    end_with_parent(parent)
-    sys.exit(run_and_report(function, *arguments))
-
-
-@contextmanager
-def started(function, *arguments) -> Iterator[multiprocessing.Process]:
-    """Call a function in a process of its own, which is killed at the end of the block."""
-    process = SPAWN.Process(target=child, args=(os.getpid(), function, *arguments))
-    process.start()
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.join()
 
 
 def run(function, *arguments) -> None:
@@ -96,42 +70,42 @@ def alternate(table: dict[str, tuple], arguments: tuple, rounds: int) -> dict[st
     `peak_memory_bytes`, `rates` (examples per second), their median `rate`, and the `ratios` of
     that rate to its rivals' rates. Raises: UserError if a contender's process ended.
     """
-    pipes, found = {}, {}
+    pipes, figures = {}, {}
     with ExitStack() as workers:
-        for name, (contender, _) in table.items():
-            pipes[name], end = SPAWN.Pipe()
-            workers.enter_context(started(worker, end, time.time(), contender, arguments))
-            end.close()
-            found[name] = {"start_up": pipes[name].recv(), "rates": []}
-            print(f"{name}: ready after {found[name]['start_up']:.1f} s", flush=True)
-        for number in range(rounds + 1):
-            for name, pipe in pipes.items():
-                try:
+        try:
+            for name, (contender, _) in table.items():
+                start = time.perf_counter()
+                pipes[name], end = SPAWN.Pipe()
+                workers.enter_context(started(worker, end, contender, arguments))
+                end.close()
+                pipes[name].recv()
+                figures[name] = {"start_up": time.perf_counter() - start, "rates": []}
+                print(f"{name}: ready after {figures[name]['start_up']:.1f} s", flush=True)
+            for number in range(rounds + 1):
+                for name, pipe in pipes.items():
                     pipe.send("measure")
-                    rate, found[name]["peak_memory_bytes"] = pipe.recv()
-                except (BrokenPipeError, EOFError):
-                    raise UserError(
-                        f"{name} ended, probably out of memory: measure fewer at once (--only)"
-                    ) from None
-                if number:  # round 0 warms up
-                    found[name]["rates"].append(rate)
-            print(f"round {number} of {rounds} done", flush=True)
-    for name in pipes:
-        rate = found[name]["rate"] = statistics.median(found[name]["rates"])
-        rivals = [rival for rival in table[name][1] if rival in found]
-        found[name]["ratios"] = {rival: rate / found[rival]["rate"] for rival in rivals}
-    return found
+                    rate, figures[name]["peak_memory_bytes"] = pipe.recv()
+                    figures[name]["rates"] += [rate] if number else []  # round 0 warms up
+                print(f"round {number} of {rounds} done", flush=True)
+        except (BrokenPipeError, EOFError):
+            raise UserError(
+                f"{name} ended, probably out of memory: measure fewer at once (--only)"
+            ) from None
+    for row in figures.values():
+        row["rate"] = statistics.median(row["rates"])
+    for name, row in figures.items():
+        rivals = [rival for rival in table[name][1] if rival in figures]
+        row["ratios"] = {rival: row["rate"] / figures[rival]["rate"] for rival in rivals}
+    return figures
 
 
-def format_table(title: str, found: dict[str, dict]) -> str:
+def format_table(title: str, figures: dict[str, dict]) -> str:
     """Format rates, memory, start-up times and ratios as a table."""
     lines = [f"\n{title:28} per s  memory  start-up  ratio"]
-    for name, one in found.items():
-        ratios = ", ".join(f"{ratio:.2f}x {rival}" for rival, ratio in one["ratios"].items())
-        memory = one["peak_memory_bytes"] / 2**30
-        lines.append(
-            f"{name:28} {one['rate']:5.0f} {memory:5.2f} G  {one['start_up']:5.1f} s   {ratios}"
-        )
+    for name, row in figures.items():
+        ratios = ", ".join(f"{ratio:.2f}x {rival}" for rival, ratio in row["ratios"].items())
+        memory = f"{row['peak_memory_bytes'] / 2**30:5.2f} G"
+        lines.append(f"{name:28} {row['rate']:5.0f} {memory}  {row['start_up']:5.1f} s   {ratios}")
     return "\n".join(lines)
 
 
@@ -140,15 +114,48 @@ def draw(results: dict[str, dict[str, dict]], path: Path) -> None:
     import matplotlib.pyplot as plt  # not in the workers, which import this module
 
     figure, axes = plt.subplots(1, len(results), figsize=(10, 2.8), layout="constrained")
-    for axis, (title, found) in zip(axes, results.items(), strict=True):
-        colors = ["C0" if name.startswith("ours") else "0.6" for name in found]
-        bars = axis.barh(list(found), [one["rate"] for one in found.values()], color=colors)
+    for axis, (title, rows) in zip(axes, results.items(), strict=True):
+        colors = ["C0" if name.startswith("ours") else "0.6" for name in rows]
+        bars = axis.barh(list(rows), [row["rate"] for row in rows.values()], color=colors)
         axis.bar_label(bars, fmt="%.0f", padding=3)
         axis.invert_yaxis()
         axis.set(xlabel=f"{title}, examples per second")
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.15)
     figure.savefig(path)
+
+
+def compare(args: Namespace) -> None:
+    """Measure the contenders, print the tables, and write the figures and their plot."""
+    on_gpu, precision, _ = contenders.best()
+    tuning, scoring = (
+        {name: table[name] for name in table if any(part in name for part in args.only)}
+        for table in (contenders.TUNING, contenders.SCORING)
+    )
+    if args.tokens:  # the recipe pads all texts to the same length
+        tuning.pop("original recipe", None)
+    if on_gpu:
+        scoring = {k: row for k, row in scoring.items() if row[0].func not in contenders.CPU_ONLY}
+    results = {}
+    with tempfile.TemporaryDirectory() as parent, ExitStack() as neighbours:
+        data = args.data
+        if args.tokens:
+            data = f"{parent}/data.csv"
+            run(contenders.fill, args.data, args.tokens, data)
+        names = {name for contender, _ in scoring.values() for name in contender.keywords["names"]}
+        run(contenders.make_folders, data, parent, names)
+        for _ in range(args.neighbours):
+            neighbours.enter_context(started(multiply))
+        for title, table, arguments in (
+            ("tuning", tuning, (data, args.steps)),
+            ("scoring distinct texts", scoring, (contenders.distinct(data, args.texts), parent)),
+        ):
+            results[title] = alternate(table, arguments, args.rounds)
+            print(format_table(title, results[title]), flush=True)
+    settings = {name: getattr(args, name) for name in ("data", "tokens", "neighbours", "rounds")}
+    figures = {"threads": THREADS, "precision": precision, **settings, **results}
+    write_figures(args.output_dir, "benchmark.json", figures)
+    draw(results, Path(args.output_dir) / "benchmark.svg")
 
 
 def main(argv: list[str]) -> int:
@@ -164,42 +171,6 @@ def main(argv: list[str]) -> int:
     add("--only", nargs="+", default=[""], help="contenders to run, by parts of their names")
     add("--output_dir", **DIR, default="checkpoints/benchmark")
     return run_and_report(compare, parser.parse_args(argv))
-
-
-def compare(args: Namespace) -> None:
-    """Measure the contenders, print the tables, and write the figures and their plot."""
-    tuning, scoring = (
-        {name: table[name] for name in table if any(part in name for part in args.only)}
-        for table in (contenders.TUNING, contenders.SCORING)
-    )
-    if args.tokens:  # the recipe pads all texts to the same length
-        tuning.pop("original recipe", None)
-    if contenders.best()[0]:
-        scoring = {k: one for k, one in scoring.items() if one[0].func not in contenders.CPU_ONLY}
-    results = {}
-    with tempfile.TemporaryDirectory() as parent, ExitStack() as neighbours:
-        data = args.data
-        if args.tokens:
-            data = f"{parent}/data.csv"
-            run(contenders.fill, args.data, args.tokens, data)
-        names = {name for contender, _ in scoring.values() for name in contender.keywords["names"]}
-        run(contenders.make_folders, data, parent, names)
-        for _ in range(args.neighbours):
-            neighbours.enter_context(started(multiply))
-        for title, table, arguments in (
-            ("tuning", tuning, (data, args.steps)),
-            ("scoring distinct texts", scoring, (data, args.texts, parent)),
-        ):
-            results[title] = alternate(table, arguments, args.rounds)
-            print(format_table(title, results[title]), flush=True)
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    draw(results, output_dir / "benchmark.svg")
-    settings = {name: getattr(args, name) for name in ("data", "tokens", "neighbours", "rounds")}
-    figures = {"threads": THREADS, "precision": contenders.best()[1], **settings, **results}
-    path = output_dir / "benchmark.json"
-    path.write_text(json.dumps(figures, indent=2) + "\n")
-    print(f"\nall figures: {path}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Contenders of the benchmark: ours and its rivals, set up, then timed.
 
-A tuning contender takes a data file and a number of steps; a scoring contender takes a data file,
-a number of texts and the folder of the models (see `make_folders`). Each returns a function that
-runs one measurement and returns the examples per second.
+A tuning contender takes a data file and a number of steps; a scoring contender takes texts and the
+folder of the models (see `make_folders`). Each returns a function that runs one measurement and
+returns the examples per second.
 
 Imports are inside the functions, since a contender's start-up time and memory are measured: it
 must load only what it needs.
 """
 
-import dataclasses
 import itertools
 import tempfile
 import time
@@ -21,6 +20,7 @@ BATCH = 32  # rows of a training step, for every contender
 SCORING_BATCH = 64  # texts
 MOST_TOKENS = 384  # of a text; with a prefix of 128, BERT has no more positions
 CALIBRATION_TEXTS = 300  # of int8
+ENGINES = ("int8", "openvino", "ort-int8")  # other than torch
 
 Measure = Callable[[], float]  # examples per second
 
@@ -33,7 +33,7 @@ def prepared(data: str, *flags: str):
     import dataset
     from arguments import parse_args
     from model.schedule import fill_schedule
-    from model.start import Start
+    from model.source import new_model
     from runtime.batches import encode
     from runtime.columns import fill_format
 
@@ -42,14 +42,14 @@ def prepared(data: str, *flags: str):
     args = parse_args(
         ["--do_train", "--train_file", data, "--output_dir", "unused", *fixed, *flags]
     )
-    form = fill_format(args)
-    start = Start(args)
-    splits = dataset.read_splits(args, form)
+    form = fill_format(vars(args))
+    start = new_model(vars(args))
+    splits = dataset.read_splits({"train": data}, form)
     start.set_labels(dataset.label_names(splits["train"], args.label_names))
-    files = dataset.prepare(args, form, splits, start.labels)
-    fill_schedule(args, files.seen_share, start.config.hidden_size)
-    start.set_dropout(args)
-    tokenizer = start.tokenizer()
+    files = dataset.prepare(form, splits, start.labels)
+    fill_schedule(vars(args), files.seen_share, start.config.hidden_size)
+    start.set_dropout(args.hidden_dropout_prob, args.attention_probs_dropout_prob)
+    tokenizer = start.tokenizer
     rows = encode(tokenizer, files.train, start.config.max_seq_length)
     return args, start, files, tokenizer, rows
 
@@ -66,13 +66,12 @@ def fill(data: str, tokens: int, path: str) -> None:
     texts = table["text"].str.split()
     words = [word for text in texts for word in text]
     costs = [len(ids) for ids in tokenizer(words, add_special_tokens=False)["input_ids"]]
+    room = tokens - tokenizer.num_special_tokens_to_add()
 
     def filled(first: int) -> str:
-        room = tokens - tokenizer.num_special_tokens_to_add()
-        for number in itertools.count(first):
-            room -= costs[number % len(words)]
-            if room < 0:
-                return " ".join(words[place % len(words)] for place in range(first, number))
+        ends = itertools.accumulate(itertools.islice(itertools.cycle(costs), first, None))
+        count = sum(1 for _ in itertools.takewhile(lambda end: end <= room, ends))
+        return " ".join(itertools.islice(itertools.cycle(words), first, first + count))
 
     table["text"] = (texts.str.len().cumsum() - texts.str.len()).map(filled)
     table.to_csv(path, index=False)
@@ -97,15 +96,26 @@ def note_step(ends: list[float], steps: int) -> None:
     ends.append(time.perf_counter())
 
 
+def timed(work: Callable[[], object], count: int) -> Measure:
+    """Return a function that times `work`, which handles `count` texts."""
+
+    def measure() -> float:
+        start = time.perf_counter()
+        work()
+        return count / (time.perf_counter() - start)
+
+    return measure
+
+
 def ours(data: str, steps: int, flags: Sequence[str] = ()) -> Measure:
     """Time `steps` training steps of `main.py` with these flags."""
     import trainer
-    from model.sequence_classification import train_words_in_use
+    from model.bert import train_words_in_use
     from runtime.machine import pick_machine, set_up_process
 
     args, start, files, tokenizer, rows = prepared(data, *flags)
-    model = start.build(args)
-    start.method.initialise(model, tokenizer, args, files.train.texts)
+    model = start.build_trainable(args.seed, args.gradient_checkpointing)
+    start.method.initialise(model, tokenizer, vars(args), files.train.texts)
     set_up_process()
     machine = pick_machine(args.precision)
     machine.place(model)
@@ -142,7 +152,7 @@ def hf_trainer(
     transformers.utils.logging.set_verbosity_error()
     on_gpu, precision, attention = best()
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        start.source.backbone, num_labels=len(start.labels), attn_implementation=attention
+        start.folders[0].backbone, num_labels=len(start.labels), attn_implementation=attention
     )
     if prefix:
         import peft
@@ -150,6 +160,7 @@ def hf_trainer(
         config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=prefix)
         model = peft.get_peft_model(model, config)
     ends: list[float] = []
+    steps = 1 if pad_to else steps
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -159,19 +170,27 @@ def hf_trainer(
         {"input_ids": rows.token_ids[text], "labels": int(label)}
         for text, label in zip(rows.text_index, rows.labels, strict=True)
     ]
-    steps = 1 if pad_to else steps
     padding = {"padding": "max_length", "max_length": pad_to} if pad_to else {}
-    options |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
-    options |= {"use_cpu": not on_gpu, "disable_tqdm": True, "dataloader_pin_memory": on_gpu}
-    options |= {"per_device_train_batch_size": BATCH, "optim": "adamw_torch_fused"}
-    options |= {"bf16": precision == "bf16" and not pad_to}
-    folder = tempfile.mkdtemp()
+    arguments = transformers.TrainingArguments(
+        tempfile.mkdtemp(),
+        max_steps=steps + 1,
+        per_device_train_batch_size=BATCH,
+        optim="adamw_torch_fused",
+        bf16=precision == "bf16" and not pad_to,
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        **options,
+    )
 
     def measure() -> float:
         ends.clear()
         transformers.Trainer(
             model,
-            transformers.TrainingArguments(folder, max_steps=steps + 1, **options),
+            arguments,
             train_dataset=examples,
             data_collator=transformers.DataCollatorWithPadding(tokenizer, **padding),
             callbacks=[Clock()],
@@ -187,94 +206,75 @@ def make_folders(data: str, parent: str, names: set[str]) -> None:
     PARENT/openvino, PARENT/int8 and PARENT/ort-int8 have the first one for other engines.
     """
     for name in sorted(names):  # so "full" comes before those that are made from it
-        if name in ("int8", "openvino", "ort-int8"):
-            write_engine(data, parent, name)
+        folder = Path(parent) / name
+        folder.mkdir()
+        if name in ENGINES:
+            write_engine(data, f"{parent}/full", folder)
             continue
         flags = [] if name == "full" else ["--prefix", "--seed", name]
         args, start, files, tokenizer, _ = prepared(data, *flags)
-        model = start.build(args)
-        start.method.initialise(model, tokenizer, args, files.train.texts)
-        folder = Path(parent) / name
-        folder.mkdir()
-        start.save(model, tokenizer, folder)
+        model = start.build_trainable(args.seed, args.gradient_checkpointing)
+        start.method.initialise(model, tokenizer, vars(args), files.train.texts)
+        start.save(model, folder)
 
 
-def write_engine(data: str, parent: str, name: str) -> None:
-    """Write PARENT/full as PARENT/NAME/model.xml (OpenVINO) or .onnx, if "int8" then quantized."""
+def write_engine(data: str, full: str, folder: Path) -> None:
+    """Write a model for OpenVINO, as model.xml, or for onnxruntime; "int8" is quantized."""
     import nncf
-    import numpy as np
     import openvino
     from onnxruntime.quantization import quantize_dynamic
 
     from model import load
     from script import export
 
-    classifier, path = load(f"{parent}/full", "fp32"), Path(parent) / f"{name}.onnx"
+    classifier, path = load(full, "fp32"), folder.with_suffix(".onnx")
     export.write(classifier, path)
-    folder = Path(parent) / name
-    folder.mkdir()
-    if name == "ort-int8":
+    if folder.name == "ort-int8":
         # reduce_range: 8-bit products overflow on processors without VNNI
         quantize_dynamic(path, folder / "model.onnx", per_channel=True, reduce_range=True)
         return
     model = openvino.Core().read_model(path)
-    if name == "int8":
-        texts = distinct(data, CALIBRATION_TEXTS).texts
+    if folder.name == "int8":
         cut = {"truncation": True, "max_length": MOST_TOKENS}
-        encoded = [classifier.tokenizer(text, **cut) for text in texts]
-        rows = [{key: np.array([one[key]]) for key in export.INPUTS} for one in encoded]
+        texts = distinct(data, CALIBRATION_TEXTS)
+        encoded = [classifier.tokenizer(text, return_tensors="np", **cut) for text in texts]
+        rows = [{key: row[key] for key in export.INPUTS} for row in encoded]
         options = {"model_type": nncf.ModelType.TRANSFORMER, "subset_size": len(rows)}
         model = nncf.quantize(model, nncf.Dataset(rows), **options)
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
 
 
-def distinct(data: str, count: int):
-    """Return a `Split` of the first `count` distinct texts of a file."""
+def distinct(data: str, count: int) -> list[str]:
+    """Return the first `count` distinct texts of a file."""
     import dataset
     from runtime.file_format import FileFormat
 
     split = dataset.read_split(data, FileFormat(), labels_required=False)
-    return dataclasses.replace(split, texts=list(dict.fromkeys(split.texts))[:count])
+    return list(dict.fromkeys(split.texts))[:count]
 
 
-def our_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure:
+def our_scoring(texts: list[str], parent: str, names: list[str]) -> Measure:
     """Time `main.py --do_predict` on texts in memory: tokenizing and computing the logits.
 
     names: the model or adapter folders; if there are several, the rows use them in turn.
     """
     import numpy as np
 
-    from arguments import parse_args
-    from model.bank_start import find_start
-    from model.classifier import predict
-    from runtime.batches import encode
+    from model.classifier import Classifier
+    from model.source import open_model
+    from runtime.batches import rows_of
     from runtime.machine import pick_machine, set_up_process
 
-    flags, folders = ["--do_predict", "--output_dir", "unused"], [f"{parent}/{n}" for n in names]
-    split, index = distinct(data, count), None
-    if len(names) == 1:
-        args = parse_args([*flags, "--model_name_or_path", *folders])
-    else:
-        args = parse_args([*flags, "--prefix_paths", *folders, "--prefix_column", "unused"])
-        index = np.arange(len(split)) % len(names)
-    start = find_start(args)
-    tokenizer, model = start.tokenizer(), start.build(args)
+    folders, index = [f"{parent}/{name}" for name in names], None
+    if len(names) > 1:
+        index = np.arange(len(texts)) % len(names)
     set_up_process()
-    machine = pick_machine(args.precision)
-    machine.place(model)
-
-    def measure() -> float:
-        began = time.perf_counter()
-        encoded = encode(tokenizer, split, start.config.max_seq_length, index)
-        predict(model, encoded, args.per_device_eval_batch_size, machine)
-        return len(split) / (time.perf_counter() - began)
-
-    return measure
+    source = open_model(folders if len(names) > 1 else folders[0], by_row=len(names) > 1)
+    classifier = Classifier.from_source(source, pick_machine("auto"))
+    return timed(lambda: classifier.logits(rows_of(texts), index), len(texts))
 
 
-def hf_pipeline(
-    data: str, count: int, parent: str, names: list[str], *, compiled: bool = False
-) -> Measure:
+def hf_pipeline(texts: list[str], parent: str, names: list[str], compiled: bool = False) -> Measure:
     """Time `pipeline("text-classification")` at its fastest."""
     import torch
     import transformers
@@ -289,14 +289,7 @@ def hf_pipeline(
     )
     if compiled:
         pipe.model.forward = torch.compile(pipe.model.forward, dynamic=True)
-    texts = distinct(data, count).texts
-
-    def measure() -> float:
-        began = time.perf_counter()
-        pipe(texts, batch_size=SCORING_BATCH)
-        return len(texts) / (time.perf_counter() - began)
-
-    return measure
+    return timed(lambda: pipe(texts, batch_size=SCORING_BATCH), len(texts))
 
 
 def batches(parent: str, texts: list[str]) -> Iterator[dict]:
@@ -306,42 +299,39 @@ def batches(parent: str, texts: list[str]) -> Iterator[dict]:
 
     tokenizer = Tokenizer.from_file(f"{parent}/full/tokenizer.json")
     tokenizer.enable_truncation(MOST_TOKENS)
-    rows = sorted((one.ids for one in tokenizer.encode_batch(texts)), key=len)
+    rows = sorted(tokenizer.encode_batch(texts), key=len)
     for first in range(0, len(rows), SCORING_BATCH):
         batch = rows[first : first + SCORING_BATCH]
-        ids = np.zeros((len(batch), len(batch[-1])), dtype=np.int64)
-        for row, words in zip(ids, batch, strict=True):
-            row[: len(words)] = words
-        yield {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}
+        for row in batch:
+            row.pad(len(batch[-1]))
+        ids, mask = ([row.ids for row in batch], [row.attention_mask for row in batch])
+        yield {"input_ids": np.array(ids), "attention_mask": np.array(mask)}
 
 
-def openvino_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure:
+def openvino_scoring(texts: list[str], parent: str, names: list[str]) -> Measure:
     """Time OpenVINO in its throughput mode, with batches of texts of similar length in flight."""
     import openvino
 
     hint = {"fp32": "f32"}.get(best()[1], "bf16")
     settings = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": hint}
     compiled = openvino.Core().compile_model(f"{parent}/{names[-1]}/model.xml", "CPU", settings)
-    texts = distinct(data, count).texts
 
-    def measure() -> float:
-        began = time.perf_counter()
-        queue, found = openvino.AsyncInferQueue(compiled), {}
+    def work() -> None:
+        queue, logits = openvino.AsyncInferQueue(compiled), {}
 
         def keep(request, number: int) -> None:
-            found[number] = request.get_output_tensor(0).data.copy()
+            logits[number] = request.get_output_tensor(0).data.copy()
 
         queue.set_callback(keep)
         for number, batch in enumerate(batches(parent, texts)):
             queue.start_async(batch, number)
         queue.wait_all()
-        assert sum(map(len, found.values())) == len(texts)
-        return len(texts) / (time.perf_counter() - began)
+        assert sum(map(len, logits.values())) == len(texts)
 
-    return measure
+    return timed(work, len(texts))
 
 
-def onnxruntime_scoring(data: str, count: int, parent: str, names: list[str]) -> Measure:
+def onnxruntime_scoring(texts: list[str], parent: str, names: list[str]) -> Measure:
     """Time onnxruntime with two batches of similar length in flight, on one thread each."""
     import onnxruntime
 
@@ -349,15 +339,13 @@ def onnxruntime_scoring(data: str, count: int, parent: str, names: list[str]) ->
     options.intra_op_num_threads = 1
     path = f"{parent}/{names[-1]}/model.onnx"
     session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-    texts, threads = distinct(data, count).texts, ThreadPoolExecutor(2)
+    threads = ThreadPoolExecutor(2)
 
-    def measure() -> float:
-        began = time.perf_counter()
-        found = list(threads.map(partial(session.run, None), batches(parent, texts)))
-        assert sum(len(logits) for (logits,) in found) == len(texts)
-        return len(texts) / (time.perf_counter() - began)
+    def work() -> None:
+        results = list(threads.map(partial(session.run, None), batches(parent, texts)))
+        assert sum(len(logits) for (logits,) in results) == len(texts)
 
-    return measure
+    return timed(work, len(texts))
 
 
 BEST = {"train_sampling_strategy": "group_by_length"}

@@ -1,18 +1,19 @@
-"""What locust runs: users who send one of the bodies in $BODIES every $INTERVAL seconds on average.
+"""What locust runs: users who send a text of $DATA for one of $MODELS models, both drawn at random.
 
-The times between two requests of a user are random (exponential), so all of them together arrive as
-a Poisson process, however long the answers take.
+Each does so every $INTERVAL seconds on average. The times between two requests are random
+(exponential), so those of all users together arrive as a Poisson process, however long the answers
+take. With an interval of 0, a user sends the next request as soon as the last one is answered.
 """
 
 import os
 import random
 import time
-from pathlib import Path
 
+import pandas as pd
 from locust import FastHttpUser, task
 
-BODIES = Path(os.environ["BODIES"]).read_text(encoding="utf-8").splitlines()
-HEADERS = {"content-type": "application/json"}
+TEXTS = pd.read_csv(os.environ["DATA"], keep_default_na=False)["text"].tolist()
+MODELS, INTERVAL = int(os.environ["MODELS"]), float(os.environ["INTERVAL"])
 
 
 class User(FastHttpUser):
@@ -25,11 +26,11 @@ class User(FastHttpUser):
 
     def wait_time(self) -> float:
         """Return the seconds until the next request is due."""
-        self.due += random.expovariate(1 / float(os.environ["INTERVAL"]))
+        self.due += random.expovariate(1 / INTERVAL) if INTERVAL else 0
         return max(0.0, self.due - time.time())
 
     @task
     def classify(self) -> None:
         """Classify one text with one of the models."""
-        body = random.choice(BODIES)
-        self.client.post("/v1/classify", data=body.encode(), headers=HEADERS, name="classify")
+        body = {"model": str(random.randrange(MODELS)), "input": random.choice(TEXTS)}
+        self.client.post("/v1/classify", json=body, name="classify")

@@ -3,25 +3,24 @@
     bash script/serving_benchmark.sh PREFIX FULL [flags]
 
 PREFIX: the adapter folder of a prefix, which is copied, with other weights, as often as needed.
-FULL: a model folder, for the rivals. The load comes from other processes: wrk keeps 64 requests in
-flight to find the most texts per second; then locust sends half of that at a fixed rate, and
-measures the latencies. Each request has one text for one model, both drawn at random.
+FULL: a model folder, for the rivals. The load comes from locust, in another process: first 64 users
+who wait for nothing but the answer find the most texts per second; then requests at random times,
+half as many per second, measure the latencies. Each request has one text for one model, both drawn
+at random.
 """
 
-import csv
-import json
 import os
-import random
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
+from multiprocessing import Process
 from pathlib import Path
+from urllib.request import urlopen
 
 import pandas as pd
 from safetensors.torch import load_file, save_file
@@ -31,26 +30,12 @@ from runtime.files import UserError, run_and_report
 from runtime.flags import Parser
 from runtime.processes import end_with_parent
 from script import serve
+from script.benchmark import rival_servers
+from script.benchmark.processes import started, write_figures
 
 PORT = 8765
-CONNECTIONS = 64  # of wrk
-USERS = 100  # of locust
-BODIES = 5_000
-END_WITH_US = partial(end_with_parent, os.getpid())
-LUA = """
-local bodies = {}
-for line in io.lines(os.getenv("BODIES")) do bodies[#bodies + 1] = line end
-local headers = {["content-type"] = "application/json"}
-math.randomseed(1)
-request = function()
-  return wrk.format("POST", "/v1/classify", headers, bodies[math.random(#bodies)])
-end
-done = function(summary, latency, requests)
-  local e = summary.errors
-  print(string.format("FOUND %f %d", summary.requests / summary.duration * 1e6,
-    e.connect + e.read + e.write + e.status + e.timeout))
-end
-"""
+URL = f"http://127.0.0.1:{PORT}"
+BUSY_USERS, RANDOM_USERS = 64, 100
 
 
 def copy_prefix(source: Path, target: Path, number: int) -> None:
@@ -63,100 +48,99 @@ def copy_prefix(source: Path, target: Path, number: int) -> None:
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def write_bodies(path: Path, names: list[str], texts: list[str]) -> None:
-    """Write the bodies of the requests, one per line."""
-    draw = random.Random(1)
-    rows = ({"model": draw.choice(names), "input": draw.choice(texts)} for _ in range(BODIES))
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-
-
-@contextmanager
-def started(*command: str) -> Iterator[tuple[subprocess.Popen, float]]:
-    """Start a server; yields its process and the seconds until it answered.
-
-    Raises: UserError if it has ended instead.
-    """
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *command], stderr=subprocess.DEVNULL, preexec_fn=END_WITH_US
-    )
-    try:
-        probe = ["curl", "-s", "-o", "/dev/null", f"http://127.0.0.1:{PORT}/openapi.json"]
-        while subprocess.run(probe, check=False).returncode:
-            if process.poll() is not None:
+def wait_for(server: Process) -> None:
+    """Wait until the server answers. Raises: UserError if it has ended instead."""
+    while True:
+        try:
+            return urlopen(f"{URL}/openapi.json").close()
+        except OSError:
+            if not server.is_alive():
                 raise UserError(
-                    f"{command[1]} has ended: check that port {PORT} is free, and that bash "
+                    f"the server has ended: check that port {PORT} is free, and that bash "
                     "script/serve.sh serves the two folders"
-                )
+                ) from None
             time.sleep(0.1)
-        yield process, time.perf_counter() - began
-    finally:
-        process.kill()
-        process.wait()
 
 
-def memory(process: subprocess.Popen) -> int:
-    """Return the bytes that a process has in memory."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
+def load(data: str, models: int, users: int, interval: float, seconds: int) -> pd.Series:
+    """Let users send requests; return locust's figures. Raises: UserError if there are none.
 
-
-def most(bodies: Path, seconds: int) -> tuple[float, int]:
-    """Return the most requests per second, and the number of errors."""
-    lua = bodies.with_name("wrk.lua")
-    lua.write_text(LUA)
-    command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "30s"]
-    command += ["-s", str(lua)]
-    found = subprocess.run(
-        [*command, f"http://127.0.0.1:{PORT}"],
-        env=os.environ | {"BODIES": str(bodies)}, capture_output=True, text=True, check=True,
-        preexec_fn=END_WITH_US,
-    )  # fmt: skip
-    rate, errors = next(
-        line.split()[1:] for line in found.stdout.splitlines() if line.startswith("FOUND")
-    )
-    return float(rate), int(errors)
-
-
-def latencies(bodies: Path, rate: float, seconds: int) -> dict[str, float]:
-    """Send requests at a fixed rate; returns percentiles in ms, the rate and the errors."""
-    prefix = bodies.with_name("locust")
-    env = os.environ | {"BODIES": str(bodies), "INTERVAL": str(USERS / rate)}
+    interval: mean time between two requests of a user in seconds; 0: as soon as it is answered.
+    """
+    env = os.environ | {"DATA": data, "MODELS": str(models), "INTERVAL": str(interval)}
     command = [sys.executable, "-m", "locust", "-f", "script/benchmark/load_user.py", "--headless"]
-    command += ["--host", f"http://127.0.0.1:{PORT}", "-u", str(USERS), "-r", str(USERS)]
-    command += ["-t", f"{seconds}s", "--reset-stats", "--csv", str(prefix), "--only-summary"]
-    subprocess.run(command, env=env, capture_output=True, check=False, preexec_fn=END_WITH_US)
-    with open(f"{prefix}_stats.csv", encoding="utf-8") as file:
-        row = next(row for row in csv.DictReader(file) if row["Name"] == "classify")
-    found = {f"p{p}_ms": float(row[f"{p}%"]) for p in (50, 95, 99)}
-    return found | {"rate": float(row["Requests/s"]), "errors": int(row["Failure Count"])}
+    command += ["--host", URL, "-u", str(users), "-r", str(users), "-t", f"{seconds}s"]
+    end_with_us = partial(end_with_parent, os.getpid())
+    with tempfile.TemporaryDirectory() as folder:
+        command += ["--reset-stats", "--only-summary", "--csv", f"{folder}/locust"]
+        subprocess.run(command, env=env, capture_output=True, preexec_fn=end_with_us)
+        table = pd.read_csv(f"{folder}/locust_stats.csv").set_index("Name")
+    if "classify" not in table.index:
+        raise UserError(f"no request was answered in {seconds} s: pass more --seconds")
+    return table.loc["classify"]
 
 
-def measure(command: list[str], bodies: Path, seconds: int) -> dict:
-    """Measure one server under both loads."""
-    with started(*command) as (process, start_up):
-        idle = memory(process)
-        most(bodies, 3)  # warms up
-        rate, errors = most(bodies, seconds)
-        at_half = latencies(bodies, rate / 2, seconds)
-        found = {"texts_per_second": rate, "errors": errors, "at_half_load": at_half}
-        return found | {
+def memory(server: Process) -> int:
+    """Return the bytes that a server has in memory."""
+    pages = int(Path(f"/proc/{server.pid}/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def measure(server: tuple, data: str, models: int, seconds: int) -> dict:
+    """Measure a server, a function and its arguments, under both loads."""
+    send = partial(load, data, models)
+    start = time.perf_counter()
+    with started(*server) as process:
+        wait_for(process)
+        start_up, idle = time.perf_counter() - start, memory(process)
+        send(BUSY_USERS, 0, seconds)  # warms up
+        busy = send(BUSY_USERS, 0, seconds)
+        rate = float(busy["Requests/s"])
+        half = send(RANDOM_USERS, 2 * RANDOM_USERS / rate, seconds)
+        return {
+            "texts_per_second": rate,
+            "errors": int(busy["Failure Count"]),
+            "at_half_load": {
+                **{f"p{p}_ms": float(half[f"{p}%"]) for p in (50, 95, 99)},
+                "rate": float(half["Requests/s"]),
+                "errors": int(half["Failure Count"]),
+            },
             "start_up_seconds": start_up,
             "memory_at_start_bytes": idle,
             "memory_bytes": memory(process),
         }
 
 
-def show(name: str, found: dict) -> None:
-    """Print a row of the table."""
-    half, errors = found["at_half_load"], found["errors"] + found["at_half_load"]["errors"]
-    print(
-        f"{name:28} {found['texts_per_second']:6.0f} {half['p50_ms']:5.0f} {half['p95_ms']:5.0f}"
-        f" {half['p99_ms']:5.0f} {found['memory_bytes'] / 2**30:7.2f}"
-        f" {found['start_up_seconds']:7.1f} {errors:6}",
-        flush=True,
+def format_row(name: str, figures: dict) -> str:
+    """Format a row of the table."""
+    half = figures["at_half_load"]
+    return (
+        f"{name:28} {figures['texts_per_second']:6.0f} {half['p50_ms']:5.0f} {half['p95_ms']:5.0f}"
+        f" {half['p99_ms']:5.0f} {figures['memory_bytes'] / 2**30:7.2f}"
+        f" {figures['start_up_seconds']:7.1f} {figures['errors'] + half['errors']:6}"
     )
+
+
+def compare(args: Namespace, flags: list[str]) -> None:
+    """Measure the server and its rivals, print a row for each, and write all figures."""
+    kinds = ("prefixes", "pipelines", "lora") if args.rivals else ()
+    results: dict[str, dict] = {}
+    print(f"{'':28} texts/s   p50   p95   p99 ms  GiB  start s errors")
+    with tempfile.TemporaryDirectory() as parent:
+        models = Path(parent) / "models"
+        for count, kind in [(n, "prefixes") for n in args.counts] + [
+            (args.rivals, k) for k in kinds
+        ]:
+            name = f"{count} {kind}"
+            shutil.rmtree(models, ignore_errors=True)
+            server = (rival_servers.serve, kind, str(args.full), count, PORT)
+            if kind == "prefixes":
+                for number in range(count):
+                    copy_prefix(args.prefix, models / str(number), number)
+                server = (serve.main, [str(models), "--port", str(PORT), *flags])
+            results[name] = measure(server, args.data, count, args.seconds)
+            print(format_row(name, results[name]), flush=True)
+    write_figures(args.output_dir, "serving.json", results)
 
 
 def main(argv: list[str]) -> int:
@@ -173,37 +157,6 @@ def main(argv: list[str]) -> int:
     args, flags = parser.parse_known_args(argv)  # others are passed to the server
     serve.parse(flags)  # a bad flag ends the program
     return run_and_report(compare, args, flags)
-
-
-def compare(args: Namespace, flags: list[str]) -> None:
-    """Measure the server and its rivals, print a row for each, and write all figures."""
-    texts = pd.read_csv(args.data, keep_default_na=False)["text"].tolist()
-    results: dict[str, dict] = {}
-    print(f"{'':28} texts/s   p50   p95   p99 ms  GiB  start s errors")
-    with tempfile.TemporaryDirectory() as parent:
-        bodies, models = Path(parent) / "bodies", Path(parent) / "models"
-        contenders = [(f"{count} prefixes", count, None) for count in args.counts]
-        if args.rivals:
-            contenders += [(f"{args.rivals} prefixes", args.rivals, None)]
-            contenders += [
-                (f"{args.rivals} {kind}", args.rivals, kind) for kind in ("pipelines", "lora")
-            ]
-        for name, count, kind in contenders:
-            shutil.rmtree(models, ignore_errors=True)
-            names = [str(number) for number in range(count)]
-            write_bodies(bodies, names, texts)
-            command = ["-m", "script.benchmark.rival_servers", str(kind), str(args.full)]
-            command += [str(count), str(PORT)]
-            if kind is None:
-                for number in range(count):
-                    copy_prefix(args.prefix, models / names[number], number)
-                command = ["-m", "script.serve", str(models), "--port", str(PORT), *flags]
-            results[name] = measure(command, bodies, args.seconds)
-            show(name, results[name])
-    path = Path(args.output_dir) / "serving.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"all figures: {path}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 N rows, C classes.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 import pandas as pd
 
-from dataset import Split
 from runtime.labels import label_key, label_numbers
+from script.study.runs import NO_MEMBERS, Run
+from script.study.significance import group
 
 COLUMNS = ["text", "label", "suggestion", "margin", "file", "row"]
 LISTED, SHOWN = 200, 20  # in the file, and in the report
@@ -32,25 +31,24 @@ def label_margins(
     return probability[rows, own] - others[rows, best], [names[number] for number in best]
 
 
-def file_margins(runs: list[tuple[dict, Split]], seen_keys: set[str]) -> pd.DataFrame:
-    """Average the test predictions of runs on the same file, and compute the margins of its labels.
+def file_margins(runs: list[Run]) -> pd.DataFrame:
+    """Compute the margins of a test file's unseen texts, by the average of runs that scored it.
 
-    runs: from `read_run`. seen_keys: of the texts to leave out. Returns a table with `COLUMNS`.
+    Returns a table with `COLUMNS`.
     """
-    if not runs:
-        return pd.DataFrame(columns=COLUMNS)
-    record, split = runs[0]
-    names = record["labels"]
-    columns = [f"probability_{name}" for name in names]
-    each = [other.table[columns].to_numpy(dtype=float) for _, other in runs]
-    margin, suggestion = label_margins([one for (one,) in split.labels], np.mean(each, 0), names)
-    found = pd.DataFrame({"text": split.texts, "label": [one for (one,) in split.labels]})
-    found = found.assign(suggestion=suggestion, margin=margin.round(6), row=split.rows)
-    found["file"] = record["data"]["test"]["path"]
-    return found[[key not in seen_keys for key in split.keys]][COLUMNS]
+    record, split = runs[0].scored
+    columns = [f"probability_{name}" for name in record["labels"]]
+    probability = np.mean([run.scored[1].table[columns].to_numpy(dtype=float) for run in runs], 0)
+    labels = [label for (label,) in split.labels]
+    margin, suggestion = label_margins(labels, probability, record["labels"])
+    table = {"text": split.texts, "label": labels, "suggestion": suggestion}
+    table |= {"margin": margin.round(6), "file": record["data"]["test"]["path"], "row": split.rows}
+    return pd.DataFrame(table)[~runs[0].predictions["seen"].to_numpy()]
 
 
-def least_plausible(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+def least_plausible(runs: list[Run]) -> pd.DataFrame:
     """Return the rows of negative margin, the least plausible first; each text and label once."""
-    found = pd.concat([pd.DataFrame(columns=COLUMNS), *tables]).sort_values("margin", kind="stable")
-    return found[found["margin"] < 0].drop_duplicates(["text", "label"]).head(LISTED)
+    reviewers = [r for r in runs if r.protocol == "unseen" and r.method not in NO_MEMBERS]
+    tables = [file_margins(ours) for ours in group(reviewers, lambda run: run.data).values()]
+    table = pd.concat([pd.DataFrame(columns=COLUMNS), *tables]).sort_values("margin", kind="stable")
+    return table[table["margin"] < 0].drop_duplicates(["text", "label"]).head(LISTED)

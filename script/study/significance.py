@@ -12,8 +12,9 @@ T distinct texts, K runs.
 
 import math
 import sys
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,7 @@ from runtime.flags import Parser
 from runtime.labels import label_key
 from runtime.record import RUN_FILE, read_record
 
+T = TypeVar("T")
 RESAMPLES = 9999
 
 
@@ -37,8 +39,7 @@ class PairedTest(NamedTuple):
     one: float  # accuracy
     other: float
     difference: float  # of the accuracies, other - one
-    low: float  # of its 95 % interval, over texts and, if there are several, seeds
-    high: float
+    interval: list[float]  # its two ends: 95 %, over texts and, if there are several, seeds
     p: float  # two-sided, at least 0.0002; over texts only
     texts: int  # number of distinct texts
 
@@ -63,15 +64,19 @@ def read_predictions(folder: str | Path) -> pd.DataFrame:
 def answers(split: Split) -> pd.DataFrame:
     """Return predictions as columns text (key), labels, answer (as written) and right."""
     labels = [frozenset(map(label_key, names)) for names in split.labels]
-    given = split.table["predicted"]
-    found = [
-        {*map(label_key, filter(None, answer.split(LABEL_SEPARATOR)))}
-        if split.multi_label
-        else {label_key(answer)}
-        for answer in given
-    ]
-    right = [names == answer for names, answer in zip(labels, found, strict=True)]
-    return pd.DataFrame({"text": split.keys, "labels": labels, "answer": given, "right": right})
+    written = split.table["predicted"]
+    lists = ([*filter(None, answer.split(LABEL_SEPARATOR))] for answer in written)
+    names = lists if split.multi_label else ([answer] for answer in written)
+    right = [label == {*map(label_key, name)} for label, name in zip(labels, names, strict=True)]
+    return pd.DataFrame({"text": split.keys, "labels": labels, "answer": written, "right": right})
+
+
+def group(things: Iterable[T], key: Callable[[T], Hashable]) -> dict[Hashable, list[T]]:
+    """Group things by a key, in the order in which the keys occur first."""
+    groups: dict[Hashable, list[T]] = {}
+    for thing in things:
+        groups.setdefault(key(thing), []).append(thing)
+    return groups
 
 
 class Scores:
@@ -91,10 +96,7 @@ class Scores:
         self.texts = grid.mean(axis=1)
         self.mean = float(self.texts.mean())
         self.seeds: list[tuple[float, int]] = []  # variances of the mean, degrees of freedom
-        files: dict[bytes, list] = {}  # runs on the same texts
-        for run in grid:
-            files.setdefault(grid[run].notna().to_numpy().tobytes(), []).append(run)
-        for runs in files.values():
+        for runs in group(grid, lambda run: tuple(grid[run].notna())).values():  # on the same texts
             means, share = grid[runs].mean(), grid[runs[0]].notna().mean()
             if len(runs) > 1:
                 self.seeds.append((share**2 * means.var() / len(runs), len(runs) - 1))
@@ -120,7 +122,7 @@ def margin(variances: list[tuple[float, int]]) -> float:
     total = sum(variance for variance, _ in variances)
     if not total:
         return 0.0
-    freedom = total**2 / sum(variance**2 / max(1, each) for variance, each in variances)
+    freedom = total**2 / sum(variance**2 / max(1, degrees) for variance, degrees in variances)
     return float(student.ppf(0.5 + LEVEL / 2, freedom) * math.sqrt(total))
 
 
@@ -138,22 +140,17 @@ def difference_interval(one: Scores, other: Scores) -> list[float]:
     return [max(-1.0, float(mean - error)), min(1.0, float(mean + error))]
 
 
-def paired_test(one: pd.DataFrame, other: pd.DataFrame) -> PairedTest | None:
-    """Compare two methods on the same texts, from tables with the columns of `Scores`.
+def paired_test(one: Scores, other: Scores) -> PairedTest | None:
+    """Compare two methods on the same texts; return None if the texts differ or are fewer than two.
 
-    Each distinct text has the same weight; its score is its share of right predictions over rows
-    and runs. The permutation test swaps the two scores of texts at random, as if the methods were
-    equal: its p holds for these runs. The interval of the difference also covers other seeds, as
-    far as several runs predicted the same texts.
-
-    Returns None if the texts differ or are fewer than two.
+    Each distinct text has the same weight. The permutation test swaps the two scores of texts at
+    random, as if the methods were equal: its p holds for these runs. The interval of the difference
+    also covers other seeds, as far as several runs predicted the same texts.
     """
-    scores = Scores(one), Scores(other)
-    shares = [each.texts for each in scores]
-    if not shares[0].index.equals(shares[1].index) or len(shares[0]) < 2:
+    if not one.texts.index.equals(other.texts.index) or len(one.texts) < 2:
         return None
     test = permutation_test(
-        [share.to_numpy() for share in shares],
+        [one.texts.to_numpy(), other.texts.to_numpy()],
         lambda a, b, axis: np.mean(b - a, axis=axis),
         vectorized=True,
         permutation_type="samples",
@@ -161,8 +158,15 @@ def paired_test(one: pd.DataFrame, other: pd.DataFrame) -> PairedTest | None:
         batch=200,
         rng=0,
     )
-    means, ends = [each.mean for each in scores], difference_interval(*scores)
-    return PairedTest(*means, float(test.statistic), *ends, float(test.pvalue), len(shares[0]))
+    difference, p = float(test.statistic), float(test.pvalue)
+    interval = difference_interval(one, other)
+    return PairedTest(one.mean, other.mean, difference, interval, p, len(one.texts))
+
+
+def describe(difference: float, interval: list[float], p: float) -> str:
+    """Return the result of a paired test in words."""
+    points, low, high = (100 * share for share in (difference, *interval))
+    return f"{points:+.2f} points ({low:+.2f} to {high:+.2f}), p = {p:.4f}"
 
 
 def holm(p: list[float]) -> list[float]:
@@ -187,12 +191,12 @@ def compare(ones: list[str], others: list[str]) -> str:
             raise UserError(f"{one} and {other} did not predict the same rows: pair other runs")
         tables.append((left, right.assign(text=left["text"])))
     lefts, rights = (pd.concat(column) for column in zip(*tables, strict=True))
-    test = paired_test(rights, lefts)
+    test = paired_test(Scores(rights), Scores(lefts))
     if test is None:
         raise UserError("the runs share fewer than two distinct texts: use larger test files")
     return (
-        f"{100 * test.other:.2f} % against {100 * test.one:.2f} %: {100 * test.difference:+.2f} "
-        f"points ({100 * test.low:+.2f} to {100 * test.high:+.2f}), p = {test.p:.4f} "
+        f"{100 * test.other:.2f} % against {100 * test.one:.2f} %: "
+        f"{describe(test.difference, test.interval, test.p)} "
         f"({test.texts:,} distinct texts, {len(lefts):,} rows, {len(ones)} pairs of runs)"
     )
 

@@ -1,0 +1,45 @@
+"""The table of tuning methods, and the two that need no file of their own."""
+
+from transformers import BertConfig
+
+from model.lora import Lora
+from model.prefix_tuning import Prefix
+from model.tuning import AdapterMethod, TuningMethod
+
+
+class Probe(AdapterMethod):
+    """A linear probe: only the head is trained, over the frozen backbone's mean-pooled tokens."""
+
+    name = "probe"
+    pooling = "mean"
+    peft_types = ("PROBE",)
+
+    def title(self, config: BertConfig) -> str:
+        return "linear probing"
+
+    def is_trainable(self, name: str) -> bool:
+        return self.is_head(name)
+
+
+class Bias(AdapterMethod):
+    """Biases, the gains of LayerNorm and the head are trained.
+
+    BitFit (Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199) trains no gains.
+    """
+
+    name = "bias"
+    peft_types = ("BIAS",)
+
+    def title(self, config: BertConfig) -> str:
+        return "bias tuning"
+
+    def is_trainable(self, name: str) -> bool:
+        return self.is_head(name) or name.endswith(".bias") or "LayerNorm" in name
+
+
+TUNING = {method.name: method for method in (TuningMethod(), Prefix(), Lora(), Probe(), Bias())}
+
+
+def method_of(config: BertConfig) -> TuningMethod:
+    """Return the tuning method of a config; one that names none counts as full."""
+    return TUNING[getattr(config, "tuning_method", "full")]

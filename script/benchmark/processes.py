@@ -1,0 +1,43 @@
+"""What both benchmarks share: processes that end with them, and the file of their figures."""
+
+import json
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtime.files import run_and_report
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def child(parent: int, function, *arguments) -> None:
+    """Call a function in a process that ends with its parent, whatever the function does."""
+    from runtime.processes import end_with_parent  # loads torch, as every contender does
+
+    end_with_parent(parent)
+    logging.disable(logging.INFO)
+    sys.exit(run_and_report(function, *arguments))
+
+
+@contextmanager
+def started(function, *arguments) -> Iterator[multiprocessing.Process]:
+    """Call a function in a process of its own, which is killed at the end of the block."""
+    process = SPAWN.Process(target=child, args=(os.getpid(), function, *arguments))
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def write_figures(folder: str, name: str, figures: dict) -> None:
+    """Write the figures of a benchmark as JSON, and say where they are."""
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"\nall figures: {path}")
