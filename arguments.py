@@ -6,7 +6,6 @@ P-tuning v2. Nothing heavy is imported here, so `--help` and typos are answered 
 
 import argparse
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from runtime import flags
 from runtime.file_format import MULTI_LABEL, SINGLE_LABEL, several_columns
+from runtime.files import UserError, read_json
 from runtime.flags import Parser, boolean, choice, column_names, encoding, fill, number, value
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -35,8 +35,7 @@ WIDTHS = (384, 768)  # a width in between has the rates of the wider backbone, w
 class Tuning(NamedTuple):
     """The defaults of a tuning method: peak learning rates by hidden size, see WIDTHS; schedules.
 
-    - up to 384: measured on the bundled backbone alone (results/README.md); the projected and the
-      input prefix not on real data
+    - up to 384: measured on the bundled backbone (results/README.md), projected and input not
     - full: 2e-5 to 5e-5 for base and large (Devlin et al. 2019, https://arxiv.org/abs/1810.04805)
     - prefix: 5e-3 to 2e-2 for BERT-large, projected 1e-4 (run_script, github.com/THUDM/P-tuning-v2)
     - lora: 2e-4 to 5e-4 for RoBERTa (Hu et al. 2022, https://arxiv.org/abs/2106.09685)
@@ -49,7 +48,7 @@ class Tuning(NamedTuple):
     seen: tuple  # SCHEDULE, if most texts are seen
     new: tuple  # and if not
     flags: Mapping[str, Any] = MappingProxyType({})  # its own ones: their defaults
-    peft_type: str | None = None  # as PEFT names it in adapter_config.json
+    peft_type: str = ""  # of an adapter that PEFT wrote, if it is no prefix
 
 
 KEEP_BEST = (12, 0, 0, 0, True)
@@ -58,8 +57,7 @@ TUNING = {
     "full":   Tuning(1e-6, (2e-4, 5e-5, 2e-5), (1e-3, 1e-4, 5e-5),
                      (8, 0, 0.1, 0, True), (4, 0.1, 0.1, 1, False)),
     "prefix": Tuning(1e-3, (3e-2, 1e-2, 5e-3), (1, 0.1, 0.1), KEEP_BEST, (8, 0.1, 0, 1, False),
-                     {"prefix_depth": "all", "prefix_init": "text", "prefix_projection": False},
-                     "PREFIX_TUNING"),
+                     {"prefix_depth": "all", "prefix_init": "text", "prefix_projection": False}),
     "projected prefix": Tuning(2e-5, (1e-3, 3e-4, 1e-4), (1e-2, 3e-3, 1e-3), KEEP_BEST, KEEP_BEST),
     "input prefix": Tuning(1e-3, (3e-2, 1e-2, 5e-3), (1, 0.1, 0.1), KEEP_BEST, KEEP_BEST),
     "lora":   Tuning(1e-5, (2e-3, 5e-4, 2e-4), (2e-2, 5e-3, 2e-3),
@@ -182,9 +180,8 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--attention_probs_dropout_prob", DROPOUT, None,
      f"dropout of attention weights [{by_method('attention_probs_dropout_prob')}]"),
     ("--rdrop_alpha", STEPS | {"metavar": "A"}, None,
-     "R-Drop: train each row with two dropout masks, and weigh the divergence of the two "
-     "predictions with A (beside the mean of both losses; the paper has their sum, so its alpha is "
-     f"2 A); takes twice the time; 0: off [{by_method('rdrop_alpha')}]"),
+     "R-Drop: train each row with two dropout masks, and weigh the divergence of the predictions "
+     f"with A (the paper's alpha is 2 A); takes twice the time [{by_method('rdrop_alpha')}]"),
     ("--ema_decay", value(number(float, 0, 0.999999), "D"), 0.99,
      "decay of the moving average of the weights, which is evaluated and saved; 0: off [0.99]"),
     ("--gradient_checkpointing", SWITCH, False, "recompute activations: less memory, more time"),
@@ -216,11 +213,11 @@ GROUPS = {  # each flag: name, kind, default and help
 }
 # fmt: on
 METHOD_FLAGS = {  # of one method alone
-    method: [row[0][2:] for row in GROUPS.get(f"{method} tuning", ()) if row[0] != "--prefix"]
-    for method in METHODS
-}
-OF_METHODS = [title for title in GROUPS if title.endswith(" tuning")]
-TRAINING = (*OF_METHODS, "training", "evaluation and choice of the best epoch")
+    title.removesuffix(" tuning"): [row[0][2:] for row in rows if row[0] != "--prefix"]
+    for title, rows in GROUPS.items() if title.endswith(" tuning")
+}  # fmt: skip
+TRAINING = ("training", "evaluation and choice of the best epoch")
+TRAINING += tuple(f"{method} tuning" for method in METHOD_FLAGS)
 TRAINING_FLAGS = [row[0].split()[0][2:] for title in TRAINING for row in GROUPS[title]]
 TASKS = {  # the tasks that use a flag, if not all do: a flag without an effect is an error
     **dict.fromkeys((*TRAINING_FLAGS, "train_file", "seed"), ("do_train",)),
@@ -236,8 +233,7 @@ USED_WITH_TEXT = (
 
 def build_parser() -> Parser:
     """Build the parser of all flags, in groups."""
-    what = "Tune and evaluate a BERT classifier on CSV files of texts and labels."
-    parser = Parser("python main.py", what)
+    parser = Parser("python main.py", "Tune and evaluate a BERT classifier on CSV files.")
     for title, rows in GROUPS.items():
         group = parser.add_argument_group(title)
         for names, kind, default, help_text in rows:
@@ -248,23 +244,20 @@ def build_parser() -> Parser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the arguments, and fill in the defaults that depend on the tuning method.
 
-    Without --do_train, training flags are None. `max_seq_length` and `problem_type` may be None, if
-    only the model knows them; so may rates and schedule, see `model.schedule`. A bad flag ends
-    the program with one line and exit status 2.
+    Without --do_train, training flags are None. What only the model knows is None, too, and so are
+    rates and schedule, see `model.schedule`. A bad flag ends the program with exit status 2.
     """
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
-    if broken := [one for one in argv if one.encode(errors="replace").decode() != one]:
+    if broken := [word for word in argv if word.encode(errors="replace").decode() != word]:
         parser.error(f"{broken[0]!a} is not UTF-8")  # run.json is
     args = parser.parse_args(argv)
     check_tasks(parser, args)
     refuse_unused_flags(parser, args, argv)
-    fill_files(parser, args)
-    check_paths(parser, args)
+    check_files(parser, args)
     if args.do_train:
         check_method(parser, args)
         check_training(parser, args)
-        check_saving(parser, args)
     return args
 
 
@@ -296,27 +289,14 @@ def refuse_unused_flags(parser: Parser, args: argparse.Namespace, argv: list[str
         vars(args).update(dict.fromkeys(TRAINING_FLAGS))
 
 
-def read_json(path: str) -> dict:
-    """Read a JSON object, or return {} if that fails: model/ reports what is wrong."""
-    content = {}
-    with suppress(OSError, ValueError, RecursionError):
-        if os.path.isfile(path):  # a pipe would be waited for
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
-
-
-def fill_files(parser: Parser, args: argparse.Namespace) -> None:
-    """Fill in the default files; a training file of one's own needs the other files too."""
+def check_files(parser: Parser, args: argparse.Namespace) -> None:
+    """Fill in the default files; reject missing ones, and a folder of results with the model."""
     needed = {"validation_file": args.do_eval, "test_file": args.do_predict}
     if args.do_train and args.train_file:
         for name in (name for name, used in needed.items() if used and not getattr(args, name)):
             advice = f"pass it, or make all three files by bash script/split.sh {args.train_file}"
             parser.error(f"--train_file also needs --{name}: {advice}")
     fill(vars(args), FILES)
-
-
-def check_paths(parser: Parser, args: argparse.Namespace) -> None:
-    """Reject a missing folder of results, and one that contains the model."""
     if not (args.output_dir or args.text):
         parser.error("--output_dir is missing: name a folder for the results")
     for model in (args.model_name_or_path, *(args.prefix_paths or ())):
@@ -325,18 +305,19 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def check_method(parser: Parser, args: argparse.Namespace) -> None:
-    """Determine the tuning method; reject prefix flags without a prefix, which would be ignored.
-
-    An adapter that is tuned further keeps its method and its prefix.
-    """
+    """Determine the tuning method, which an adapter keeps; reject flags of other methods."""
     folder = args.model_name_or_path
     if args.prefix and args.tuning_method not in (None, "prefix"):
         parser.error(f"--prefix and --tuning_method {args.tuning_method} exclude each other")
     method, tuned_by = "prefix" if args.prefix else args.tuning_method, None
-    if os.path.isfile(os.path.join(folder, "adapter_config.json")):  # PEFT adds no config.json
-        kind = read_json(f"{folder}/adapter_config.json").get("peft_type", "PREFIX_TUNING")
+    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        entries = {}
+        for name in ("adapter_config.json", "config.json"):  # PEFT writes the first alone
+            with suppress(UserError):  # model/ reports what is wrong
+                entries |= read_json(Path(folder) / name)
+        kind = entries.get("peft_type")
         of_peft = next((name for name, row in TUNING.items() if row.peft_type == kind), "prefix")
-        tuned_by = read_json(f"{folder}/config.json").get("tuning_method", of_peft)
+        tuned_by = entries.get("tuning_method", of_peft)
         if tuned_by not in METHODS or method not in (None, tuned_by):
             parser.error(
                 f"--tuning_method: {folder} was tuned with {tuned_by}; its method cannot be changed"
@@ -348,8 +329,7 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
         if given and tuned_by == method:
             parser.error(f"--{given[0]} cannot change the tuned adapter in {folder}: omit the flag")
         if given and args.tuning_method != method:
-            flag = "--prefix" if method == "prefix" else f"--tuning_method {method}"
-            parser.error(f"--{given[0]} needs {flag}")
+            parser.error(f"--{given[0]} needs --tuning_method {method}")
     if args.prefix and not tuned_by:
         fill_prefix(parser, args)
     elif not tuned_by:
@@ -374,10 +354,9 @@ def fill_prefix(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def check_training(parser: Parser, args: argparse.Namespace) -> None:
-    """Check the flags of training and evaluation, and fill in their defaults."""
-    strategy = "epoch" if args.do_eval else "no"
+    """Check the flags of training, evaluation and checkpoints, and fill in their defaults."""
     kind = MULTI_LABEL if several_columns(args.label_column_name) else SINGLE_LABEL
-    fill(vars(args), {"problem_type": kind, "eval_strategy": strategy})
+    fill(vars(args), {"problem_type": kind, "eval_strategy": "epoch" if args.do_eval else "no"})
     multi_label = args.problem_type == MULTI_LABEL
     if args.label_separator and not multi_label:
         parser.error(f"--label_separator needs --problem_type {MULTI_LABEL}")
@@ -397,10 +376,7 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--report_to tensorboard: first run .venv/bin/pip install tensorboard")
     if args.warmup_steps > 1 and args.warmup_steps % 1:
         parser.error("--warmup_steps must be a whole number of steps, or a share below 1")
-
-
-def check_saving(parser: Parser, args: argparse.Namespace) -> None:
-    """Check the checkpoint flags; checkpoints not asked for are removed when the run finishes."""
+    # checkpoints that were not asked for are removed when the run finishes
     asked = args.save_strategy is not None or args.save_steps is not None
     fill(vars(args), {"save_strategy": "steps" if args.save_steps else "epoch"})
     if args.save_strategy == "steps":

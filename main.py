@@ -11,7 +11,7 @@ from runtime.startup import check_packages, one_line_on_interrupt, open_closed_s
 if __name__ == "__main__":  # answer --help and typos before torch loads, which takes seconds
     one_line_on_interrupt()
     open_closed_streams()
-    check_packages("msgspec", "torch", "transformers", "pandas", "sklearn", "matplotlib", "jinja2")
+    check_packages("torch", "transformers", "pandas", "sklearn", "matplotlib", "jinja2", "msgspec")
 
 from arguments import DEFAULT_BACKBONE, parse_args
 
@@ -46,7 +46,7 @@ from runtime import processes
 from runtime.batches import encode
 from runtime.checkpoint import Checkpoint, Tensors
 from runtime.columns import fill_format, model_folders, precision_for
-from runtime.files import UserError, writing
+from runtime.files import UserError, read_json, writing
 from runtime.machine import Machine, pick_machine, set_up_process
 from runtime.output_folder import OutputFolder, opened, recorder
 from runtime.processes import Group, stop_signals
@@ -106,7 +106,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def run(args: Namespace) -> None:
     """Execute one run, from checked arguments to published results."""
-    with processes.joined() as group, opened(args, group.is_main) as output:
+    where = args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint
+    with processes.joined() as group, opened(*where, group.is_main) as output:
         # prepare: machine, model, data and record, the same in all processes
         calibrated = [] if args.do_train else model_folders(vars(args))
         choice = precision_for(output.precision(args.precision), calibrated)
@@ -119,7 +120,7 @@ def run(args: Namespace) -> None:
         if group.from_main(group.is_main and output.is_finished(record)):
             if group.is_main:
                 logger.info("this run has already finished")
-                show(summary(record, output.read_results(), output.path))
+                show(summary(record, read_json(output.path / "all_results.json"), output.path))
             return
         checkpoint = find_checkpoint(output, args, record, group)
         output.start(record, checkpoint)

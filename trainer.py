@@ -25,7 +25,7 @@ from runtime.checkpoint import Checkpoint, Tensors
 from runtime.files import UserError, name_list, read_json
 from runtime.labels import label_key
 from runtime.machine import Machine
-from runtime.training_state import Progress, TrainingState
+from runtime.training_state import Progress, TrainingState, step_if_finite
 
 logger = logging.getLogger(__name__)
 
@@ -130,22 +130,22 @@ def train(
 ) -> dict[str, float]:
     """Train the model in place, and leave it with a moving average of its trainable weights.
 
-    With an `eval_set`, each epoch is evaluated; with `args.load_best_model_at_end`, the model ends
-    with the average of the best epoch instead of the last. `save` receives state and tensors after
-    each epoch unless `args.save_strategy` is "no", and every `args.save_steps` steps if that is
-    set. With a `checkpoint`, the run is resumed and ends as if it had never stopped. After each
-    step, `stop_requested` may return a signal number; then the step is saved and training stops.
+    eval_set: evaluated after each epoch; with `load_best_model_at_end`, the model ends with the
+    average of the best epoch. save: receives state and tensors after each epoch and every
+    `save_steps` steps. checkpoint: the run is resumed, and ends as if it had never stopped.
+    stop_requested: returns a signal number after the step at which to save and stop.
 
     Returns `train_loss` (mean over all examples), `train_runtime` (seconds, with evaluations),
     `train_samples_per_second`, `train_steps` and, if an epoch was chosen, `best_epoch`.
-    Raises: UserError if the loss or its gradient is not finite, before that step changes the
-        weights; Stopped, after the step is saved.
+    Raises: UserError before a step whose loss or gradient is not finite changes weights; Stopped.
     """
     step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(train_set) / args.num_prefixes / step_size)
     total, is_main = steps_per_epoch * args.num_train_epochs, machine.group.is_main
     progress = Progress(total, steps_per_epoch, args.logging_steps, write_metrics, is_main)
-    state = TrainingState(model, build_optimizer(model, args), progress, args, checkpoint)
+    optimizer, metric = build_optimizer(model, args), args.metric_for_best_model
+    keep = args.load_best_model_at_end
+    state = TrainingState(model, optimizer, progress, args.ema_decay, metric, keep, checkpoint)
     one_class = False
 
     with logging_redirect_tqdm(), progress:
@@ -166,7 +166,7 @@ def train(
                 )
                 progress.step([train_set.rows[row] for row in rows], loss, norm, rate)
                 state.average.update(progress.done)
-                if progress.within_epoch:  # the last step of an epoch is saved after its evaluation
+                if progress.done % steps_per_epoch:  # else saved after the epoch's evaluation
                     due = bool(args.save_steps) and progress.done % args.save_steps == 0
                     save_if_due(state, due, machine, save, stop_requested)
 
@@ -199,7 +199,7 @@ def save_if_due(
     stop_requested: Callable[[], int],
 ) -> None:
     """Save a checkpoint if one is due or a stop is requested. Raises: Stopped after the latter."""
-    stop = machine.group.max_over_processes(stop_requested())
+    stop = max(machine.group.gather(stop_requested()))
     if due or stop:
         with state.average.applied():
             save(*state.state_dict())
@@ -273,10 +273,9 @@ def training_step(
                 parameter.grad = torch.zeros_like(parameter)
         machine.group.all_reduce_sum([loss, *(parameter.grad for parameter in parameters)])
 
-    # clip, then step; fused AdamW does nothing if `found_inf` is 1
+    # clip, then step
     norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-    optimizer.found_inf = (~torch.isfinite(loss + norm)).float()
-    optimizer.step()
+    step_if_finite(optimizer, torch.isfinite(loss + norm))
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
 

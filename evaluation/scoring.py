@@ -15,6 +15,7 @@ from evaluation.importance import word_importance
 from evaluation.metrics import Score
 from evaluation.predictions import FILES, Options, predict_file
 from model.predictions import Predictions
+from runtime.files import read_json, write_text
 from runtime.output_folder import OutputFolder
 from runtime.record import peak_memory_bytes
 
@@ -100,12 +101,11 @@ def write_pages(output: OutputFolder, record: dict, results: dict) -> None:
     from evaluation import pages  # matplotlib takes time, which a mere prediction need not
 
     if "train_runtime" in results:
-        output.write_text("README.md", pages.render_card(record, results))
+        write_text(output.staging / "README.md", pages.render_card(record, results))
     if (output.staging / "evaluation.json").exists():
-        page = pages.render_run(
-            record, results, output.read_json("evaluation.json"), output.read_metrics()
-        )
-        output.write_text("report.html", page)
+        details = read_json(output.staging / "evaluation.json")
+        page = pages.render_run(record, results, details, output.read_metrics())
+        write_text(output.staging / "report.html", page)
 
 
 def show(text: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 import torch
-from msgspec import Meta
+from msgspec import Meta, Struct
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -31,27 +31,20 @@ MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "training.safetensors"
 Count = Annotated[int, Meta(ge=0)]
 
 
-class FileDescription(TypedDict):
-    """The entry of one file in the manifest."""
+class ProgressState(Struct):
+    """The progress of training; all floats survive bit for bit."""
 
-    bytes: Count
-    sha256: str
-
-
-class ProgressState(TypedDict):
-    """What `training_state.Progress` stores."""
-
-    done: Count
+    done: Count  # steps
     examples: Count
     loss_sum: float
-    recent: list[tuple[Count, float]]
+    recent: list[tuple[Count, float]]  # examples and loss sum of each step since the last report
     norm: float
     rate: float
     seconds: float
 
 
-class BestState(TypedDict):
-    """What `training_state.BestEpoch` stores."""
+class BestState(Struct):
+    """The best epoch so far, 0 for none, and the value of its metric."""
 
     epoch: Count
     value: float | None
@@ -85,21 +78,13 @@ class Checkpoint:
     state: State
     tensors: Tensors
 
-    @property
-    def step(self) -> int:
-        """Number of optimizer steps done."""
-        return self.state["step"]
-
 
 def write(
     parent: Path, state: dict, tensors: Tensors, fill: Callable[[Path], None], stored: StoredTensors
 ) -> None:
     """Write `parent`/checkpoint-STEP; `fill` writes the model and the metrics into a given folder.
 
-    The files are synced before the manifest of their sizes and checksums is written, and the
-    manifest before the folder is renamed. So a process killed at any moment leaves a whole
-    checkpoint or none.
-
+    Everything is synced before the folder gets its name: a kill leaves a whole checkpoint or none.
     Raises: CheckpointError if writing fails; the new checkpoint is then removed.
     """
     final = parent / f"checkpoint-{state['step']}"
@@ -107,10 +92,11 @@ def write(
     try:
         staging.mkdir(parents=True)
         fill(staging)
-        written = stored(staging)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        rest = {name: one for name, one in tensors.items() if not equal(one, written.get(name))}
-        save_file(rest, staging / TENSORS)
+        for name, written in stored(staging).items():
+            if name in tensors and torch.equal(tensors[name], written):
+                del tensors[name]
+        save_file(tensors, staging / TENSORS)
         (staging / STATE).write_text(to_json(state), encoding="utf-8")
         for path in staging.rglob("*"):
             sync(path)
@@ -130,11 +116,6 @@ def write(
     logger.info("saved %s", final)
 
 
-def equal(one: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """Whether two tensors are bit-identical."""
-    return other is not None and one.shape == other.shape and torch.equal(one, other)
-
-
 def describe(path: Path) -> dict:
     """Return the size and SHA-256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
@@ -146,68 +127,60 @@ def read(folder: Path, stored: StoredTensors) -> Checkpoint:
     Raises: CheckpointError if a file is missing, cut off or changed.
     """
     try:
-        manifest = read_manifest(folder)
-        for name, described in manifest.items():
+        for name, described in read_manifest(folder).items():
             if describe(folder / name) != described:
                 raise CheckpointError(f"{folder} is damaged: {name} does not match its checksum")
         state = read_json(folder / STATE, State)
-        tensors = stored(folder) | load_file(folder / TENSORS)
+        return Checkpoint(folder, state, stored(folder) | load_file(folder / TENSORS))
     except CheckpointError:
         raise
     except (OSError, UserError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is not a whole checkpoint: {error}") from None
-    return Checkpoint(folder, state, tensors)
 
 
-def read_manifest(folder: Path) -> dict[str, FileDescription]:
+def read_manifest(folder: Path) -> dict[str, dict]:
     """Read the descriptions of a checkpoint's files. Raises: UserError if it has other files."""
-    manifest = read_json(folder / MANIFEST, dict[str, FileDescription])
+    manifest = read_json(folder / MANIFEST, dict[str, dict])
     for name in files_of(folder) - {MANIFEST} ^ manifest.keys():
         raise CheckpointError(f"{folder} is damaged: {name} is missing, here or in {MANIFEST}")
     return manifest
 
 
 def looks_whole(folder: Path) -> bool:
-    """Whether a checkpoint has all its files, in the right sizes; contents are not read."""
+    """Whether a checkpoint has all its files; they are not read."""
     try:
-        files = read_manifest(folder).items()
-        return all(
-            (folder / name).is_file() and (folder / name).stat().st_size == described["bytes"]
-            for name, described in files
-        )
+        read_manifest(folder)
     except (OSError, UserError):
         return False
+    return True
 
 
 def steps(parent: Path) -> dict[int, Path]:
     """List the checkpoints in a folder by step, the newest first. They may be damaged."""
     entries = parent.iterdir() if parent.is_dir() else ()
-    found = {int(match[1]): path for path in entries if (match := NAME.fullmatch(path.name))}
-    return dict(sorted(found.items(), reverse=True))
+    paths = {int(match[1]): path for path in entries if (match := NAME.fullmatch(path.name))}
+    return dict(sorted(paths.items(), reverse=True))
 
 
-def newest(parent: Path, stored: StoredTensors) -> Checkpoint | None:
-    """Read the newest intact checkpoint in a folder, or return None if there is no checkpoint.
+def find(choice: str, parent: Path, stored: StoredTensors) -> Checkpoint | None:
+    """Read the checkpoint in folder `choice`, or the newest intact one in `parent` if it is "auto".
 
-    Raises: CheckpointError if all checkpoints are damaged.
+    Returns None if there is none. Raises: CheckpointError if all are damaged.
     """
-    found = steps(parent)
-    for path in found.values():
+    if choice != "auto":
+        return read(Path(choice), stored)
+    paths = steps(parent).values()
+    for path in paths:
         try:
             return read(path, stored)
         except CheckpointError as error:
             logger.warning("warning: %s; trying the previous one", error)
-    if found:
+    if paths:
         raise CheckpointError(
             f"every checkpoint in {parent} is damaged: start over with --overwrite_output_dir and "
             "without --resume_from_checkpoint"
         )
     return None
-
-
-def find(choice: str, parent: Path, stored: StoredTensors) -> Checkpoint | None:
-    """Read the checkpoint in folder `choice`, or the newest in `parent` if `choice` is "auto"."""
-    return newest(parent, stored) if choice == "auto" else read(Path(choice), stored)
 
 
 def prune(parent: Path, limit: int | None, best_step: int) -> None:
@@ -217,8 +190,7 @@ def prune(parent: Path, limit: int | None, best_step: int) -> None:
     """
     if limit is None:
         return
-    found = list(steps(parent).items())
-    for step, path in found[limit or 2 :]:
+    for step, path in list(steps(parent).items())[limit or 2 :]:
         if limit == 0 or step != best_step:
             # the manifest first, so that half a checkpoint never passes for a whole one
             (path / MANIFEST).unlink(missing_ok=True)

@@ -16,14 +16,8 @@ from safetensors import SafetensorError
 
 NAME_LENGTH, LIST_LENGTH = 40, 150  # characters of a name, and of a list of names, in a message
 MAX_JSON_BYTES = 2**28  # far more than any file of a run
-JSON_KINDS = {  # msgspec's names, in words
-    "int": "a whole number",
-    "float": "a number",
-    "str": "a text",
-    "bool": "true or false",
-    "array": "a list",
-    "object": "an object",
-}
+JSON_KINDS = {"int": "a whole number", "float": "a number", "str": "a text"}  # msgspec's, in words
+JSON_KINDS |= {"bool": "true or false", "array": "a list", "object": "an object"}
 
 
 class UserError(Exception):
@@ -31,10 +25,7 @@ class UserError(Exception):
 
 
 def run_and_report(function: Callable[..., None], *args) -> int:
-    """Call a script's function, with its log on stderr; return the exit status.
-
-    It is 0, or 2 after the one line of a `UserError`.
-    """
+    """Call a script's function; return the exit status, 2 after the one line of a `UserError`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         function(*args)
@@ -49,21 +40,20 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + "s" * (count != 1)
 
 
-def name_list(names: Iterable[str], shown: int = 10) -> str:
+def name_list(names: Iterable[str]) -> str:
     """Format names, such as labels, for a message: `a, b, c and 7 more`, in one short line.
 
-    At most `shown` of them, and fewer if they are long; long names are cut.
+    At most 10 of them, and fewer if they are long; long names are cut.
     """
-    names, kept = list(names), []
-    for name in names[:shown]:
+    names, shown = list(names), ""
+    for count, name in enumerate(names):
         name = name if name.isprintable() else ascii(name)[1:-1]  # no line breaks
-        quote = name[:1] if name[:1] == name[-1:] in ("'", '"') else ""
-        cut = name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…{quote}"
-        if kept and len(", ".join([*kept, cut])) > LIST_LENGTH:
-            break
-        kept.append(cut)
-    more = len(names) - len(kept)
-    return ", ".join(kept) + f" and {more:,} more" * bool(more)
+        if len(name) > NAME_LENGTH:
+            name = f"{name[: NAME_LENGTH - 1]}…" + name[0] * (name[0] == name[-1] in "'\"")
+        if count == 10 or (shown and len(f"{shown}, {name}") > LIST_LENGTH):
+            return f"{shown} and {len(names) - count:,} more"
+        shown += f", {name}" if shown else name
+    return shown
 
 
 @contextmanager
@@ -76,10 +66,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all, even if the power fails.
-
-    Raises: UserError if writing fails.
-    """
+    """Write a UTF-8 file, whole or not at all, even if the power fails. Raises: UserError."""
     new = path.with_name(f"{path.name}.new")
     with writing(path):
         new.write_text(text, encoding="utf-8")
@@ -89,7 +76,8 @@ def write_text(path: Path, text: str) -> None:
 
 def to_json(content: object) -> str:
     """Format as indented JSON with a final line break; NaN is an error."""
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    options = {"ensure_ascii": False, "allow_nan": False, "default": msgspec.to_builtins}
+    return json.dumps(content, indent=2, **options) + "\n"
 
 
 def check_regular(path: str | Path) -> None:
@@ -97,8 +85,7 @@ def check_regular(path: str | Path) -> None:
 
     Files are read more than once, and a pipe can be read only once; others never end.
     """
-    path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise UserError(f"{path} is a pipe or a device: write its content to a file and pass that")
 
 
@@ -141,7 +128,5 @@ def sha256(path: str | Path) -> str:
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -4,22 +4,21 @@ import argparse
 import codecs
 import math
 import os
+from argparse import ArgumentTypeError
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 DELIMITERS = {"comma": ",", "tab": "\t", "semicolon": ";", "pipe": "|"}
 QUOTINGS = ("minimal", "none")
+path = os.path.expanduser  # a shell leaves `~` as it is in `--flag=~/folder`
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports an error in one line and exits with status 2.
-
-    It takes no abbreviated flags, and prints a description as it is.
-    """
+    """An ArgumentParser without abbreviated flags, whose errors are one line with status 2."""
 
     def __init__(self, prog: str, description: str, **options) -> None:
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, **options}
         super().__init__(prog, description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -39,38 +38,38 @@ def number(kind: type, low: float, high: float, *, open_low: bool = False):
     """
 
     def convert(text: str) -> float:
-        try:
-            found = float(text)
-        except ValueError:
-            found = math.nan
-        if not math.isfinite(found) or (kind is int and found % 1):
+        value = math.nan
+        with suppress(ValueError):
+            value = float(text)
+        if not math.isfinite(value) or (kind is int and value % 1):
             noun = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"'{text}' is not a {noun}")
-        if not low <= found <= high or (open_low and found == low):
+            raise ArgumentTypeError(f"'{text}' is not a {noun}")
+        if not low <= value <= high or (open_low and value == low):
             bound = f"above {low:g}" if open_low else f"{low:g} or more"
             limit = "" if high == math.inf else f" and at most {high:.10g}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {bound}{limit}")
-        return kind(found)
+            raise ArgumentTypeError(f"{text} is out of range: must be {bound}{limit}")
+        return kind(value)
 
     return convert
 
 
 def boolean(text: str) -> bool:
     """Read `True` or `False` as HF's parser does (also yes/no, 1/0)."""
-    found = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in found:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither True nor False")
-    return found[text.lower()]
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise ArgumentTypeError(f"'{text}' is neither True nor False")
 
 
 def column_names(text: str) -> list[str]:
     """Split column names such as `title,tags` at the commas."""
-    found = [name.strip() for name in text.split(",")]
-    if not all(found):
-        raise argparse.ArgumentTypeError(f"'{text}' contains an empty column name")
-    if len(set(found)) < len(found):
-        raise argparse.ArgumentTypeError(f"'{text}' names a column twice")
-    return found
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ArgumentTypeError(f"'{text}' contains an empty column name")
+    if len(set(names)) < len(names):
+        raise ArgumentTypeError(f"'{text}' names a column twice")
+    return names
 
 
 def label_columns(text: str) -> str:
@@ -81,35 +80,29 @@ def label_columns(text: str) -> str:
 def separator(text: str) -> str:
     """Check that a separator is not empty."""
     if not text:
-        raise argparse.ArgumentTypeError("'' separates nothing: pass one such as ';'")
+        raise ArgumentTypeError("'' separates nothing: pass one such as ';'")
     return text
 
 
 def is_encoding(name: str) -> bool:
     """Whether Python can read files in an encoding."""
-    found = None
     with suppress(LookupError, ValueError):  # punycode, for one, cannot be read piece by piece
         pieces = (bytes([byte]) for byte in "a,\n".encode(name))
-        found = "".join(codecs.iterdecode(pieces, name))
-    return found == "a,\n"
+        return "".join(codecs.iterdecode(pieces, name)) == "a,\n"
+    return False
 
 
 def encoding(text: str) -> str:
     """Check that Python can read files in an encoding."""
     if not is_encoding(text):
-        raise argparse.ArgumentTypeError(f"Python cannot read files in '{text}'")
+        raise ArgumentTypeError(f"Python cannot read files in '{text}'")
     return text
-
-
-def path(text: str) -> str:
-    """Expand `~`, which a shell leaves as it is in `--flag=~/folder`."""
-    return os.path.expanduser(text)
 
 
 def unused_flag(argv: list[str], useful: set[str]) -> str | None:
     """Return the first flag on a command line, by name, that is not among the useful ones."""
-    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
-    return min(given - useful, default=None)
+    flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    return min(flags - useful, default=None)
 
 
 def contains(folder: str, other: str) -> bool:

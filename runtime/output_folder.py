@@ -10,26 +10,25 @@ import logging
 import os
 import re
 import shutil
-from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from runtime import checkpoint
 from runtime.files import UserError, read_json, sync, to_json, write_text, writing
-from runtime.record import RUN_FILE, read_record, same_run
-from runtime.swap import settle, swap
+from runtime.record import RUN_FILE, read_record, run_differences
+from runtime.swap import STAGING, settle, swap
 
 METRICS = "metrics.jsonl"
-PROCESS = "process"  # file with the id of the running process, for messages
 # Everything that a run may leave in its folder.
 OWN_FILE = re.compile(
     r"README\.md|report\.html|(adapter_)?config\.json|(adapter_)?model\.safetensors|"
     r"tokenizer(_config)?\.json|(run|all_results|evaluation)\.json|metrics\.jsonl|"
     r"(validation_)?predictions\.csv|tensorboard|checkpoint-\d+|prefix-\d+"
 )
-# What else a killed run may leave in `unfinished`; safetensors writes into `.tmp...` first.
+# What else a killed run may leave in `unfinished`; safetensors writes into `.tmp...` first, and
+# earlier versions noted their process.
 PARTIAL_FILE = re.compile(
     r"saving-checkpoint-\d+|[a-z_]+\.(json|html)\.new|README\.md\.new|process|\.tmp\w+"
 )
@@ -39,62 +38,53 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def opened(args: Namespace, is_main: bool = True) -> Iterator["OutputFolder"]:
+def opened(
+    path: str, overwrite: bool = False, resume: str | None = None, is_main: bool = True
+) -> Iterator["OutputFolder"]:
     """Open the output folder of a run, so that a bad path fails at once.
 
     Processes other than the main one write to a temporary folder.
     """
-    path = args.output_dir
-    with ExitStack() as stack:
-        if not is_main:
-            path = stack.enter_context(TemporaryDirectory())
-        folder = OutputFolder(path, args.overwrite_output_dir, args.resume_from_checkpoint)
-        yield stack.enter_context(folder)
+    with nullcontext(path) if is_main else TemporaryDirectory() as place:
+        folder = OutputFolder(place, overwrite, resume)
+        try:
+            yield folder
+        finally:
+            folder.close()
 
 
 class OutputFolder:
     """Collects the files of one run; `publish` makes them the folder's results."""
 
-    def __init__(self, path: str, overwrite: bool, resume: str | None = None) -> None:
+    def __init__(self, path: str, overwrite: bool = False, resume: str | None = None) -> None:
         """Lock the folder for this process; nothing in it changes before `start`.
 
         Raises: UserError if it is in use, cannot be written to, or contains results, an unfinished
             run or foreign files that must not be replaced.
         """
         self.path, self.overwrite = Path(path), overwrite
-        self.staging = self.path / "unfinished"
+        self.staging = self.path / STAGING
         inside = bool(resume) and Path(resume).resolve().parent == self.staging.resolve()
         self.auto, self.resumes_here = resume == "auto", resume == "auto" or inside
         try:
             self.created = not self.path.exists()
             self.staging.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(self.path, os.O_RDONLY)
+            self.acquire_lock()
+            try:
+                settle(self.path)  # a killed process may have left a swap
+                self.check()
+            except (OSError, UserError):
+                self.close()
+                raise
         except OSError as error:
             raise UserError(f"--output_dir {path}: {error.strerror}") from None
-        try:
-            self.acquire_lock()
-        except UserError:
-            os.close(self.lock)
-            raise
-        try:
-            remove(self.staging / PROCESS)  # whatever it is: a pipe would be waited for
-            (self.staging / PROCESS).write_text(str(os.getpid()))
-            settle(self.path)  # a killed process may have left a swap
-            self.check()
-        except (OSError, UserError) as error:
-            self.__exit__()
-            if isinstance(error, OSError):
-                raise UserError(f"--output_dir {path}: {error.strerror}") from None
-            raise
 
-    def __enter__(self) -> "OutputFolder":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
+        """Release the folder, and remove it if nothing was written."""
         with suppress(OSError):  # read-only; or the folder is gone, or not empty
-            (self.staging / PROCESS).unlink(missing_ok=True)
             self.staging.rmdir()
-            if self.created:  # and nothing was written
+            if self.created:
                 self.path.rmdir()
         os.close(self.lock)
 
@@ -102,16 +92,12 @@ class OutputFolder:
         """Lock the folder; the kernel releases the lock however the process ends."""
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            try:
-                holder = f"process {(self.staging / PROCESS).read_text()}"
-            except OSError:
-                holder = "another process"
-            raise UserError(
-                f"{self.path} is in use by {holder}: wait for it, or choose another --output_dir"
-            ) from None
-        except OSError as error:  # a file system without locks
-            raise UserError(f"{self.path} cannot be locked: {error.strerror}") from None
+        except OSError as error:
+            os.close(self.lock)
+            what = f"cannot be locked: {error.strerror}"  # a file system without locks
+            if isinstance(error, BlockingIOError):
+                what = "is in use by another process: wait for it, or choose another --output_dir"
+            raise UserError(f"{self.path} {what}") from None
 
     def check(self) -> None:
         """Reject a folder that contains anything that must not be replaced."""
@@ -120,17 +106,16 @@ class OutputFolder:
         self.earlier = set(filter(OWN_FILE.fullmatch, self.finished.get("files", ())))
         if not self.auto:  # with "auto" the results may be this run's, see `is_finished`
             self.refuse_earlier()
-        here = {entry.name for entry in self.path.iterdir()}
-        foreign = sorted(filter(OWN_FILE.fullmatch, here - self.earlier))
+        foreign = [n for n in set(os.listdir(self.path)) - self.earlier if OWN_FILE.fullmatch(n)]
         foreign += [
-            f"unfinished/{entry.name}"
-            for entry in self.staging.iterdir()
-            if not (OWN_FILE.fullmatch(entry.name) or PARTIAL_FILE.fullmatch(entry.name))
+            f"{STAGING}/{name}"
+            for name in os.listdir(self.staging)
+            if not (OWN_FILE.fullmatch(name) or PARTIAL_FILE.fullmatch(name))
         ]
         if foreign:
             raise UserError(
-                f"{self.path} contains files this program did not write: {', '.join(foreign)}; "
-                "choose another --output_dir"
+                f"{self.path} contains files this program did not write: "
+                f"{', '.join(sorted(foreign))}; choose another --output_dir"
             )
         if checkpoint.steps(self.staging) and not (self.overwrite or self.resumes_here):
             raise UserError(
@@ -151,9 +136,9 @@ class OutputFolder:
         """
         if not self.auto:
             return False
-        others = bool(self.unfinished) and not same_run(self.unfinished, record)
+        others = bool(self.unfinished and run_differences(self.unfinished, record))
         complete = all((self.path / name).exists() for name in self.finished.get("files", ()))
-        if self.finished and same_run(self.finished, record) and complete:
+        if self.finished and complete and not run_differences(self.finished, record):
             if not others:
                 shutil.rmtree(self.staging)
             return True
@@ -185,36 +170,24 @@ class OutputFolder:
                     max(lost),
                 )
             metrics = resumed.path / METRICS if resumed else None
-            text = metrics.read_bytes() if metrics and metrics.exists() else None
+            lines = metrics.read_bytes() if metrics and metrics.exists() else b""
             for entry in list(self.staging.iterdir()):
-                match = checkpoint.NAME.fullmatch(entry.name)
-                kept = match and self.resumes_here and resumed and int(match[1]) <= resumed.step
-                if kept and not checkpoint.looks_whole(entry):  # perhaps half removed by `prune`
-                    logger.warning("warning: removing %s, which is damaged", entry)
-                    remove(entry)
-                elif not kept and entry.name not in (RUN_FILE, PROCESS):
-                    if match and resumed:
-                        logger.warning("warning: removing %s, later than the resumed one", entry)
-                    remove(entry)
-            if text is not None:
-                (self.staging / METRICS).write_bytes(text)
+                match = resumed and checkpoint.NAME.fullmatch(entry.name)
+                earlier = match and self.resumes_here and int(match[1]) <= resumed.state["step"]
+                # a damaged one was perhaps half removed by `prune`
+                if entry.name == RUN_FILE or (earlier and checkpoint.looks_whole(entry)):
+                    continue
+                if match:
+                    why = "which is damaged" if earlier else "later than the resumed one"
+                    logger.warning("warning: removing %s, %s", entry, why)
+                (shutil.rmtree if entry.is_dir() else os.unlink)(entry)
+            if lines:
+                (self.staging / METRICS).write_bytes(lines)
         self.write_json(RUN_FILE, {**record, "files": []})
-
-    def write_text(self, name: str, text: str) -> None:
-        """Write a text file, whole or not at all."""
-        write_text(self.staging / name, text)
 
     def write_json(self, name: str, content: dict) -> None:
         """Write an indented JSON file."""
-        self.write_text(name, to_json(content))
-
-    def read_json(self, name: str) -> dict:
-        """Read back a JSON file that this run wrote."""
-        return read_json(self.staging / name)
-
-    def read_results(self) -> dict:
-        """Read the all_results.json of the finished run."""
-        return read_json(self.path / "all_results.json")
+        write_text(self.staging / name, to_json(content))
 
     def append_metrics(self, line: dict) -> None:
         """Append a line to metrics.jsonl."""
@@ -240,26 +213,23 @@ class OutputFolder:
 
         Raises: UserError if the folder cannot be written to; the new files stay in `unfinished`.
         """
-        names = {entry.name for entry in self.staging.iterdir()} - {PROCESS} | {RUN_FILE}
-        checkpoints = {name for name in names if checkpoint.NAME.fullmatch(name)}
-        names -= set() if keep_checkpoints else checkpoints
-        kept = set(filter(checkpoint.NAME.fullmatch, self.earlier - names))
-        kept = kept if self.resumed and same_run(self.finished, record) else set()
+        is_checkpoint, kept = checkpoint.NAME.fullmatch, set()
+        names = set(os.listdir(self.staging))
+        if not keep_checkpoints:
+            names -= set(filter(is_checkpoint, names))
+        if self.resumed and not run_differences(self.finished, record):
+            kept = set(filter(is_checkpoint, self.earlier - names))
         self.write_json(RUN_FILE, {**record, "files": sorted(names | kept)})
         with writing(self.path):
-            self.sync_staged(names)
-            swap(self.path, self.staging, self.earlier - kept, names)
+            for staged in map(self.staging.joinpath, names):
+                for path in (staged, *staged.rglob("*")):
+                    # safetensors creates files that only their owner can read
+                    if path.is_file() and not path.stat().st_mode & 0o077:
+                        path.chmod(0o666 & ~UMASK)
+                    sync(path)
+            swap(self.path, self.earlier - kept, names)
             shutil.rmtree(self.staging)
             sync(self.path)
-
-    def sync_staged(self, names: set[str]) -> None:
-        """Flush these staged files to the disk, and give them the usual permissions."""
-        for staged in map(self.staging.joinpath, names):
-            for path in (staged, *staged.rglob("*")):
-                # safetensors creates files that only their owner can read
-                if path.is_file() and not path.stat().st_mode & 0o077:
-                    path.chmod(0o666 & ~UMASK)
-                sync(path)
 
 
 def recorder(output: OutputFolder, report_to: str) -> Callable[[dict], None]:
@@ -284,11 +254,3 @@ def recorder(output: OutputFolder, report_to: str) -> Callable[[dict], None]:
         show(line)
 
     return record
-
-
-def remove(entry: Path) -> None:
-    """Remove a file or a folder, if it exists."""
-    if entry.is_dir():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink(missing_ok=True)

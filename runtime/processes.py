@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -25,7 +24,6 @@ Value = TypeVar("Value")
 # How long to wait for a process that is busy alone, such as the main one while it saves a large
 # model. A process that has died is noticed at once.
 PATIENCE = timedelta(minutes=30)
-SET_BY_TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PRCTL, PR_SET_PDEATHSIG = getattr(ctypes.CDLL(None), "prctl", None), 1  # Linux has it
 
@@ -55,55 +53,43 @@ class Group:
             for tensor, part in zip(tensors, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def max_over_processes(self, number: int) -> int:
-        """Return the largest of the numbers that the processes pass."""
-        return max(self.gather(number)) if self.size > 1 else number
-
     def gather(self, value: Value) -> list[Value]:
         """Return the values that the processes pass, in the order of their ranks."""
-        values: list = [None] * self.size
-        dist.all_gather_object(values, value)
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def agree(self, prepare: Callable[[], Value], compared: Callable[[Value], dict]) -> Value:
         """Return what `prepare` returns, if `compared` makes the same of it in all processes.
 
-        Raises: UserError of the first process that fails or differs; SystemExit in the others, so
-            that one line is shown.
+        Raises: UserError of the first process that fails or differs; SystemExit in the others.
         """
-        if self.size == 1:
-            return prepare()
-        found, problem = None, None
+        value, problem = None, None
         try:
-            found = prepare()
+            value = prepare()
         except UserError as error:
             problem = str(error)
-        outcomes = self.gather((problem, compared(found) if found else None))
-        for rank, (failed, what) in enumerate(outcomes):
-            if not failed and outcomes[0][1] and (differs := differences(outcomes[0][1], what)):
-                failed = (
-                    f"{', '.join(differs)} differ from the first process's: start all "
-                    "processes with the same flags, files and model"
-                )
-            if failed and self.is_main:
-                raise UserError(f"process {rank}: {failed}" if rank else failed)
-            if failed:
+        outcomes = self.gather((problem, {} if problem else compared(value)))
+        for rank, (problem, record) in enumerate(outcomes):
+            if not problem and (fields := differences(outcomes[0][1], record)):
+                problem = f"{', '.join(fields)} differ from the first process's: start all "
+                problem += "processes with the same flags, files and model"
+            if problem and self.is_main:
+                raise UserError(f"process {rank}: {problem}" if rank else problem)
+            if problem:
                 raise SystemExit(2)
-        return found
+        return value
 
     def from_main(self, value: Value) -> Value:
         """Return the value that the main process passes."""
-        if self.size == 1:
-            return value
         values = [value]
-        dist.broadcast_object_list(values)
+        if self.size > 1:
+            dist.broadcast_object_list(values)
         return values[0]
 
     def tensors_from_main(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors that the main process passes.
-
-        They are sent one by one, since each is in memory several times while it is sent.
-        """
+        """Return the tensors of the main process; while one is sent, it is in memory many times."""
         names = self.from_main([*tensors])
         return {name: self.from_main(tensors.get(name)) for name in names}
 
@@ -120,25 +106,22 @@ def is_lost(error: Exception) -> bool:
 @contextmanager
 def joined() -> Iterator[Group]:
     """Join torchrun's process group for the duration of a run; only its main process logs."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
-    if missing := [name for name in SET_BY_TORCHRUN if name not in os.environ]:
-        raise UserError(
-            f"WORLD_SIZE is {size}, but {missing[0]} is not set: start several processes with "
-            "torchrun, or unset WORLD_SIZE"
-        )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(os.getppid())
-    if torch.cuda.is_available():
-        if int(os.environ["LOCAL_RANK"]) >= (count := torch.cuda.device_count()):
+    if on_gpus := torch.cuda.is_available():
+        number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if number >= count:
             raise UserError(f"more processes than GPUs: start {count} or fewer (--nproc_per_node)")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(number)
     try:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    except ValueError as error:  # a variable of torchrun's that is no number
-        raise UserError(f"the processes cannot be joined: {error}") from None
+        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=PATIENCE)
+    except ValueError as error:  # a variable of torchrun's is missing or wrong
+        raise UserError(
+            f"{error}: start several processes with torchrun, or unset WORLD_SIZE"
+        ) from None
     group = Group(dist.get_rank(), dist.get_world_size())
     if not group.is_main:
         logging.disable(logging.WARNING)
@@ -169,15 +152,15 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     """
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _) -> None:
         received.append(number)
-        for each in usual:
-            signal.signal(each, signal.SIG_DFL)
+        for stop in usual:
+            signal.signal(stop, signal.SIG_DFL)
 
-    noted = (each for each in STOPS if signal.getsignal(each) != signal.SIG_IGN)
-    usual = {each: signal.signal(each, note) for each in noted}
+    noted = (stop for stop in STOPS if signal.getsignal(stop) != signal.SIG_IGN)
+    usual = {stop: signal.signal(stop, note) for stop in noted}
     try:
         yield lambda: max(received, default=0)
     finally:
-        for each, handler in usual.items():
-            signal.signal(each, handler)
+        for stop, handler in usual.items():
+            signal.signal(stop, handler)

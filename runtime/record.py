@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
-from runtime.columns import read_split_record
+from runtime.file_format import read_split_record
 from runtime.files import UserError, read_json
 from runtime.labels import label_key
 
@@ -25,10 +25,10 @@ FREE_SETTINGS = set(
     "save_total_limit train_file validation_file test_file model_name_or_path report_to "
     "csv_encoding".split()
 )
-# Settings that only change how sums are rounded, so that a run resumes with others.
-ROUNDING = {"settings.per_device_eval_batch_size", "settings.gradient_checkpointing"}
-# Of these, only the product counts, up to rounding and the noise of dropout.
+# Settings that only change how sums are rounded, so that a run resumes with others. Of the last two
+# the product counts: it is the number of rows of a step.
 STEP_SIZE = ("per_device_train_batch_size", "gradient_accumulation_steps")
+ROUNDING = ("per_device_eval_batch_size", "gradient_checkpointing", *STEP_SIZE)
 
 
 class File(TypedDict):
@@ -59,30 +59,19 @@ def describe_run(settings: dict, model: dict, labels: list[str], data: dict[str,
     model: "backbone" and "weights_sha256", the name and checksum of the model to start from, and
     "method", its readable name. data: path, rows and checksum of each file.
     """
+    splits = {name: read_split_record(file["path"], file["sha256"]) for name, file in data.items()}
+    known = ("protocol", "input", "input_sha256", "parameters")  # with the seed
     return {
         "settings": settings,
         **model,
         "labels": labels,
         "data": data,
-        "split": describe_split(data),
-        "synthetic": any(map(is_synthetic, data.values())),
+        "split": {k: splits["train"][k] for k in known if k in splits.get("train", ())} or None,
+        "synthetic": any(split.get("synthetic") for split in splits.values()),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "commit": commit(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
     }
-
-
-def describe_split(data: dict[str, dict]) -> dict | None:
-    """Return how the training file was split, with the seed, if its split.json says so."""
-    train = data.get("train")
-    split = read_split_record(train["path"], train["sha256"]) if train else {}
-    known = ("protocol", "input", "input_sha256", "parameters")
-    return {name: split[name] for name in known if name in split} or None
-
-
-def is_synthetic(described: dict) -> bool:
-    """Whether a data file was made by script/youtube.py from the synthetic sample."""
-    return bool(read_split_record(described["path"], described["sha256"]).get("synthetic"))
 
 
 def commit() -> str | None:
@@ -90,25 +79,13 @@ def commit() -> str | None:
 
     None without git, and for a copy that is not tracked but lies within another repository.
     """
-    asked = (
-        ["ls-files", "--error-unmatch", __file__],
-        ["rev-parse", "HEAD"],
-        ["status", "--porcelain", "-uno"],
-    )
+    questions = ("ls-files --error-unmatch record.py", "rev-parse HEAD", "status --porcelain -uno")
+    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True}
     try:
-        _, name, status = (
-            subprocess.run(
-                ["git", *words],
-                cwd=Path(__file__).parent,
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            for words in asked
-        )
+        _, name, status = (subprocess.run(["git", *q.split()], **options) for q in questions)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return name.stdout.strip() + ("+" if status.stdout.strip() else "")
+    return name.stdout.strip() + "+" * bool(status.stdout)
 
 
 def peak_memory_bytes() -> int:
@@ -128,70 +105,59 @@ def read_record(path: Path) -> dict:
 
 
 def identity(record: dict) -> dict:
-    """Return the part that determines a run's results, given the same package versions."""
+    """Return the part that determines a run's results, up to rounding."""
+    every = record.get("settings", {})
     settings = {  # an unset one is as good as missing: an earlier version may not have had it
         name: value
-        for name, value in record.get("settings", {}).items()
-        if name not in FREE_SETTINGS and value is not None and value is not False
+        for name, value in every.items()
+        if name not in (*FREE_SETTINGS, *ROUNDING) and value is not None and value is not False
     }
-    data = {name: described["sha256"] for name, described in record.get("data", {}).items()}
-    labels = [*map(label_key, record.get("labels", ()))]
-    weights = record.get("weights_sha256")
-    return {"settings": settings, "data": data, "labels": labels, "weights_sha256": weights}
+    settings[STEP_SIZE[0]] = math.prod(every.get(name) or 1 for name in STEP_SIZE)
+    return {
+        "settings": settings,
+        "data": {name: file["sha256"] for name, file in record.get("data", {}).items()},
+        "labels": [*map(label_key, record.get("labels", ()))],
+        "weights_sha256": record.get("weights_sha256"),
+    }
 
 
 def differences(one: dict, other: dict) -> list[str]:
     """List the fields in which two records differ, nested fields as `settings.seed`."""
-    found = []
+    fields = []
     for key in sorted(one.keys() | other.keys()):
         mine, theirs = one.get(key), other.get(key)
         if isinstance(mine, dict) and isinstance(theirs, dict):
-            found += [f"{key}.{name}" for name in differences(mine, theirs)]
+            fields += [f"{key}.{name}" for name in differences(mine, theirs)]
         elif mine != theirs:
-            found.append(key)
-    return found
+            fields.append(key)
+    return fields
 
 
-def run_differences(one: dict, other: dict) -> tuple[list[str], list[str]]:
-    """List what makes two records different runs, and what only rounds differently."""
-    found = differences(identity(one), identity(other))
-    sizes = [[run.get("settings", {}).get(name) or 1 for name in STEP_SIZE] for run in (one, other)]
-    same_size = math.prod(sizes[0]) == math.prod(sizes[1])
-    rounding = ROUNDING | {f"settings.{name}" for name in STEP_SIZE if same_size}
-    return [n for n in found if n not in rounding], [n for n in found if n in rounding]
+def run_differences(one: dict, other: dict) -> list[str]:
+    """List what makes two records different runs; it is empty for one run, up to rounding."""
+    return differences(identity(one), identity(other))
 
 
-def same_run(one: dict, other: dict) -> bool:
-    """Whether two records describe the same run, up to rounding."""
-    return not run_differences(one, other)[0]
+def rounding(record: dict) -> dict:
+    """Return the part that may change the last digits of a run's results."""
+    settings = {name: record.get("settings", {}).get(name) or None for name in ROUNDING}
+    versions = {f"{name} version": number for name, number in record.get("versions", {}).items()}
+    return {**settings, **versions, "commit": record.get("commit")}
 
 
 def check_same_run(folder: Path, earlier: dict, record: dict) -> None:
     """Check that the checkpoint in `folder`, with the record `earlier`, is of this run.
 
-    Raises: UserError naming what differs. Warns about another commit or other package versions,
-    and about settings that round differently.
+    Raises: UserError naming what differs. Warns about what may change the last digits.
     """
-    different, rounding = run_differences(earlier, record)
-    if different:
+    if fields := run_differences(earlier, record):
         raise UserError(
-            f"{folder} belongs to a run with different {', '.join(different)}: repeat that "
+            f"{folder} belongs to a run with different {', '.join(fields)}: repeat that "
             "command, or start over with --overwrite_output_dir and without "
             "--resume_from_checkpoint"
         )
-    for name in rounding:
+    for name in differences(rounding(earlier), rounding(record)):
         logger.warning(
             "warning: this run started with another %s; the last digits of the results may differ",
-            name.removeprefix("settings."),
-        )
-    commit, versions = earlier.get("commit"), earlier.get("versions", {})
-    if commit != record["commit"]:
-        logger.warning("warning: this run started at commit %s; results may differ", commit)
-    for name in differences(versions, record["versions"]):
-        logger.warning(
-            "warning: this run started with %s %s and continues with %s; the last digits of the "
-            "results may differ",
             name,
-            versions.get(name),
-            record["versions"].get(name),
         )

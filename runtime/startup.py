@@ -4,9 +4,7 @@ import os
 import signal
 import sys
 from importlib.util import find_spec
-from types import FrameType, TracebackType
 
-SAID = "interrupted"
 # Limit how long OpenMP threads spin at a barrier before they sleep; libgomp reads it when torch
 # loads it. By default they spin so long that training beside other processes is ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
@@ -41,18 +39,17 @@ def one_line_on_interrupt() -> None:
     """
     usual = sys.excepthook
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(*_) -> None:
         if hasattr(sys.modules["__main__"], "main"):
             raise KeyboardInterrupt
-        print(SAID, file=sys.stderr, flush=True)
-        os._exit(128 + number)
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
 
-    def hook(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    def hook(kind: type, *rest) -> None:
         if not issubclass(kind, KeyboardInterrupt):
-            usual(kind, error, trace)
-            return
-        print(SAID, file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT)
+            return usual(kind, *rest)
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130)
 
     sys.excepthook = hook
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored

@@ -16,45 +16,47 @@ from pathlib import Path
 
 from runtime.files import sync
 
+STAGING = "unfinished"  # the subfolder where a run collects its files
 # In the project's own subfolder, so that nothing of the user's can have these names.
-CURRENT, OLD, NEW, LINK = (f"unfinished/.{name}" for name in ("current", "old", "new", "link"))
+CURRENT, OLD, NEW, LINK = (f"{STAGING}/.{name}" for name in ("current", "old", "new", "link"))
 
 logger = logging.getLogger(__name__)
 
 
 def files_of(folder: Path, names: Iterable[str] | None = None) -> set[str]:
     """List the files behind these names, or all, relative to the folder; subfolders are opened."""
-    names = os.listdir(folder) if names is None and folder.is_dir() else names or ()
-    found = set()
-    for path in map(folder.joinpath, names):
-        found |= {path, *path.rglob("*")}
-    return {str(path.relative_to(folder)) for path in found if path.is_file()}
+    tops = [folder] if names is None else [folder / name for name in names]
+    paths = (path for top in tops for path in (top, *top.rglob("*")))
+    return {str(path.relative_to(folder)) for path in paths if path.is_file()}
 
 
-def swap(folder: Path, source: Path, old: Iterable[str], new: Iterable[str]) -> None:
-    """Replace the entries `old` of a folder by the entries `new` of the folder `source`.
+def swap(folder: Path, old: Iterable[str], new: Iterable[str]) -> None:
+    """Replace the entries `old` of a folder by the entries `new` of its subfolder `unfinished`.
 
     The new files must be on the disk already; then a power cut leaves the old or the new ones.
     Raises: OSError if the folder cannot be written to; it still shows the old files.
     """
-    old, new = files_of(folder, old), files_of(source, new)
+    old, new = files_of(folder, old), files_of(folder / STAGING, new)
     try:
-        os.symlink("nowhere", folder / LINK)
+        point(folder, OLD)
     except OSError:
         logger.warning("warning: no symbolic links in %s: its files change one by one", folder)
-        move_one_by_one(folder, source, old, new)
+        move(folder, folder / STAGING, old | new)
+        remove_empty_folders(folder, old)
         return
-    (folder / LINK).unlink()
     try:
-        link_files(folder, old, folder / OLD)
-        link_files(source, new, folder / NEW)
-        show_through_links(folder, old | new)
+        copy_files(folder, old, folder / OLD)
+        copy_files(folder / STAGING, new, folder / NEW)
+        for name in sorted(old | new):  # links to equal files, and new ones that lead nowhere yet
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            put_link(folder, name, os.path.join(*[".."] * name.count("/"), CURRENT, name))
+        sync_folders(folder, old | new)
         point(folder, NEW)
     finally:
         settle(folder)
 
 
-def link_files(folder: Path, names: set[str], copy: Path) -> None:
+def copy_files(folder: Path, names: set[str], copy: Path) -> None:
     """Make a folder `copy` with hard links to these files."""
     copy.mkdir()
     for name in sorted(names):
@@ -65,21 +67,13 @@ def link_files(folder: Path, names: set[str], copy: Path) -> None:
             shutil.copy2(folder / name, copy / name)
             sync(copy / name)
     sync_folders(copy, names)
-
-
-def show_through_links(folder: Path, names: set[str]) -> None:
-    """Replace the old files by links to equal files, and add links that lead nowhere yet."""
-    point(folder, OLD)
-    for name in sorted(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        put_link(folder, name, os.path.join(*[".."] * name.count("/"), CURRENT, name))
-    sync_folders(folder, names)
+    sync(copy.parent)
 
 
 def point(folder: Path, target: str) -> None:
     """Let all links lead into the subfolder `target`, at once."""
     put_link(folder, CURRENT, Path(target).name)
-    sync((folder / CURRENT).parent)
+    sync(folder / STAGING)
 
 
 def put_link(folder: Path, name: str, target: str) -> None:
@@ -95,42 +89,36 @@ def settle(folder: Path) -> None:
     """
     (folder / LINK).unlink(missing_ok=True)
     if (folder / CURRENT).is_symlink():
-        target = (folder / CURRENT).parent / os.readlink(folder / CURRENT)
         names = files_of(folder / OLD) | files_of(folder / NEW)
-        for name in sorted(name for name in names if (folder / name).is_symlink()):
-            if (target / name).exists():
-                os.replace(target / name, folder / name)
-            else:
-                (folder / name).unlink()
+        links = {name for name in names if (folder / name).is_symlink()}
+        move(folder, folder / STAGING / os.readlink(folder / CURRENT), links)
         remove_empty_folders(folder, names)
-        sync_folders(folder, names)
         (folder / CURRENT).unlink()
-        sync((folder / CURRENT).parent)
-    for name in (OLD, NEW):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        sync(folder / STAGING)
+    for copy in (OLD, NEW):
+        shutil.rmtree(folder / copy, ignore_errors=True)
 
 
-def move_one_by_one(folder: Path, source: Path, old: set[str], new: set[str]) -> None:
-    """Replace the old files by the new ones, `run.json` last."""
-    for name in sorted(new, key=lambda name: (name == "run.json", name)):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source / name, folder / name)
-    for name in old - new:
-        (folder / name).unlink()
-    remove_empty_folders(folder, old)
-    sync_folders(folder, old | new)
+def move(folder: Path, source: Path, names: set[str]) -> None:
+    """Replace these files by those in `source`, `run.json` last; remove those that it lacks."""
+    for name in sorted(names, key=lambda name: (name == "run.json", name)):
+        if (source / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source / name, folder / name)
+        else:
+            (folder / name).unlink()
+    sync_folders(folder, names)
 
 
-def remove_empty_folders(folder: Path, names: Iterable[str]) -> None:
-    """Remove the subfolders in which these files were, if nothing is left in them."""
+def remove_empty_folders(folder: Path, names: set[str]) -> None:
+    """Remove the subfolders of these files in which nothing is left."""
     places = {place for name in names for place in Path(name).parents} - {Path()}
     for place in sorted(places, reverse=True):  # the deepest first
         with suppress(OSError):  # something is left
             (folder / place).rmdir()
 
 
-def sync_folders(folder: Path, names: Iterable[str]) -> None:
+def sync_folders(folder: Path, names: set[str]) -> None:
     """Flush the folders of these files to the disk."""
     for place in {folder, *((folder / name).parent for name in names)}:
-        if place.is_dir():
-            sync(place)
+        sync(place)

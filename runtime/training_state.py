@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,13 +11,21 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from runtime.checkpoint import Checkpoint, CheckpointError, Tensors
-from runtime.files import UserError
+from runtime.checkpoint import BestState, Checkpoint, CheckpointError, ProgressState, Tensors
+from runtime.files import UserError, name_list
 
 logger = logging.getLogger(__name__)
 
 WEIGHT, RAW, BEST = "weight/", "raw/", "best/"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of each parameter
+
+# Private API of torch's fused AdamW, here alone; tests marked `upgrade` notice if it changes.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # its state of each parameter
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
+    """Do a step, or none if the boolean `finite` is false; a GPU is not waited for its value."""
+    optimizer.found_inf = (~finite).float()
+    optimizer.step()
 
 
 class TrainingState:
@@ -33,31 +40,42 @@ class TrainingState:
         model: nn.Module,
         optimizer: torch.optim.AdamW,
         progress: "Progress",
-        args: Namespace,
+        ema_decay: float,
+        metric: str,
+        keep_best: bool,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Set the state before the first step, or restore it from `checkpoint`."""
+        """Set the state before the first step, or restore it; raises as `restore`."""
         self.model, self.optimizer, self.progress = model, optimizer, progress
-        self.average = MovingAverage(trainable(model), args.ema_decay)
-        self.best = BestEpoch(args.metric_for_best_model, args.load_best_model_at_end)
+        self.average = MovingAverage(trainable(model), ema_decay)
+        self.best = BestEpoch(metric, keep_best)
         if checkpoint:
-            self.load_state_dict(checkpoint.state, checkpoint.tensors)
+            self.restore(checkpoint.state, checkpoint.tensors)
             checkpoint.tensors.clear()  # the caller would keep them in memory during training
 
     def is_over(self, patience: int) -> bool:
         """Whether all steps are done, or `patience` evaluations in a row brought no improvement."""
-        if self.progress.done == self.progress.total:
-            return True
-        if self.best.patience_is_over(self.progress.epoch, patience):
-            logger.info("stopped early: no improvement since epoch %d", self.best.epoch)
-            return True
-        return False
+        best = self.best.state.epoch
+        early = 0 < patience <= self.progress.epoch - best
+        if early and self.progress.done < self.progress.total:
+            logger.info("stopped early: no improvement since epoch %d", best)
+        return early or self.progress.done == self.progress.total
 
     def finish(self) -> dict[str, float]:
-        """Give the model its averaged or best-epoch weights; returns the training figures."""
+        """Load the averaged or best-epoch weights into the model; return the training figures."""
         self.average.swap()
-        chosen = {"best_epoch": self.best.epoch} if self.best.restore(self.model) else {}
-        return {**self.progress.summary(), "train_steps": self.progress.done, **chosen}
+        with torch.no_grad():
+            for name, weight in self.best.weights.items():
+                self.model.get_parameter(name).copy_(weight)
+        chosen = {"best_epoch": self.best.state.epoch} if self.best.weights else {}
+        state = self.progress.read()
+        return {
+            "train_loss": state.loss_sum / state.examples,
+            "train_runtime": state.seconds,
+            "train_samples_per_second": state.examples / state.seconds,
+            "train_steps": state.done,
+            **chosen,
+        }
 
     def state_dict(self) -> tuple[dict, Tensors]:
         """Return JSON-serialisable state, and tensors; call it while the average is applied.
@@ -65,9 +83,13 @@ class TrainingState:
         Tensors: averaged weights as `weight/NAME`, optimizer moments as `MOMENT/NAME`, weights of
         the last step as `raw/NAME`, weights of the best epoch as `best/NAME`.
         """
-        best_step = self.best.epoch * self.progress.steps_per_epoch
-        state = {"step": self.progress.done, "best_step": best_step}
-        state |= {"progress": self.progress.state_dict(), "best": self.best.state_dict()}
+        best_step = self.best.state.epoch * self.progress.steps_per_epoch
+        state = {
+            "step": self.progress.done,
+            "best_step": best_step,
+            "progress": self.progress.read(),
+            "best": self.best.state,
+        }
         tensors = {RAW + name: weight for name, weight in self.average.weights.items()}
         for name, parameter in trainable(self.model).items():
             tensors[WEIGHT + name] = parameter.detach()
@@ -77,36 +99,27 @@ class TrainingState:
             tensors |= {BEST + name: weight for name, weight in self.best.weights.items()}
         return state, tensors
 
-    def load_state_dict(self, state: dict, tensors: Tensors) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises: CheckpointError if the tensors do not fit this model.
-        """
+    def restore(self, state: dict, tensors: Tensors) -> None:
+        """Restore what `state_dict` returned. Raises: CheckpointError if it is of another model."""
         for name, parameter in trainable(self.model).items():
-            try:
-                weight = tensors[WEIGHT + name]
-                moments = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
-            except KeyError as error:
-                raise CheckpointError(f"the checkpoint lacks {error}") from None
-            if weight.shape != parameter.shape:
-                raise CheckpointError(
-                    f"{name} has shape {list(weight.shape)} in the checkpoint, but "
-                    f"{list(parameter.shape)} in the model"
-                )
-            with torch.no_grad():
-                parameter.copy_(weight)
-            device = parameter.device
-            self.optimizer.state[parameter] = {k: one.to(device) for k, one in moments.items()}
+            weight = tensors.get(WEIGHT + name)
+            if weight is None or weight.shape != parameter.shape:
+                raise CheckpointError(f"the checkpoint is of another model: {name} does not fit")
+            parameter.data.copy_(weight)
+            self.optimizer.state[parameter] = {
+                moment: tensors[f"{moment}/{name}"].to(parameter.device) for moment in MOMENTS
+            }
         self.average.load(with_prefix(tensors, RAW))
-        self.best.load_state_dict(
-            state["best"], with_prefix(tensors, BEST) or with_prefix(tensors, WEIGHT)
-        )
-        self.progress.load_state_dict(state["progress"])
+        self.best.state = state["best"]
+        if self.best.keep and self.best.state.epoch:
+            self.best.weights = with_prefix(tensors, BEST) or with_prefix(tensors, WEIGHT)
+        self.progress.state = state["progress"]
+        self.progress.start -= state["progress"].seconds  # the time in between does not count
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters of a model, by name."""
-    return {name: one for name, one in model.named_parameters() if one.requires_grad}
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def with_prefix(tensors: Tensors, prefix: str) -> Tensors:
@@ -123,14 +136,14 @@ class MovingAverage:
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
         self.decay, self.parameters = decay, parameters if decay else {}
-        self.weights = {name: one.detach().clone() for name, one in self.parameters.items()}
+        self.weights = {name: w.detach().clone() for name, w in self.parameters.items()}
 
     def update(self, step: int) -> None:
         """Update the average with the weights after step number `step`, counted from 1."""
         if self.parameters:
             decay = min(self.decay, (1 + step) / (10 + step))
-            now = [parameter.detach() for parameter in self.parameters.values()]
-            torch._foreach_lerp_(list(self.weights.values()), now, 1 - decay)
+            now = [parameter.data for parameter in self.parameters.values()]
+            torch._foreach_lerp_([*self.weights.values()], now, 1 - decay)
 
     def swap(self) -> None:
         """Exchange the model's weights and the average; nothing is copied."""
@@ -139,7 +152,7 @@ class MovingAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model the averaged weights within the block."""
+        """Within the block the model holds the averaged weights."""
         self.swap()
         try:
             yield
@@ -149,9 +162,8 @@ class MovingAverage:
     def load(self, raw: Tensors) -> None:
         """Copy the average from the model, then load the last step's weights, `raw`, into it."""
         for name, parameter in self.parameters.items():
-            self.weights[name].copy_(parameter.detach())
-            with torch.no_grad():
-                parameter.copy_(raw[name])
+            self.weights[name].copy_(parameter.data)
+            parameter.data.copy_(raw[name])
 
 
 class BestEpoch:
@@ -159,39 +171,17 @@ class BestEpoch:
 
     def __init__(self, metric: str, keep: bool) -> None:
         self.metric, self.keep = metric, keep
-        self.epoch, self.value = 0, -math.inf
-        self.weights: Tensors = {}
+        self.state, self.weights = BestState(0, None), {}
 
     def update(self, model: nn.Module, epoch: int, metrics: dict[str, float]) -> bool:
         """Copy the weights if `epoch` is better than all before, and return whether it is."""
         value = -metrics["loss"] if self.metric == "loss" else metrics[self.metric]
-        if not value > self.value:
-            return False
-        self.epoch, self.value = epoch, value
-        if self.keep:
-            self.weights = {n: one.detach().clone() for n, one in trainable(model).items()}
-        return True
-
-    def patience_is_over(self, epoch: int, patience: int) -> bool:
-        """Whether the last `patience` evaluations, up to `epoch`, brought no improvement."""
-        return 0 < patience <= epoch - self.epoch
-
-    def restore(self, model: nn.Module) -> bool:
-        """Put the best weights back into the model; returns whether there are any."""
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                model.get_parameter(name).copy_(weight)
-        return bool(self.weights)
-
-    def state_dict(self) -> dict:
-        """Return JSON-serialisable state, without the weights."""
-        return {"epoch": self.epoch, "value": self.value if self.epoch else None}
-
-    def load_state_dict(self, state: dict, weights: Tensors) -> None:
-        """Restore what `state_dict` returned, and the weights of the best epoch."""
-        if state["epoch"]:
-            self.epoch, self.value = state["epoch"], state["value"]
-            self.weights = weights if self.keep else {}
+        better = value > (self.state.value if self.state.epoch else -math.inf)
+        if better:
+            self.state = BestState(epoch, value)
+            if self.keep:
+                self.weights = {name: w.detach().clone() for name, w in trainable(model).items()}
+        return better
 
 
 @dataclass
@@ -203,64 +193,42 @@ class Progress:
     logging_steps: int
     record: Callable[[dict], None]
     shown: bool = True
-    done: int = 0
-    examples: int = 0
-    loss_sum: float = 0.0
-    recent: list[tuple[int, float]] = field(default_factory=list)  # examples, loss sum of each step
+    state: ProgressState = field(default_factory=lambda: ProgressState(0, 0, 0.0, [], 0.0, 0.0, 0))
     unread: list[tuple] = field(default_factory=list)  # step, rows, loss and norm of each step
     start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def done(self) -> int:
+        """Number of completed steps."""
+        return self.state.done
 
     @property
     def epoch(self) -> int:
         """Number of completed epochs."""
         return self.done // self.steps_per_epoch
 
-    @property
-    def within_epoch(self) -> bool:
-        """Whether the last step did not end an epoch."""
-        return self.done % self.steps_per_epoch > 0
-
-    def state_dict(self) -> dict:
-        """Return JSON-serialisable state; floats survive bit for bit."""
-        self.read()
-        names = ("done", "examples", "loss_sum", "recent", "norm", "rate")
-        state = {name: getattr(self, name) for name in names}
-        return state | {"seconds": time.perf_counter() - self.start}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned; the time in between does not count."""
-        for name in ("done", "examples", "loss_sum", "norm", "rate"):
-            setattr(self, name, state[name])
-        self.recent = [tuple(pair) for pair in state["recent"]]
-        self.start = time.perf_counter() - state["seconds"]
-
     def __enter__(self) -> "Progress":
         # `disable=None`: no bar if the output is not a terminal
+        disable = None if self.shown else True
         self.bar = tqdm(
-            total=self.total,
-            initial=self.done,
-            unit="step",
-            disable=None if self.shown else True,
-            dynamic_ncols=True,
+            total=self.total, initial=self.done, unit="step", disable=disable, dynamic_ncols=True
         )
         return self
 
     def __exit__(self, kind, *rest) -> None:
-        if kind is None:
-            self.read()
-            if self.recent:  # stopped early
-                self.report()
+        if kind is None and self.read().recent:  # stopped early
+            self.report()
         self.bar.close()
 
     def step(self, rows: list[int], loss: torch.Tensor, norm: torch.Tensor, rate: float) -> None:
         """Count one step; report the first, every `logging_steps` and the last.
 
-        Loss and norm are read at once on the CPU, but only for a report on a GPU, which would be
-        waited for. rows: their numbers in the training file. Raises: UserError, see `read`.
+        On a GPU, which would be waited for, loss and norm are read only for a report.
+        rows: their numbers in the training file. Raises: UserError, see `read`.
         """
-        self.done += 1
+        self.state.done += 1
+        self.state.rate = rate
         self.unread.append((self.done, rows, loss, norm))
-        self.rate = rate
         due = self.done % self.logging_steps == 0 or self.done in (1, self.total)
         if due or loss.device.type == "cpu":
             self.read()
@@ -268,38 +236,39 @@ class Progress:
         if due:
             self.report()
 
-    def read(self) -> None:
-        """Read the losses and norms of the steps since the last call.
+    def read(self) -> ProgressState:
+        """Read the losses and norms of the steps since the last call, and return the state.
 
         Raises: UserError if one is not finite; that step has changed no weight.
         """
         unread, self.unread = self.unread, []
         for step, rows, *tensors in unread:
-            loss, self.norm = (tensor.item() for tensor in tensors)
-            if not (math.isfinite(loss) and math.isfinite(self.norm)):
-                numbers = ", ".join(map(str, sorted(rows)[:8])) + ", ..." * (len(rows) > 8)
+            loss, norm = (tensor.item() for tensor in tensors)
+            if not math.isfinite(loss + norm):
                 raise UserError(
-                    f"the loss is {loss:g} and the gradient norm {self.norm:g}, at step {step}, "
-                    f"on the training file's rows {numbers}; the weights were not changed: lower "
-                    "--learning_rate"
+                    f"the loss is {loss:g} and the gradient norm {norm:g}, at step {step}, on the "
+                    f"training file's rows {name_list(map(str, sorted(rows)))}; the weights were "
+                    "not changed: lower --learning_rate"
                 )
-            self.examples += len(rows)
-            self.loss_sum += len(rows) * loss
-            self.recent.append((len(rows), len(rows) * loss))
+            self.state.norm = norm
+            self.state.examples += len(rows)
+            self.state.loss_sum += len(rows) * loss
+            self.state.recent.append((len(rows), len(rows) * loss))
+        self.state.seconds = time.perf_counter() - self.start
+        return self.state
 
     def report(self) -> None:
         """Record and show the mean loss since the last report."""
-        seen, loss_sum = map(sum, zip(*self.recent, strict=True))
-        self.recent.clear()
-        elapsed = time.perf_counter() - self.start
+        seen, loss_sum = map(sum, zip(*self.state.recent, strict=True))
+        self.state.recent.clear()
         line = {
             "step": self.done,
             "epoch": self.done / self.steps_per_epoch,
             "loss": loss_sum / seen,
-            "learning_rate": self.rate,
-            "grad_norm": self.norm,
-            "samples_per_second": self.examples / elapsed,
-            "eta_seconds": (self.total - self.done) * elapsed / self.done,
+            "learning_rate": self.state.rate,
+            "grad_norm": self.state.norm,
+            "samples_per_second": self.state.examples / self.state.seconds,
+            "eta_seconds": (self.total - self.done) * self.state.seconds / self.done,
         }
         self.record(line)
         speed = f"loss {line['loss']:.4f}, {line['samples_per_second']:.0f} examples/s"
@@ -307,12 +276,3 @@ class Progress:
         if self.bar.disable and not self.done == 1 < self.total:  # too early to tell the time
             left = line["eta_seconds"]
             logger.info("step %d of %d: %s, %.0f s left", self.done, self.total, speed, left)
-
-    def summary(self) -> dict[str, float]:
-        """Return the figures of the whole training."""
-        elapsed = time.perf_counter() - self.start
-        return {
-            "train_loss": self.loss_sum / self.examples,
-            "train_runtime": elapsed,
-            "train_samples_per_second": self.examples / elapsed,
-        }

@@ -235,17 +235,19 @@ def score_and_publish(
     args: Namespace,
     form: FileFormat,
     build: Callable,
+    names: list[str] | None = None,
     calibrated: bool = True,
     explain: bool = True,
 ) -> None:
     """Score a model that is not tuned here, and publish the results, as `main.run` does.
 
-    build: `dataset.Data` -> `Built`. explain: see `score`.
+    build: `dataset.Data` -> `Built`. names: the labels, if not those of the training file.
+    explain: see `score`.
     """
-    with opened(args) as output:
+    with opened(args.output_dir, args.overwrite_output_dir) as output:
         files = {"train": args.train_file, "eval": args.validation_file}
         splits = dataset.read_splits(files, form)
-        names = dataset.label_names(splits["train"], args.label_names)
+        names = names or dataset.label_names(splits["train"], args.label_names)
         sample = {"max_train_samples": args.max_train_samples, "seed": args.seed}
         data = dataset.prepare(form, splits, names, args.test_file, **sample)
         check_columns(data, args.reject_below)

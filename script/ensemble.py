@@ -179,7 +179,7 @@ def run(argv: list[str]) -> None:
 
         return settings | about, model, classify, {}
 
-    score_and_publish(args, form, build, explain=False)
+    score_and_publish(args, form, build, first["labels"], explain=False)
 
 
 def main(argv: list[str]) -> int:

@@ -147,7 +147,7 @@ def is_finished(row: dict[str, str], record: dict, overwrite: bool) -> bool:
         return False
     data = {"test": {"sha256": sha256(row["path"])}}
     names = {"data.test": "input file", **{f"settings.{flag[2:]}": flag for flag in FLAGS}}
-    fields, _ = run_differences(found, record | {"data": data})  # others only round differently
+    fields = run_differences(found, record | {"data": data})
     changed = sorted({names.get(field, "model") for field in fields})
     if not changed and sha256(output) == found["predictions_sha256"]:
         return True

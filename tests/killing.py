@@ -53,6 +53,7 @@ METHODS = {
     "prefix": SMALL_PREFIX,
     "probe": "--tuning_method probe",
     "bias": "--tuning_method bias",
+    "lora": "--tuning_method lora --lora_r 2",
     "two prefixes": f"{SMALL_PREFIX} --num_prefixes 2",
     "projected prefix": f"{SMALL_PREFIX} --prefix_projection --prefix_hidden_size 4",
     "input prefix, bfloat16": f"{SMALL_PREFIX} --prefix_depth input --precision bf16",
@@ -68,7 +69,7 @@ SAVING = [
     "--save_strategy epoch",
     "--save_strategy no",
 ]
-LATE = ("swap.settle", "swap.remove_empty_folders", "output_folder.is_finished")
+LATE = ("swap.settle", "swap.move", "swap.remove_empty_folders", "output_folder.is_finished")
 # A checkpoint that cannot be written is removed.
 ON_FULL_DISK = ("checkpoint.write: os.rmdir", "checkpoint.write: shutil.rmtree")
 ENOUGH = 20  # kills before each kind of file operation

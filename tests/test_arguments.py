@@ -187,11 +187,11 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
         (["--seed", "4294967296"], "--seed: 4294967296 is out of range"),
         (["--num_train_epochs", "0"], "--num_train_epochs: 0 is out of range"),
         (["--num_train_epochs", "2.5"], "--num_train_epochs: '2.5' is not a whole number"),
-        (["--pre_seq_len", "4"], "--pre_seq_len needs --prefix"),
+        (["--pre_seq_len", "4"], "--pre_seq_len needs --tuning_method prefix"),
         (["--prefix", "--pre_seq_len", "0"], "--pre_seq_len: 0 is out of range"),
         (["--prefix", "--prefix_hidden_size", "9"], "--prefix_hidden_size needs --prefix_projec"),
-        (["--prefix_depth", "input"], "--prefix_depth needs --prefix"),
-        (["--prefix_init_text", "cat"], "--prefix_init_text needs --prefix"),
+        (["--prefix_depth", "input"], "--prefix_depth needs --tuning_method prefix"),
+        (["--prefix_init_text", "cat"], "--prefix_init_text needs --tuning_method prefix"),
         (
             ["--prefix", "--prefix_init", "random", "--prefix_init_text", "cat"],
             "--prefix_init text",
@@ -205,7 +205,10 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
             "--prefix_projection requires --prefix_init random",
         ),
         (["--prefix", "--tuning_method", "bias"], "--prefix and --tuning_method bias exclude"),
-        (["--tuning_method", "probe", "--pre_seq_len", "4"], "--pre_seq_len needs --prefix"),
+        (
+            ["--tuning_method", "probe", "--pre_seq_len", "4"],
+            "--pre_seq_len needs --tuning_method prefix",
+        ),
         (["--prefix_column", "a"], "--prefix_column needs --prefix_paths"),
         (
             ["--prefix_paths", "a", "--prefix_column", "b"],
@@ -339,7 +342,7 @@ def test_home_is_expanded_in_every_flag_that_takes_a_path(monkeypatch, tmp_path)
     for name in ("--model_name_or_path", *paths):
         found = getattr(build_parser().parse_args([f"{name}=~/a"]), name[2:])
         assert found in (f"{tmp_path}/a", [f"{tmp_path}/a"]), name
-    assert split.parse_args(["x.csv", "--output_dir=~/a"]).output_dir == tmp_path / "a"
+    assert split.parse_args(["x.csv", "--output_dir=~/a"]).output_dir == f"{tmp_path}/a"
     assert serve.parse(["--allow_updates=~/a"]).allow_updates == f"{tmp_path}/a"
 
 

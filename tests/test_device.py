@@ -86,7 +86,7 @@ def test_on_a_gpu_losses_are_read_for_a_report_and_for_a_checkpoint():
     """Tensors on "meta" cannot be read, so the first reading fails."""
     lines = []
     with pytest.raises(RuntimeError, match="meta"), Progress(5, 5, 4, lines.append) as progress:
-        progress.done = 1  # the first step is reported
+        progress.state.done = 1  # the first step is reported
         for number in (1, 2, 3):
             progress.step([1, 2], torch.zeros((), device="meta"), torch.zeros(()), 0.1)
             assert len(progress.unread) == number
@@ -94,4 +94,4 @@ def test_on_a_gpu_losses_are_read_for_a_report_and_for_a_checkpoint():
     progress = Progress(4, 4, 3, lines.append)
     progress.unread.append((1, [1], torch.zeros((), device="meta"), torch.zeros(())))
     with pytest.raises(RuntimeError, match="meta"):
-        progress.state_dict()
+        progress.read()

@@ -45,9 +45,7 @@ def test_a_new_adapter_changes_nothing_and_trains_head_and_small_matrices(
     assert all(".lora_" in name or name.startswith("classifier.") for name in trained)
 
 
-def test_peft_loads_our_adapter_and_writes_the_same_tensors(
-    make_model, frozen, backbone, tmp_path
-):
+def test_peft_loads_our_adapter_and_writes_the_same_tensors(make_model, frozen, backbone, tmp_path):
     tuned = make_model(*LORA)
     save(tuned, backbone, tmp_path / "saved")
     peer = PeftModel.from_pretrained(frozen, str(tmp_path / "saved")).eval()
@@ -110,7 +108,7 @@ def test_a_run_predicts_again_is_tuned_further_and_names_wrong_flags(
     assert (settings["r"], settings["lora_alpha"]) == (3, 7)
     for flags, message in (
         (("--lora_r", "3"), "--lora_r needs --tuning_method lora"),
-        ((*LORA, "--pre_seq_len", "3"), "--pre_seq_len needs --prefix"),
+        ((*LORA, "--pre_seq_len", "3"), "--pre_seq_len needs --tuning_method prefix"),
     ):
         with pytest.raises(SystemExit):
             train(backbone, files, tmp_path / "refused", *flags)

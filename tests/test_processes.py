@@ -180,7 +180,7 @@ def test_the_tensors_of_a_checkpoint_are_sent_one_by_one(stopped, monkeypatch):
     output = Namespace(staging=stopped)
     args = Namespace(resume_from_checkpoint="auto")
     found = main.find_checkpoint(output, args, {}, Group(0, 2))
-    assert found.step == 5 and found.tensors.keys() >= {"raw/classifier.bias"}
+    assert found.state["step"] == 5 and found.tensors.keys() >= {"raw/classifier.bias"}
     sizes = [tensor.nbytes for tensor in found.tensors.values()]
     assert len(sent) == len(sizes) + 2
     assert max(map(len, sent)) < max(sizes) + 10_000 < sum(sizes)
@@ -196,7 +196,7 @@ def test_each_row_belongs_to_exactly_one_process():
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    for name in (*processes.SET_BY_TORCHRUN, "LOCAL_RANK"):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -323,6 +323,7 @@ def test_a_folder_shows_the_old_or_the_new_results_at_any_time(
 ):
     """Before each file operation, and whatever operation a kill prevents; then `settle` ends it."""
     old = {} if first else {"run.json": b"1", "gone": b"2", "checkpoint-3/a": b"3", "old/b": b"4"}
+    old |= {} if first else {"checkpoint-9/e": b"not that of the new run"}
     new = {"run.json": b"5", "added": b"6", "checkpoint-3/a": b"7", "checkpoint-6/c/d": b"8"}
 
     def fill(folder, files):
@@ -358,7 +359,6 @@ def test_a_folder_shows_the_old_or_the_new_results_at_any_time(
             try:
                 swap.swap(
                     folder,
-                    folder / "unfinished",
                     {name.split("/")[0] for name in old},
                     {name.split("/")[0] for name in new},
                 )

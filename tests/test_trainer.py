@@ -22,6 +22,7 @@ from runtime import batches
 from runtime.batches import Encoded
 from runtime.files import UserError
 from runtime.machine import Machine, pick_machine
+from runtime.training_state import MOMENTS, step_if_finite
 
 FP32 = Machine(torch.device("cpu"), "fp32")
 
@@ -248,6 +249,21 @@ def test_early_stopping_counts_evaluations_without_improvement(make_model, data,
     assert sum("eval_loss" in line for line in lines) == 4
 
 
+@pytest.mark.upgrade
+def test_fused_adamw_has_the_private_state_that_checkpoints_store():
+    """And it does nothing, also not to its state, if `found_inf` is 1."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    for finite in (True, False):
+        before = weight.detach().clone()
+        weight.grad = torch.ones(3)
+        step_if_finite(optimizer, torch.tensor(finite))
+        assert torch.equal(weight, before) != finite
+        assert set(optimizer.state[weight]) == set(MOMENTS)
+        assert optimizer.state[weight]["step"] == 1
+
+
+@pytest.mark.upgrade
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_changes_no_weight(make_model, data, broken):
     model = make_model()
