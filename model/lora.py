@@ -5,12 +5,13 @@ a linear layer, M outputs.
 """
 
 import math
-from typing import Any, TypedDict
+from typing import Any, Required, TypedDict
 
 import torch
 from torch import nn
 from transformers import BertConfig
 
+from model.loading import Size
 from model.sequence_classification import POOLINGS, BertForSequenceClassification
 from model.tuning import OWN_POOLINGS, AdapterMethod
 from runtime.files import UserError
@@ -54,14 +55,14 @@ class BertLoraForSequenceClassification(BertForSequenceClassification):
 class Lora(AdapterMethod):
     """LoRA: the head and two small matrices beside each query and value matrix are trained."""
 
-    name, words = "lora", "LoRA of rank {0.lora_r}"
+    name, title_format = "lora", "LoRA of rank {0.lora_r}"
     flags, adds = ("lora_r", "lora_alpha"), (".lora_",)
     model_class = BertLoraForSequenceClassification
     of_peft = ("LORA",)
     peft_types = ("LORA", *(f"{pooling}_LORA" for pooling in OWN_POOLINGS))
     Settings = TypedDict(
         "Settings",
-        {"r": int, "lora_alpha": float, "target_modules": list[str] | str | None}
+        {"r": Size, "lora_alpha": float, "target_modules": Required[list[str]]}
         | dict.fromkeys(PLAIN, Any),
         total=False,
     )
@@ -98,8 +99,5 @@ class Lora(AdapterMethod):
         for name, accepted in PLAIN.items():
             if settings.get(name) not in accepted:
                 raise UserError(f"{path}: {name} is {settings[name]!r}: plain LoRA only")
-        rank, targets = settings.get("r", 8), settings.get("target_modules")
-        if rank < 1 or not isinstance(targets, list):
-            raise UserError(f"{path}: r must be 1 or more, and target_modules a list of names")
-        config.lora_r, config.lora_alpha = rank, settings.get("lora_alpha", 8)
-        config.lora_targets = sorted(targets)
+        config.lora_r, config.lora_alpha = settings.get("r", 8), settings.get("lora_alpha", 8)
+        config.lora_targets = sorted(settings["target_modules"])

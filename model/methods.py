@@ -10,7 +10,7 @@ from model.tuning import AdapterMethod, TuningMethod
 class Probe(AdapterMethod):
     """A linear probe: only the head is trained, over the frozen backbone's mean-pooled tokens."""
 
-    name, words = "probe", "linear probing"
+    name, title_format = "probe", "linear probing"
     pooling = "mean"
     peft_types = ("PROBE",)
 
@@ -21,7 +21,7 @@ class Bias(AdapterMethod):
     BitFit (Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199) trains no gains.
     """
 
-    name, words = "bias", "bias tuning"
+    name, title_format = "bias", "bias tuning"
     peft_types = ("BIAS",)
     trains = (".bias", "LayerNorm")
 

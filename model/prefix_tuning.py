@@ -5,7 +5,7 @@ P virtual tokens.
 
 import logging
 from pathlib import Path
-from typing import ClassVar, TypedDict
+from typing import ClassVar, Required, TypedDict
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import BertConfig
 
 from model import adapter
+from model.loading import Size
 from model.prefix_bank import LearnedSlots, PrefixBank, Stacked, TunedPrefix
 from model.prefix_encoder import by_layer, keys_and_values, prefix_width
 from model.sequence_classification import POOLINGS, BertPrefixForSequenceClassification
@@ -41,7 +42,7 @@ class Prefix(AdapterMethod):
     of_peft = ("PREFIX_TUNING",)
     Settings = TypedDict(
         "Settings",
-        {"num_virtual_tokens": int, "num_transformer_submodules": int | None}
+        {"num_virtual_tokens": Required[Size], "num_transformer_submodules": int | None}
         | dict.fromkeys(OF_BACKBONE, int | None),
         total=False,
     )
@@ -157,9 +158,7 @@ class Prefix(AdapterMethod):
         }
 
     def read_settings(self, config, settings, path):
-        config.pre_seq_len = settings.get("num_virtual_tokens")
-        if not (isinstance(config.pre_seq_len, int) and config.pre_seq_len > 0):
-            raise UserError(f"{path}: num_virtual_tokens is {config.pre_seq_len}, not 1 or more")
+        config.pre_seq_len = settings["num_virtual_tokens"]
         config.prefix_depth = "input" if "INPUT" in settings["peft_type"] else "all"
         if settings["peft_type"] != self.peft_type(config):
             raise UserError(

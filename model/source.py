@@ -197,7 +197,7 @@ def new_model(settings: dict[str, Any]) -> ModelSource:
     config, tuned_by = read_model_config(folders)
     method, pooling = TUNING[settings["tuning_method"]], config.pooling
     method.configure(config, settings, bool(tuned_by))
-    if method.needs_backbone:  # an adapter's config stores by what it finds its backbone again
+    if method.needs_backbone:  # an adapter finds its backbone again by these entries
         weights, output_dir = folders.backbone / loading.WEIGHTS, settings["output_dir"]
         reads_pooler = POOLER not in method.unread(config)
         if reads_pooler and f"{POOLER}dense.weight" not in read_shapes(weights):

@@ -27,7 +27,7 @@ OWN_POOLINGS = [name.upper() for name, pooling in POOLINGS.items() if not poolin
 class TuningMethod:
     """Full fine-tuning, and the base class of all methods."""
 
-    name, words = "full", "full fine-tuning"  # as in --tuning_method; in reports
+    name, title_format = "full", "full fine-tuning"  # as in --tuning_method, in reports
     flags: tuple[str, ...] = ()  # its own ones that are stored in the config
     adds: tuple[str, ...] = ()  # parts of the names of parameters that a backbone lacks
     trains: tuple[str, ...] = ("",)  # of those that are trained besides them and the head
@@ -38,7 +38,7 @@ class TuningMethod:
 
     def title(self, config: BertConfig) -> str:
         """Return the method's name in reports."""
-        return self.words.format(config)
+        return self.title_format.format(config)
 
     def library(self, config: BertConfig) -> str | None:
         """Return the library that can load a tuned model, besides this program."""
