@@ -212,7 +212,7 @@ async def classify_csv(
 async def models(engine: Shared) -> dict:
     """List the served models: labels, sizes and test scores."""
     served = [*engine.registry.models.values()]
-    return {"object": "list", "data": [model.describe() for model in served]}
+    return {"object": "list", "data": [model.entry for model in served]}
 
 
 class LoadRequest(BaseModel, extra="forbid"):
@@ -234,7 +234,7 @@ async def load_adapter(body: LoadRequest, engine: Shared) -> dict:
             message = "refused: it is damaged, no prefix, or tuned on another backbone"
             raise HTTPException(422, f"path: {message} (see the server's log)") from None
     logger.info("loaded %s", body.name)
-    return model.describe()
+    return model.entry
 
 
 class UnloadRequest(BaseModel, extra="forbid"):
@@ -247,7 +247,7 @@ class UnloadRequest(BaseModel, extra="forbid"):
 async def unload_adapter(body: UnloadRequest, engine: Shared) -> dict:
     """Stop serving a model."""
     updates_of(engine)
-    if not engine.registry.remove(body.name):
+    if engine.registry.models.pop(body.name, None) is None:
         raise HTTPException(404, "no such model: see /v1/models")
     logger.info("unloaded %s", body.name)
     return {"id": body.name, "object": "model", "deleted": True}
