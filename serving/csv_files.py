@@ -4,7 +4,6 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,12 +16,15 @@ from runtime.flags import column_names, encoding
 from serving.models import Model
 from serving.uploads import CsvOptions
 
+CHECKS = {
+    "text_column_names": lambda text: tuple(column_names(text)),
+    "column_names": lambda text: tuple(column_names(text)),
+    "csv_encoding": encoding,
+}
+
 
 def predict_csv(
-    classify: Callable[[TextRows], torch.Tensor],
-    model: Model,
-    path: Path,
-    wanted: CsvOptions,
+    classify: Callable[[TextRows], torch.Tensor], model: Model, path: Path, wanted: CsvOptions
 ) -> tuple[Path, int]:
     """Predict each row. Labels in `path` are not used.
 
@@ -48,19 +50,11 @@ def predict_csv(
 
 def wanted_format(form: FileFormat, wanted: CsvOptions) -> FileFormat:
     """Return how to read the file: as a request says, else as the model. Raises: UserError."""
-    given = wanted.model_dump(exclude={"model"}, exclude_none=True)
-    encoding_name = given.pop("csv_encoding", None)
-    if encoding_name is not None:
-        checked(encoding, "csv_encoding", encoding_name)
-    for name in {"text_column_names", "column_names"} & {*given}:
-        given[name] = tuple(checked(column_names, name, given[name]))
-    form = replace(form, **given, flag_form="{}={}")
-    return form.in_encoding(encoding_name)
-
-
-def checked(kind: Callable[[str], Any], name: str, text: str) -> Any:
-    """Convert a parameter as the command line converts the flag. Raises: UserError."""
-    try:
-        return kind(text)
-    except ArgumentTypeError as error:
-        raise UserError(f"{name}: {error}") from None
+    options = wanted.model_dump(exclude={"model"}, exclude_none=True)
+    for name in CHECKS.keys() & options.keys():
+        try:  # as the command line does with the flag
+            options[name] = CHECKS[name](options[name])
+        except ArgumentTypeError as error:
+            raise UserError(f"{name}: {error}") from None
+    encoding_name = options.pop("csv_encoding", None)
+    return replace(form, **options, flag_form="{}={}").in_encoding(encoding_name)

@@ -109,7 +109,7 @@ def find_models(paths: list[str]) -> dict[str, Path]:
     for path in paths:
         folder = Path(path).resolve()
         if not folder.is_dir():
-            raise UserError(f"folder {path} does not exist")
+            raise UserError(f"folder {path} does not exist: name a model, or train one first")
         folders = [folder] if is_model(folder) else filter(is_model, sorted(folder.glob("[!.]*")))
         if not (folders := list(folders)):
             raise UserError(f"{path} contains no tuned model: train one with script/run_prefix.sh")
@@ -130,13 +130,13 @@ class Registry:
         self.prefixes = PrefixCache(cache_bytes, machine)
         self.backbones: dict[tuple[Path, str], Backend] = {}
 
-    def add_all(self, found: dict[str, Path], named: list[str]) -> None:
+    def add_all(self, folders: dict[str, Path], named: list[str]) -> None:
         """Serve the models that `find_models` found; in a folder of models, those that are usable.
 
         Raises: UserError if a model is not usable that is named itself, or if there is none left.
         """
         paths = {Path(path).resolve() for path in named}
-        for name, folder in found.items():
+        for name, folder in folders.items():
             try:
                 self.add(name, folder)
             except (UserError, OSError) as error:
