@@ -33,6 +33,7 @@ from runtime.columns import fill_format, precision_for
 from runtime.file_format import SETTINGS, FileFormat
 from runtime.files import (
     UserError,
+    name_list,
     read_json,
     run_and_report,
     sha256,
@@ -46,7 +47,6 @@ from runtime.machine import pick_machine, set_up_process
 from runtime.record import Record, describe_run, run_differences
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
-SHOWN = 5  # names of skipped entries
 FLAGS = {f"--{name}" for name in SETTINGS} | set(  # of main.py that change predictions
     "--problem_type --safe_csv --reject_below --max_seq_length --per_device_eval_batch_size "
     "--precision".split()
@@ -76,7 +76,7 @@ class Predictor:
         path, output = row["path"], Path(row["output"])
         labels, multi_label = self.classifier.labels, self.classifier.multi_label
         with tempfile.TemporaryDirectory(dir=row["staging"]) as staging:
-            new, described = Path(staging) / "new.csv", Path(staging) / "new.json"
+            new = Path(staging) / "predictions.csv"
             try:
                 file = dataset.open_test_file(path, self.form, labels)
                 check_added(path, file.columns, labels, self.options.reject_below)
@@ -84,11 +84,10 @@ class Predictor:
                 rows = predict_file(self.classifier.logits, file, *facts)
                 data = {"test": dataset.described(file)}
                 record = self.record | {"data": data, "predictions_sha256": sha256(new)}
-                write_text(described, to_json(record))
+                # the record first: it fits no other predictions than those that follow it
+                write_text(output.with_suffix(".json"), to_json(record))
                 with writing(output):
                     sync(new)
-                    # the record first: it fits no other predictions than those that follow it
-                    os.replace(described, output.with_suffix(".json"))
                     os.replace(new, output)
             except UserError as error:
                 return {"rows": 0, "error": str(error)}
@@ -104,16 +103,16 @@ def list_files(texts: Path, output_dir: Path) -> list[dict[str, str]]:
         raise UserError(f"folder {texts} does not exist")
     if texts.resolve() == output_dir.resolve():
         raise UserError("--output_dir is the folder of the texts: choose another one")
-    entries, kinds = sorted(texts.resolve().iterdir()), ", ".join(FORMATS)
-    files = [path for path in entries if path.suffix.lower() in FORMATS and path.is_file()]
+    entries, kinds = [*texts.resolve().iterdir()], ", ".join(FORMATS)
+    files = [path for path in sorted(entries) if path.suffix.lower() in FORMATS and path.is_file()]
     if not files:
         raise UserError(f"{texts} contains no file that ends with {kinds}")
     name, count = Counter(path.stem for path in files).most_common(1)[0]
     if count > 1:
         raise UserError(f"{texts} has two files with the name {name}: rename one")
-    if skipped := [path.name for path in entries if path not in files]:
-        shown = ", ".join(skipped[:SHOWN]) + ", ..." * (len(skipped) > SHOWN)
-        print(f"skipped {len(skipped)} of {texts} that do not end with {kinds}: {shown}")
+    if skipped := sorted({*entries} - {*files}):
+        names = name_list(path.name for path in skipped)
+        print(f"skipped {len(skipped)} of {texts} that do not end with {kinds}: {names}")
     folder = output_dir.resolve()
     return [{"path": str(path), "output": str(folder / f"{path.stem}.csv")} for path in files]
 

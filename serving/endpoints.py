@@ -23,10 +23,9 @@ from evaluation.importance import word_importance
 from model.predictions import Predictions
 from runtime.files import UserError
 from serving.batching import Job
-from serving.csv_files import predict_csv
+from serving.csv_files import CSV_BODY, CsvOptions, predict_csv, store_upload
 from serving.engine import Engine, Shared
 from serving.errors import refusals
-from serving.uploads import CSV_BODY, CsvOptions, store_upload
 
 logger = logging.getLogger(__name__)
 

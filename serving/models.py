@@ -45,7 +45,7 @@ class Backend:
         self.machine.place(module)
 
     def prepare(self, model: "Model") -> list[TunedPrefix]:
-        """Return the prefixes that a row of the model needs. Raises: Changed or UserError."""
+        """Return the prefixes that a row of the model needs. Raises: UserError."""
         return [self.cache.get(adapter) for adapter in model.adapters]
 
     @torch.inference_mode()
@@ -192,9 +192,8 @@ class Registry:
 
         Raises: UserError.
         """
-        known = set()
-        for folders in (backend.folders for backend in self.backbones.values()):
-            known |= {folders.name, str(folders.backbone), str(folders.backbone.resolve())}
+        served = [backend.folders for backend in self.backbones.values()]
+        known = {name for f in served for name in (f.name, str(f.backbone.resolve()))}
         for member in members:
             if not (member / ADAPTER_CONFIG).is_file():
                 raise UserError(f"{member} is not an adapter folder")

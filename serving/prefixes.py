@@ -19,10 +19,6 @@ from runtime.machine import Machine
 READS_TO_TRIM = 200  # prefixes read until the heap is trimmed, which takes 30 ms
 
 
-class Changed(UserError):
-    """A folder is not what it was when the model was loaded, so it cannot be read again."""
-
-
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """The adapter folder of one prefix; its weights are read when they are needed."""
@@ -32,16 +28,16 @@ class Adapter:
     stamps: list[tuple[int, ...]]  # of its files when the model was loaded
 
     def read(self, machine: Machine) -> TunedPrefix:
-        """Read the weights. Raises: Changed or UserError if they are not those that were loaded."""
+        """Read the weights. Raises: UserError if they are not those that were loaded."""
         self.check()
         tuned = read_prefix(self.folder, self.config, machine.device, machine.dtype)
         self.check()
         return tuned
 
     def check(self) -> None:
-        """Raises: Changed if a file is not the one that was loaded."""
+        """Raises: UserError if a file is not the one that was loaded."""
         if stamps_of(self.folder) != self.stamps:
-            raise Changed(f"{self.folder} has changed: load it again")
+            raise UserError(f"{self.folder} has changed: load it again")
 
 
 def stamps_of(folder: Path) -> list[tuple[int, ...]]:
@@ -58,7 +54,7 @@ class PrefixCache:
         self.lock = threading.Lock()
 
     def get(self, adapter: Adapter) -> TunedPrefix:
-        """Return a prefix, from memory if possible. Raises: Changed or UserError."""
+        """Return a prefix, from memory if possible. Raises: UserError."""
         with self.lock:
             if adapter in self.prefixes:
                 self.prefixes.move_to_end(adapter)

@@ -110,7 +110,7 @@ def test_a_call_that_is_killed_at_any_moment_is_resumed_by_the_same_command(
     earlier, predicted = shutil.copytree(output, tmp_path / "earlier"), contents(output)
     assert call(*again)[0] == 0
     for command, right in ((first, predicted), (again, contents(output))):
-        for at in range(3):
+        for at in range(2):
             shutil.rmtree(output)
             if command is again:
                 shutil.copytree(earlier, output)
