@@ -60,7 +60,7 @@ def caveats(runs: list[Run], quick: bool, size: int | None = None) -> list[str]:
     for run in runs:
         if run.tuned and run.predictions["answer"].nunique() == 1:
             kind = "method and size" if run.size else "method"
-            settings = argparse.Namespace(**run.scored[0]["settings"])
+            settings = run.scored[0]["settings"]
             notes.append(
                 f"{run.folder.name} predicts one label for every row: it learned nothing, so "
                 f"the mean of its {kind} is meaningless: {advice_after_collapse(settings)}."
