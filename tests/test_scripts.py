@@ -102,7 +102,7 @@ def call(module: str, argv: list[str], capfd) -> tuple[int, str]:
 FRONT_ENDS = (  # with what each needs
     "baseline majority", "benchmark.benchmark", "ensemble a", "export a",
     "predict_ray a b --output_dir c", "preprocess", "serve", "benchmark.serving_benchmark a b",
-    "split a.csv", "study.compare", "study.significance a --against b",
+    "split a.csv", "study.compare",
 )  # fmt: skip
 
 
