@@ -11,7 +11,7 @@ from runtime.startup import check_packages, one_line_on_interrupt, open_closed_s
 if __name__ == "__main__":  # answer --help and typos before torch loads, which takes seconds
     one_line_on_interrupt()
     open_closed_streams()
-    check_packages("msgspec", "torch", "transformers", "pandas", "sklearn", "matplotlib", "jinja2")
+    check_packages("torch", "transformers", "pandas", "sklearn", "matplotlib", "jinja2", "msgspec")
 
 from arguments import DEFAULT_BACKBONE, parse_args
 

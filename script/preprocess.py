@@ -45,13 +45,14 @@ def run(texts: dict[str, str]) -> None:
     options = {"kernel_name": "python3", "progress_bar": sys.stderr.isatty()}
     quiet = ["--log-level=CRITICAL"]  # of the kernel
     try:
-        papermill.execute_notebook(NOTEBOOK, path, parameters, extra_arguments=quiet, **options)
+        notebook = papermill.execute_notebook(
+            NOTEBOOK, path, parameters, extra_arguments=quiet, **options
+        )
     except PapermillExecutionError as failed:
         if failed.ename != "UserError":
             raise
-        error = UserError(failed.evalue)
-    cells = nbformat.read(path, as_version=4).cells
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        notebook, error = nbformat.read(path, as_version=4), UserError(failed.evalue)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     print("".join(output.text for output in outputs if output.get("name") == "stdout"), end="")
     if error:
         raise error
