@@ -313,7 +313,7 @@ def test_help_shows_the_defaults():
     assert len(SCHEDULE) == len(TUNING["full"].seen)
     table = (ROOT / "model" / "README.md").read_text(encoding="utf-8")
     for column, size in enumerate(("up to 384", "up to 768", "above")):
-        rates = [TUNING[name].rates[column] for name in ("full", "prefix", "bias", "probe")]
+        rates = [TUNING[name].rates[column] for name in ("full", "prefix", "lora", "bias", "probe")]
         cells = " | ".join(f"{rate:.0e}".replace("e-0", "e-") for rate in rates)
         assert f"| {size} | {cells} |" in table
 

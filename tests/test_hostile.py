@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROWS, one_line, within, write_csv
 from dataset import read_split
-from model import source
+from model import folders
 from model.folders import locate, sha256_of
 from runtime import checkpoint
 from runtime.columns import remembered_settings
@@ -156,7 +156,7 @@ def test_a_missing_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     asked = []
-    monkeypatch.setattr(source, "hub_folder", lambda name: asked.append(name) or tmp_path)
+    monkeypatch.setattr(folders, "hub_folder", lambda name: asked.append(name) or tmp_path)
     for name in ("checkpoints/og", "mine/model"):
         with pytest.raises(UserError, match=f"folder {name} does not exist"):
             locate(name)

@@ -1,5 +1,6 @@
 """The documentation: its headline figures, commands, links and length."""
 
+import ast
 import json
 import re
 import shlex
@@ -264,3 +265,19 @@ def test_no_path_of_a_machine_is_in_the_documentation_or_the_results():
             r"(?<![\w.])/(home|root|work|tmp|Users|mnt)/|\.\./shared", path.read_text()
         )
         assert not found, f"{path.name}: {found}"
+
+
+def test_the_reading_path_is_as_long_as_it_says():
+    """Each step names a file and, unless the whole file is meant, some of its definitions."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("30 minutes, about ")[2]
+    lines = 0
+    for step in re.findall(r"^\d\. .*", section, re.MULTILINE):
+        files = re.findall(r"`([\w/]+\.py)`([^;.]*)", step.replace(", with `LastLayer` of", ";"))
+        for path, rest in files:
+            source = (ROOT / path).read_text(encoding="utf-8")
+            wanted = re.findall(r"`(\w+)`", rest) or ["LastLayer"] * path.endswith("bert.py")
+            known = {getattr(node, "name", None): node for node in ast.parse(source).body}
+            nodes = [known[name] for name in wanted]
+            lines += sum(node.end_lineno - node.lineno + 1 for node in nodes)
+            lines += source.count("\n") * (not wanted)
+    assert lines == pytest.approx(int(section.split()[0]), rel=0.07)
