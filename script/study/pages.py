@@ -93,10 +93,9 @@ def render_study(rows: list[dict], points: list[dict], **values) -> dict[str, st
 
     points: may be empty. values: everything else that study.html shows, by its names there.
     """
-    plots = {"accuracy": accuracy_plot} | ({"learning_curve": size_plot} if points else {})
-    data = {"accuracy": rows, "learning_curve": points}
     with matplotlib.style.context(STYLE):
-        drawn = {name: draw(data[name]) for name, draw in plots.items()}
+        drawn = {"accuracy": accuracy_plot(rows)}
+        drawn |= {"learning_curve": size_plot(points)} if points else {}
         pictures = {name: svg(*plot) for name, plot in drawn.items()}
     with matplotlib.style.context([STYLE, {"svg.fonttype": "path"}]):
         files = {
