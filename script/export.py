@@ -11,13 +11,13 @@ the folder is. The file's metadata has `labels` (a JSON list, in the order of th
 Before it appears, the file is run by onnxruntime: its logits must be those of the model.
 """
 
-import contextlib
 import io
 import json
 import logging
 import sys
 import tempfile
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +48,11 @@ class Logits(torch.nn.Module):
 
 
 def example(classifier: Classifier, batch: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Draw inputs of this shape, the first row padded unless it is alone."""
+    """Draw inputs of this shape; all rows but the first are padded."""
     random = np.random.default_rng([batch, tokens])
     ids = torch.from_numpy(random.integers(0, len(classifier.tokenizer), (batch, tokens)))
     mask = torch.ones_like(ids)
-    if batch > 1:
-        mask[0, -2:] = 0
+    mask[1:, -2:] = 0
     return dict(zip(INPUTS, (ids, mask), strict=True))
 
 
@@ -61,12 +60,9 @@ def write(classifier: Classifier, path: Path) -> None:
     """Write the model to `path` as ONNX."""
     import onnx
 
-    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     for name in ("onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(warnings.catch_warnings(action="ignore"))  # about names of axes
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):  # names of axes
         torch.onnx.export(
             Logits(classifier.model).eval(),
             tuple(example(classifier, *SHAPES[1]).values()),
@@ -75,18 +71,16 @@ def write(classifier: Classifier, path: Path) -> None:
             external_data=False,
             input_names=INPUTS,
             output_names=["logits"],
-            dynamic_shapes=dict.fromkeys(INPUTS, sizes),
+            dynamic_shapes=dict.fromkeys(INPUTS, [torch.export.Dim.DYNAMIC] * 2),
         )
     model = onnx.load(path)
     kind = "multi" if classifier.multi_label else "single"
-    onnx.helper.set_model_props(
-        model,
-        {
-            "labels": json.dumps(classifier.labels),
-            "problem_type": f"{kind}_label_classification",
-            "max_seq_length": str(classifier.max_seq_length),
-        },
-    )
+    facts = {
+        "labels": json.dumps(classifier.labels),
+        "problem_type": f"{kind}_label_classification",
+        "max_seq_length": str(classifier.max_seq_length),
+    }
+    onnx.helper.set_model_props(model, facts)
     onnx.save(model, path)
 
 
@@ -95,14 +89,13 @@ def difference(classifier: Classifier, path: Path) -> float:
     """Return the largest difference of a logit between onnxruntime and the model."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = []
+    session, largest = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]), []
     for shape in SHAPES:
         inputs = example(classifier, *shape)
         expected = classifier.model(**inputs).logits.numpy()
-        (logits,) = session.run(None, {name: one.numpy() for name, one in inputs.items()})
-        found.append(np.abs(logits - expected).max())
-    return float(max(found))
+        (logits,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+        largest.append(np.abs(logits - expected).max())
+    return float(np.max(largest))  # unlike max(), NaN if one is
 
 
 def run(folder: str, output_dir: Path) -> None:
@@ -115,14 +108,12 @@ def run(folder: str, output_dir: Path) -> None:
     with tempfile.TemporaryDirectory(dir=output_dir) as staging:
         path = Path(staging) / "model.onnx"
         write(classifier, path)
-        apart = difference(classifier, path)
-        if not apart <= LARGEST_DIFFERENCE:
+        if not (apart := difference(classifier, path)) <= LARGEST_DIFFERENCE:
             raise UserError(f"the exported model differs by {apart:.2g} in a logit: not written")
         classifier.tokenizer.save_pretrained(staging)
-        for name in ("tokenizer.json", "model.onnx"):
-            (Path(staging) / name).replace(output_dir / name)
-    size = (output_dir / "model.onnx").stat().st_size / 1e6
-    print(f"{output_dir}/model.onnx: {size:.1f} MB, {len(classifier.labels)} labels")
+        for name in ("tokenizer.json", path.name):
+            Path(staging, name).replace(output_dir / name)
+    print(f"{output_dir}/model.onnx has {len(classifier.labels)} labels")
     print(f"onnxruntime gives the same logits within {apart:.0e}")
 
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import ray
@@ -32,6 +33,7 @@ from runtime.columns import fill_format, precision_for
 from runtime.file_format import SETTINGS, FileFormat
 from runtime.files import (
     UserError,
+    name_list,
     read_json,
     run_and_report,
     sha256,
@@ -45,7 +47,6 @@ from runtime.machine import pick_machine, set_up_process
 from runtime.record import Record, describe_run, run_differences
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
-SHOWN = 5  # names of skipped entries
 FLAGS = {f"--{name}" for name in SETTINGS} | set(  # of main.py that change predictions
     "--problem_type --safe_csv --reject_below --max_seq_length --per_device_eval_batch_size "
     "--precision".split()
@@ -61,52 +62,39 @@ class PredictionRecord(Record, total=False):
 class Predictor:
     """A worker: loads the model once, then predicts file after file."""
 
-    def __init__(self, argv: list[str], record: dict) -> None:
+    def __init__(
+        self, args: Namespace, source: ModelSource, form: FileFormat, record: dict
+    ) -> None:
         set_up_process()
-        self.args, source, self.form = read_arguments(argv)
-        machine = pick_machine(precision_for(self.args.precision, [self.args.model_name_or_path]))
-        self.classifier = Classifier.from_source(
-            source, machine, self.args.per_device_eval_batch_size
-        )
-        self.record = record
+        machine = pick_machine(precision_for(args.precision, [args.model_name_or_path]))
+        self.classifier = Classifier.from_source(source, machine, args.per_device_eval_batch_size)
+        self.options = Options(args.safe_csv, args.reject_below)
+        self.form, self.record = form, record
 
     def __call__(self, row: dict[str, str]) -> dict[str, str | int]:
-        """Predict the file row["path"] into row["output"], by way of row["staging"].
-
-        Returns the rows, or the error.
-        """
-        output, rows = Path(row["output"]), 0
-        options = Options(self.args.safe_csv, self.args.reject_below)
+        """Predict the file row["path"] into row["output"]; returns the rows, or the error."""
+        path, output = row["path"], Path(row["output"])
         labels, multi_label = self.classifier.labels, self.classifier.multi_label
         with tempfile.TemporaryDirectory(dir=row["staging"]) as staging:
+            new = Path(staging) / "predictions.csv"
             try:
-                new = Path(staging) / "predictions.csv"
-                file = dataset.open_test_file(row["path"], self.form, labels)
-                check_added(row["path"], file.columns, labels, options.reject_below)
-                facts = file.columns, new, labels, multi_label, options
+                file = dataset.open_test_file(path, self.form, labels)
+                check_added(path, file.columns, labels, self.options.reject_below)
+                facts = file.columns, new, labels, multi_label, self.options
                 rows = predict_file(self.classifier.logits, file, *facts)
                 data = {"test": dataset.described(file)}
                 record = self.record | {"data": data, "predictions_sha256": sha256(new)}
-                write_text(Path(staging) / "record.json", to_json(record))
+                # the record first: it fits no other predictions than those that follow it
+                write_text(output.with_suffix(".json"), to_json(record))
                 with writing(output):
                     sync(new)
-                    # the record first: it fits no other predictions than those that follow it
-                    os.replace(Path(staging) / "record.json", output.with_suffix(".json"))
                     os.replace(new, output)
             except UserError as error:
-                return row | {"rows": 0, "error": str(error)}
-        return row | {"rows": rows, "error": ""}
+                return {"rows": 0, "error": str(error)}
+        return {"rows": rows, "error": ""}
 
 
-def read_arguments(argv: list[str]) -> tuple[Namespace, ModelSource, FileFormat]:
-    """Return the arguments, the model, and how it reads files."""
-    args = parse_args(argv)
-    form = fill_format(vars(args))
-    source = open_model(args.model_name_or_path, args.max_seq_length, args.problem_type)
-    return args, source, source.complete(form, vars(args))
-
-
-def shards(texts: Path, output_dir: Path) -> list[dict[str, str]]:
+def list_files(texts: Path, output_dir: Path) -> list[dict[str, str]]:
     """List the files to predict, each with its output; print what else is in the folder.
 
     Raises: UserError if there are none, or if their predictions would replace files.
@@ -115,19 +103,18 @@ def shards(texts: Path, output_dir: Path) -> list[dict[str, str]]:
         raise UserError(f"folder {texts} does not exist")
     if texts.resolve() == output_dir.resolve():
         raise UserError("--output_dir is the folder of the texts: choose another one")
-    entries = sorted(texts.iterdir())
-    files = [path for path in entries if path.suffix.lower() in FORMATS and path.is_file()]
+    entries, kinds = [*texts.resolve().iterdir()], ", ".join(FORMATS)
+    files = [path for path in sorted(entries) if path.suffix.lower() in FORMATS and path.is_file()]
     if not files:
-        raise UserError(f"{texts} contains no file that ends with {', '.join(FORMATS)}")
-    names = [path.stem for path in files]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{texts} has two files with the name {twice[0]}: rename one")
-    if skipped := [path.name for path in entries if path not in files]:
-        shown = ", ".join(skipped[:SHOWN]) + ", ..." * (len(skipped) > SHOWN)
-        kinds = ", ".join(FORMATS)
-        print(f"skipped {len(skipped)} of {texts} that do not end with {kinds}: {shown}")
-    pairs = ((path.resolve(), output_dir.resolve() / f"{path.stem}.csv") for path in files)
-    return [{"path": str(path), "output": str(output)} for path, output in pairs]
+        raise UserError(f"{texts} contains no file that ends with {kinds}")
+    name, count = Counter(path.stem for path in files).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{texts} has two files with the name {name}: rename one")
+    if skipped := sorted({*entries} - {*files}):
+        names = name_list(path.name for path in skipped)
+        print(f"skipped {len(skipped)} of {texts} that do not end with {kinds}: {names}")
+    folder = output_dir.resolve()
+    return [{"path": str(path), "output": str(folder / f"{path.stem}.csv")} for path in files]
 
 
 def is_finished(row: dict[str, str], record: dict, overwrite: bool) -> bool:
@@ -136,9 +123,9 @@ def is_finished(row: dict[str, str], record: dict, overwrite: bool) -> bool:
     Raises: UserError if there is something else that must not be replaced.
     """
     output, described = Path(row["output"]), Path(row["output"]).with_suffix(".json")
-    found = read_json(described, PredictionRecord) if described.exists() else {}
-    for path in (output, described):
-        if path.exists() and "predictions_sha256" not in found:
+    earlier = read_json(described, PredictionRecord) if described.exists() else {}
+    for path in filter(Path.exists, (output, described)):
+        if "predictions_sha256" not in earlier:
             raise UserError(
                 f"{path} was not written by predict_ray.sh: move it away, or choose another "
                 "--output_dir"
@@ -147,13 +134,13 @@ def is_finished(row: dict[str, str], record: dict, overwrite: bool) -> bool:
         return False
     data = {"test": {"sha256": sha256(row["path"])}}
     names = {"data.test": "input file", **{f"settings.{flag[2:]}": flag for flag in FLAGS}}
-    fields = run_differences(found, record | {"data": data})
-    changed = sorted({names.get(field, "model") for field in fields})
-    if not changed and sha256(output) == found["predictions_sha256"]:
+    fields = run_differences(earlier, record | {"data": data})
+    changed = ", ".join(sorted({names.get(field, "model") for field in fields}))
+    if not changed and sha256(output) == earlier["predictions_sha256"]:
         return True
     if overwrite:  # a killed call may have replaced the record alone
         return False
-    fault = f"was predicted with another {', '.join(changed)}" if changed else "was changed since"
+    fault = f"was predicted with another {changed}" if changed else "was changed since"
     raise UserError(
         f"{output} {fault}: choose another --output_dir, or predict it again with "
         "--overwrite_output_dir"
@@ -163,15 +150,17 @@ def is_finished(row: dict[str, str], record: dict, overwrite: bool) -> bool:
 def run(args: Namespace, flags: list[str]) -> None:
     """Predict all files that are not finished yet. Raises: UserError naming those that failed."""
     argv = ["--do_predict", "--model_name_or_path", args.model, "--output_dir", args.output_dir]
-    argv += flags
-    given, source, _ = read_arguments(argv)  # a bad flag or model is reported before Ray starts
-    record = describe_run(source.settings(vars(given)), source.describe(), source.labels, {})
-    texts, output_dir = Path(args.texts), Path(args.output_dir)
-    every = shards(texts, output_dir)
+    settings = parse_args([*argv, *flags])
+    form = fill_format(vars(settings))
+    source = open_model(args.model, settings.max_seq_length, settings.problem_type)
+    form = source.complete(form, vars(settings))
+    record = describe_run(source.settings(vars(settings)), source.describe(), source.labels, {})
+    output_dir = Path(args.output_dir)
+    files = list_files(Path(args.texts), output_dir)
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-    left = [row for row in every if not is_finished(row, record, args.overwrite_output_dir)]
-    print(f"{len(every)} files, {len(every) - len(left)} of them already finished", flush=True)
+    left = [row for row in files if not is_finished(row, record, args.overwrite_output_dir)]
+    print(f"{len(files)} files, {len(files) - len(left)} of them already finished", flush=True)
     if not left:
         return
     ray.init(num_cpus=args.workers, log_to_driver=False, configure_logging=False)
@@ -183,15 +172,15 @@ def run(args: Namespace, flags: list[str]) -> None:
         items = ray.data.from_items(todo, override_num_blocks=len(left))
         done = items.map(
             Predictor,
-            fn_constructor_args=(argv, record),
+            fn_constructor_args=(settings, source, form, record),
             compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
             num_cpus=1,
         ).take_all()
-    rows, seconds = sum(one["rows"] for one in done), time.perf_counter() - began
+    rows, seconds = sum(row["rows"] for row in done), time.perf_counter() - began
     print(f"{rows:,} rows in {seconds:.0f} s with {workers} workers: {rows / seconds:,.0f} rows/s")
-    if failed := [one for one in done if one["error"]]:
-        more = f" (and {len(failed) - 1} more files)" if len(failed) > 1 else ""
-        raise UserError(failed[0]["error"] + more)
+    if errors := [row["error"] for row in done if row["error"]]:
+        more = f" (and {len(errors) - 1} more files)" if len(errors) > 1 else ""
+        raise UserError(errors[0] + more)
 
 
 def main(argv: list[str]) -> int:

@@ -98,37 +98,29 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     raise_open_files()
     paths = args.models or ["checkpoints"]
-    if not args.models and not Path("checkpoints").is_dir():
-        raise UserError("there is no folder checkpoints: name a model, or train one first")
     updates = Path(args.allow_updates) if args.allow_updates else None
     if updates and not updates.is_dir():
         raise UserError(f"--allow_updates: folder {updates} does not exist")
+    same = ("max_batch_tokens", "max_queue", "max_texts", "allow_origins")
     settings = Settings(
-        max_batch_tokens=args.max_batch_tokens,
-        max_queue=args.max_queue,
-        max_texts=args.max_texts,
+        **{name: getattr(args, name) for name in same},
         max_body=int(args.max_body_mib * 2**20),
         allowed_hosts=("127.0.0.1", "localhost", args.host, *args.allowed_hosts),
         api_key=read_key(args.api_key_file),
         updates_from=updates,
-        allow_origins=tuple(args.allow_origins),
     )
     try:  # before models load: a port in use is reported at once, and connections wait
         listener = socket.create_server((args.host, args.port), backlog=BACKLOG)
     except OSError as error:
-        raise UserError(
-            f"--host {args.host} --port {args.port}: {error.strerror or error}"
-        ) from None
+        where = f"--host {args.host} --port {args.port}"
+        raise UserError(f"{where}: {error.strerror or error}") from None
     set_up_process()
-    found = find_models(paths)
-    machine = pick_machine(precision_for(args.precision, found.values()))
+    folders = find_models(paths)
+    machine = pick_machine(precision_for(args.precision, folders.values()))
     registry = Registry(machine, int(args.cache_gib * 2**30))
-    registry.add_all(found, named=paths)
-    own = sum(not model.adapters for model in registry.models.values())
-    logger.info(
-        "%s; %d models: %d on %d shared backbones, %d on their own", registry.machine,
-        len(registry.models), len(registry.models) - own, len(registry.backbones), own,
-    )  # fmt: skip
+    registry.add_all(folders, named=paths)
+    shared, models = len(registry.backbones), len(registry.models)
+    logger.info("%s; %d models, %d shared backbones", machine, models, shared)
     logger.info("serving %s", name_list(registry.models))
     address = "http://{}:{}".format(*listener.getsockname())
     logger.info("ready after %.1f s: %s", time.perf_counter() - began, address)

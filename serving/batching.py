@@ -21,7 +21,7 @@ from torch import Tensor
 from model.predictions import average
 from runtime.machine import Machine
 from serving.metrics import Metrics
-from serving.models import Changed, Model
+from serving.models import Model
 
 logger = logging.getLogger(__name__)
 
@@ -186,8 +186,7 @@ class Batcher:
             try:
                 prepared[model] = backend.prepare(model)
             except Exception as error:  # whatever it is, the other models' rows are scored
-                if not isinstance(error, Changed):
-                    logger.exception("model %s cannot be read", model.name)
+                logger.error("model %s cannot be read: %r", model.name, error)
                 why = f"the folder of model '{model.name}' has changed: it must be loaded again"
                 for item in batch:
                     if item.job.model is model:
@@ -196,7 +195,7 @@ class Batcher:
             token_ids = [list(ids) for _, ids in part]
             scored = backend.logits(token_ids, [prepared[model] for model, _ in part])
             for (model, ids), logits in zip(part, scored, strict=True):
-                outcome = average(logits[:, None].float(), model.multi_label)[0]
+                outcome = average(logits[:, None, : len(model.labels)], model.multi_label)[0]
                 if not outcome.isfinite().all():
                     why = f"model '{model.name}' has diverged: train it again"
                     outcome = HTTPException(503, why)

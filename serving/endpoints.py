@@ -23,10 +23,9 @@ from evaluation.importance import word_importance
 from model.predictions import Predictions
 from runtime.files import UserError
 from serving.batching import Job
-from serving.csv_files import predict_csv
+from serving.csv_files import CSV_BODY, CsvOptions, predict_csv, store_upload
 from serving.engine import Engine, Shared
 from serving.errors import refusals
-from serving.uploads import CSV_BODY, CsvOptions, store_upload
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +211,7 @@ async def classify_csv(
 async def models(engine: Shared) -> dict:
     """List the served models: labels, sizes and test scores."""
     served = [*engine.registry.models.values()]
-    return {"object": "list", "data": [model.describe() for model in served]}
+    return {"object": "list", "data": [model.entry for model in served]}
 
 
 class LoadRequest(BaseModel, extra="forbid"):
@@ -225,7 +224,11 @@ class LoadRequest(BaseModel, extra="forbid"):
 @router.post("/v1/load_adapter", responses=refusals(403, 408, 413))
 async def load_adapter(body: LoadRequest, engine: Shared) -> dict:
     """Serve a prefix, or replace one; a damaged or unfitting folder changes nothing."""
-    folder = below(updates_of(engine), body.path)
+    root, folder = updates_root(engine), Path()
+    with suppress(OSError, ValueError):  # it is not the name of a folder
+        folder = (root / body.path).resolve()
+    if root not in folder.parents:
+        raise HTTPException(422, "path: it must name a folder below the folder of updates")
     async with engine.loading:
         try:
             model = await asyncio.to_thread(engine.registry.add, body.name, folder, True)
@@ -234,7 +237,7 @@ async def load_adapter(body: LoadRequest, engine: Shared) -> dict:
             message = "refused: it is damaged, no prefix, or tuned on another backbone"
             raise HTTPException(422, f"path: {message} (see the server's log)") from None
     logger.info("loaded %s", body.name)
-    return model.describe()
+    return model.entry
 
 
 class UnloadRequest(BaseModel, extra="forbid"):
@@ -246,27 +249,18 @@ class UnloadRequest(BaseModel, extra="forbid"):
 @router.post("/v1/unload_adapter", responses=refusals(403, 404, 408, 413))
 async def unload_adapter(body: UnloadRequest, engine: Shared) -> dict:
     """Stop serving a model."""
-    updates_of(engine)
-    if not engine.registry.remove(body.name):
+    updates_root(engine)
+    if engine.registry.models.pop(body.name, None) is None:
         raise HTTPException(404, "no such model: see /v1/models")
     logger.info("unloaded %s", body.name)
     return {"id": body.name, "object": "model", "deleted": True}
 
 
-def updates_of(engine: Engine) -> Path:
+def updates_root(engine: Engine) -> Path:
     """Return the folder that models may be loaded from. Raises: HTTPException if there is none."""
     if engine.settings.updates_from is None:
         raise HTTPException(403, "updates are off: whoever runs the server can allow them")
     return engine.settings.updates_from.resolve()
-
-
-def below(root: Path, path: str) -> Path:
-    """Return the folder that a path names. Raises: HTTPException if it is not below `root`."""
-    with suppress(OSError, ValueError):  # it is not the name of a folder
-        folder = (root / path).resolve()
-        if root in folder.parents:
-            return folder
-    raise HTTPException(422, "path: it must name a folder below the folder of updates")
 
 
 @router.get("/health")

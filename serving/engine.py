@@ -108,7 +108,7 @@ class Engine:
         self.batcher.check_room(model, len(texts))  # rather than tokenize in vain
         for part in parts(texts, TOKENIZED):  # in between it is the turn of other requests
             ids, is_cut = await asyncio.get_running_loop().run_in_executor(
-                self.tokenizing, tokenize, model.tokenizer, part, model.max_seq_length
+                self.tokenizing, tokenize, model.backend.tokenizer, part, model.max_seq_length
             )
             token_ids += ids
             if any(is_cut) and not truncate:

@@ -3,26 +3,19 @@
 Prefixes of depth `all` share a frozen backbone, and their rows share batches. Every other model has
 a backbone of its own. Prefixes are small and may be many, so only those in use stay in memory.
 
-P virtual tokens, L layers, H heads, D head size (HD the hidden size), C classes.
+K prefixes that a row is averaged over, C classes.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import BertModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
 
-from model import load
-from model.adapter import WEIGHTS
-from model.classifier import Classifier
 from model.folders import ADAPTER_CONFIG, ensemble_folders, find_backbone
-from model.loading import TUNED, read_config
 from model.prefix_bank import PrefixBank, TunedPrefix
 from model.source import ModelSource, open_model
 from runtime.batches import Encoded
@@ -30,7 +23,7 @@ from runtime.columns import is_member, remembered_settings
 from runtime.file_format import FileFormat
 from runtime.files import UserError, read_json
 from runtime.machine import Machine
-from serving.prefixes import Adapter, Changed, PrefixCache, stamps_of
+from serving.prefixes import Adapter, PrefixCache, stamps_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,70 +31,43 @@ OF_BACKBONE = (  # settings of a config that a prefix cannot choose
     "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
     "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
 ).split()
+SCORES = "test_accuracy test_accuracy_unseen test_macro_f1 test_loss test_ece".split()
+Results = TypedDict("Results", dict.fromkeys(SCORES, float | None), total=False)
 
 
-class Results(TypedDict, total=False):
-    """The part of all_results.json that is shown."""
+class Backend:
+    """A BERT in memory: one that prefixes share, or a whole model, which has no prefixes here."""
 
-    test_accuracy: float | None
-    test_accuracy_unseen: float | None
-    test_macro_f1: float | None
-    test_loss: float | None
-    test_ece: float | None
-
-
-class SharedBackbone:
-    """A frozen BERT on which each row of a batch has a prefix of its own."""
-
-    def __init__(
-        self, source: ModelSource, bert: BertModel, machine: Machine, prefixes: PrefixCache
-    ) -> None:
-        self.folders, self.config, self.bert = source.folders[0], source.config, bert
-        self.tokenizer, self.machine, self.prefixes = source.tokenizer, machine, prefixes
+    def __init__(self, source: ModelSource, module: nn.Module, cache: PrefixCache) -> None:
+        self.folders, self.config = source.folders[0], source.config
+        self.tokenizer, self.cache, self.machine = source.tokenizer, cache, cache.machine
+        self.module = module.requires_grad_(False).eval()
+        self.machine.place(module)
 
     def prepare(self, model: "Model") -> list[TunedPrefix]:
-        """Return the prefixes that a row of the model needs. Raises: Changed or UserError."""
-        return [self.prefixes.get(adapter) for adapter in model.adapters]
+        """Return the prefixes that a row of the model needs. Raises: UserError."""
+        return [self.cache.get(adapter) for adapter in model.adapters]
 
     @torch.inference_mode()
-    def logits(self, token_ids: list[list[int]], prepared: list[list[TunedPrefix]]) -> list[Tensor]:
-        """Score rows: for each, the logits of each of its prefixes, float32 [K, C]."""
-        distinct = list({id(prefix): prefix for tuned in prepared for prefix in tuned}.values())
-        number = {id(prefix): place for place, prefix in enumerate(distinct)}
-        index = [number[id(prefix)] for tuned in prepared for prefix in tuned]
-        ids = [ids for ids, tuned in zip(token_ids, prepared, strict=True) for _ in tuned]
-        bank = PrefixBank.from_tuned(self.bert, self.config, distinct, self.machine.dtype)
-        logits = score(self.machine, bank, ids, self.config.pad_token_id or 0, index)
-        by_row = logits.split([len(tuned) for tuned in prepared])
-        classes = (len(tuned[0].bias) for tuned in prepared)
-        return [rows[:, :count] for rows, count in zip(by_row, classes, strict=True)]
+    def logits(
+        self, token_ids: list[list[int]], prefixes: list[list[TunedPrefix]]
+    ) -> tuple[Tensor, ...]:
+        """Score rows, each with its own prefixes.
 
-
-class OwnBackbone:
-    """A model that shares nothing: of another method, or a prefix at the input."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        self.model, self.machine = classifier.model.eval(), classifier.machine
-        self.tokenizer = classifier.tokenizer
-
-    def prepare(self, model: "Model") -> None:
-        """Nothing needs to be read: the model is in memory."""
-
-    @torch.inference_mode()
-    def logits(self, token_ids: list[list[int]], prepared: list[None]) -> list[Tensor]:
-        """Score rows: for each, its logits, float32 [1, C]."""
-        pad = self.tokenizer.pad_token_id
-        return list(score(self.machine, self.model, token_ids, pad)[:, None])
-
-
-def score(
-    machine: Machine, module, token_ids: list[list[int]], pad: int, index: list[int] | None = None
-) -> Tensor:
-    """Score one batch: float32 [B, C], on the CPU. index: each row's prefix."""
-    rows = np.arange(len(token_ids))
-    prefix_index = None if index is None else np.array(index)
-    data = Encoded(token_ids, rows, None, [], pad, prefix_index)
-    return machine.logits(module, data, rows).cpu()
+        Returns for each row the logits of each of its prefixes, or of the whole model: float32
+        [K, C]. C includes the labels that only other prefixes of the batch have, at the end.
+        """
+        module, index = self.module, None
+        if any(prefixes):
+            distinct = list({id(prefix): prefix for tuned in prefixes for prefix in tuned}.values())
+            place = {id(prefix): number for number, prefix in enumerate(distinct)}
+            index = np.array([place[id(prefix)] for tuned in prefixes for prefix in tuned])
+            module = PrefixBank.from_tuned(module, self.config, distinct, self.machine.dtype)
+        counts = [len(tuned) or 1 for tuned in prefixes]
+        ids = [ids for ids, count in zip(token_ids, counts, strict=True) for _ in range(count)]
+        rows = np.arange(len(ids))
+        data = Encoded(ids, rows, None, [], self.tokenizer.pad_token_id, index)
+        return self.machine.logits(module, data, rows).cpu().split(counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,34 +78,10 @@ class Model:
     labels: list[str]
     multi_label: bool
     max_seq_length: int
-    title: str  # of the tuning method
-    backend: SharedBackbone | OwnBackbone
+    backend: Backend
     adapters: list[Adapter] = field(default_factory=list)
-    created: int = 0  # seconds since 1970
-    stored_bytes: int = 0
-    scores: dict[str, float] = field(default_factory=dict)  # of its test
     form: FileFormat = field(default_factory=FileFormat)  # of the files that it was trained on
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The backbone's tokenizer, which all its prefixes share."""
-        return self.backend.tokenizer
-
-    def describe(self) -> dict[str, Any]:
-        """Return the model's entry in /v1/models."""
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "user",
-            "labels": self.labels,
-            "multi_label": self.multi_label,
-            "method": self.title,
-            "max_seq_length": self.max_seq_length,
-            "text_column_names": list(self.form.text_column_names),
-            "stored_bytes": self.stored_bytes,
-            "scores": self.scores,
-        }
+    entry: dict[str, Any] = field(default_factory=dict)  # in /v1/models
 
 
 def read_scores(folder: Path) -> dict[str, float]:
@@ -152,46 +94,32 @@ def read_scores(folder: Path) -> dict[str, float]:
 
 
 def is_model(folder: Path) -> bool:
-    """Whether a folder contains a tuned model, or several prefixes for one task."""
-    if (folder / ADAPTER_CONFIG).is_file() or ensemble_folders(folder):
+    """Whether a folder seems to contain a tuned model, or several prefixes for one task."""
+    if (folder / ADAPTER_CONFIG).is_file() or (folder / "model.safetensors").is_file():
         return True
-    return (folder / "model.safetensors").is_file() and read_config(folder).architectures == TUNED
-
-
-@contextmanager
-def skipping(folder: Path) -> Iterator[None]:
-    """Skip the block with a warning if it finds that the model in `folder` is not usable."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        logger.warning("warning: skipping %s: %s", folder, error)
+    return any(is_member(path.parent.name) for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
 
 
 def find_models(paths: list[str]) -> dict[str, Path]:
     """Return the folders of models by name; a path is a model, or a folder of models.
 
-    Damaged ones in a folder of models are left out with a warning.
     Raises: UserError if a path contains none, or if two models have the same name.
     """
-    found: dict[str, Path] = {}
-    for path in map(Path, paths):
-        if not path.is_dir():
-            raise UserError(f"folder {path} does not exist")
-        one = path.resolve()
-        below = sorted(p for p in one.iterdir() if p.is_dir() and not p.name.startswith("."))
-        folders = [one] if is_model(one) else []
-        for folder in below if not folders else []:
-            with skipping(folder):
-                folders += [folder] * is_model(folder)
-        if not folders:
+    models: dict[str, Path] = {}
+    for path in paths:
+        folder = Path(path).resolve()
+        if not folder.is_dir():
+            raise UserError(f"folder {path} does not exist: name a model, or train one first")
+        folders = [folder] if is_model(folder) else filter(is_model, sorted(folder.glob("[!.]*")))
+        if not (folders := list(folders)):
             raise UserError(f"{path} contains no tuned model: train one with script/run_prefix.sh")
         for folder in folders:
             name = folder.name
             if is_member(name):  # one prefix of several: its own name says nothing
                 name = f"{folder.parent.name}-{name}"
-            if found.setdefault(name, folder) != folder:
-                raise UserError(f"{found[name]} and {folder} have the same name: rename one")
-    return found
+            if models.setdefault(name, folder) != folder:
+                raise UserError(f"{models[name]} and {folder} have the same name: rename one")
+    return models
 
 
 class Registry:
@@ -200,17 +128,21 @@ class Registry:
     def __init__(self, machine: Machine, cache_bytes: int) -> None:
         self.machine, self.models = machine, dict[str, Model]()
         self.prefixes = PrefixCache(cache_bytes, machine)
-        self.backbones: dict[tuple[Path, str], SharedBackbone] = {}
+        self.backbones: dict[tuple[Path, str], Backend] = {}
 
-    def add_all(self, found: dict[str, Path], named: list[str]) -> None:
+    def add_all(self, folders: dict[str, Path], named: list[str]) -> None:
         """Serve the models that `find_models` found; in a folder of models, those that are usable.
 
         Raises: UserError if a model is not usable that is named itself, or if there is none left.
         """
         paths = {Path(path).resolve() for path in named}
-        for name, folder in found.items():
-            with nullcontext() if folder in paths else skipping(folder):
+        for name, folder in folders.items():
+            try:
                 self.add(name, folder)
+            except (UserError, OSError) as error:
+                if folder in paths:
+                    raise
+                logger.warning("warning: skipping %s: %s", folder, error)
         if not self.models:
             raise UserError(f"no model in {', '.join(named)} is usable: see the warnings above")
 
@@ -221,83 +153,67 @@ class Registry:
         Raises: UserError if the folder is damaged or does not fit; then nothing changes.
         """
         members = [Path(path) for path in ensemble_folders(folder)] or [folder]
-        stamps = [stamps_of(member) for member in members]
+        stamps = [stamps_of(member) for member in members]  # before anything is read
         if known_backbone:
-            self.check_served(folder, members)
-        source = open_model(str(folder))
-        tuned: dict[Adapter, TunedPrefix] = {}
+            self.check_served(members)
+        source, adapters = open_model(str(folder)), []
         if source.method.fits_bank(source.config):
-            backend = self.backbone_of(source)
-            configs = source.configs or [source.config]
-            adapters = [Adapter(*fields) for fields in zip(members, configs, stamps, strict=True)]
-            try:
-                tuned = {adapter: adapter.read(self.machine) for adapter in adapters}
-            except Changed:
-                raise UserError(f"{folder} changed while it was read: load it again") from None
+            backend, configs = self.backbone_of(source), source.configs or [source.config]
+            adapters = [Adapter(*facts) for facts in zip(members, configs, stamps, strict=True)]
+            for adapter in adapters:
+                self.prefixes.get(adapter)
         elif known_backbone:
             raise UserError(f"{folder} has no prefix of depth all")
         else:
-            backend = OwnBackbone(load(folder, self.machine.precision))
-        weights = [path for m in members for path in (m / WEIGHTS, m / "model.safetensors")]
-        states = [path.stat() for path in weights if path.is_file()]
+            backend = Backend(source, source.build(), self.prefixes)
+        form = FileFormat.from_settings(remembered_settings(folder))
+        states = [path.stat() for m in members for path in m.glob("*model.safetensors")]
         averaged = f", {len(members)} averaged" * (len(members) > 1)
-        model = Model(
-            name=name,
-            labels=source.labels,
-            multi_label=source.multi_label,
-            max_seq_length=source.config.max_seq_length,
-            title=source.method.title(source.config) + averaged,
-            backend=backend,
-            adapters=list(tuned),
-            created=int(max(state.st_mtime for state in states)),
-            stored_bytes=sum(state.st_size for state in states),
-            scores=read_scores(folder),
-            form=FileFormat.from_settings(remembered_settings(folder)),
-        )
-        for adapter, prefix in tuned.items():
-            self.prefixes.put(adapter, prefix)
-        old = self.models.get(name)
+        entry = {
+            "id": name,
+            "object": "model",
+            "created": int(max(state.st_mtime for state in states)),
+            "owned_by": "user",
+            "labels": source.labels,
+            "multi_label": source.multi_label,
+            "method": source.method.title(source.config) + averaged,
+            "max_seq_length": source.config.max_seq_length,
+            "text_column_names": list(form.text_column_names),
+            "stored_bytes": sum(state.st_size for state in states),
+            "scores": read_scores(folder),
+        }
+        facts = source.labels, source.multi_label, source.config.max_seq_length
+        model = Model(name, *facts, backend, adapters, form, entry)
         self.models[name] = model  # requests that began with the old one end with it
-        if old:
-            self.prefixes.retire(old.adapters)
         return model
 
-    def remove(self, name: str) -> bool:
-        """Stop serving a model; returns whether there was one."""
-        old = self.models.pop(name, None)
-        if old:
-            self.prefixes.retire(old.adapters)
-        return old is not None
-
-    def check_served(self, folder: Path, members: list[Path]) -> None:
+    def check_served(self, members: list[Path]) -> None:
         """Check that adapters are of a served backbone, before another one is looked for.
 
         Raises: UserError.
         """
-        backbones = [shared.folders for shared in self.backbones.values()]
-        known = {f.name for f in backbones} | {str(f.backbone) for f in backbones}
-        known |= {str(f.backbone.resolve()) for f in backbones}
+        served = [backend.folders for backend in self.backbones.values()]
+        known = {name for f in served for name in (f.name, str(f.backbone.resolve()))}
         for member in members:
             if not (member / ADAPTER_CONFIG).is_file():
-                raise UserError(f"{folder} is not an adapter folder")
+                raise UserError(f"{member} is not an adapter folder")
             if (base := find_backbone(member)) not in known:
-                raise UserError(f"{folder} was tuned on a backbone that is not served: {base}")
+                raise UserError(f"{member} was tuned on a backbone that is not served: {base}")
 
-    def backbone_of(self, source: ModelSource) -> SharedBackbone:
+    def backbone_of(self, source: ModelSource) -> Backend:
         """Return the backbone of prefixes, loaded once.
 
         Raises: UserError if a prefix has other settings of the backbone than the first.
         """
-        config, folders = source.config, source.folders[0]
-        key = (folders.backbone.resolve(), config.pooling)
+        folders, configs = source.folders[0], source.configs or [source.config]
+        key = folders.backbone.resolve(), source.config.pooling
         if key not in self.backbones:
-            built = source.method.build(folders, source.configs[0] if source.configs else config)
-            self.machine.place(built.requires_grad_(False).eval())
-            self.backbones[key] = SharedBackbone(source, built.bert, self.machine, self.prefixes)
+            bert = source.method.build(folders, configs[0]).bert
+            self.backbones[key] = Backend(source, bert, self.prefixes)
         backend = self.backbones[key]
-        for path, other in zip(source.folders, source.configs or [config], strict=True):
+        for path, config in zip(source.folders, configs, strict=True):
             for name in OF_BACKBONE:
-                if getattr(other, name) != getattr(backend.config, name):
+                if getattr(config, name) != getattr(backend.config, name):
                     raise UserError(
                         f"{path.adapter}/config.json: {name} differs from the backbone's"
                     )

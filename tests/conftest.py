@@ -359,7 +359,7 @@ def registry_of(
 
 @pytest.fixture(scope="session")
 def served(backbone, tmp_path_factory) -> dict[str, Path]:
-    """A full model, two prefixes of different lengths, an ensemble, and one at the input."""
+    """Models of every kind: two prefixes have different lengths, `several` are averaged."""
     root = tmp_path_factory.mktemp("served")
     files = make_files(root)
     flags = {
@@ -368,6 +368,7 @@ def served(backbone, tmp_path_factory) -> dict[str, Path]:
         "long": ["--prefix", "--pre_seq_len", "5", "--seed", "7"],
         "several": ["--prefix", "--num_prefixes", "2"],
         "input": ["--prefix", "--prefix_depth", "input"],
+        "lora": ["--tuning_method", "lora"],
     }
     for name, given in flags.items():
         assert train(backbone, files, root / "models" / name, *given) == 0

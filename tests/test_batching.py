@@ -37,7 +37,8 @@ class Named:
     """A model of a queue test."""
 
     def __init__(self, name, backend):
-        self.name, self.backend, self.adapters, self.multi_label = name, backend, [], False
+        self.name, self.backend, self.adapters = name, backend, []
+        self.labels, self.multi_label = ["a", "b"], False
 
 
 def submit(queue, model, token_ids):

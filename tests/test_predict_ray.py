@@ -14,7 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from arguments import parse_args
 from conftest import ROOT, ROWS, make_files, one_line, train, write_csv
+from model.source import open_model
+from runtime.file_format import FileFormat
 from script import predict_ray
 
 FILES, ROUNDS = 8, 20  # files, and how often each has all rows
@@ -107,7 +110,7 @@ def test_a_call_that_is_killed_at_any_moment_is_resumed_by_the_same_command(
     earlier, predicted = shutil.copytree(output, tmp_path / "earlier"), contents(output)
     assert call(*again)[0] == 0
     for command, right in ((first, predicted), (again, contents(output))):
-        for at in range(3):
+        for at in range(2):
             shutil.rmtree(output)
             if command is again:
                 shutil.copytree(earlier, output)
@@ -154,8 +157,8 @@ def test_flags_that_would_have_no_effect_are_refused(tmp_path, capsys):
 
 
 def test_errors_name_the_file(model, tmp_path):
-    argv = ["--do_predict", "--model_name_or_path", str(model), "--output_dir", "unused"]
-    predictor = predict_ray.Predictor(argv, {})
+    args = parse_args(["--do_predict", "--model_name_or_path", str(model), "--output_dir", "no"])
+    predictor = predict_ray.Predictor(args, open_model(str(model)), FileFormat(), {})
     pd.DataFrame({"title": ["a cat"]}).to_parquet(tmp_path / "columns.parquet")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
     (tmp_path / "quote.csv").write_text('text,label\n"a cat,0\n')

@@ -435,6 +435,7 @@ def test_unusable_models_in_a_folder_of_models_are_skipped_with_a_warning(
     damage = {
         "cut": ("full", lambda folder: os.truncate(folder / "model.safetensors", 99)),
         "no JSON": ("full", lambda folder: (folder / "config.json").write_text("{")),
+        "not tuned": ("full", lambda folder: change(folder / "config.json", architectures=None)),
         "incomplete": ("several", lambda folder: shutil.rmtree(folder / "prefix-1")),
         "moved": ("long", lambda folder: point_elsewhere(folder, "/no/such/folder")),
     }
@@ -461,13 +462,15 @@ def served_models(registry, _):
     raise Served(*registry.models)
 
 
+def change(path: Path, **settings) -> None:
+    """Change entries of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
 def point_elsewhere(adapter: Path, backbone: str) -> None:
     """Change the name of an adapter's backbone, and let it forget where it was."""
-    changes = {"adapter_config": "base_model_name_or_path", "config": "backbone_path"}
-    for name, entry in changes.items():
-        path = adapter / f"{name}.json"
-        settings = json.loads(path.read_text()) | {entry: backbone if "_" in name else None}
-        path.write_text(json.dumps(settings))
+    change(adapter / "adapter_config.json", base_model_name_or_path=backbone)
+    change(adapter / "config.json", backbone_path=None)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,11 @@ def test_texts_of_the_command_line_are_labelled_without_files(
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("flags", [(), ("--prefix",), ("--tuning_method", "bias")])
+KINDS = [(), ("--prefix",), ("--prefix", "--num_prefixes", "2")]
+KINDS += [("--tuning_method", method) for method in ("lora", "probe", "bias")]
+
+
+@pytest.mark.parametrize("flags", KINDS)
 def test_a_classifier_from_python_predicts_as_main_does(trained, flags):
     folder = trained(*flags)
     classifier = load_classifier(folder, "fp32")

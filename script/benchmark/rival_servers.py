@@ -81,7 +81,7 @@ def lora(folder: str, count: int) -> FastAPI:
     backend = LoraBackbone(model.eval(), tokenizer, machine)
     labels = [base.config.id2label[number] for number in range(base.config.num_labels)]
     for name in map(str, range(count)):
-        registry.models[name] = Model(name, labels, False, 128, "LoRA", backend)
+        registry.models[name] = Model(name, labels, False, 128, backend)
     return create_app(registry, Settings())
 
 
