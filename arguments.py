@@ -211,11 +211,11 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--overwrite_output_dir", SWITCH, False, "replace an earlier run's results in --output_dir"),
 ),
 }
-# fmt: on
-METHOD_FLAGS = {  # of one method alone
+METHOD_FLAGS = {  # of one method alone: those of a group "METHOD tuning"
     title.removesuffix(" tuning"): [row[0][2:] for row in rows if row[0] != "--prefix"]
     for title, rows in GROUPS.items() if title.endswith(" tuning")
-}  # fmt: skip
+}
+# fmt: on
 TRAINING = ("training", "evaluation and choice of the best epoch")
 TRAINING += tuple(f"{method} tuning" for method in METHOD_FLAGS)
 TRAINING_FLAGS = [row[0].split()[0][2:] for title in TRAINING for row in GROUPS[title]]

@@ -141,18 +141,16 @@ class RowPrefixes:
             split.take(np.flatnonzero(index == number)).number_labels(names)
 
 
-def open_table(path: str | Path, form: FileFormat, labels_required: bool | None) -> Table:
-    """Open a file, which needs the text columns and, if they are required, the label columns."""
-    labels = form.label_column_name if labels_required else ()
+def open_table(path: str | Path, form: FileFormat, needs_labels: bool) -> Table:
+    """Open a file, which needs the text columns and perhaps the label columns."""
+    labels = form.label_column_name if needs_labels else ()
     return Table(path, form, [*form.text_column_names, *labels])
 
 
-def read_chunks(
-    table: Table, size: int | None, labels_required: bool | None = True
-) -> Iterator[Split]:
+def read_chunks(table: Table, size: int | None, needs_labels: bool = True) -> Iterator[Split]:
     """Read and check the rows of a file, `size` rows at a time or all at once.
 
-    labels_required: False: the label column may be missing or all blank; None: it is not read.
+    needs_labels: else the label column may be missing or all blank.
     Raises: UserError that names the file, the rows and what to do.
     """
     form, path, join = table.form, str(table.path), table.form.text_column_delimiter.join
@@ -167,21 +165,20 @@ def read_chunks(
             )
         rows, texts = frame.index[~blank].tolist(), [*filter(None, texts)]
         frame = frame[~blank].reset_index(drop=True)
-        is_read = labels_required is not None
-        labels = read_labels(path, frame, rows, form, labels_required) if is_read else None
+        labels = read_labels(path, frame, rows, form, needs_labels)
         yield Split(path, frame, texts, labels, rows, form.multi_label, int(blank.sum()))
 
 
-def read_split(path: str | Path, form: FileFormat, labels_required: bool = True) -> Split:
+def read_split(path: str | Path, form: FileFormat, needs_labels: bool = True) -> Split:
     """Read and check a whole file, see `read_chunks`, and log what may be wrong with it."""
-    table = open_table(path, form, labels_required)
-    split = next(read_chunks(table, None, labels_required))
-    report(table, split.dropped, len(split))
+    table = open_table(path, form, needs_labels)
+    split = next(read_chunks(table, None, needs_labels))
+    log_remarks(table, split.dropped, len(split))
     facts = {"malformed": table.malformed, "read_as": table.read_as(), "sha256": table.sha256}
     return replace(split, **facts)
 
 
-def report(table: Table, dropped: int, left: int) -> None:
+def log_remarks(table: Table, dropped: int, left: int) -> None:
     """Log what may be wrong with a file. Raises: UserError if no row has a text."""
     for remark in table.remarks():
         logger.warning("warning: %s", remark)
@@ -264,7 +261,10 @@ class Data:
         return {f"{name}_rows": len(file) for name, file in self.files().items()}
 
     def to_predict(self) -> Iterator[Split]:
-        """Yield the validation file and the chunks of the test file."""
+        """Yield the validation file and the chunks of the test file, in the order of `score`.
+
+        The processes of a group wait for each other at each.
+        """
         if self.eval is not None:
             yield self.eval
         if self.test is not None:
@@ -330,8 +330,8 @@ def open_test_file(
     """
     rows, dropped, text, seen = 0, 0, "", dict.fromkeys(known or {}, 0)
     first: dict[bool, int] = {}  # the first row of a chunk with labels (True), and without
-    table = open_table(path, form, labels_required=False)
-    for chunk in read_chunks(table, CHUNK_ROWS, labels_required=False):
+    table = open_table(path, form, needs_labels=False)
+    for chunk in read_chunks(table, CHUNK_ROWS, needs_labels=False):
         rows, dropped = rows + len(chunk), dropped + chunk.dropped
         if len(chunk):
             text = text or chunk.texts[0]
@@ -342,7 +342,7 @@ def open_test_file(
             prefixes.check_labels(chunk)
         for file in seen:
             seen[file] += seen_texts(known[file], chunk.keys).sum()
-    report(table, dropped, rows)
+    log_remarks(table, dropped, rows)
     if len(first) > 1 and not form.multi_label:  # multi-label: a blank is valid
         raise UserError(
             f"{path}: no '{','.join(form.label_column_name)}' from row {first[False]} on, but "

@@ -141,10 +141,12 @@ def run(args: Namespace) -> None:
         # calibrate on the validation file, and write the tuned model
         classifier = Classifier(source, machine, args.per_device_eval_batch_size, model)
         if args.do_train and data.eval is not None:
-            logits = classifier.member_logits(data.eval)  # one fit: others may round differently
-            calibration, found = group.from_main(calibrate(logits, data) if group.is_main else None)
+            logits = classifier.member_logits(data.eval)
+            # all processes must change their heads by the same numbers, so the main one fits them
+            fitted = group.from_main(calibrate(logits, data) if group.is_main else None)
+            calibration, figures = fitted
             source.method.change_logits(model, calibration.temperature, calibration.biases)
-            results |= found
+            results |= figures
         if args.do_train and group.is_main:
             with writing(output.staging):
                 source.save(model, output.staging)
@@ -157,7 +159,8 @@ def run(args: Namespace) -> None:
             for split in data.to_predict():
                 classify(split)
             return
-        explain = group.size == 1 and not args.prefix_column  # else texts alone cannot be scored
+        # explaining scores further texts: the other processes do not know them, and none has a row
+        explain = group.size == 1 and not args.prefix_column
         options = Options(args.safe_csv, args.reject_below)
         results |= score(classify, data, source.multi_label, output, options, explain)
 

@@ -8,7 +8,6 @@ decision, right or wrong, with the confidence max(p, 1 - p). Everything else is 
 right only if all of its labels are, and its confidence is their product.
 """
 
-from collections import Counter
 from itertools import compress
 
 import numpy as np
@@ -20,8 +19,7 @@ from model.sequence_classification import classification_loss
 
 HISTOGRAM_BINS = 1000  # of confidence, in the curve of accuracy against coverage
 COVERAGES = (1, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-IN_MATRIX = 50  # classes at most in a confusion matrix; with more, pairs are listed
-LISTED_PAIRS = 1000
+IN_MATRIX = 50  # classes at most in a confusion matrix
 MISTAKES = 20  # most confident mistakes shown in a report
 
 # Rows of the summary table, by their keys in all_results.json without `eval_` and `test_`.
@@ -81,6 +79,7 @@ class Tally(Sums):
     def __init__(self) -> None:
         self.rows, self.hits, self.loss = 0, 0, 0.0
         self.classes: np.ndarray | int = 0  # [3, C]: hits, predicted and true rows of each class
+        self.confusion: np.ndarray | int = 0  # [C, C]: true and predicted; 0 with many classes
         # `confidence_counts` of the decisions, and finer ones of the rows
         self.bins, self.histogram = np.zeros((3, BINS)), np.zeros((3, HISTOGRAM_BINS))
 
@@ -97,11 +96,13 @@ class Tally(Sums):
             true, predicted = label_ids.astype(bool), predictions.label.astype(bool)
             counts = [part.sum(axis=0) for part in (true & predicted, predicted, true)]
         else:
-            parts, classes = (
-                (label_ids[right], predictions.label, label_ids),
-                predictions.logits.shape[1],
-            )
+            classes = predictions.logits.shape[1]
+            parts = label_ids[right], predictions.label, label_ids
             counts = [np.bincount(part, minlength=classes) for part in parts]
+            if classes <= IN_MATRIX:
+                matrix = np.zeros((classes, classes), dtype=int)
+                np.add.at(matrix, (label_ids, predictions.label), 1)
+                self.confusion = self.confusion + matrix
         self.classes = self.classes + np.stack(counts)
         confidence, decided_right = decisions(predictions, label_ids)
         self.bins += confidence_counts(confidence.ravel(), decided_right.ravel(), BINS)
@@ -192,8 +193,7 @@ class Score:
         self.multi_label, self.audited, self.reject_below = multi_label, False, reject_below
         self.kept, self.kept_hits = 0, 0
         self.parts = {"seen": Part(), "unseen": Part()}
-        self.pairs: Counter = Counter()  # rows by (true, predicted) class; one label a row
-        self.mistakes: list[dict] = []
+        self.mistakes: dict[str, dict] = {}  # the most confident ones, by text
 
     def add(
         self,
@@ -217,31 +217,29 @@ class Score:
         kept = predictions.confidence >= self.reject_below
         self.kept += int(kept.sum())
         self.kept_hits += int(right[kept].sum())
-        if not self.multi_label:
-            self.pairs.update(zip(label_ids.tolist(), predictions.label.tolist(), strict=True))
-        self.add_mistakes(predictions, label_ids, texts, np.flatnonzero(~right))
+        for row in np.flatnonzero(~right):
+            self.add_mistake(
+                {
+                    "text": texts[row],
+                    "label": label_ids[row].tolist(),
+                    "predicted": predictions.label[row].tolist(),
+                    "confidence": round(float(predictions.confidence[row]), 6),
+                }
+            )
+        ranked = sorted(self.mistakes.items(), key=lambda item: -item[1]["confidence"])
+        self.mistakes = dict(ranked[:MISTAKES])
         return self
 
-    def add_mistakes(
-        self, predictions: Predictions, label_ids: np.ndarray, texts: list[str], wrong: np.ndarray
-    ) -> None:
-        """Keep the most confident wrong predictions, each text once; wrong: their rows."""
-        rows: dict[str, int] = {}  # by text
-        for row in wrong[np.argsort(-predictions.confidence[wrong], kind="stable")]:
-            rows.setdefault(texts[row], row)
-            if len(rows) == MISTAKES:
-                break
-        self.mistakes += [
-            {
-                "text": text,
-                "label": label_ids[row].tolist(),
-                "predicted": predictions.label[row].tolist(),
-                "confidence": round(float(predictions.confidence[row]), 6),
-            }
-            for text, row in rows.items()
-        ]
-        unique = {mistake["text"]: mistake for mistake in reversed(self.mistakes)}.values()
-        self.mistakes = sorted(unique, key=lambda row: -row["confidence"])[:MISTAKES]
+    def add_mistake(self, mistake: dict) -> None:
+        """Add a mistake, unless one with the same text is as confident."""
+        known = self.mistakes.setdefault(mistake["text"], mistake)
+        if known["confidence"] < mistake["confidence"]:
+            self.mistakes[mistake["text"]] = mistake
+
+    @property
+    def rows(self) -> int:
+        """The number of scored rows."""
+        return sum(part.tally.rows for part in self.parts.values())
 
     def whole(self) -> Part:
         """Return the figures of all rows."""
@@ -268,28 +266,16 @@ class Score:
         return prefixed(name, results)
 
     def details(self) -> dict:
-        """Return class figures, confusion matrix, reliability curve and worst mistakes, as JSON.
-
-        With more than `IN_MATRIX` classes there is no matrix, but a list of the most frequent pairs
-        of a true and a predicted class, with their rows.
-        """
+        """Return class figures, confusion matrix, reliability curve and worst mistakes, as JSON."""
         whole, unseen = self.whole().tally, self.parts["unseen"].tally
-        details: dict = whole.per_class() | {"confusion": None}
-        classes = whole.classes.shape[1]
-        if not self.multi_label and classes <= IN_MATRIX:
-            matrix = np.zeros((classes, classes), dtype=int)
-            for pair, rows in self.pairs.items():
-                matrix[pair] = rows
-            details["confusion"] = matrix.tolist()
-        elif not self.multi_label:
-            pairs = self.pairs.most_common(LISTED_PAIRS)
-            details["confusion_pairs"] = [[*pair, rows] for pair, rows in pairs]
+        matrix = whole.confusion.tolist() if np.ndim(whole.confusion) else None
+        details: dict = whole.per_class() | {"confusion": matrix}
         names = ("rows", "hits", "confidence")
         details["reliability"] = dict(zip(names, whole.bins.tolist(), strict=True))
         details["coverage"] = {"all texts": whole.coverage()}
         if 0 < unseen.rows < whole.rows:
             details["coverage"]["unseen texts"] = unseen.coverage()
-        return details | {"mistakes": self.mistakes}
+        return details | {"mistakes": [*self.mistakes.values()]}
 
 
 def prefixed(name: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -6,18 +6,12 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from evaluation.plots import DRAWN, Run, run_plots
+from evaluation.metrics import IN_MATRIX, TITLES
+from evaluation.plots import Run, run_plots
 from evaluation.tables import result_rows, shown
 
 FOLDER = Path(__file__).parent
-CARDS = {
-    "accuracy_unseen": "accuracy, unseen texts",
-    "accuracy_seen": "accuracy, seen texts",
-    "accuracy": "accuracy, all texts",
-    "seen_share": "share of seen texts",
-    "micro_f1": "micro F1",
-    "macro_f1": "macro F1",
-}
+CARDS = "accuracy_unseen accuracy_seen accuracy seen_share micro_f1 macro_f1".split()
 KEPT = 0.8  # share of rows that the example of rejection keeps
 LABEL_LENGTH = 60  # characters of a label that pages show
 
@@ -74,10 +68,10 @@ def render_run(record: dict, results: dict, evaluation: dict, records: list[dict
         mistakes.append(mistake | names | {"shaded": shaded})
     columns = (details[key] for key in ("precision", "recall", "f1", "support"))
     cards: dict[tuple, str] = {}  # titles by figure: if no text is seen, two figures are the same
-    for key, title in CARDS.items():
+    for key in CARDS:
         if (value := results.get(f"{name}_{key}")) is not None:
             interval = results.get(f"{name}_{key}_interval") or ()
-            cards.setdefault((value, *interval), title)
+            cards.setdefault((value, *interval), TITLES[key])
     kind, points = list(details["coverage"].items())[-1]  # unseen texts, if there are seen ones
     kept = min(points, key=lambda point: abs(point[1] - KEPT))  # threshold, coverage, accuracy
     return fill(
@@ -87,7 +81,7 @@ def render_run(record: dict, results: dict, evaluation: dict, records: list[dict
         file={"test": "test", "eval": "validation"}[name],
         cards=[(title, value, interval) for (value, *interval), title in cards.items()],
         accuracy=results[f"{name}_accuracy"],
-        drawn=DRAWN,
+        drawn=IN_MATRIX,
         rows=result_rows(results),
         plots=run_plots(Run(labels, details, records)),
         classes=list(zip(labels, *columns, strict=True)),

@@ -51,18 +51,18 @@ def list_items(text: str) -> list[str]:
 
 
 def read_labels(
-    path: str, table: pd.DataFrame, rows: list[int], form: FileFormat, required: bool
+    path: str, table: pd.DataFrame, rows: list[int], form: FileFormat, needed: bool
 ) -> list[list[str]] | None:
-    """Return the labels of each row as they are written, or None if the file has none.
+    """Return the names of each row's labels, or None if the file has no labels.
 
-    rows: their numbers. required: a file without labels is an error.
+    rows: their numbers. needed: blank cells in all rows are an error, too.
     Raises: UserError for a row without a label (in multi-label data, a blank cell means that no
         label applies), and for a column of 0 and 1 with something else.
     """
     names = [*form.label_column_name]
     if not names or not {*names} <= {*table}:
         return None
-    if not required and not any(table[name].str.strip().any() for name in names):
+    if not needed and not any(table[name].str.strip().any() for name in names):
         return None
     if len(names) > 1:
         labels = flagged(path, table, rows, names)

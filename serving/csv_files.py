@@ -145,9 +145,10 @@ def predict_csv(
     """
     output = path.with_name("predictions.csv")
     try:
-        table = open_table(path, options.complete(model.form), labels_required=None)
+        form = replace(options.complete(model.form), label_column_name=())  # labels are not used
+        table = open_table(path, form, needs_labels=False)
         check_added(str(path), table.header, model.labels)
-        chunks = filter(len, read_chunks(table, CHUNK_ROWS, labels_required=None))
+        chunks = filter(len, read_chunks(table, CHUNK_ROWS, needs_labels=False))
         facts = table.header, output, model.labels, model.multi_label
         if not predict_file(classify, chunks, *facts):
             raise UserError(f"{path}: every text is blank")

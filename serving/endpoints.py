@@ -1,5 +1,9 @@
 """The endpoints, each below the bodies that it takes and returns. /v1/... follows vLLM and SGLang;
 /predict, /info and /metrics follow text-embeddings-inference.
+
+A new one stands here alone: bodies are pydantic models with extra="forbid", its work is in
+`engine.metrics.request(NAME)`, and `refusals` lists its error statuses. Without the API key it
+would also be in `guards.PUBLIC`.
 """
 
 import asyncio

@@ -88,7 +88,8 @@ def known_names(request: Request, place: str) -> list[str]:
     """Return the fields that an endpoint takes in its "body", or in its query or form."""
     dependant = request.scope["route"].dependant
     params = dependant.body_params if place == "body" else dependant.query_params
-    return [name for param in params for name in param.field_info.annotation.model_fields]
+    kinds = [(param.name, param.field_info.annotation) for param in params]
+    return [name for one, kind in kinds for name in getattr(kind, "model_fields", (one,))]
 
 
 async def check_query(request: Request) -> None:

@@ -21,8 +21,8 @@ from runtime.file_format import FileFormat
 from runtime.files import UserError
 
 
-def read(path, labels_required=True, **options):
-    return read_split(path, FileFormat(**options), labels_required)
+def read(path, needs_labels=True, **options):
+    return read_split(path, FileFormat(**options), needs_labels)
 
 
 # Texts that pandas would turn into missing values, or that trip up other readers.
@@ -62,7 +62,7 @@ def test_bad_files_are_refused_with_their_location(tmp_path, content, message):
     path = tmp_path / "bad.csv"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        read(path, labels_required=content != b"text\na\n\nb\n")
+        read(path, needs_labels=content != b"text\na\n\nb\n")
     assert message in str(error.value)
     assert str(path) in str(error.value)
 
@@ -183,7 +183,7 @@ def test_several_labels_per_row_are_split_and_numbered(tmp_path):
 def test_a_file_to_predict_needs_no_labels(tmp_path, content):
     path = tmp_path / "new.csv"
     path.write_text(content)
-    assert read(path, labels_required=False).labels is None
+    assert read(path, needs_labels=False).labels is None
 
 
 def test_the_leak_is_found_regardless_of_case_and_white_space(tmp_path, caplog):

@@ -232,7 +232,7 @@ def test_any_text_is_unchanged_in_the_predictions(run, tmp_path):
     texts = ["a\rb", "c\nd", 'e "f"', " g ", "NA", "h,i", "עברית 🎉"]
     path = write_csv(tmp_path / "t.csv", [(text, "007") for text in texts], ("text", "note"))
     folder = run("--test_file", path)
-    back = read_split(folder / "predictions.csv", FileFormat(), labels_required=False)
+    back = read_split(folder / "predictions.csv", FileFormat(), needs_labels=False)
     assert back.texts == texts
     assert back.table["note"].tolist() == ["007"] * len(texts)
 

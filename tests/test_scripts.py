@@ -14,9 +14,11 @@ import torch
 from transformers import pipeline
 
 import main
+from arguments import parse_args
 from conftest import REAL_DATA, ROOT, ROWS, bash, make_backbone, one_line, write_csv
 from runtime import batches
-from script.benchmark import benchmark, contenders
+from runtime.machine import pick_machine
+from script.benchmark import benchmark, contenders, processes
 
 
 def test_the_run_scripts_do_the_whole_job(clone):
@@ -71,7 +73,7 @@ def test_the_original_command_line_runs_unchanged(clone, monkeypatch, caplog):
 @pytest.fixture
 def forks(monkeypatch) -> None:
     """Let a benchmark fork this process, which has loaded torch, instead of starting new ones."""
-    monkeypatch.setattr(benchmark, "SPAWN", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(processes, "SPAWN", multiprocessing.get_context("fork"))
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
 
 
@@ -102,7 +104,7 @@ def call(module: str, argv: list[str], capfd) -> tuple[int, str]:
 FRONT_ENDS = (  # with what each needs
     "baseline majority", "benchmark.benchmark", "ensemble a", "export a",
     "predict_ray a b --output_dir c", "preprocess", "serve", "benchmark.serving_benchmark a b",
-    "split a.csv", "study.compare", "study.significance a --against b",
+    "split a.csv", "study.compare",
 )  # fmt: skip
 
 
@@ -117,10 +119,9 @@ def test_an_unknown_flag_of_a_script_is_one_line(capfd):
 @pytest.fixture
 def tiny(tmp_path, monkeypatch) -> None:
     """Let the contenders start from a tiny backbone."""
-    usual = contenders.prepared
     folder = make_backbone(tmp_path / "tiny", max_position_embeddings=512)
-    flags = ["--model_name_or_path", folder]
-    monkeypatch.setattr(contenders, "prepared", lambda data, *more: usual(data, *more, *flags))
+    flags = [*contenders.FIXED, "--model_name_or_path", folder]
+    monkeypatch.setattr(contenders, "FIXED", flags)
 
 
 @pytest.fixture
@@ -131,41 +132,31 @@ def numbered(tmp_path) -> str:
 
 def test_each_contender_measures(numbered, tiny, tmp_path):
     """All but those of other engines, in this process; compiling would take a minute."""
-    contenders.make_folders(numbered, str(tmp_path), {"full", *contenders.MIXED})
-    for name, (contender, _) in contenders.TUNING.items():
-        assert contender(numbered, 2)() > 0, name
-    for name, (contender, _) in contenders.SCORING.items():
-        if contender.func not in contenders.CPU_ONLY and "compiled" not in name:
-            assert contender(contenders.distinct(numbered, 16), str(tmp_path))() > 0, name
+    contenders.make_models(numbered, tmp_path, {"full", *contenders.MIXED})
+    for table, arguments in (
+        (contenders.TUNING, (numbered, 2)),
+        (contenders.SCORING, (contenders.distinct(numbered, 16),)),
+    ):
+        for name, contender in table.items():
+            if not {*contenders.ENGINES} & {*contender.models} and "compiled" not in name:
+                folders = [str(tmp_path / model) for model in contender.models]
+                assert contender.set_up(*arguments, folders)() > 0, name
 
 
 def test_the_benchmark_runs_contenders_and_neighbours_as_processes(
-    numbered, tiny, forks, tmp_path, capsys, monkeypatch
+    numbered, tiny, forks, tmp_path, capsys
 ):
     pickle.dumps((contenders.TUNING, contenders.SCORING))  # as new processes need
     flags = ["--data", numbered, "--steps", "2", "--texts", "16", "--rounds", "1", "--output_dir"]
-    flags += [str(tmp_path / "out"), "--only", "original", "ours, full", "prefix 20"]
-    flags += ["--tokens", "20", "--neighbours", "1"]
-    monkeypatch.delitem(contenders.TUNING, "PEFT prefix 20")
-    monkeypatch.setattr(benchmark, "run", lambda function, *arguments: function(*arguments))
+    flags += [str(tmp_path / "out"), "--only", "ours, full", "ours, prefix 20", "--neighbours", "1"]
     assert benchmark.main(flags) == 0
     assert multiprocessing.active_children() == []  # a neighbour ran on for ever
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert found["tuning"].keys() == {"ours, full", "ours, prefix 20"}
     assert found["scoring distinct texts"].keys() == {"ours, full"}
     for one in (*found["tuning"].values(), *found["scoring distinct texts"].values()):
-        assert min(one["rate"], one["peak_memory_bytes"], one["start_up"]) > 0
+        assert min(one["rate"], one["peak_memory_bytes"]) > 0
     assert "x ours, full" in capsys.readouterr().out
-
-
-def test_texts_are_filled_to_a_length(tmp_path):
-    rows = [(f"some text of number {i}", i % 2) for i in range(30)]
-    contenders.fill(write_csv(tmp_path / "a.csv", rows), 40, str(tmp_path / "b.csv"))
-    found = pd.read_csv(tmp_path / "b.csv")
-    lengths = [len(text.split()) + 2 for text in found["text"]]  # each word is one token
-    assert set(lengths) == {40} and found["text"].is_unique
-    assert found["text"][29].startswith("some text of number 29 some text of number 0 some")
-    assert found["label"].tolist() == [label for _, label in rows]
 
 
 def test_flags_are_appended_and_an_active_environment_without_the_pins_is_not_used(clone, tmp_path):
@@ -192,5 +183,7 @@ def test_scripts_use_empty_arrays_as_bash_3_allows():
 @pytest.mark.skipif(not REAL_DATA.exists(), reason="the real data is not on this machine")
 def test_padding_on_the_real_titles_is_under_five_percent():
     train = str(REAL_DATA / "seed_splits" / "train_simple.csv")
-    lengths = contenders.prepared(train)[-1].row_lengths
+    args = parse_args(["--do_train", "--train_file", train, "--output_dir", "unused"])
+    source, data, _ = main.prepare(args, pick_machine("fp32"))
+    lengths = batches.encode(source.tokenizer, data.train, 384).row_lengths
     assert batches.padding_share(lengths, batches.training_batches(lengths, 32, 42, 0)) < 0.05

@@ -219,7 +219,7 @@ def test_a_model_of_a_file_without_a_header_reads_texts_alone(tmp_path):
     form = FileFormat(column_names=("label", "text"), delimiter="tab", quoting="none")
     for content in ('Free, "prize"\nSee you\n"Hi\n', "a, b\n", "ham\ta, b\n"):
         (tmp_path / "a.csv").write_text(content)
-        found = read_split(tmp_path / "a.csv", form, labels_required=False)
+        found = read_split(tmp_path / "a.csv", form, needs_labels=False)
         assert found.texts == [line.split("\t")[-1] for line in content.splitlines()]
 
 
@@ -227,7 +227,7 @@ def test_names_of_columns_are_for_files_without_a_header(tmp_path):
     form = FileFormat(column_names=("label", "text"))
     for content in ("a,some words\n", "text,label\nsome words,a\n", "id;text\n1;some words\n"):
         (tmp_path / "a.csv").write_text(content)
-        assert read_split(tmp_path / "a.csv", form, labels_required=False).texts == ["some words"]
+        assert read_split(tmp_path / "a.csv", form, needs_labels=False).texts == ["some words"]
 
 
 def test_no_remark_is_longer_than_a_few_lines(tmp_path, capsys, caplog):
@@ -262,7 +262,7 @@ def test_no_remark_is_longer_than_a_few_lines(tmp_path, capsys, caplog):
 def test_what_would_be_read_wrongly_is_refused(tmp_path, content, form, message):
     (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError) as error:
-        read_split(tmp_path / "a.csv", FileFormat(**form), labels_required=False)
+        read_split(tmp_path / "a.csv", FileFormat(**form), needs_labels=False)
     assert message in str(error.value)
 
 

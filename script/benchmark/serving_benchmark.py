@@ -31,11 +31,22 @@ from runtime.flags import Parser
 from runtime.processes import end_with_parent
 from script import serve
 from script.benchmark import rival_servers
-from script.benchmark.processes import started, write_figures
+from script.benchmark.processes import format_table, started, write_figures
 
 PORT = 8765
 URL = f"http://127.0.0.1:{PORT}"
 BUSY_USERS, RANDOM_USERS = 64, 100
+PERCENTILES = (50, 95, 99)  # of the latencies, in ms
+KINDS = ("prefixes", "pipelines", "lora")
+COLUMNS = {
+    "texts/s": lambda row: f"{row['texts_per_second']:.0f}",
+    "p50, p95, p99": lambda row: ", ".join(
+        f"{row['at_half_load'][f'p{p}_ms']:.0f}" for p in PERCENTILES
+    ),
+    "memory": lambda row: f"{row['memory_bytes'] / 2**30:.2f} GiB",
+    "start-up": lambda row: f"{row['start_up_seconds']:.1f} s",
+    "errors": lambda row: str(row["errors"] + row["at_half_load"]["errors"]),
+}
 
 
 def copy_prefix(source: Path, target: Path, number: int) -> None:
@@ -101,7 +112,7 @@ def measure(server: tuple, data: str, models: int, seconds: int) -> dict:
             "texts_per_second": rate,
             "errors": int(busy["Failure Count"]),
             "at_half_load": {
-                **{f"p{p}_ms": float(half[f"{p}%"]) for p in (50, 95, 99)},
+                **{f"p{p}_ms": float(half[f"{p}%"]) for p in PERCENTILES},
                 "rate": float(half["Requests/s"]),
                 "errors": int(half["Failure Count"]),
             },
@@ -111,35 +122,23 @@ def measure(server: tuple, data: str, models: int, seconds: int) -> dict:
         }
 
 
-def format_row(name: str, figures: dict) -> str:
-    """Format a row of the table."""
-    half = figures["at_half_load"]
-    return (
-        f"{name:28} {figures['texts_per_second']:6.0f} {half['p50_ms']:5.0f} {half['p95_ms']:5.0f}"
-        f" {half['p99_ms']:5.0f} {figures['memory_bytes'] / 2**30:7.2f}"
-        f" {figures['start_up_seconds']:7.1f} {figures['errors'] + half['errors']:6}"
-    )
-
-
 def compare(args: Namespace, flags: list[str]) -> None:
-    """Measure the server and its rivals, print a row for each, and write all figures."""
-    kinds = ("prefixes", "pipelines", "lora") if args.rivals else ()
+    """Measure the server and its rivals, print a table, and write all figures."""
+    contenders = [(count, "prefixes") for count in args.counts]
+    contenders += [(args.rivals, kind) for kind in KINDS] if args.rivals else []
     results: dict[str, dict] = {}
-    print(f"{'':28} texts/s   p50   p95   p99 ms  GiB  start s errors")
     with tempfile.TemporaryDirectory() as parent:
         models = Path(parent) / "models"
-        for count, kind in [(n, "prefixes") for n in args.counts] + [
-            (args.rivals, k) for k in kinds
-        ]:
-            name = f"{count} {kind}"
+        for count, kind in contenders:
+            print(f"{count} {kind} ...", flush=True)
             shutil.rmtree(models, ignore_errors=True)
             server = (rival_servers.serve, kind, str(args.full), count, PORT)
             if kind == "prefixes":
                 for number in range(count):
                     copy_prefix(args.prefix, models / str(number), number)
                 server = (serve.main, [str(models), "--port", str(PORT), *flags])
-            results[name] = measure(server, args.data, count, args.seconds)
-            print(format_row(name, results[name]), flush=True)
+            results[f"{count} {kind}"] = measure(server, args.data, count, args.seconds)
+    print(format_table(results, COLUMNS))
     write_figures(args.output_dir, "serving.json", results)
 
 

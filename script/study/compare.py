@@ -6,7 +6,7 @@
 Each DIR contains {train,val,test}_simple.csv, with one label per row. Several folders, such as
 those of `split.sh --folds`, use the seeds in turn; a flag without a folder skips its protocol.
 Finished runs are not repeated, so a stopped study resumes. The results are a table, paired tests,
-study.json, two plots and report.html. Accuracies are means over distinct texts, one weight each;
+study.json, plots and report.html. Accuracies are means over distinct texts, one weight each;
 brackets hold their 95 % interval, over texts and, if a folder has several runs, seeds.
 
 --compare names the few comparisons to test: A against B, where B may be "best free" (the best
@@ -30,9 +30,8 @@ from model.schedule import advice_after_collapse
 from runtime.file_format import SETTINGS
 from runtime.files import UserError, run_and_report
 from runtime.flags import Parser
-from script.study import comparisons, pages, review, summary
-from script.study.runs import METHODS, QUICK, Run, execute, largest, plan, read_file
-from script.study.significance import group
+from script.study import pages, review, significance, summary
+from script.study.runs import METHODS, QUICK, Run, execute, group, is_tuned, plan, read_file
 
 STUDYS_OWN = set(  # flags that the study sets itself, or that would not reach the baselines
     "--problem_type --max_train_samples --output_dir --seed --train_file --validation_file "
@@ -41,30 +40,37 @@ STUDYS_OWN = set(  # flags that the study sets itself, or that would not reach t
 ) | {f"--{name}" for name in SETTINGS}
 
 
-def caveats(runs: list[Run], quick: bool, size: int | None = None) -> list[str]:
-    """Return the caveats to show with the results; size: training rows of the main tables."""
+def caveats(runs: list[Run], quick: bool, size: int | None, named: bool) -> list[str]:
+    """Return the caveats to show with the results.
+
+    size: training rows of the main tables. named: see `name_comparisons`.
+    """
     notes = []
-    if any(run.scored[0].get("synthetic") for run in runs):
+    if any(run.record.get("synthetic") for run in runs):
         notes.append("The texts are the synthetic sample: the figures say nothing about real ones.")
     if quick:
         notes.append(f"Trained only briefly, to check that it works (--quick: {' '.join(QUICK)}).")
     if size:
         notes.append(f"Unseen protocol: trained on {size} random rows, not all (--train_sizes).")
-    for protocol, ours in group(runs, lambda run: run.protocol).items():
-        tuned = [run for run in ours if run.tuned]
-        if len({(run.method, run.size, run.data) for run in tuned}) == len(tuned) > 0:
+    tuned = [run for run in runs if is_tuned(run.method)]
+    for protocol, ours in group(tuned, lambda run: run.protocol).items():
+        if len({(run.method, run.size, run.data) for run in ours}) == len(ours):
             notes.append(
                 f"{protocol}: one seed per folder, so the intervals do not cover what other seeds "
                 "would give; for that pass more --seeds than folders."
             )
-    for run in runs:
-        if run.tuned and run.predictions["answer"].nunique() == 1:
+    for run in tuned:
+        if run.predictions["answer"].nunique() == 1:
             kind = "method and size" if run.size else "method"
-            settings = run.scored[0]["settings"]
+            advice = advice_after_collapse(run.record["settings"])
             notes.append(
                 f"{run.folder.name} predicts one label for every row: it learned nothing, so "
-                f"the mean of its {kind} is meaningless: {advice_after_collapse(settings)}."
+                f"the mean of its {kind} is meaningless: {advice}."
             )
+    if len({run.record["commit"] for run in runs}) > 1:
+        notes.append("The runs come from different commits of this program, see their run.json.")
+    if not named:
+        notes.append("The comparisons were named after the first runs: read them as exploratory.")
     return notes
 
 
@@ -83,23 +89,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     Raises: UserError for files that cannot be read.
     """
     parser = Parser("bash script/compare.sh", __doc__)
-    add, several = parser.add_argument, {"nargs": "+"}
+    add, many, named = parser.add_argument, {"nargs": "+"}, significance.COMPARISONS
     folders = arguments.DIR | {"nargs": "*"}
     add("--original", **folders, default=["csv"], help="splits that leak [csv]")
     add("--unseen", **folders, default=["csv/unseen"], help="splits by text [csv/unseen]")
-    add("--seeds", **several, type=int, default=[42, 43, 44], help="[42 43 44]")
-    add("--methods", **several, default=list(METHODS), choices=METHODS, help="[all]")
+    add("--seeds", **many, type=int, default=[42, 43, 44], help="[42 43 44]")
+    add("--methods", **many, default=list(METHODS), choices=METHODS, help="[all]")
     what = "training rows of the unseen protocol, for a learning curve [all]"
-    add("--train_sizes", **several, type=train_size, default=[None], metavar="N", help=what)
-    what = f"comparisons to test [{', '.join(comparisons.COMPARISONS)}]"
-    add(
-        "--compare",
-        **several,
-        type=comparisons.comparison,
-        default=comparisons.COMPARISONS,
-        metavar="A:B",
-        help=what,
-    )
+    add("--train_sizes", **many, type=train_size, default=[None], metavar="N", help=what)
+    what = f"comparisons to test [{', '.join(named)}]"
+    look = {"default": named, "metavar": "A:B", "help": what}
+    add("--compare", **many, type=significance.comparison, **look)
     add("--quick", action="store_true", help="few epochs, to check that it works")
     what = "[checkpoints/study or checkpoints/study-quick]"
     add("--output_dir", **arguments.DIR, help=what)
@@ -120,9 +120,9 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
             "--train_sizes, --output_dir), or it would not reach the baselines (use UTF-8 files "
             "with the columns text and label, or those of script/split.sh)"
         )
-    if args.compare is not comparisons.COMPARISONS:
+    if args.compare is not significance.COMPARISONS:
         names = {name for text in args.compare for name in text.split(":")}
-        if unknown := sorted(names - {*args.methods, *comparisons.BEST}):
+        if unknown := sorted(names - {*args.methods, *significance.BEST}):
             parser.error(f"--compare: '{unknown[0]}' is not run: add it to --methods, or omit it")
     if not (args.original or args.unseen):
         parser.error("nothing to study: pass a folder to --original or --unseen")
@@ -144,48 +144,43 @@ def run(argv: list[str]) -> None:
     """Execute the study's runs, and write its table, tests, plots and page. Raises: UserError."""
     args = parse_args(argv)
     runs, folder = plan(args), Path(args.output_dir)
-    named = comparisons.name_comparisons(args.compare, folder, runs)
+    named = significance.name_comparisons(args.compare, folder, runs)
     execute(runs)
-    if len({run.scored[0]["commit"] for run in runs}) > 1:
-        print("warning: the runs come from different commits of this program, see their run.json")
-    main_runs = largest(runs)
-    rows, tests = summary.summarise(main_runs), comparisons.compare_named(main_runs, args.compare)
+    sizes = {"original": None, "unseen": args.train_sizes[-1]}  # the largest
+    main_runs = [run for run in runs if run.size == sizes[run.protocol]]
+    rows, tests = summary.summarise(main_runs), significance.compare_named(main_runs, args.compare)
     points = summary.learning_curve(runs) if args.train_sizes != [None] else []
-    sentences = [comparisons.sentence(test) for test in tests]
     labels = review.least_plausible(main_runs)
-    notes = caveats(runs, args.quick, args.train_sizes[-1])
-    if not named:
-        notes.append("The comparisons were named after the first runs: read them as exploratory.")
-    table, sizes = summary.format_summary(rows), summary.format_curve(points)
+    notes = caveats(runs, args.quick, args.train_sizes[-1], named)
+    table, curve = summary.format_summary(rows), summary.format_curve(points)
     learned = summary.doublings(points)
     study = {"summary": rows, "tests": tests, "runs": [run.entry() for run in runs]}
     study |= {"sizes": points} if points else {}
-    page = pages.render_study(
-        main_runs,
+    files = {"study.json": json.dumps(study, indent=1)}
+    files |= pages.render_study(
         rows,
         points,
         runs=study["runs"],
-        table=table.drop(columns="runs"),
-        tests=list(zip(tests, sentences, strict=True)),
-        sizes=sizes,
-        sentences=learned,
+        table=table,
+        tests=tests,
+        sentence=significance.sentence,
+        sizes=curve,
+        learned=learned,
         command=shlex.join(["bash", "script/compare.sh", *argv]),
         notes=notes,
         review=labels.head(review.SHOWN).to_dict("records"),
+        folds=len({run.data for run in main_runs if run.protocol == "unseen"}),
     )
-    files = {"study.json": json.dumps(study, indent=1), "report.html": page}
     files |= {"label_review.csv": labels.to_csv(index=False)} if len(labels) else {}
-    pictures = pages.study_pictures(main_runs, rows, points)
-    files |= {f"{name}.svg": picture for name, picture in pictures.items()}
     for name, text in files.items():
         (folder / name).write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     print(table.to_string(index=False), end="\n\n")
     print("comparisons on unseen texts:")
-    for test, words in zip(tests, sentences, strict=True):
-        print(f"{test['protocol']:9} {words} ({test['texts']:,} texts)")
+    for test in tests:
+        print(f"{test['protocol']:9} {significance.sentence(test)} ({test['texts']:,} texts)")
     if points:
         print("\naccuracy on unseen texts by number of training texts (95 % interval):")
-        print(sizes.to_string(index=False), *learned, sep="\n")
+        print(curve.to_string(index=False), *learned, sep="\n")
     for note in notes:
         print(f"\n{note}")
     print(f"in {folder}: {', '.join(files)}, and each run's folder with its own report")

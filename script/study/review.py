@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 
 from runtime.labels import label_key, label_numbers
-from script.study.runs import NO_MEMBERS, Run
-from script.study.significance import group
+from script.study.runs import NO_MEMBERS, Run, group
 
 COLUMNS = ["text", "label", "suggestion", "margin", "file", "row"]
 LISTED, SHOWN = 200, 20  # in the file, and in the report
@@ -31,24 +30,22 @@ def label_margins(
     return probability[rows, own] - others[rows, best], [names[number] for number in best]
 
 
-def file_margins(runs: list[Run]) -> pd.DataFrame:
-    """Compute the margins of a test file's unseen texts, by the average of runs that scored it.
-
-    Returns a table with `COLUMNS`.
-    """
-    record, split = runs[0].scored
-    columns = [f"probability_{name}" for name in record["labels"]]
-    probability = np.mean([run.scored[1].table[columns].to_numpy(dtype=float) for run in runs], 0)
-    labels = [label for (label,) in split.labels]
-    margin, suggestion = label_margins(labels, probability, record["labels"])
-    table = {"text": split.texts, "label": labels, "suggestion": suggestion}
-    table |= {"margin": margin.round(6), "file": record["data"]["test"]["path"], "row": split.rows}
-    return pd.DataFrame(table)[~runs[0].predictions["seen"].to_numpy()]
-
-
 def least_plausible(runs: list[Run]) -> pd.DataFrame:
-    """Return the rows of negative margin, the least plausible first; each text and label once."""
+    """Return the test rows of negative margin, the least plausible first; each text and label once.
+
+    The rows are those of unseen texts, the margins by the average of the runs that scored a file.
+    """
     reviewers = [r for r in runs if r.protocol == "unseen" and r.method not in NO_MEMBERS]
-    tables = [file_margins(ours) for ours in group(reviewers, lambda run: run.data).values()]
-    table = pd.concat([pd.DataFrame(columns=COLUMNS), *tables]).sort_values("margin", kind="stable")
-    return table[table["margin"] < 0].drop_duplicates(["text", "label"]).head(LISTED)
+    tables = [pd.DataFrame(columns=COLUMNS)]
+    for first, *others in group(reviewers, lambda run: run.data).values():
+        names, rows = first.record["labels"], first.rows
+        columns = [f"probability_{name}" for name in names]
+        shares = [run.rows.table[columns].to_numpy(dtype=float) for run in (first, *others)]
+        labels = [label for (label,) in rows.labels]
+        margin, suggestion = label_margins(labels, np.mean(shares, axis=0), names)
+        table = {"text": rows.texts, "label": labels, "suggestion": suggestion}
+        table |= {"margin": margin.round(6), "file": first.record["data"]["test"]["path"]}
+        table = pd.DataFrame(table | {"row": rows.rows})
+        tables.append(table[(table["margin"] < 0) & ~first.predictions["seen"]])
+    table = pd.concat(tables).sort_values("margin", kind="stable")
+    return table.drop_duplicates(["text", "label"]).head(LISTED)

@@ -1,4 +1,4 @@
-"""The runs of a study: which there are, how they are executed, and what each one found."""
+"""The runs of a study: which there are, how they are executed, and what each one predicted."""
 
 import argparse
 import math
@@ -7,10 +7,12 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -21,10 +23,11 @@ from evaluation.predictions import FILES
 from runtime.columns import split_settings
 from runtime.file_format import FileFormat
 from runtime.files import UserError, read_json, sha256
+from runtime.labels import label_key
 from runtime.processes import end_with_parent
 from runtime.record import RUN_FILE, read_record
-from script.study.significance import Scores, answers, group, read_run
 
+T = TypeVar("T")
 TUNE = ["main.py", "--do_train", "--do_eval", "--do_predict", "--resume_from_checkpoint", "auto"]
 BASELINES = {
     "majority": "majority",
@@ -37,11 +40,11 @@ BASELINES = {
     "combined, SVM": "combined-svm",
 }
 METHODS = {
-    title: ["-m", "script.baseline", name, "--overwrite_output_dir"]
-    for title, name in BASELINES.items()
-}
-METHODS |= {method: [*TUNE, "--tuning_method", method] for method in arguments.METHODS}
-METHODS |= {
+    **{
+        title: ["-m", "script.baseline", name, "--overwrite_output_dir"]
+        for title, name in BASELINES.items()
+    },
+    **{method: [*TUNE, "--tuning_method", method] for method in arguments.METHODS},
     "input prefix": [*TUNE, "--prefix", "--prefix_depth", "input"],
     "4 prefixes": [*TUNE, "--prefix", "--num_prefixes", "4"],
     "ensemble": ["-m", "script.ensemble"],  # of the runs of all other methods
@@ -49,6 +52,19 @@ METHODS |= {
 NO_MEMBERS = ("majority", "look-up", "ensemble")
 USE_BACKBONE = ("embeddings, linear", "combined, linear", "combined, SVM")  # baselines
 QUICK = ["--num_train_epochs", "3"]
+
+
+def is_tuned(method: str) -> bool:
+    """Return whether a method of `METHODS` tunes BERT."""
+    return METHODS[method][0] == TUNE[0]
+
+
+def group(things: Iterable[T], key: Callable[[T], Hashable]) -> dict[Hashable, list[T]]:
+    """Group things by a key, in the order in which the keys occur first."""
+    groups: dict[Hashable, list[T]] = {}
+    for thing in things:
+        groups.setdefault(key(thing), []).append(thing)
+    return groups
 
 
 def read_file(folder: str, name: str) -> Split:
@@ -65,7 +81,7 @@ def seen_keys(folder: str) -> set[str]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a study. What it found is read from its folder when it is first used."""
+    """A run of a study. Its results are read from its folder when they are first used."""
 
     protocol: str  # original or unseen
     method: str  # a key of `METHODS`
@@ -76,23 +92,13 @@ class Run:
     command: tuple[str, ...]  # without the interpreter
 
     @property
-    def tuned(self) -> bool:
-        """Whether BERT is tuned."""
-        return TUNE[0] in METHODS[self.method]
-
-    @property
     def line(self) -> str:
         """The command as run.json records it."""
         return shlex.join(["python", *self.command])
 
-    def entry(self) -> dict:
-        """Return what study.json says about this run alone."""
-        entry = {"folder": self.folder.name, "command": self.line}
-        return entry | {"commit": self.scored[0]["commit"], "results": self.results}
-
     def is_finished(self) -> bool:
         """Return whether the folder contains results of this exact command on unchanged files."""
-        record = read_record(self.folder / RUN_FILE)
+        record = read_record(self.folder / RUN_FILE)  # not cached: a run may be executed later
         if record.get("command") != self.line:
             return False
         files = {Path(file["path"]): file["sha256"] for file in record["data"].values()}
@@ -101,9 +107,9 @@ class Run:
         return all(path.exists() and sha256(path) == checksum for path, checksum in files.items())
 
     @cached_property
-    def scored(self) -> tuple[dict, Split]:
-        """The record and the rows of the test file, see `read_run`."""
-        return read_run(self.folder)
+    def record(self) -> dict:
+        """The content of run.json."""
+        return read_record(self.folder / RUN_FILE)
 
     @cached_property
     def results(self) -> dict:
@@ -112,25 +118,32 @@ class Run:
         size = sum(path.stat().st_size for path in weights)
         return read_json(self.folder / "all_results.json") | {"stored_bytes": size}
 
+    def entry(self) -> dict:
+        """Return what study.json says about this run alone."""
+        entry = {"folder": self.folder.name, "command": self.line}
+        return entry | {"commit": self.record["commit"], "results": self.results}
+
     @cached_property
-    def records(self) -> list[dict]:
-        """The lines of metrics.jsonl; none of a baseline."""
-        return read_json(self.folder / "metrics.jsonl", lines=True)
+    def rows(self) -> Split:
+        """The rows of the test file, with what was predicted for them. Raises: UserError."""
+        form = FileFormat.from_settings(self.record["settings"]).written_here()
+        return read_split(self.folder / "predictions.csv", form)
 
     @cached_property
     def predictions(self) -> pd.DataFrame:
-        """The `answers` to the test rows, with the columns confidence, run and seen."""
-        table = answers(self.scored[1])
-        confidence = self.scored[1].table["confidence"].to_numpy(dtype=float)
-        seen = table["text"].isin(seen_keys(self.data))
-        return table.assign(confidence=confidence, run=self.folder.name, seen=seen)
-
-
-def scores_of(runs: list[Run], seen: tuple[bool, ...] = (True, False)) -> Scores | None:
-    """Return the scores of all runs of a method on the texts of these `seen`, if there are any."""
-    table = pd.concat(run.predictions for run in runs)
-    table = table[table["seen"].isin(seen)]
-    return Scores(table) if len(table) else None
+        """The predictions as columns text (key), answer, right, confidence, run and seen."""
+        keys, table = self.rows.keys, self.rows.table
+        labels = [label_key(label) for (label,) in self.rows.labels]
+        return pd.DataFrame(
+            {
+                "text": keys,
+                "answer": table["predicted"],
+                "right": table["predicted"].map(label_key) == labels,
+                "confidence": table["confidence"].astype(float),
+                "run": self.folder.name,
+                "seen": [key in seen_keys(self.data) for key in keys],
+            }
+        )
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
@@ -141,43 +154,45 @@ def plan(args: argparse.Namespace) -> list[Run]:
         ("unseen", args.unseen, args.train_sizes),
     ):
         # whole passes over the folders, so that each has the same weight
-        passes = max(1, math.ceil(len(args.seeds) / max(1, len(folders))))
-        for number in range(passes * len(folders)):
-            data, seed = folders[number % len(folders)], args.seeds[number % len(args.seeds)]
+        passes = math.ceil(len(args.seeds) / max(1, len(folders)))
+        for number, data in enumerate(passes * folders):
+            seed = args.seeds[number % len(args.seeds)]
             members: dict[int | None, list[str]] = {}  # folders of an ensemble, by size
             for method, size in product(args.methods, sizes):
-                is_tuned, is_ensemble = TUNE[0] in METHODS[method], method == "ensemble"
-                uses_seed = is_tuned or size or is_ensemble
+                uses_seed = is_tuned(method) or size or method == "ensemble"
                 name = method.replace(", ", "-").replace(" ", "-")
                 name = f"{protocol}-{name}-{number if uses_seed else number % len(folders)}"
                 folder = Path(args.output_dir) / (name + (f"-n{size}" if size else ""))
                 if method not in NO_MEMBERS:
                     members.setdefault(size, []).append(str(folder))
-                if not uses_seed and number >= len(folders):
-                    continue
-                if is_ensemble:
-                    if size not in members:
-                        continue
-                    flags = [*members[size], "--output_dir", str(folder)]
+                flags = ["--output_dir", str(folder)]
+                if method == "ensemble":
+                    flags = [*members.get(size, []), *flags]
                 else:
-                    flags = ["--output_dir", str(folder)]
-                    for use, file in arguments.USES.items():
-                        flags += [f"--{use}_file", f"{data}/{file}_simple.csv"]
-                    flags += ["--seed", str(seed)] if uses_seed else []
-                    flags += ["--max_train_samples", str(size)] if size else []
-                    flags += backbone_flags(args.flags) if method in USE_BACKBONE else []
-                    flags += [*(QUICK if args.quick else []), *args.flags] if is_tuned else []
-                command = (*METHODS[method], *flags)
-                runs.append(Run(protocol, method, data, seed, size, folder, command))
+                    flags += run_flags(args, method, data, seed if uses_seed else None, size)
+                # a baseline runs once for each folder; an ensemble needs members
+                if (uses_seed or number < len(folders)) and (method != "ensemble" or members):
+                    command = (*METHODS[method], *flags)
+                    runs.append(Run(protocol, method, data, seed, size, folder, command))
     return runs
 
 
-def backbone_flags(flags: list[str]) -> list[str]:
-    """Return those of the flags that name the backbone."""
-    name = "--model_name_or_path"
-    if name in flags:
-        return flags[flags.index(name) :][:2]
-    return [flag for flag in flags if flag.startswith(f"{name}=")]
+def run_flags(
+    args: argparse.Namespace, method: str, data: str, seed: int | None, size: int | None
+) -> list[str]:
+    """Return the flags of a run but for its output folder."""
+    flags = []
+    for use, file in arguments.USES.items():
+        flags += [f"--{use}_file", f"{data}/{file}_simple.csv"]
+    flags += ["--seed", str(seed)] if seed is not None else []
+    flags += ["--max_train_samples", str(size)] if size else []
+    if is_tuned(method):
+        return [*flags, *(QUICK if args.quick else []), *args.flags]
+    if method in USE_BACKBONE:
+        name = "--model_name_or_path"
+        flags += [flag for flag in args.flags if flag.startswith(f"{name}=")]
+        flags += args.flags[args.flags.index(name) :][:2] if name in args.flags else []
+    return flags
 
 
 def execute(runs: list[Run]) -> None:
@@ -221,12 +236,3 @@ def execute(runs: list[Run]) -> None:
                 "to resume the study"
             )
         seconds[run.method, run.size] = time.perf_counter() - start
-
-
-def largest(runs: list[Run]) -> list[Run]:
-    """Return the runs of each protocol with its largest size, the ones for the main tables."""
-    largest = {
-        protocol: max((run.size for run in ours), key=lambda size: size or math.inf)
-        for protocol, ours in group(runs, lambda run: run.protocol).items()
-    }
-    return [run for run in runs if run.size == largest[run.protocol]]

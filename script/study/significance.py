@@ -1,82 +1,29 @@
-"""Test whether one method is better than another on the same rows, from finished runs.
+"""Statistics of a study: intervals over texts and seeds, and the tests of its comparisons.
 
-    .venv/bin/python -m script.study.significance ONE... --against OTHER...
-
-ONE and OTHER are folders of finished runs. The n-th ONE is compared with the n-th OTHER, for
-instance two methods on the same folds; their test files must have the same labels row by row. The
-texts may differ, for instance if one method was tuned on cleaned titles. The 95 % interval is over
-texts and, if several ONEs or OTHERs have the same test file, seeds; p ignores seeds.
-
-T distinct texts, K runs.
+The few comparisons that are tested are named before the runs. T distinct texts, K runs.
 """
 
+import argparse
 import math
-import sys
-from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 from scipy.stats import permutation_test
 from scipy.stats import t as student
 
-from dataset import Split, read_split
 from evaluation.intervals import LEVEL, NORMAL, wilson
-from runtime.file_format import LABEL_SEPARATOR, FileFormat
-from runtime.files import UserError, run_and_report
-from runtime.flags import Parser
-from runtime.labels import label_key
-from runtime.record import RUN_FILE, read_record
+from runtime.files import read_json, to_json, write_text
+from script.study.runs import Run, group, is_tuned
 
-T = TypeVar("T")
 RESAMPLES = 9999
-
-
-class PairedTest(NamedTuple):
-    """Result of `paired_test`."""
-
-    one: float  # accuracy
-    other: float
-    difference: float  # of the accuracies, other - one
-    interval: list[float]  # its two ends: 95 %, over texts and, if there are several, seeds
-    p: float  # two-sided, at least 0.0002; over texts only
-    texts: int  # number of distinct texts
-
-
-def read_run(folder: str | Path) -> tuple[dict, Split]:
-    """Read a finished run's record and its predictions, as the rows of the test file.
-
-    Raises: UserError if the folder has no finished run or its predictions have no labels.
-    """
-    record = read_record(Path(folder) / RUN_FILE)
-    if not (settings := record.get("settings")):
-        raise UserError(f"{folder} contains no finished run: pass the folder of one")
-    form = FileFormat.from_settings(settings).written_here()
-    return record, read_split(Path(folder) / "predictions.csv", form)
-
-
-def read_predictions(folder: str | Path) -> pd.DataFrame:
-    """Read a run's predictions, see `read_run` and `answers`; the column run is the folder."""
-    return answers(read_run(folder)[1]).assign(run=str(folder))
-
-
-def answers(split: Split) -> pd.DataFrame:
-    """Return predictions as columns text (key), labels, answer (as written) and right."""
-    labels = [frozenset(map(label_key, names)) for names in split.labels]
-    written = split.table["predicted"]
-    lists = ([*filter(None, answer.split(LABEL_SEPARATOR))] for answer in written)
-    names = lists if split.multi_label else ([answer] for answer in written)
-    right = [label == {*map(label_key, name)} for label, name in zip(labels, names, strict=True)]
-    return pd.DataFrame({"text": split.keys, "labels": labels, "answer": written, "right": right})
-
-
-def group(things: Iterable[T], key: Callable[[T], Hashable]) -> dict[Hashable, list[T]]:
-    """Group things by a key, in the order in which the keys occur first."""
-    groups: dict[Hashable, list[T]] = {}
-    for thing in things:
-        groups.setdefault(key(thing), []).append(thing)
-    return groups
+# Method and method that it is compared with; the validation files choose a "best" one.
+COMPARISONS = ["full:best free", "prefix:full", "4 prefixes:full", "ensemble:best single"]
+BEST = {
+    "best free": lambda method: not is_tuned(method) and method != "ensemble",
+    "best single": lambda method: method != "ensemble",
+}
+SIGNIFICANT = 0.05
 
 
 class Scores:
@@ -140,12 +87,20 @@ def difference_interval(one: Scores, other: Scores) -> list[float]:
     return [max(-1.0, float(mean - error)), min(1.0, float(mean + error))]
 
 
-def paired_test(one: Scores, other: Scores) -> PairedTest | None:
+def scores_of(runs: list[Run], seen: tuple[bool, ...] = (True, False)) -> Scores | None:
+    """Return the scores of all runs of a method on the texts of these `seen`, if there are any."""
+    table = pd.concat(run.predictions for run in runs)
+    table = table[table["seen"].isin(seen)]
+    return Scores(table) if len(table) else None
+
+
+def paired_test(one: Scores, other: Scores) -> dict | None:
     """Compare two methods on the same texts; return None if the texts differ or are fewer than two.
 
     Each distinct text has the same weight. The permutation test swaps the two scores of texts at
-    random, as if the methods were equal: its p holds for these runs. The interval of the difference
-    also covers other seeds, as far as several runs predicted the same texts.
+    random, as if the methods were equal: its two-sided p, at least 0.0002, holds for these runs.
+    The interval of the difference, other - one, also covers other seeds, as far as several runs
+    predicted the same texts.
     """
     if not one.texts.index.equals(other.texts.index) or len(one.texts) < 2:
         return None
@@ -158,15 +113,8 @@ def paired_test(one: Scores, other: Scores) -> PairedTest | None:
         batch=200,
         rng=0,
     )
-    difference, p = float(test.statistic), float(test.pvalue)
-    interval = difference_interval(one, other)
-    return PairedTest(one.mean, other.mean, difference, interval, p, len(one.texts))
-
-
-def describe(difference: float, interval: list[float], p: float) -> str:
-    """Return the result of a paired test in words."""
-    points, low, high = (100 * share for share in (difference, *interval))
-    return f"{points:+.2f} points ({low:+.2f} to {high:+.2f}), p = {p:.4f}"
+    result = {"texts": len(one.texts), "difference": float(test.statistic)}
+    return result | {"interval": difference_interval(one, other), "p": float(test.pvalue)}
 
 
 def holm(p: list[float]) -> list[float]:
@@ -178,39 +126,66 @@ def holm(p: list[float]) -> list[float]:
     return corrected[np.argsort(order)].tolist()
 
 
-def compare(ones: list[str], others: list[str]) -> str:
-    """Return a line with both accuracies over distinct texts, their difference, its 95 % interval
-    and its p-value.
+def comparison(text: str) -> str:
+    """Check one of --compare. Raises: ArgumentTypeError."""
+    method, _, other = text.partition(":")
+    if not method or not other or method == other:
+        raise argparse.ArgumentTypeError(f"'{text}': name two methods, such as full:prefix")
+    return text
 
-    Raises: UserError if a folder has no finished run, or two runs predicted different rows.
+
+def name_comparisons(comparisons: list[str], folder: Path, runs: list[Run]) -> bool:
+    """Record the comparisons, unless a run of the study in this folder has already begun.
+
+    Returns whether they are those that were recorded before the first run.
     """
-    tables = []
-    for one, other in zip(ones, others, strict=True):
-        left, right = read_predictions(one), read_predictions(other)
-        if left["labels"].tolist() != right["labels"].tolist():
-            raise UserError(f"{one} and {other} did not predict the same rows: pair other runs")
-        tables.append((left, right.assign(text=left["text"])))
-    lefts, rights = (pd.concat(column) for column in zip(*tables, strict=True))
-    test = paired_test(Scores(rights), Scores(lefts))
-    if test is None:
-        raise UserError("the runs share fewer than two distinct texts: use larger test files")
-    return (
-        f"{100 * test.other:.2f} % against {100 * test.one:.2f} %: "
-        f"{describe(test.difference, test.interval, test.p)} "
-        f"({test.texts:,} distinct texts, {len(lefts):,} rows, {len(ones)} pairs of runs)"
+    path = folder / "comparisons.json"
+    if not any(run.folder.with_suffix(".log").exists() for run in runs):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, to_json(comparisons))
+    return comparisons == (read_json(path, list) if path.exists() else COMPARISONS)
+
+
+def validation_accuracy(runs: list[Run]) -> float:
+    """Return the mean accuracy on the validation files, on their unseen texts if there are any."""
+    unseen, whole = (
+        [run.results.get(f"eval_accuracy{kind}") for run in runs] for kind in ("_unseen", "")
     )
+    return float(np.mean(whole if None in unseen else unseen))
 
 
-def main(argv: list[str]) -> int:
-    """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
-    parser = Parser("python -m script.study.significance", __doc__)
-    parser.add_argument("one", nargs="+")
-    parser.add_argument("--against", nargs="+", required=True, metavar="OTHER")
-    args = parser.parse_args(argv)
-    if len(args.one) != len(args.against):
-        parser.error(f"{len(args.one)} folders against {len(args.against)}: pass equal numbers")
-    return run_and_report(lambda: print(compare(args.one, args.against)))
+def compare_named(runs: list[Run], comparisons: list[str]) -> list[dict]:
+    """Test the comparisons whose methods were both run, by protocol, on unseen texts.
+
+    See `paired_test`; the p values are also corrected for the number of tests, see `holm`.
+    """
+    tests = []
+    for protocol, ours in group(runs, lambda run: run.protocol).items():
+        methods = group(ours, lambda run: run.method)
+        for text in comparisons:
+            other, _, named = text.partition(":")
+            one = named
+            if named in BEST:
+                rivals = {name: methods[name] for name in filter(BEST[named], methods)}
+                one = max(rivals, key=lambda name: validation_accuracy(rivals[name]), default=None)
+            if one == other or not {one, other} <= methods.keys():
+                continue
+            scores = [scores_of(methods[name], (False,)) for name in (one, other)]
+            if None not in scores and (test := paired_test(*scores)):
+                row = {"protocol": protocol, "one": one, "other": other, "named": text}
+                tests.append(row | test)
+    for test, corrected in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        low, high = test["interval"]
+        test["p_holm"] = corrected
+        test["shown"] = corrected < SIGNIFICANT and not low <= 0 <= high
+    return tests
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def sentence(test: dict) -> str:
+    """Return the result of a comparison in words."""
+    points, low, high = (100 * share for share in (test["difference"], *test["interval"]))
+    verdict = "a difference" if test["shown"] else "not significant"
+    return (
+        f"{test['other']} against {test['one']}: {points:+.2f} points ({low:+.2f} to {high:+.2f}), "
+        f"p = {test['p']:.4f}, with Holm's correction {test['p_holm']:.4f}: {verdict}"
+    )

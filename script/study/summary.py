@@ -3,28 +3,24 @@
 A row or a point is a dictionary, as in study.json; a table of formatted cells is a DataFrame.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 
 from evaluation.intervals import BINS
 from evaluation.metrics import calibration_error, confidence_counts
+from evaluation.tables import shown
 from model.schedule import coming_texts
-from script.study.runs import Run, scores_of
-from script.study.significance import group
+from script.study.runs import Run, group
+from script.study.significance import scores_of
 
 ACCURACIES = {  # columns of the table: over the texts of which `seen`
     "accuracy": (True, False),
     "on seen": (True,),
     "on unseen": (False,),
 }
-
-
-def share(value: float) -> str:
-    return f"{value:.4f}"
-
-
-def count(value: float) -> str:
-    return f"{value:,.0f}"
+count = "{:,.0f}".format
 
 
 def size(value: float) -> str:
@@ -33,11 +29,11 @@ def size(value: float) -> str:
 
 # Columns of the table that are means of the runs' figures: keys in all_results.json, and formats.
 MEANS = {
-    "seen": ("test_seen_share", share),
-    "macro F1": ("test_macro_f1", share),
-    "log loss": ("test_loss", share),
-    "ECE": ("test_ece", share),
-    "by chance": ("test_ece_by_chance", share),
+    "seen": ("test_seen_share", shown),
+    "macro F1": ("test_macro_f1", shown),
+    "log loss": ("test_loss", shown),
+    "ECE": ("test_ece", shown),
+    "by chance": ("test_ece_by_chance", shown),
     "trained": ("trainable_parameters", lambda value: count(value) if value else "-"),
     "bytes": ("stored_bytes", size),
     "seconds": ("train_runtime", count),
@@ -49,6 +45,7 @@ MEANS = {
     ),
 }
 POOLED = "pooled ECE"  # of the rows of all runs together: less of it is chance
+FORMATS = {column: form for column, (_, form) in MEANS.items()} | {POOLED: shown}
 LAST = 3  # sizes, the largest ones, over which the effect of a doubling is measured
 NOTE = (
     "What the last doublings of the training texts brought, by least squares over the largest "
@@ -68,9 +65,8 @@ def summarise(runs: list[Run]) -> list[dict]:
         for column, (key, _) in MEANS.items():
             values = [run.results[key] for run in ours if run.results.get(key) is not None]
             row[column] = float(np.mean(values)) if values else None
-        confidence, right = (
-            pd.concat(r.predictions[["confidence", "right"]] for r in ours).to_numpy(float).T
-        )
+        table = pd.concat(run.predictions[["confidence", "right"]] for run in ours)
+        confidence, right = table.to_numpy(float).T
         row[POOLED] = calibration_error(confidence_counts(confidence, right, BINS))
         rows.append(row)
     return rows
@@ -79,22 +75,16 @@ def summarise(runs: list[Run]) -> list[dict]:
 def format_summary(rows: list[dict]) -> pd.DataFrame:
     """Format the rows of `summarise`."""
 
-    def accuracy(row: dict, column: str) -> str:
-        if row[column] is None:
-            return "-"
-        low, high = row[f"{column} interval"]
-        return f"{row[column]:.4f} ({low:.3f} to {high:.3f})"
+    def cells(row: dict) -> Iterator[str]:
+        yield from (row["protocol"], row["method"], str(row["runs"]))
+        for column in ACCURACIES:
+            ends = row[f"{column} interval"]
+            yield f"{row[column]:.4f} ({ends[0]:.3f} to {ends[1]:.3f})" if ends else "-"
+        for column, form in FORMATS.items():
+            yield "-" if row[column] is None else form(row[column])
 
-    return pd.DataFrame(
-        {name: row[name] for name in ("protocol", "method", "runs")}
-        | {column: accuracy(row, column) for column in ACCURACIES}
-        | {
-            column: "-" if row[column] is None else form(row[column])
-            for column, (_, form) in MEANS.items()
-        }
-        | {POOLED: share(row[POOLED])}
-        for row in rows
-    )
+    columns = ["protocol", "method", "runs", *ACCURACIES, *FORMATS]
+    return pd.DataFrame(map(cells, rows), columns=columns)
 
 
 def learning_curve(runs: list[Run]) -> list[dict]:
