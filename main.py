@@ -139,7 +139,7 @@ def run(args: Namespace) -> None:
             results |= tune(model, source, data, args, machine, output, record, checkpoint)
 
         # calibrate on the validation file, and write the tuned model
-        classifier = Classifier(source, model, machine, args.per_device_eval_batch_size)
+        classifier = Classifier(source, machine, args.per_device_eval_batch_size, model)
         if args.do_train and data.eval is not None:
             logits = classifier.member_logits(data.eval)
             # all processes must change their heads by the same numbers, so the main one fits them
@@ -171,7 +171,7 @@ def run(args: Namespace) -> None:
 def classifier_of(args: Namespace) -> Classifier:
     """Load a tuned model."""
     machine = pick_machine(precision_for(args.precision, model_folders(vars(args))))
-    return Classifier.from_source(find_model(args), machine, args.per_device_eval_batch_size)
+    return Classifier(find_model(args), machine, args.per_device_eval_batch_size)
 
 
 def find_model(args: Namespace) -> ModelSource:

@@ -19,4 +19,4 @@ def load(folder, precision: str = "auto", batch_size: int = 64):
     from runtime.machine import pick_machine
 
     machine = pick_machine(precision_for(precision, [folder]))
-    return Classifier.from_source(open_model(str(folder)), machine, batch_size)
+    return Classifier(open_model(str(folder)), machine, batch_size)

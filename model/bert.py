@@ -1,6 +1,7 @@
-"""What the models use of transformers beyond its public API; `pytest -m upgrade` tests it.
+"""What the models use of transformers and torch beyond their public API.
 
-Check after an upgrade of transformers:
+`pytest -m upgrade` runs the tests that notice a change of it.
+
 - BertModel passes keyword arguments that it does not know to the attention function of each
   layer: `prefix`, `table_rows` and `fused` of `prefix_encoder.attend`.
 - AttentionInterface and AttentionMaskInterface take a function by name;
@@ -9,8 +10,9 @@ Check after an upgrade of transformers:
   BertLayer.feed_forward_chunk.
 - from_pretrained(output_loading_info=True) lists keys: missing, unexpected and mismatched.
 - ACT2CLS has the names of the activations.
-Two more are where they are needed, below model/: `Encoding.overflowing` and `.word_ids` in
-runtime/batches.py, and AdamW's state and `found_inf` in runtime/training_state.py.
+In runtime/, below model/:
+- batches.py: a tokenizer returns `encodings`, each with `overflowing` tokens.
+- training_state.py: the state of fused AdamW, its `found_inf`, and torch._foreach_lerp_.
 
 B batch, T text tokens, P virtual tokens, HD hidden size, V words of the vocabulary, U words in use.
 """

@@ -5,7 +5,6 @@ K members of an ensemble, N texts, U distinct texts, C classes.
 
 import math
 from collections.abc import Iterable, Mapping, Set
-from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -59,20 +58,20 @@ class Classifier:
     """A trained model with all that it needs to label texts; `model.load` returns one."""
 
     def __init__(
-        self, source: ModelSource, model: nn.Module, machine: Machine, batch_size: int = 64
+        self,
+        source: ModelSource,
+        machine: Machine,
+        batch_size: int = 64,
+        model: nn.Module | None = None,
     ) -> None:
+        """model: None loads the weights of a tuned model. Raises: UserError if they do not fit."""
         self.labels, self.multi_label = source.labels, source.multi_label
-        self.max_seq_length = source.config.max_seq_length
+        self.max_seq_length, self.tokenizer = source.config.max_seq_length, source.tokenizer
         self.title = source.method.title(source.config)
-        self.model, self.tokenizer, self.machine = model, source.tokenizer, machine
-        self.batch_size = batch_size
-
-    @classmethod
-    def from_source(cls, source: ModelSource, machine: Machine, batch_size: int = 64) -> Self:
-        """Load the weights of a tuned model. Raises: UserError if they do not fit."""
-        model = source.build()
-        machine.place(model)
-        return cls(source, model, machine, batch_size)
+        self.machine, self.batch_size, self.model = machine, batch_size, model
+        if model is None:
+            self.model = source.build()
+            machine.place(self.model)
 
     def __call__(self, texts: str | Iterable[str]) -> list[dict]:
         """Label one text or many, such as a list or a column of a table.
@@ -83,17 +82,13 @@ class Classifier:
         texts = as_texts(texts)
         if not texts:
             return []
-        found = Predictions.from_logits(self.logits(rows_of(texts)), self.multi_label)
-        return [
-            {
-                "label": label,
-                "confidence": float(confidence),
-                "probabilities": dict(zip(self.labels, probability.tolist(), strict=True)),
-            }
-            for label, confidence, probability in zip(
-                found.named(self.labels), found.confidence, found.probability, strict=True
-            )
-        ]
+        results = Predictions.from_logits(self.logits(rows_of(texts)), self.multi_label)
+        names = ("label", "confidence", "probabilities")
+        probabilities = (
+            dict(zip(self.labels, row, strict=True)) for row in results.probability.tolist()
+        )
+        columns = results.named(self.labels), results.confidence.tolist(), probabilities
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def logits(self, rows: TextRows, prefix_index: np.ndarray | None = None) -> torch.Tensor:
         """Compute the logits of all rows, see `predict`. prefix_index: see `runtime.batches`."""
@@ -104,8 +99,8 @@ class Classifier:
         """Compute the logits of each member of an ensemble: [K, N, C]; K is 1 for other models."""
         count = getattr(self.model.config, "num_prefixes", 1)
         data = encode(self.tokenizer, rows, self.max_seq_length).for_each_prefix(count)
-        found = predict(self.model, data, self.batch_size, self.machine)
-        return found.view(count, -1, found.shape[1])
+        logits = predict(self.model, data, self.batch_size, self.machine)
+        return logits.view(count, -1, logits.shape[1])
 
 
 @torch.inference_mode()
@@ -116,20 +111,20 @@ def predict(model: nn.Module, data: Encoded, batch_size: int, machine: Machine) 
     """
     model.eval()
     group = machine.group
-    each = math.ceil(len(data.token_ids) / (group.size * machine.workers)) or 1  # all are busy
-    mine = group.share(length_batches(data, min(batch_size, each)))
+    share = math.ceil(len(data.token_ids) / (group.size * machine.workers)) or 1  # all are busy
+    mine = group.share(length_batches(data, min(batch_size, share)))
     text_logits = torch.zeros(len(data.token_ids), model.config.num_labels)  # [U, C]
-    no_bar = None if group.is_main else True  # None: no bar if the output is not a terminal
-    bar = {"desc": "predict", "unit": "batch", "leave": False, "dynamic_ncols": True}
 
     def classify(texts: np.ndarray) -> torch.Tensor:
         with torch.inference_mode():  # of this thread
             return machine.logits(model, data, texts)
 
-    found = in_workers(classify, mine, machine.workers)
-    shown = list(tqdm(found, total=len(mine), disable=no_bar, **bar))
+    no_bar = None if group.is_main else True  # None: no bar if the output is not a terminal
+    bar = {"desc": "predict", "unit": "batch", "leave": False, "dynamic_ncols": True}
+    results = in_workers(classify, mine, machine.workers)
+    results = list(tqdm(results, total=len(mine), disable=no_bar, **bar))
     if mine:  # read once, since a GPU would be waited for after each batch
-        text_logits[np.concatenate(mine)] = torch.cat(shown).cpu()
+        text_logits[np.concatenate(mine)] = torch.cat(results).cpu()
     if group.size > 1:
         text_logits = text_logits.to(machine.device)
         group.all_reduce_sum([text_logits])

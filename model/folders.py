@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import shlex
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import TypedDict
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
+from model.loading import WEIGHTS, BertSettings
 from runtime.columns import ENSEMBLE_FOLDER, is_member
 from runtime.files import UserError, check_regular, read_json, sha256
 
@@ -40,14 +40,6 @@ class AdapterSettings(TypedDict, total=False):
     task_type: str | None
 
 
-class AdapterConfig(TypedDict, total=False):
-    """The entries of an adapter's config.json that are used before the model is loaded."""
-
-    num_prefixes: int
-    backbone_sha256: str | None
-    backbone_path: str | None  # a folder, relative to the output folder of the training
-
-
 @dataclass(frozen=True)
 class ModelFolders:
     """The folders of a model."""
@@ -61,27 +53,22 @@ class ModelFolders:
         """The folders of the backbone and, if there is one, the adapter."""
         return [self.backbone, *([self.adapter] if self.adapter else [])]
 
-    @property
-    def folder(self) -> Path:
-        """The folder to name in messages."""
-        return self.adapter or self.backbone
-
 
 def ensemble_folders(folder: Path) -> list[str]:
     """List the adapter folders of an ensemble of prefixes, in order; of other models, none.
 
     Raises: UserError if some of them are missing.
     """
-    adapters = folder.glob(ENSEMBLE_FOLDER.format("*/" + ADAPTER_CONFIG))
-    found = {path.parent.name for path in adapters if is_member(path.parent.name)}
-    if not found:
+    paths = (path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    members = {path.name: path for path in paths if is_member(path.name)}
+    if not members:
         return []
-    config = folder / min(found) / "config.json"  # names the number of prefixes
-    size = read_json(config, AdapterConfig).get("num_prefixes", 1) if config.is_file() else 1
-    names = [ENSEMBLE_FOLDER.format(number) for number in range(1, max(size, len(found)) + 1)]
-    if missing := [name for name in names if name not in found]:
+    config = min(members.values()) / "config.json"  # contains the number of prefixes
+    size = read_json(config, BertSettings).get("num_prefixes", 1) if config.is_file() else 1
+    names = [ENSEMBLE_FOLDER.format(number) for number in range(1, max(size, len(members)) + 1)]
+    if missing := [name for name in names if name not in members]:
         raise UserError(f"{folder} lacks {', '.join(missing)}: copy the whole folder")
-    return [str(folder / name) for name in names]
+    return [str(members[name]) for name in names]
 
 
 @cache
@@ -122,35 +109,10 @@ def backbone_sha256(folder: Path) -> str:
 
     Other files may change without a change of what the backbone computes.
     """
-    words = next((n for n in ("tokenizer.json", "vocab.txt") if (folder / n).is_file()), None)
-    names = filter(None, ("model.safetensors", words))
-    parts = (checksum(folder / name) for name in names if (folder / name).is_file())
+    words = "tokenizer.json" if (folder / "tokenizer.json").is_file() else "vocab.txt"
+    paths = (folder / name for name in (WEIGHTS, words))
+    parts = (checksum(path) for path in paths if path.is_file())
     return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def check_weights(folder: Path, name: str) -> None:
-    """Check that a folder has the safetensors file `name`.
-
-    Raises: UserError with a command that makes it from other files, if there are any.
-    """
-    stem = name.removesuffix(".safetensors")
-    if (folder / name).is_file():
-        return
-    for pattern, load in (
-        (f"{stem}-*.safetensors", "safetensors.torch.load_file(f)"),
-        (f"{stem}*.bin", "torch.load(f, weights_only=True)"),
-        (f"pytorch_{stem}*.bin", "torch.load(f, weights_only=True)"),
-    ):
-        if any(folder.glob(pattern)):
-            raise UserError(
-                f"{folder} has its weights as {pattern}, which is not read; to convert them: "
-                f"cd {shlex.quote(str(folder))} && python -c "
-                '"import glob, safetensors.torch, torch; '
-                f"safetensors.torch.save_file({{k: v.contiguous().clone() for f in "
-                f"glob.glob('{pattern}') for k, v in {load}.items()}}, '{name}', "
-                "{'format': 'pt'})\""
-            )
-    raise UserError(f"{folder} has no {name}: copy the whole folder, or pass another model")
 
 
 def find_backbone(folder: Path) -> str:
@@ -163,24 +125,21 @@ def find_backbone(folder: Path) -> str:
     base = read_json(path, AdapterSettings).get("base_model_name_or_path")
     if not base or os.path.isfile(Path(base) / ADAPTER_CONFIG):
         raise UserError(f"{path} names no backbone: write its folder as base_model_name_or_path")
-    known = read_json(config, AdapterConfig) if config.is_file() else {}
+    known = read_json(config, BertSettings) if config.is_file() else {}
     places = [base]
     if relative := known.get("backbone_path"):  # the adapter may be a checkpoint or one of several
         inside = os.path.realpath(folder)
         places += [os.path.normpath(f"{inside}/{up}{relative}") for up in ("", "../", "../../")]
-    folders = [os.path.realpath(place) for place in places if os.path.isdir(place)]
-    found = [one for one in dict.fromkeys(folders) if not os.path.isfile(f"{one}/{ADAPTER_CONFIG}")]
-    if len(found) > 1:
-        right = known.get("backbone_sha256")
-        found.sort(key=lambda place: backbone_sha256(Path(place)) != right)
-    if found:
-        return found[0]
-    if relative:
+    folders = dict.fromkeys(Path(os.path.realpath(place)) for place in places)
+    folders = [path for path in folders if path.is_dir() and not (path / ADAPTER_CONFIG).is_file()]
+    if len(folders) > 1:
+        folders.sort(key=lambda path: backbone_sha256(path) != known.get("backbone_sha256"))
+    if relative and not folders:
         raise UserError(
             f"{folder}: its backbone is neither {base} nor {places[1]}: move it to one of these "
             f"places, or write its folder into {path} as base_model_name_or_path"
         )
-    return base
+    return str(folders[0]) if folders else base
 
 
 def locate(name: str) -> ModelFolders:
@@ -214,10 +173,9 @@ def locate(name: str) -> ModelFolders:
 def bundled_folder() -> Path:
     """Return the bundled backbone's folder, after verifying its weights."""
     folder = Path(find_spec(BUNDLED_PACKAGE).submodule_search_locations[0]) / "model"
-    found = checksum(folder / "model.safetensors")
-    if found != BUNDLED_SHA256:
+    if (actual := checksum(folder / WEIGHTS)) != BUNDLED_SHA256:
         raise UserError(
-            f"{folder}/model.safetensors is not the official {BUNDLED_NAME} (SHA-256 {found}): "
+            f"{folder / WEIGHTS} is not the official {BUNDLED_NAME} (SHA-256 {actual}): "
             f"reinstall {BUNDLED_PACKAGE} or pass --model_name_or_path"
         )
     return folder
@@ -226,32 +184,25 @@ def bundled_folder() -> Path:
 @cache
 def hub_folder(name: str) -> Path:
     """Download a model, or use the cache if the hub is out of reach; once in a process."""
-    reachable = not constants.HF_HUB_OFFLINE and hub_answers()
+    offline = constants.HF_HUB_OFFLINE or not hub_answers()
+    patterns = ["*.json", "*.txt", "model*.safetensors"]
     try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.json", "*.txt", "model*.safetensors"],
-                local_files_only=not reachable,
-            )
-        )
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
     except (OSError, HTTPError, HFValidationError) as error:
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        if not reachable:
+        if offline:
             why = f"{constants.ENDPOINT} is out of reach and the model is not in the cache"
         raise UserError(
-            f"no model {name}: {why}; name a local folder with config.json, model.safetensors and "
+            f"no model {name}: {why}; name a local folder with config.json, {WEIGHTS} and "
             f"the tokenizer, or the bundled {BUNDLED_NAME}"
         ) from None
 
 
 def hub_answers() -> bool:
     """Whether the hub answers within a short timeout; its client would retry for half a minute."""
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:  # an HTTP status is an answer, too
+        return isinstance(error, urllib.error.HTTPError)
     return True

@@ -1,6 +1,8 @@
 """Load and check the config, tokenizer and weights of a BERT."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict
 
@@ -9,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase
 
 from model.bert import ACTIVATIONS, quiet, read_weights
-from model.folders import check_weights
 from model.sequence_classification import POOLINGS, BertForSequenceClassification
 from runtime.files import UserError, read_json
 
+WEIGHTS = "model.safetensors"
 TUNED = ["BertForSequenceClassification"]  # `architectures` of a model with a head
 CAPITALS = 0.01  # share of words with capitals, from which on a vocabulary is cased
 
@@ -69,9 +71,9 @@ def read_config(folder: Path) -> BertConfig:
     kind = read_json(path).get("model_type")
     if kind != "bert":
         raise UserError(f"{folder} has a model of type '{kind}': only 'bert' is supported")
-    settings = {k: v for k, v in read_json(path, BertSettings).items() if k != "model_type"}
-    names = settings.pop("id2label", None)
-    count = settings.pop("num_labels", None)
+    settings = read_json(path, BertSettings)
+    names, count = settings.pop("id2label", None), settings.pop("num_labels", None)
+    del settings["model_type"]
     config = BertConfig(**settings)
     if names is None:
         config.num_labels = count or config.num_labels
@@ -90,20 +92,41 @@ def read_config(folder: Path) -> BertConfig:
     return config
 
 
-def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of the weights in a model folder, by their names in a classifier.
-
-    Raises: UserError if there is no readable model.safetensors.
-    """
-    path = folder / "model.safetensors"
-    check_weights(folder, path.name)
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """Open a safetensors file. Raises: UserError if it is missing or unreadable."""
+    if not path.is_file():
+        raise UserError(conversion(path))
     try:
         with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} has no usable model.safetensors: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def conversion(path: Path) -> str:
+    """Return that weights are missing, with a command that makes them from other files, if any."""
+    folder, stem, load = path.parent, path.stem, "torch.load(f, weights_only=True)"
+    loads = {f"{stem}-*.safetensors": "safetensors.torch.load_file(f)"}
+    loads |= {f"{stem}*.bin": load, f"pytorch_{stem}*.bin": load}
+    pattern = next((pattern for pattern in loads if any(folder.glob(pattern))), None)
+    if pattern is None:
+        return f"{folder} has no {path.name}: copy the whole folder, or pass another model"
+    return (
+        f"{folder} has its weights as {pattern}, which is not read; to convert them: "
+        f'cd {shlex.quote(str(folder))} && python -c "import glob, safetensors.torch, torch; '
+        f"safetensors.torch.save_file({{k: v.contiguous().clone() for f in "
+        f"glob.glob('{pattern}') for k, v in {loads[pattern]}.items()}}, '{path.name}', "
+        "{'format': 'pt'})\""
+    )
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of weights, by their names in a classifier. Raises: UserError."""
+    with opened(path) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     backbone = ("embeddings.", "encoder.", "pooler.")
-    return {f"bert.{k}" if k.startswith(backbone) else k: one for k, one in shapes.items()}
+    return {"bert." * name.startswith(backbone) + name: shape for name, shape in shapes.items()}
 
 
 def check_shapes(folder: Path, config: BertConfig) -> None:
@@ -111,25 +134,24 @@ def check_shapes(folder: Path, config: BertConfig) -> None:
 
     Raises: UserError naming an entry of config.json that does not fit model.safetensors.
     """
-    shapes, width, last = read_shapes(folder), config.hidden_size, config.num_hidden_layers - 1
+    shapes, layers = read_shapes(folder / WEIGHTS), config.num_hidden_layers
     sizes = {
-        "embeddings.word_embeddings.weight": config.vocab_size,
-        "embeddings.position_embeddings.weight": config.max_position_embeddings,
-        "embeddings.token_type_embeddings.weight": config.type_vocab_size,
-        f"encoder.layer.{last}.intermediate.dense.weight": config.intermediate_size,
+        "embeddings.word_embeddings": config.vocab_size,
+        "embeddings.position_embeddings": config.max_position_embeddings,
+        "embeddings.token_type_embeddings": config.type_vocab_size,
+        f"encoder.layer.{layers - 1}.intermediate.dense": config.intermediate_size,
     }
     for name, size in sizes.items():
-        found = shapes.get(f"bert.{name}")
-        if found != (size, width):
-            found = "is missing" if found is None else f"has the shape {list(found)}"
+        shape, right = shapes.get(f"bert.{name}.weight"), (size, config.hidden_size)
+        if shape != right:
+            fault = f"has the shape {list(shape)}" if shape else "is missing"
             raise UserError(
-                f"{folder}: {name} {found} in model.safetensors, but should have {[size, width]} "
+                f"{folder}: {name}.weight {fault} in {WEIGHTS}, but should have {list(right)} "
                 "by config.json"
             )
-    if any(name.startswith(f"bert.encoder.layer.{last + 1}.") for name in shapes):
+    if any(name.startswith(f"bert.encoder.layer.{layers}.") for name in shapes):
         raise UserError(
-            f"{folder}: model.safetensors has more layers than num_hidden_layers "
-            f"{last + 1} of config.json"
+            f"{folder}: {WEIGHTS} has more layers than num_hidden_layers {layers} of config.json"
         )
 
 
@@ -144,38 +166,21 @@ def set_labels(config: BertConfig, names: list[str]) -> None:
     config.label2id = {name: number for number, name in enumerate(names)}
 
 
-def problem_type(config: BertConfig, wanted: str | None, folder: Path) -> str:
-    """Return the problem type that the model in `folder` was tuned for, to predict with it.
-
-    Raises: UserError if another is wanted, or if the model has one output.
-    """
-    kind = config.problem_type or wanted or "single_label_classification"
-    if wanted and wanted != kind:
-        raise UserError(f"--problem_type {wanted}: {folder} was tuned for {kind}")
-    if config.num_labels == 1 and kind == "single_label_classification":
-        raise UserError(
-            f"{folder} has one output, as cross-encoders have, so it cannot choose between labels: "
-            "tune it further with --do_train, or pass a model of two labels or more"
-        )
-    return kind
-
-
-def set_max_seq_length(config: BertConfig, virtual: int, wanted: int | None) -> None:
+def set_max_seq_length(config: BertConfig, wanted: int | None) -> None:
     """Set the maximum text length in tokens: `wanted`, or the tuned model's, or 128.
 
-    Raises: UserError if `virtual` tokens and text together exceed the position embeddings.
+    Raises: UserError if virtual tokens and text together exceed the position embeddings.
     """
     length = wanted or getattr(config, "max_seq_length", None) or 128
-    if (room := config.max_position_embeddings - virtual) < length:
+    positions, virtual = config.max_position_embeddings, getattr(config, "pre_seq_len", 0)
+    if (room := positions - virtual) < length:
         tokens = f"{virtual} virtual tokens and " * bool(virtual) + f"--max_seq_length {length}"
         advice = f"--max_seq_length {room} or less"
         if room < 3:  # leave the text its length, if that is possible at all
-            text = min(length, config.max_position_embeddings - 1)
-            most = config.max_position_embeddings - text
-            advice = f"--pre_seq_len {most} and --max_seq_length {text} or less"
+            text = min(length, positions - 1)
+            advice = f"--pre_seq_len {positions - text} and --max_seq_length {text} or less"
         raise UserError(
-            f"{tokens}: more than the {config.max_position_embeddings} positions of the backbone; "
-            f"pass {advice}"
+            f"{tokens}: more than the {positions} positions of the backbone; pass {advice}"
         )
     config.max_seq_length = length
 
@@ -209,18 +214,15 @@ def is_cased(folder: Path) -> bool:
     Without that entry transformers lower-cases for every BERT. tokenizer.json decides; without it,
     the words of vocab.txt do: those of BioBERT and SciBERT have capitals, and nothing else says so.
     """
-    settings, whole, words = (
-        folder / name for name in ("tokenizer_config.json", "tokenizer.json", "vocab.txt")
-    )
-    if settings.is_file() and "do_lower_case" in read_json(settings, TokenizerSettings):
+    paths = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    settings, whole = (read_json(p, TokenizerSettings) if p.is_file() else None for p in paths)
+    if "do_lower_case" in (settings or {}):
         return False
-    if whole.is_file():
-        return (read_json(whole, TokenizerSettings).get("normalizer") or {}).get(
-            "lowercase"
-        ) is False
-    vocabulary = words.read_text(encoding="utf-8", errors="replace").split("\n")
-    capitals = sum(word != word.lower() and word[0] not in "[<" for word in vocabulary)
-    return capitals > CAPITALS * len(vocabulary)
+    if whole is not None:
+        return (whole.get("normalizer") or {}).get("lowercase") is False
+    words = (folder / "vocab.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+    capitals = sum(word != word.lower() and word[0] not in "[<" for word in words)
+    return capitals > CAPITALS * len(words)
 
 
 def separator(tokenizer: PreTrainedTokenizerBase) -> str:

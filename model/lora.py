@@ -5,12 +5,13 @@ a linear layer, M outputs.
 """
 
 import math
-from typing import Any, TypedDict
+from typing import Any, Required, TypedDict
 
 import torch
 from torch import nn
 from transformers import BertConfig
 
+from model.loading import Size
 from model.sequence_classification import POOLINGS, BertForSequenceClassification
 from model.tuning import OWN_POOLINGS, AdapterMethod
 from runtime.files import UserError
@@ -54,19 +55,17 @@ class BertLoraForSequenceClassification(BertForSequenceClassification):
 class Lora(AdapterMethod):
     """LoRA: the head and two small matrices beside each query and value matrix are trained."""
 
-    name = "lora"
+    name, title_format = "lora", "LoRA of rank {0.lora_r}"
+    flags, adds = ("lora_r", "lora_alpha"), (".lora_",)
     model_class = BertLoraForSequenceClassification
     of_peft = ("LORA",)
     peft_types = ("LORA", *(f"{pooling}_LORA" for pooling in OWN_POOLINGS))
     Settings = TypedDict(
         "Settings",
-        {"r": int, "lora_alpha": float, "target_modules": list[str] | str | None}
+        {"r": Size, "lora_alpha": float, "target_modules": Required[list[str]]}
         | dict.fromkeys(PLAIN, Any),
         total=False,
     )
-
-    def title(self, config: BertConfig) -> str:
-        return f"LoRA of rank {config.lora_r}"
 
     def peft_type(self, config: BertConfig) -> str:
         is_berts = POOLINGS[config.pooling].is_berts
@@ -74,15 +73,7 @@ class Lora(AdapterMethod):
 
     def configure(self, config, settings, tuned):
         super().configure(config, settings, tuned)
-        if settings["lora_r"] is not None:  # an adapter tuned further keeps its own
-            config.lora_r, config.lora_alpha = settings["lora_r"], settings["lora_alpha"]
-            config.lora_targets = list(TARGETS)
-
-    def may_lack(self, name: str, config: BertConfig) -> bool:
-        return ".lora_" in name or super().may_lack(name, config)
-
-    def is_trainable(self, name: str) -> bool:
-        return self.is_head(name) or ".lora_" in name
+        config.lora_targets = getattr(config, "lora_targets", list(TARGETS))
 
     def build(self, folders, config, fresh_head=False):
         """Build the model; new matrices start as in the paper, with a product of 0."""
@@ -108,8 +99,5 @@ class Lora(AdapterMethod):
         for name, accepted in PLAIN.items():
             if settings.get(name) not in accepted:
                 raise UserError(f"{path}: {name} is {settings[name]!r}: plain LoRA only")
-        rank, targets = settings.get("r", 8), settings.get("target_modules")
-        if rank < 1 or not isinstance(targets, list):
-            raise UserError(f"{path}: r must be 1 or more, and target_modules a list of names")
-        config.lora_r, config.lora_alpha = rank, settings.get("lora_alpha", 8)
-        config.lora_targets = sorted(targets)
+        config.lora_r, config.lora_alpha = settings.get("r", 8), settings.get("lora_alpha", 8)
+        config.lora_targets = sorted(settings["target_modules"])

@@ -10,15 +10,9 @@ from model.tuning import AdapterMethod, TuningMethod
 class Probe(AdapterMethod):
     """A linear probe: only the head is trained, over the frozen backbone's mean-pooled tokens."""
 
-    name = "probe"
+    name, title_format = "probe", "linear probing"
     pooling = "mean"
     peft_types = ("PROBE",)
-
-    def title(self, config: BertConfig) -> str:
-        return "linear probing"
-
-    def is_trainable(self, name: str) -> bool:
-        return self.is_head(name)
 
 
 class Bias(AdapterMethod):
@@ -27,14 +21,9 @@ class Bias(AdapterMethod):
     BitFit (Ben Zaken et al. 2022, https://arxiv.org/abs/2106.10199) trains no gains.
     """
 
-    name = "bias"
+    name, title_format = "bias", "bias tuning"
     peft_types = ("BIAS",)
-
-    def title(self, config: BertConfig) -> str:
-        return "bias tuning"
-
-    def is_trainable(self, name: str) -> bool:
-        return self.is_head(name) or name.endswith(".bias") or "LayerNorm" in name
+    trains = (".bias", "LayerNorm")
 
 
 TUNING = {method.name: method for method in (TuningMethod(), Prefix(), Lora(), Probe(), Bias())}

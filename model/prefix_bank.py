@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from model.predictions import average
-from model.prefix_encoder import on_gpu, ready_mask
+from model.prefix_encoder import by_layer, on_gpu, ready_mask
 from model.sequence_classification import POOLINGS
 from runtime.file_format import MULTI_LABEL
 
@@ -35,13 +35,11 @@ class LearnedSlots(nn.Module):
 
     def __init__(self, config: BertConfig, flat: torch.Tensor) -> None:
         super().__init__()
-        self.shape = config.num_hidden_layers, 2, config.num_attention_heads, -1
-        self.embedding = Stacked(weight=flat)
+        self.config, self.embedding = config, Stacked(weight=flat)
 
     def forward(self) -> torch.Tensor:
         """Return the slots: [L, 2, H, K, P, D]."""
-        flat = self.embedding.weight
-        return flat.view(*flat.shape[:2], *self.shape).permute(2, 3, 4, 0, 1, 5)
+        return by_layer(self.embedding.weight, self.config)
 
 
 class FixedSlots(nn.Module):
@@ -66,15 +64,6 @@ class TunedPrefix:
     slots: torch.Tensor  # [L, 2, H, P, D]
     weight: torch.Tensor  # [C, HD]
     bias: torch.Tensor  # [C]
-
-    @classmethod
-    def from_flat(
-        cls, config: BertConfig, flat: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-    ) -> Self:
-        """Arrange a flat prefix, [P, 2LHD]; the tensors are copies, whatever happens to a file."""
-        slots = flat.view(len(flat), config.num_hidden_layers, 2, config.num_attention_heads, -1)
-        slots = slots.permute(1, 2, 3, 0, 4).clone(memory_format=torch.contiguous_format)
-        return cls(slots, weight.clone(), bias.clone())
 
     @property
     def nbytes(self) -> int:
@@ -119,18 +108,16 @@ class PrefixBank(nn.Module):
         head_dtype: torch.dtype = torch.float32,
     ) -> Self:
         """Join tuned prefixes of any length; labels that one lacks have the logit `UNKNOWN`."""
-        parts, device = [prefix.slots for prefix in tuned], tuned[0].slots.device
-        lengths = [part.shape[3] for part in parts]
-        longest = max(lengths)
-        if min(lengths) < longest:
-            pad = nn.functional.pad
+        parts, pad = [prefix.slots for prefix in tuned], nn.functional.pad
+        lengths = torch.tensor([part.shape[3] for part in parts], device=parts[0].device)
+        longest = max(part.shape[3] for part in parts)
+        if any(part.shape[3] < longest for part in parts):
             parts = [pad(part, (0, 0, 0, longest - part.shape[3])) for part in parts]
         # [L, 2, H, K, P, D]; no copy of a single one
         slots = torch.stack(parts, dim=3) if len(parts) > 1 else parts[0].unsqueeze(3)
         weight = pad_sequence([prefix.weight for prefix in tuned], batch_first=True)
         bias = pad_sequence([prefix.bias for prefix in tuned], True, padding_value=UNKNOWN)
         heads = Stacked(weight=weight, bias=bias)
-        lengths = torch.tensor(lengths, device=device)
         bank = cls(bert, config, FixedSlots(slots), lengths, heads, head_dtype)
         bank.dropout = nn.Identity()  # a server has a bank for each batch: eval() takes time
         return bank

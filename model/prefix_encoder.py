@@ -63,11 +63,11 @@ def keys_and_values(bert: BertModel, words: torch.Tensor) -> torch.Tensor:
     return torch.cat(flat, dim=1)  # 2L of [P, HD] -> [P, 2LHD]
 
 
-def by_layer(flat: torch.Tensor, config: BertConfig) -> tuple[torch.Tensor, ...]:
-    """Cut a flat prefix into the keys and values of each layer: L times [2, H, G=1, P, D]."""
-    # [P, 2LHD] -> [P, L, 2, H, 1, D] -> [L, 2, H, 1, P, D]
-    slots = flat.view(len(flat), config.num_hidden_layers, 2, config.num_attention_heads, 1, -1)
-    return slots.permute(1, 2, 3, 4, 0, 5).unbind()
+def by_layer(flat: torch.Tensor, config: BertConfig) -> torch.Tensor:
+    """Cut K flat prefixes, [K, P, 2LHD], into keys and values of each layer: [L, 2, H, K, P, D]."""
+    # -> [K, P, L, 2, H, D] -> [L, 2, H, K, P, D]
+    slots = flat.view(*flat.shape[:2], config.num_hidden_layers, 2, config.num_attention_heads, -1)
+    return slots.permute(2, 3, 4, 0, 1, 5)
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -123,7 +123,7 @@ def attend(
     virtual, length = (0 if slots is None else slots.shape[3]), key.shape[2]
     if fused or is_fused(query, virtual, length, dropout):
         if slots is not None:
-            key, value = (prepend(slots[n], x, table_rows) for n, x in enumerate((key, value)))
+            key, value = prepend(slots[0], key, table_rows), prepend(slots[1], value, table_rows)
         return attend_fused(query, key, value, attention_mask, scaling, dropout), None
 
     # heads first: [B, H, T, D] -> [H, B, T, D]
@@ -197,8 +197,8 @@ def attend_fused(
 
     tensors = [x for x in (query, key, value, attention_mask) if x is not None]
     rows = zip(*(x.split(1) for x in tensors), strict=True)
-    each = [checkpoint(attend_row, *row, use_reentrant=False) for row in rows]
-    return torch.cat(each).transpose(1, 2)
+    outputs = [checkpoint(attend_row, *row, use_reentrant=False) for row in rows]
+    return torch.cat(outputs).transpose(1, 2)
 
 
 def ready_mask(mask: torch.Tensor) -> torch.Tensor:

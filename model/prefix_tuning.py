@@ -5,7 +5,7 @@ P virtual tokens.
 
 import logging
 from pathlib import Path
-from typing import ClassVar, TypedDict
+from typing import ClassVar, Required, TypedDict
 
 import numpy as np
 import torch
@@ -13,16 +13,16 @@ from torch import Tensor
 from transformers import BertConfig
 
 from model import adapter
+from model.loading import Size
 from model.prefix_bank import LearnedSlots, PrefixBank, Stacked, TunedPrefix
-from model.prefix_encoder import keys_and_values, prefix_width
+from model.prefix_encoder import by_layer, keys_and_values, prefix_width
 from model.sequence_classification import POOLINGS, BertPrefixForSequenceClassification
-from model.tuning import HEAD, OWN_POOLINGS, AdapterMethod, put
+from model.tuning import HEAD, OWN_POOLINGS, AdapterMethod
 from runtime.columns import ENSEMBLE_FOLDER
 from runtime.files import UserError
 
 logger = logging.getLogger(__name__)
 
-FLAGS = ("pre_seq_len", "prefix_depth", "prefix_projection", "prefix_hidden_size")
 OF_BACKBONE = {  # entries of adapter_config.json, and of the config, that a prefix cannot choose
     "num_attention_heads": "num_attention_heads",
     "num_layers": "num_hidden_layers",
@@ -33,7 +33,8 @@ OF_BACKBONE = {  # entries of adapter_config.json, and of the config, that a pre
 class Prefix(AdapterMethod):
     """Prefix tuning, at the input or in every layer, one prefix or several side by side."""
 
-    name = "prefix"
+    name, adds = "prefix", ("prefix_encoder.",)
+    flags = ("pre_seq_len", "prefix_depth", "prefix_projection", "prefix_hidden_size")
     model_class = BertPrefixForSequenceClassification
     # PEFT can load the first; the others are of depth input or of other poolings
     peft_types = ("PREFIX_TUNING", "INPUT_PREFIX", *(f"{name}_PREFIX" for name in OWN_POOLINGS))
@@ -41,7 +42,7 @@ class Prefix(AdapterMethod):
     of_peft = ("PREFIX_TUNING",)
     Settings = TypedDict(
         "Settings",
-        {"num_virtual_tokens": int, "num_transformer_submodules": int | None}
+        {"num_virtual_tokens": Required[Size], "num_transformer_submodules": int | None}
         | dict.fromkeys(OF_BACKBONE, int | None),
         total=False,
     )
@@ -72,24 +73,12 @@ class Prefix(AdapterMethod):
 
     def configure(self, config, settings, tuned):
         super().configure(config, settings, tuned)
-        for name in FLAGS:
-            if settings[name] is not None:  # a prefix tuned further keeps its own
-                setattr(config, name, settings[name])
         config.num_prefixes = settings["num_prefixes"]
         if why := self.not_for_peft(config):
             logger.warning("warning: %s", why)
 
     def fits_bank(self, config: BertConfig) -> bool:
         return config.prefix_depth == "all"
-
-    def virtual_tokens(self, config: BertConfig) -> int:
-        return config.pre_seq_len
-
-    def may_lack(self, name: str, config: BertConfig) -> bool:
-        return name.startswith("prefix_encoder.") or super().may_lack(name, config)
-
-    def is_trainable(self, name: str) -> bool:
-        return name.startswith(("prefix_encoder.", HEAD))
 
     def is_exempt(self, name, parameter):
         """Also exempt the prefix: it acts as an input, not as a weight."""
@@ -98,18 +87,18 @@ class Prefix(AdapterMethod):
     def build(self, folders, config, fresh_head=False):
         """Build the model; `config.num_prefixes` above 1 makes it a bank of new prefixes."""
         model = super().build(folders, config, fresh_head)
-        count = getattr(config, "num_prefixes", 1)
-        if count == 1:
+        others = getattr(config, "num_prefixes", 1) - 1
+        if not others:
             return model
 
-        def draw(first: Tensor) -> list[Tensor]:
-            shapes = [first.shape] * (count - 1)
-            return [first.detach(), *(config.initializer_range * torch.randn(s) for s in shapes)]
+        def draw(first: Tensor) -> Tensor:
+            drawn = (config.initializer_range * torch.randn(first.shape) for _ in range(others))
+            return torch.stack([first.detach(), *drawn])
 
-        slots = LearnedSlots(config, torch.stack(draw(model.get_parameter(adapter.PREFIX))))
-        weight = torch.stack(draw(model.classifier.weight))
+        slots = LearnedSlots(config, draw(model.get_parameter(adapter.PREFIX)))
+        weight = draw(model.classifier.weight)
         heads = Stacked(weight=weight, bias=torch.zeros(weight.shape[:2]))
-        lengths = torch.full((count,), config.pre_seq_len)
+        lengths = torch.full((len(weight),), config.pre_seq_len)
         return PrefixBank(model.bert, config, slots, lengths, heads)
 
     def initialise(self, model, tokenizer, settings, texts):
@@ -119,7 +108,7 @@ class Prefix(AdapterMethod):
         """
         if settings["prefix_init"] != "text":
             return
-        config, bert, starts = model.config, model.bert, []
+        config, bert, prefixes = model.config, model.bert, []
         for number in range(config.num_prefixes):
             words = settings["prefix_init_text"]
             if words is None:  # 64 random texts fill a prefix of the default length
@@ -130,11 +119,10 @@ class Prefix(AdapterMethod):
                 raise UserError(f"no word to start from in '{words}': see --prefix_init_text")
             ids = torch.from_numpy(np.resize(ids, config.pre_seq_len)).to(bert.device)
             at_input = config.prefix_depth == "input"
-            starts.append(
-                bert.get_input_embeddings()(ids) if at_input else keys_and_values(bert, ids)
-            )
-        flat = torch.stack(starts) if config.num_prefixes > 1 else starts[0]
-        put(model, {adapter.PREFIX: flat})
+            states = bert.get_input_embeddings()(ids) if at_input else keys_and_values(bert, ids)
+            prefixes.append(states)
+        flat = torch.stack(prefixes) if config.num_prefixes > 1 else prefixes[0]
+        model.load_state_dict({adapter.PREFIX: flat}, strict=False)
 
     @torch.no_grad()
     def tensors(self, model):
@@ -170,9 +158,7 @@ class Prefix(AdapterMethod):
         }
 
     def read_settings(self, config, settings, path):
-        config.pre_seq_len = settings.get("num_virtual_tokens")
-        if not (isinstance(config.pre_seq_len, int) and config.pre_seq_len > 0):
-            raise UserError(f"{path}: num_virtual_tokens is {config.pre_seq_len}, not 1 or more")
+        config.pre_seq_len = settings["num_virtual_tokens"]
         config.prefix_depth = "input" if "INPUT" in settings["peft_type"] else "all"
         if settings["peft_type"] != self.peft_type(config):
             raise UserError(
@@ -200,4 +186,7 @@ def read_prefix(
     shapes = {f"{HEAD}weight": head, f"{HEAD}bias": head[:1]}
     shapes[adapter.PREFIX] = (config.pre_seq_len, prefix_width(config))
     weight, bias, flat = (t.to(device) for t in adapter.read(folder, shapes).values())
-    return TunedPrefix.from_flat(config, flat.to(dtype), weight, bias)
+    slots = by_layer(flat.to(dtype)[None], config)[:, :, :, 0]  # [L, 2, H, P, D]
+    # copies, whatever happens to the file
+    slots = slots.clone(memory_format=torch.contiguous_format)
+    return TunedPrefix(slots, weight.clone(), bias.clone())

@@ -23,9 +23,8 @@ def pool_cls(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
 
 def pool_mean(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
     """Average the text's tokens, as in Sentence-BERT (https://arxiv.org/abs/1908.10084)."""
-    states = outputs.last_hidden_state[
-        :, : mask.shape[1]
-    ].float()  # at depth "input" these come first
+    # at depth "input" virtual tokens come last
+    states = outputs.last_hidden_state[:, : mask.shape[1]].float()
     weights = mask[..., None].float()  # [B, T, 1]
     return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
@@ -61,14 +60,17 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options
     ) -> SequenceClassifierOutput:
         """Classify int64 [B, T] tokens; logits [B, C]. options: of `prefix_encoder.attend`."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.classify(attention_mask, **inputs, **options)
-
-    def classify(self, mask: torch.Tensor, **inputs) -> SequenceClassifierOutput:
-        """Compute logits [B, C] from the inputs of BertModel; `mask` [B, T] marks the text."""
+        inputs = self.bert_inputs(input_ids, attention_mask)
         inputs["attention_mask"] = ready_mask(inputs["attention_mask"])
-        pooled = POOLINGS[self.config.pooling].pool(self.bert(**inputs), mask)
+        outputs = self.bert(**inputs, **options)
+        pooled = POOLINGS[self.config.pooling].pool(outputs, attention_mask)
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
+
+    def bert_inputs(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return the inputs of BertModel."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 class BertPrefixForSequenceClassification(BertForSequenceClassification):
@@ -85,34 +87,28 @@ class BertPrefixForSequenceClassification(BertForSequenceClassification):
         self.prefix_encoder = PrefixEncoder(config)
         self.post_init()
 
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options
-    ) -> SequenceClassifierOutput:
-        """Classify int64 [B, T] tokens; logits [B, C]. options: of `prefix_encoder.attend`."""
+    def bert_inputs(self, input_ids, attention_mask):
         flat = self.prefix_encoder()
         batch, length = input_ids.shape
         positions = torch.arange(len(flat) + length, device=input_ids.device)
         virtual, text = positions.split([len(flat), length])
         ones = attention_mask.new_ones(batch, len(flat))  # [B, P]
         if self.config.prefix_depth == "all":
-            return self.classify(
-                attention_mask,
-                input_ids=input_ids,
-                attention_mask=torch.cat([ones, attention_mask], dim=1),
-                position_ids=text[None],
-                prefix=by_layer(flat, self.config).__getitem__,  # `attend` passes its layer
-                **options,
-            )
+            return {
+                "input_ids": input_ids,
+                "attention_mask": torch.cat([ones, attention_mask], dim=1),
+                "position_ids": text[None],
+                # `attend` passes its layer: [2, H, G=1, P, D]
+                "prefix": by_layer(flat[None], self.config).unbind().__getitem__,
+            }
         # Attention knows the order of tokens only from their position embeddings. So the virtual
         # tokens can have the first positions and yet come last: [CLS] stays the first output.
         words = self.get_input_embeddings()(input_ids)  # [B, T, HD]
-        return self.classify(
-            attention_mask,
-            inputs_embeds=torch.cat([words, flat.expand(batch, -1, -1)], dim=1),
-            attention_mask=torch.cat([attention_mask, ones], dim=1),
-            position_ids=torch.cat([text, virtual])[None],
-            **options,
-        )
+        return {
+            "inputs_embeds": torch.cat([words, flat.expand(batch, -1, -1)], dim=1),
+            "attention_mask": torch.cat([attention_mask, ones], dim=1),
+            "position_ids": torch.cat([text, virtual])[None],
+        }
 
 
 def divergence(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
@@ -126,9 +122,9 @@ def divergence(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
     """
     if multi_label:  # each label is a choice between two
         logits = torch.stack([logits, torch.zeros_like(logits)], dim=-1)  # [2B, C, 2]
-    one, other = logits.float().log_softmax(dim=-1).chunk(2)
-    each = ((one.exp() - other.exp()) * (one - other)).sum(dim=-1) / 2
-    return each.mean(dim=1).sum() if multi_label else each.sum()
+    first, second = logits.float().log_softmax(dim=-1).chunk(2)
+    sums = ((first.exp() - second.exp()) * (first - second)).sum(dim=-1) / 2
+    return sums.mean(dim=1).sum() if multi_label else sums.sum()
 
 
 def classification_loss(
@@ -142,8 +138,8 @@ def classification_loss(
     """
     logits = logits.float()
     if labels.is_floating_point():
-        each = nn.functional.binary_cross_entropy_with_logits(
+        losses = nn.functional.binary_cross_entropy_with_logits(
             logits, labels, pos_weight=weights, reduction="none"
         )
-        return each.mean(dim=1).sum()
+        return losses.mean(dim=1).sum()
     return nn.functional.cross_entropy(logits, labels, weight=weights, reduction="sum")

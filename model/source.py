@@ -7,7 +7,7 @@ C classes, K prefixes, HD hidden size.
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from model.loading import list_labels, read_config, read_shapes
 from model.methods import TUNING, method_of
 from model.prefix_bank import UNKNOWN, PrefixBank, TunedPrefix
 from model.prefix_tuning import read_prefix
-from model.tuning import POOLER, AdapterMethod, TuningMethod
-from runtime.file_format import MULTI_LABEL, FileFormat
+from model.tuning import POOLER, TuningMethod
+from runtime.file_format import MULTI_LABEL, SINGLE_LABEL, FileFormat
 from runtime.files import UserError, name_list, read_json
 from runtime.flags import fill
 from runtime.labels import label_key, label_numbers
@@ -41,25 +41,19 @@ from runtime.training_state import WEIGHT
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class ModelSource:
     """A BERT to train, or a tuned model to predict with, before its weights are loaded."""
 
-    labels_by_prefix: list[list[str]] | None = None  # if each row names its prefix
+    folders: list[ModelFolders]  # of one model, or of K prefixes
+    configs: list[BertConfig]  # as many
+    config: BertConfig  # the only one or, for K prefixes, one with the labels of all
+    method: TuningMethod
+    title: str  # in reports
+    is_bank: bool = False  # whether it is K prefixes, possibly a single one
     started_from: str | None = None  # the tuned model that is tuned further
-    tuned_pooling: str | None = None  # of that model's head
-    fresh_head = False
-
-    def __init__(
-        self,
-        folders: list[ModelFolders],
-        config: BertConfig,
-        method: TuningMethod,
-        title: str,
-        configs: Sequence[BertConfig] = (),
-    ) -> None:
-        """folders: one, or those of K prefixes, with their `configs`; config: with all labels."""
-        self.folders, self.config, self.method, self.title = folders, config, method, title
-        self.configs = configs
+    tuned_pooling: str = ""  # of that model's head
+    fresh_head: bool = False
 
     @property
     def name(self) -> str:
@@ -72,6 +66,11 @@ class ModelSource:
         return list_labels(self.config)
 
     @property
+    def labels_by_prefix(self) -> list[list[str]]:
+        """The labels of each of the K prefixes."""
+        return [list_labels(config) for config in self.configs]
+
+    @property
     def multi_label(self) -> bool:
         """Whether a row may have several labels, or none."""
         return self.config.problem_type == MULTI_LABEL
@@ -82,53 +81,15 @@ class ModelSource:
         return loading.load_tokenizer(self.folders[0].backbone, self.config)
 
     def complete(self, form: FileFormat, settings: dict[str, Any]) -> FileFormat:
-        """Return how to read a run's files, with what only the model knows; also sets it there.
-
-        That is whether a row may have several labels, and the separator between text columns.
-        """
+        """Return how to read a run's files, with what only the model knows; also sets it there."""
         fill(settings, {"text_column_delimiter": loading.separator(self.tokenizer)})
         joined = settings["text_column_delimiter"]
         return replace(form, multi_label=self.multi_label, text_column_delimiter=joined)
 
-    def remember_backbone(self, output_dir: str) -> None:
-        """Store in an adapter's config by what it finds its backbone again.
-
-        Raises: UserError if the backbone lacks the pooler that an adapter would read.
-        """
-        folder, pooler = self.folders[0].backbone, f"{POOLER}dense.weight"
-        if POOLER not in self.method.unread(self.config) and pooler not in read_shapes(folder):
-            raise UserError(f"{folder} has no pooler for the head to read: pass --pooling mean")
-        self.config.backbone_sha256 = backbone_sha256(folder)
-        if os.path.isabs(self.name):  # a folder, not a name on the hub
-            self.config.backbone_path = os.path.relpath(self.name, os.path.realpath(output_dir))
-
-    def set_dropout(self, hidden: float, attention: float) -> None:
-        """Set the dropout of a model to train."""
-        self.config.hidden_dropout_prob = hidden
-        self.config.attention_probs_dropout_prob = attention
-        self.config.classifier_dropout = None  # then the head uses hidden_dropout_prob
-
-    def set_labels(self, names: list[str]) -> None:
-        """Set the labels to train on; a tuned model keeps its own if they include `names`."""
-        known, folder, keys = self.labels, self.folders[0].folder, {*map(label_key, names)}
-        if (
-            self.started_from
-            and keys - {*map(label_key, known)}
-            and keys <= {*label_numbers(known)}
-        ):
-            known = [str(number) for number in range(len(known))]
-            logger.info("%s names no labels: using %s, in this order", folder, known)
-        fits = self.tuned_pooling == self.config.pooling
-        self.fresh_head = not (fits and keys <= {*map(label_key, known)})
-        if self.fresh_head and self.started_from:
-            message = "warning: initialising a new head: that of %s, for labels %s, does not fit"
-            logger.warning(message, folder, name_list(known))
-        loading.set_labels(self.config, names if self.fresh_head else known)
-
     def settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Return all settings of a run, completed from the model's config."""
-        unset = [k for k, value in settings.items() if value is None and hasattr(self.config, k)]
-        return settings | {name: getattr(self.config, name) for name in unset}
+        unset = [name for name, value in settings.items() if value is None]
+        return settings | {name: getattr(self.config, name, None) for name in unset}
 
     def describe(self) -> dict:
         """Return the model's part of run.json."""
@@ -140,26 +101,49 @@ class ModelSource:
             "started_from": self.started_from,
         }
 
+    def set_dropout(self, hidden: float, attention: float) -> None:
+        """Set the dropout of a model to train."""
+        self.config.hidden_dropout_prob = hidden
+        self.config.attention_probs_dropout_prob = attention
+        self.config.classifier_dropout = None  # then the head uses hidden_dropout_prob
+
+    def set_labels(self, names: list[str]) -> None:
+        """Set the labels to train on; a tuned model keeps its own if they include `names`."""
+        self.fresh_head = True
+        if self.started_from:
+            known, keys, folder = self.labels, {*map(label_key, names)}, self.started_from
+            if not keys <= {*map(label_key, known)} and keys <= {*label_numbers(known)}:
+                known = [str(number) for number in range(len(known))]
+                logger.info("%s names no labels: using %s, in this order", folder, known)
+            fits = self.tuned_pooling == self.config.pooling and keys <= {*map(label_key, known)}
+            self.fresh_head = not fits
+            names = known if fits else names
+            if self.fresh_head:
+                message = (
+                    "warning: initialising a new head: that of %s, for labels %s, does not fit"
+                )
+                logger.warning(message, folder, name_list(known))
+        loading.set_labels(self.config, names)
+
     def build(self) -> nn.Module:
         """Load the model, frozen, to predict with; the caller's generator stays as it is."""
         with torch.random.fork_rng(devices=[]):
-            if not self.configs:
-                return self.method.build(self.folders[0], self.config).requires_grad_(False)
-            bert = self.method.build(self.folders[0], self.configs[0]).bert
-            bank = PrefixBank.from_tuned(bert, self.config, self.read_prefixes())
-            return bank.requires_grad_(False).eval()
+            model = self.method.build(self.folders[0], self.configs[0])
+        if self.is_bank:
+            model = PrefixBank.from_tuned(model.bert, self.config, self.read_prefixes()).eval()
+        return model.requires_grad_(False)
 
     def read_prefixes(self) -> list[TunedPrefix]:
         """Read K prefixes, with heads for the labels of all of them."""
-        found = []
+        prefixes = []
         for folders, config in zip(self.folders, self.configs, strict=True):
             prefix = read_prefix(folders.adapter, config)
             columns = [self.labels.index(name) for name in list_labels(config)]
             weight = torch.zeros(len(self.labels), config.hidden_size)
             bias = torch.full(weight.shape[:1], UNKNOWN)
             weight[columns], bias[columns] = prefix.weight, prefix.bias
-            found.append(TunedPrefix(prefix.slots, weight, bias))
-        return found
+            prefixes.append(TunedPrefix(prefix.slots, weight, bias))
+        return prefixes
 
     def build_trainable(self, seed: int, gradient_checkpointing: bool = False) -> nn.Module:
         """Load the model to train; new parameters are drawn with `seed`."""
@@ -170,12 +154,26 @@ class ModelSource:
         return model
 
     def count(self, model: nn.Module) -> dict[str, int]:
-        """Count the parameters of the model, and log them."""
-        if self.configs:
-            logger.info("%d tuned prefixes on one backbone", len(self.folders))
+        """Count and log trainable, total and stored parameters, with and without the head.
+
+        As is customary, all word embeddings count as trainable if any are, although words that
+        occur in no training text keep their embeddings. A bank of tuned prefixes is not counted.
+        """
+        if self.is_bank:
             return {}
-        counts = count_parameters(model)
-        shown = [f"{counts[f'{k}_parameters']:,} {k}" for k in ("trainable", "total", "stored")]
+        parameters, counts = dict(model.named_parameters()), {}
+        trainable = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+        tensors = {
+            "trainable": trainable,
+            "total": parameters,
+            "stored": self.method.tensors(model),
+        }
+        for kind, counted in tensors.items():
+            sizes = {name: tensor.numel() for name, tensor in counted.items()}
+            head = sum(size for name, size in sizes.items() if self.method.is_head(name))
+            counts[f"{kind}_parameters"] = sum(sizes.values())
+            counts[f"{kind}_parameters_without_head"] = sum(sizes.values()) - head
+        shown = [f"{counts[f'{kind}_parameters']:,} {kind}" for kind in tensors]
         logger.info("parameters: %s", ", ".join(shown))
         return counts
 
@@ -199,15 +197,22 @@ def new_model(settings: dict[str, Any]) -> ModelSource:
     config, tuned_by = read_model_config(folders)
     method, pooling = TUNING[settings["tuning_method"]], config.pooling
     method.configure(config, settings, bool(tuned_by))
-    source = ModelSource([folders], config, method, method.title(config))
-    if method.needs_backbone:
-        source.remember_backbone(settings["output_dir"])
+    if method.needs_backbone:  # an adapter finds its backbone again by these entries
+        weights, output_dir = folders.backbone / loading.WEIGHTS, settings["output_dir"]
+        reads_pooler = POOLER not in method.unread(config)
+        if reads_pooler and f"{POOLER}dense.weight" not in read_shapes(weights):
+            raise UserError(
+                f"{folders.backbone} has no pooler for the head to read: pass --pooling mean"
+            )
+        config.backbone_sha256 = backbone_sha256(folders.backbone)
+        if os.path.isabs(folders.name):  # a folder, not a name on the hub
+            config.backbone_path = os.path.relpath(folders.name, os.path.realpath(output_dir))
     config.problem_type = settings["problem_type"]
+    loading.set_max_seq_length(config, settings["max_seq_length"])
     if tuned_by:
-        source.started_from, source.tuned_pooling = path, pooling
         logger.warning("warning: %s was tuned before: texts it saw then count as unseen", path)
-    loading.set_max_seq_length(config, method.virtual_tokens(config), settings["max_seq_length"])
-    return source
+    started = {"started_from": path if tuned_by else None, "tuned_pooling": pooling}
+    return ModelSource([folders], [config], config, method, method.title(config), **started)
 
 
 def open_model(
@@ -230,29 +235,36 @@ def open_model(
         members += inside or [path]
     opened = [open_folder(path, max_seq_length, problem_type) for path in members]
     folders, configs, methods = map(list, zip(*opened, strict=True))
+    config = configs[0]
+    if is_bank:
+        check_alike(members, folders, configs, by_row)
+        config = BertConfig.from_dict(config.to_dict())
+        labels = (name for member in configs for name in list_labels(member))
+        loading.set_labels(config, list(dict.fromkeys(labels)))
+        config.pre_seq_len = max(member.pre_seq_len for member in configs)
     title = f"predictions of {', '.join(members)}"
-    if not is_bank:
-        return ModelSource(folders, configs[0], methods[0], title)
-    check_alike(members, folders, configs, by_row)
-    merged = BertConfig.from_dict(configs[0].to_dict())
-    labels = [list_labels(config) for config in configs]
-    loading.set_labels(merged, list(dict.fromkeys(name for names in labels for name in names)))
-    merged.pre_seq_len = max(config.pre_seq_len for config in configs)
-    source = ModelSource(folders, merged, methods[0], title, configs)
-    source.labels_by_prefix = labels if by_row else None
-    return source
+    return ModelSource(folders, configs, config, methods[0], title, is_bank)
 
 
 def open_folder(
     path: str, max_seq_length: int | None, problem_type: str | None
 ) -> tuple[ModelFolders, BertConfig, TuningMethod]:
-    """Open one tuned model. Raises: UserError if it is not tuned or not usable."""
+    """Open one tuned model. Raises: UserError if it is not tuned, or not for this problem type."""
     folders = locate(path)
     config, method = read_model_config(folders)
     if method is None:
         raise UserError(f"{path} is not tuned yet: use --do_train or a model or adapter folder")
-    config.problem_type = loading.problem_type(config, problem_type, path)
-    loading.set_max_seq_length(config, method.virtual_tokens(config), max_seq_length)
+    config.problem_type = config.problem_type or problem_type or SINGLE_LABEL
+    if problem_type not in (None, config.problem_type):
+        raise UserError(
+            f"--problem_type {problem_type}: {path} was tuned for {config.problem_type}"
+        )
+    if config.num_labels == 1 and config.problem_type == SINGLE_LABEL:
+        raise UserError(
+            f"{path} has one output, as cross-encoders have, so it cannot choose between labels: "
+            "tune it further with --do_train, or pass a model of two labels or more"
+        )
+    loading.set_max_seq_length(config, max_seq_length)
     return folders, config, method
 
 
@@ -261,18 +273,15 @@ def check_alike(
 ) -> None:
     """Check that prefixes fit together. Raises: UserError naming a folder that does not fit."""
     names = ("problem_type", "max_seq_length", "pooling")
-    traits = [
-        {"backbone": folder.backbone} | {name: getattr(config, name) for name in names}
-        for folder, config in zip(folders, configs, strict=True)
-    ]
-    for path, config, trait in zip(paths, configs, traits, strict=True):
+    for path, folder, config in zip(paths, folders, configs, strict=True):
         if not method_of(config).fits_bank(config):
             raise UserError(f"--prefix_paths: {path} is not a prefix of depth all")
-        for name, value in trait.items():
-            if value != traits[0][name]:
+        values = {name: (getattr(config, name), getattr(configs[0], name)) for name in names}
+        values["backbone"] = folder.backbone, folders[0].backbone
+        for name, (value, first) in values.items():
+            if value != first:
                 raise UserError(
-                    f"--prefix_paths: {name} of {path} is {value}, but in {paths[0]} it is "
-                    f"{traits[0][name]}"
+                    f"--prefix_paths: {name} of {path} is {value}, but in {paths[0]} it is {first}"
                 )
         if not by_row and {*list_labels(config)} != {*list_labels(configs[0])}:
             raise UserError(
@@ -292,8 +301,7 @@ def read_model_config(folders: ModelFolders) -> tuple[BertConfig, TuningMethod |
         return config, TUNING["full"] if config.architectures == loading.TUNED else None
     path = folders.adapter / ADAPTER_CONFIG
     settings = read_json(path, AdapterSettings)
-    adapters = [method for method in TUNING.values() if isinstance(method, AdapterMethod)]
-    methods = {kind: method for method in adapters for kind in method.peft_types}
+    methods = {kind: method for method in TUNING.values() for kind in method.peft_types}
     kind, task = settings.get("peft_type"), settings.get("task_type")
     if task != "SEQ_CLS" or kind not in methods:
         raise UserError(
@@ -319,34 +327,14 @@ def read_model_config(folders: ModelFolders) -> tuple[BertConfig, TuningMethod |
     return config, method
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Count trainable, total and stored parameters; `..._without_head` leaves out the classifier.
-
-    As is customary, all word embeddings count as trainable if any are, although words that occur in
-    no training text keep their embeddings.
-    """
-    parameters, method = dict(model.named_parameters()), method_of(model.config)
-    counted = {
-        "trainable": {name: tensor for name, tensor in parameters.items() if tensor.requires_grad},
-        "total": parameters,
-        "stored": method.tensors(model),
-    }
-    counts = {}
-    for kind, tensors in counted.items():
-        sizes = {name: tensor.numel() for name, tensor in tensors.items()}
-        head = sum(size for name, size in sizes.items() if method.is_head(name))
-        counts[f"{kind}_parameters"] = sum(sizes.values())
-        counts[f"{kind}_parameters_without_head"] = sum(sizes.values()) - head
-    return counts
-
-
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of a model or adapter folder, by their checkpoint names; unchecked."""
-    if members := ensemble_folders(folder):
-        read = [adapter.read_unchecked(Path(member)) for member in members]
-        tensors = {name: torch.stack([tensors[name] for tensors in read]) for name in read[0]}
-    elif (folder / adapter.WEIGHTS).exists():
-        tensors = adapter.read_unchecked(folder)
-    else:
-        tensors = load_file(folder / "model.safetensors")
-    return {WEIGHT + name: tensor for name, tensor in tensors.items()}
+    paths = [Path(member) / adapter.WEIGHTS for member in ensemble_folders(folder)]
+    if not paths:
+        path = folder / adapter.WEIGHTS
+        paths = [path if path.exists() else folder / loading.WEIGHTS]
+    read = [load_file(path) for path in paths]
+    names = {WEIGHT + adapter.our_name(name): name for name in read[0]}
+    if len(read) == 1:
+        return {ours: read[0][name] for ours, name in names.items()}
+    return {ours: torch.stack([part[name] for part in read]) for ours, name in names.items()}

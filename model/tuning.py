@@ -4,19 +4,21 @@ To add a method, write a subclass of `AdapterMethod` and give it a row in `metho
 `arguments.TUNING`; flags of its own are a group in `arguments.GROUPS`.
 """
 
+import copy
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
 from model import adapter
 from model.bert import quiet
-from model.folders import ModelFolders
-from model.loading import TUNED, load_weights, read_shapes
+from model.folders import ADAPTER_CONFIG, ModelFolders
+from model.loading import TUNED, WEIGHTS, load_weights, read_shapes
 from model.sequence_classification import POOLINGS, BertForSequenceClassification
-from runtime.files import UserError
+from runtime.files import UserError, to_json
 
 HEAD, POOLER = "classifier.", "bert.pooler."
 OWN_POOLINGS = [name.upper() for name, pooling in POOLINGS.items() if not pooling.is_berts]
@@ -25,14 +27,18 @@ OWN_POOLINGS = [name.upper() for name, pooling in POOLINGS.items() if not poolin
 class TuningMethod:
     """Full fine-tuning, and the base class of all methods."""
 
-    name = "full"  # as in --tuning_method
+    name, title_format = "full", "full fine-tuning"  # as in --tuning_method, in reports
+    flags: tuple[str, ...] = ()  # its own ones that are stored in the config
+    adds: tuple[str, ...] = ()  # parts of the names of parameters that a backbone lacks
+    trains: tuple[str, ...] = ("",)  # of those that are trained besides them and the head
     model_class = BertForSequenceClassification
     pooling = "cls"  # the default: a key of model.sequence_classification.POOLINGS
     needs_backbone = False  # whether a tuned folder lacks the backbone's weights
+    peft_types: tuple[str, ...] = ()  # of adapter_config.json, if it has one
 
     def title(self, config: BertConfig) -> str:
         """Return the method's name in reports."""
-        return "full fine-tuning"
+        return self.title_format.format(config)
 
     def library(self, config: BertConfig) -> str | None:
         """Return the library that can load a tuned model, besides this program."""
@@ -54,14 +60,13 @@ class TuningMethod:
         keeps = tuned and (lacks_pooler or config.tuning_method == self.name)
         config.pooling = wanted or (config.pooling if keeps else self.pooling)
         config.tuning_method = self.name
+        for name in self.flags:
+            if settings[name] is not None:  # an adapter tuned further keeps its own
+                setattr(config, name, settings[name])
 
     def fits_bank(self, config: BertConfig) -> bool:
         """Whether a `PrefixBank` can hold a tuned model beside others on one backbone."""
         return False
-
-    def virtual_tokens(self, config: BertConfig) -> int:
-        """Count the positions that virtual tokens occupy."""
-        return 0
 
     def unread(self, config: BertConfig) -> tuple[str, ...]:
         """Return name prefixes of parameters that the pooling does not read."""
@@ -72,9 +77,10 @@ class TuningMethod:
         new = self.unread(config) if config.architectures == TUNED else (POOLER,)
         return name.startswith(new)
 
-    def is_trainable(self, name: str) -> bool:
+    def is_trainable(self, name: str, config: BertConfig) -> bool:
         """Whether the parameter of this name is trained."""
-        return True
+        parts = (HEAD, *self.adds, *self.trains)
+        return any(part in name for part in parts) and not name.startswith(self.unread(config))
 
     def is_head(self, name: str) -> bool:
         """Whether the parameter of this name belongs to the classification head."""
@@ -106,18 +112,18 @@ class TuningMethod:
         def may_lack(name: str) -> bool:
             return new_head if self.is_head(name) else self.may_lack(name, config)
 
-        model = load_weights(self.model_class, folders.backbone, config, may_lack, not new_head)
-        if fresh_head and f"{HEAD}weight" in read_shapes(folders.backbone):  # it was loaded
+        backbone = folders.backbone
+        model = load_weights(self.model_class, backbone, config, may_lack, not new_head)
+        if fresh_head and f"{HEAD}weight" in read_shapes(backbone / WEIGHTS):  # it was loaded
             nn.init.normal_(model.classifier.weight, std=config.initializer_range)
             nn.init.zeros_(model.classifier.bias)
         if folders.adapter:
             shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors(model).items()}
             if fresh_head:
                 shapes |= {name: None for name in shapes if self.is_head(name)}
-            put(model, adapter.read(folders.adapter, shapes))
-        unread = self.unread(config)
+            model.load_state_dict(adapter.read(folders.adapter, shapes), strict=False)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.is_trainable(name) and not name.startswith(unread))
+            parameter.requires_grad_(self.is_trainable(name, config))
         return model
 
     def initialise(
@@ -131,12 +137,8 @@ class TuningMethod:
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the tensors to store in a model or adapter folder, by parameter name."""
-        unread = self.unread(model.config)
-        return {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if self.is_trainable(name) and not name.startswith(unread)
-        }
+        parameters = model.named_parameters()
+        return {name: p for name, p in parameters if self.is_trainable(name, model.config)}
 
     def save(
         self,
@@ -148,8 +150,9 @@ class TuningMethod:
         """Write a tuned model into `folder`. Raises: OSError if the disk is full."""
         # without a pooler that is not read, transformers says that the folder does not fit
         unread = self.unread(model.config)
-        read = {n: tensor for n, tensor in model.state_dict().items() if not n.startswith(unread)}
+        state = model.state_dict()
         with quiet():
+            read = {name: state[name] for name in state if not name.startswith(unread)}
             model.save_pretrained(folder, state_dict=read)
         try:
             tokenizer.save_pretrained(folder)
@@ -160,9 +163,8 @@ class TuningMethod:
 class AdapterMethod(TuningMethod):
     """A method that freezes most of the backbone and stores only the trained weights."""
 
-    needs_backbone = True
-    peft_types: tuple[str, ...] = ()  # of adapter_config.json
-    of_peft: tuple[str, ...] = ()  # those of them that PEFT reads and writes
+    needs_backbone, trains = True, ()
+    of_peft: tuple[str, ...] = ()  # those of `peft_types` that PEFT reads and writes
     Settings: type = TypedDict("Settings", {})  # entries of adapter_config.json that it reads
     stored: ClassVar[dict] = {}  # config settings that differ in the stored config.json
 
@@ -170,7 +172,8 @@ class AdapterMethod(TuningMethod):
         return "peft" if self.peft_type(config) in self.of_peft else None
 
     def may_lack(self, name: str, config: BertConfig) -> bool:
-        return name.startswith(self.unread(config))  # a new pooler would stay random
+        new = any(part in name for part in self.adds)
+        return new or name.startswith(self.unread(config))  # a new pooler would stay random
 
     def peft_type(self, config: BertConfig) -> str:
         """Return the kind of adapter, one of `peft_types`."""
@@ -197,14 +200,13 @@ class AdapterMethod(TuningMethod):
         self, tensors: dict[str, Tensor], config: BertConfig, folders: ModelFolders, folder: Path
     ) -> None:
         """Write the trained tensors into `folder`. Raises: OSError if the disk is full."""
+        stored = {self.stored_name(name): tensors[name].detach().cpu() for name in tensors}
+        stored = {name: tensor.contiguous() for name, tensor in stored.items()}
+        save_file(stored, folder / adapter.WEIGHTS, metadata={"format": "pt"})
         settings = {"base_model_name_or_path": folders.name, "inference_mode": True}
         settings |= {"task_type": "SEQ_CLS", "peft_type": self.peft_type(config)}
-        tensors = {self.stored_name(name): tensor for name, tensor in tensors.items()}
-        adapter.save(folder, config, tensors, settings | self.settings(config), self.stored)
-
-
-def put(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into the parameters of the same names."""
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            model.get_parameter(name).copy_(tensor)
+        text = to_json(dict(sorted((settings | self.settings(config)).items())))
+        (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+        config = copy.deepcopy(config)
+        config.update({"architectures": TUNED, **self.stored})
+        config.save_pretrained(folder)

@@ -4,6 +4,7 @@ N rows, U distinct texts, C classes, B rows of a batch, T tokens.
 """
 
 import logging
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,9 +16,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:  # saves half a second in scripts that only read CSV files
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ CHARACTERS_PER_TOKEN = 100
 # With an English BERT it is at most 1.4 % in English titles, questions and tweets, 6 % in tweets
 # with emoji, and 62 to 100 % in Chinese, Russian, Korean and twelve other scripts.
 UNREADABLE = 0.3
-# The files that were warned of, by tokenizer: a run has its own, and encodes a file several times.
+# What was warned of, by tokenizer: a run has its own, and encodes a file several times.
 WARNED: "WeakKeyDictionary[PreTrainedTokenizerBase, set[str]]" = WeakKeyDictionary()
 
 
@@ -46,7 +47,7 @@ class TextRows(Protocol):
 
 
 def rows_of(texts: list[str], path: str = "texts") -> TextRows:
-    """Return texts that come from no file as rows without labels; path: their name in messages."""
+    """Return texts of no file as rows without labels; path: their name in messages."""
     return SimpleNamespace(path=path, texts=texts, rows=range(1, len(texts) + 1), label_ids=None)
 
 
@@ -79,22 +80,20 @@ class Encoded:
         """Return every row `count` times: first all rows for prefix 0, then for prefix 1, ..."""
         if count == 1:
             return self
-        texts, each = len(self.token_ids), range(count)
+        texts, numbers = len(self.token_ids), np.arange(count)
         return replace(
             self,
             token_ids=self.token_ids * count,
-            text_index=np.concatenate([self.text_index + number * texts for number in each]),
+            text_index=(self.text_index + texts * numbers[:, None]).ravel(),
             labels=None if self.labels is None else np.concatenate([self.labels] * count),
             rows=[*self.rows] * count,
-            prefix_index=np.repeat(each, texts),
+            prefix_index=numbers.repeat(texts),
         )
 
     def collate(self, texts: np.ndarray) -> dict[str, torch.Tensor]:
         """Pad the given distinct texts to the longest of them: int64 [B, T]."""
         ids = [torch.tensor(self.token_ids[text]) for text in texts]
-        input_ids = torch.nn.utils.rnn.pad_sequence(
-            ids, batch_first=True, padding_value=self.pad_token_id
-        )
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
         lengths = torch.tensor([len(row) for row in ids])
         attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -113,45 +112,41 @@ def encode(
 
     index: see `dataset.RowPrefixes`; a text with two prefixes counts as two texts.
     """
-    keys = pd.Series(split.texts, dtype=object)
-    if index is not None:
-        keys = pd.Series(list(zip(split.texts, index.tolist(), strict=True)), dtype=object)
+    prefixes = [None] * len(split.texts) if index is None else index.tolist()
+    keys = pd.Series(list(zip(split.texts, prefixes, strict=True)), dtype=object)
     text_index, distinct = pd.factorize(keys, use_na_sentinel=False)  # no -1: the last text
-    if index is not None:
-        distinct, index = zip(*distinct, strict=True)
-    token_ids, is_cut = tokenize(tokenizer, list(distinct), max_length)
+    token_ids, is_cut = tokenize(tokenizer, [text for text, _ in distinct], max_length)
     if split.path:
-        warn_of_cut(tokenizer, split, np.array(is_cut)[text_index], max_length)
-        warn_of_language(tokenizer, split.path, token_ids)
+        warn(tokenizer, split, token_ids, np.array(is_cut)[text_index], max_length)
     return Encoded(
         token_ids=token_ids,
         text_index=text_index,
         labels=split.label_ids,
         rows=split.rows,
         pad_token_id=tokenizer.pad_token_id,
-        prefix_index=None if index is None else np.array(index),
+        prefix_index=None if index is None else np.array([number for _, number in distinct]),
     )
 
 
-def warn_of_cut(
-    tokenizer: "PreTrainedTokenizerBase", split: TextRows, is_cut: np.ndarray, max_length: int
+def warn(
+    tokenizer: "PreTrainedTokenizerBase",
+    split: TextRows,
+    token_ids: list[list[int]],
+    is_cut: np.ndarray,
+    max_length: int,
 ) -> None:
-    """Warn once for each file, which may be a chunk, if some of its texts are cut: bool [N]."""
-    warned = WARNED.setdefault(tokenizer, set())
-    if is_cut.any() and split.path not in warned:
-        warned.add(split.path)
+    """Warn of cut texts once for each file, and of an unknown language once for each tokenizer.
+
+    The split may be a chunk of a file. is_cut: bool [N].
+    """
+    warned, path, language = WARNED.setdefault(tokenizer, set()), split.path, "the language"
+    if is_cut.any() and path not in warned:
+        warned.add(path)
         logger.warning(
             "%s: %d of %d texts (rows %d to %d) are longer than %d tokens; such texts are cut "
             "(--max_seq_length)",
-            *(split.path, is_cut.sum(), len(is_cut), split.rows[0], split.rows[-1], max_length),
+            *(path, is_cut.sum(), len(is_cut), split.rows[0], split.rows[-1], max_length),
         )
-
-
-def warn_of_language(
-    tokenizer: "PreTrainedTokenizerBase", path: str, token_ids: list[list[int]]
-) -> None:
-    """Warn once for each tokenizer if texts are in a language that it does not know."""
-    warned, language = WARNED.setdefault(tokenizer, set()), "the language"
     if language not in warned and (share := unreadable(tokenizer, token_ids)) > UNREADABLE:
         warned.add(language)
         logger.warning(
@@ -168,14 +163,16 @@ def unreadable(tokenizer: "PreTrainedTokenizerBase", token_ids: list[list[int]])
     Of another script a tokenizer knows nothing, or just letters, such as ## and a Cyrillic one.
     """
     counts = Counter(chain.from_iterable(token_ids))
-    for number in {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}:
-        del counts[number]
-    tokens = zip(tokenizer.convert_ids_to_tokens(list(counts)), counts.values(), strict=True)
-    found = counts[tokenizer.unk_token_id]
-    found += sum(
-        n for token, n in tokens if token[:2] == "##" and token[2:] > "\x7f" and len(token) == 3
+    for number in tokenizer.all_special_ids:
+        if number != tokenizer.unk_token_id:
+            del counts[number]
+    tokens = dict(zip(counts, tokenizer.convert_ids_to_tokens(list(counts)), strict=True))
+    unknown = sum(
+        counts[number]
+        for number, token in tokens.items()
+        if number == tokenizer.unk_token_id or re.fullmatch(r"##[^\x00-\x7f]", token)
     )
-    return found / max(counts.total(), 1)
+    return unknown / max(counts.total(), 1)
 
 
 def tokenize(
@@ -184,26 +181,17 @@ def tokenize(
     """Return the token ids of each text, cut to `max_length` of them, and whether it was cut."""
     options = {"truncation": True, "max_length": max_length}
     options |= {"return_attention_mask": False, "return_token_type_ids": False}
-    # the tokenizer would take minutes and gigabytes for texts of megabytes
+    # the tokenizer would take minutes and gigabytes for texts of megabytes: their start is enough
+    # if it ends with a whole word and its tokens are too many
     limit = CHARACTERS_PER_TOKEN * max_length
-    tokens = tokenizer([text[:limit] for text in texts], **options)
+    starts = [text if len(text) <= limit else text[:limit].rpartition(" ")[0] for text in texts]
+    tokens = tokenizer(starts, **options)
     token_ids, encodings = tokens["input_ids"], tokens.encodings
     for number, text in enumerate(texts):
-        if len(text) > limit and not ends_before_last_word(encodings[number]):
+        if len(text) > limit and not encodings[number].overflowing:
             whole = tokenizer([text], **options)
             token_ids[number], encodings[number] = whole["input_ids"][0], whole.encodings[0]
     return token_ids, [bool(encoding.overflowing) for encoding in encodings]
-
-
-def ends_before_last_word(encoding: "Encoding") -> bool:
-    """Whether the tokens that are kept end before the last word, so that its end cannot matter."""
-    if not encoding.overflowing:
-        return False
-    kept, last = (
-        max((word for word in part.word_ids if word is not None), default=-1)
-        for part in (encoding, encoding.overflowing[-1])
-    )
-    return kept < last
 
 
 def training_batches(
@@ -217,10 +205,14 @@ def training_batches(
     step has `batch_size` rows of each prefix, and each has its own order, from its own seed.
     """
     if prefixes > 1:
-        rows, orders = len(lengths) // prefixes, []
-        for number, part in enumerate(np.split(lengths, prefixes)):
-            order = training_batches(part, batch_size, seed + number, epoch)
-            orders.append([batch + number * rows for batch in order])
+        rows = len(lengths) // prefixes
+        orders = (
+            [
+                number * rows + batch
+                for batch in training_batches(part, batch_size, seed + number, epoch)
+            ]
+            for number, part in enumerate(np.split(lengths, prefixes))
+        )
         return [np.concatenate(batches) for batches in zip(*orders, strict=True)]
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))

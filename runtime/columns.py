@@ -1,8 +1,8 @@
-"""What a tuned model remembers: how its files are read, its labels' names, its precision.
+"""How to read a run's files, and its precision: from flags, tuned models and split.json.
 
-A flag decides; else what the trained model remembers; else the split.json beside the training
-file, if it lists the file with its checksum; else the defaults. So labels that are numbers in a
-file can have names everywhere else.
+A flag decides; else what the tuned model remembers; else the split.json beside the training file,
+if it lists the file with its checksum; else the defaults. So labels that are numbers in a file can
+have names everywhere else.
 """
 
 import re
@@ -38,16 +38,16 @@ class Settings(Reading, total=False):
     precision: str
 
 
-class TrainedRun(TypedDict, total=False):
-    """The part of run.json, or of the `run` in a checkpoint's state.json, that is read here."""
+class Run(TypedDict, total=False):
+    """The part of run.json that is read here."""
 
     settings: Settings
 
 
-class CheckpointState(TypedDict, total=False):
-    """The part of state.json that is read here."""
+class Checkpoint(TypedDict, total=False):
+    """The part of a checkpoint's state.json that is read here."""
 
-    run: TrainedRun
+    run: Run
 
 
 def model_folders(settings: dict[str, Any]) -> list[str]:
@@ -63,21 +63,20 @@ def fill_format(settings: dict[str, Any]) -> FileFormat:
     Raises: UserError if they contradict each other, or if the folders of several prefixes
         remember different ones.
     """
-    folders = model_folders(settings)
-    found = [remembered_settings(Path(folder)) for folder in folders]
-    known = found[0]
-    for folder, other in zip(folders, found, strict=True):
+    first, *others = model_folders(settings)
+    known = remembered_settings(Path(first))
+    for folder in others:
+        other = remembered_settings(Path(folder))
         for name in SETTINGS:
             if settings[name] is None and other.get(name) != known.get(name):
                 raise UserError(
-                    f"--prefix_paths: {folders[0]} and {folder} were tuned with different --{name}"
+                    f"--prefix_paths: {first} and {folder} were tuned with different --{name}"
                     f" ({known.get(name)} and {other.get(name)}): pass the one to read"
                 )
         names, more = known.get("label_names") or {}, other.get("label_names") or {}
         if clash := [label for label in more if names.get(label, more[label]) != more[label]]:
             raise UserError(f"--prefix_paths: label '{clash[0]}' has another name in {folder}")
-        if more:
-            known = known | {"label_names": names | more}
+        known = known | {"label_names": names | more or None}
     if "text_column_names" not in known:
         known = split_settings(settings["train_file"]) if settings["do_train"] else {}
     settings["label_names"] = known.get("label_names")
@@ -98,7 +97,7 @@ def fill_format(settings: dict[str, Any]) -> FileFormat:
 
 def is_member(name: str) -> bool:
     """Whether a folder has the name of one prefix of an ensemble."""
-    return re.fullmatch(ENSEMBLE_FOLDER.format(r"\d+"), name) is not None
+    return bool(re.fullmatch(ENSEMBLE_FOLDER.format(r"\d+"), name))
 
 
 def remembered_settings(folder: Path) -> Settings:
@@ -109,9 +108,9 @@ def remembered_settings(folder: Path) -> Settings:
     if is_member(folder.name) and not (folder / "run.json").is_file():
         folder = folder.parent  # one prefix of an ensemble
     if (folder / "run.json").is_file():
-        return read_json(folder / "run.json", TrainedRun).get("settings", {})
+        return read_json(folder / "run.json", Run).get("settings", {})
     if (folder / "state.json").is_file():
-        return read_json(folder / "state.json", CheckpointState).get("run", {}).get("settings", {})
+        return read_json(folder / "state.json", Checkpoint).get("run", {}).get("settings", {})
     return {}
 
 
@@ -121,11 +120,11 @@ def precision_for(choice: str, folders: Iterable[str | Path]) -> str:
     "auto" becomes that of their training if it was float32 for all: so they were calibrated.
     bfloat16 stays "auto", since it may be slow on this machine.
     """
-    known = set()
-    for folder in folders:
+    trained_in = set()
+    for folder in folders if choice == "auto" else ():
         with suppress(UserError):  # the model cannot be opened either, and that says why
-            known.add(remembered_settings(Path(folder)).get("precision"))
-    return "fp32" if choice == "auto" and known == {"fp32"} else choice
+            trained_in.add(remembered_settings(Path(folder)).get("precision"))
+    return "fp32" if trained_in == {"fp32"} else choice
 
 
 def split_settings(path: str | Path) -> Reading:

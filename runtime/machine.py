@@ -53,16 +53,13 @@ class Machine:
     def place(self, model: nn.Module) -> None:
         """Move a model to the device.
 
-        Frozen weights of matrix products are cast once instead of at every step; the result is
-        bit-identical.
+        Frozen weights of matrix products are cast once, not at every step, with the same bits.
         """
         model.to(self.device)
-        if self.precision == "bf16":
-            for module in model.modules():
-                if isinstance(module, nn.Linear):
-                    for weight in module.parameters():
-                        if not weight.requires_grad:
-                            weight.data = weight.data.to(torch.bfloat16)
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        for weight in (weight for module in linear for weight in module.parameters()):
+            if not weight.requires_grad:
+                weight.data = weight.data.to(self.dtype)
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor to the device; a GPU takes it from pinned memory while Python goes on."""
@@ -73,8 +70,8 @@ class Machine:
     def logits(self, model: nn.Module, data: Encoded, texts: np.ndarray) -> torch.Tensor:
         """Classify the given distinct texts of `data`: float [B, C], on the device."""
         batch = {name: self.send(tensor) for name, tensor in data.collate(texts).items()}
-        bf16 = self.precision == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+        bf16 = torch.bfloat16
+        with torch.autocast(self.device.type, dtype=bf16, enabled=self.dtype == bf16):
             return model(**batch).logits.float()
 
 
@@ -95,22 +92,20 @@ def bfloat16_gain() -> float:
     """Measure how many times as fast products in bfloat16 are as in float32, on this processor.
 
     Its flags do not tell: on some Intel processors without AMX they take twice as long. Other
-    processes hardly change the result: it is the best of several, in turn, of one thread's own
-    time.
+    processes hardly change the result: the best of several, in turn, of one thread's own time.
     """
-    matrices = {
-        dtype: torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
-    }
-    seconds = dict.fromkeys(matrices, math.inf)
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrix, began = torch.ones(512, 512, dtype=dtype), time.thread_time()
+        matrix @ matrix
+        return time.thread_time() - began
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for _ in range(6):
-        for dtype, matrix in matrices.items():
-            began = time.thread_time()
-            matrix @ matrix
-            seconds[dtype] = min(seconds[dtype], time.thread_time() - began)
+    rounds = [(seconds(torch.float32), seconds(torch.bfloat16)) for _ in range(6)]
     torch.set_num_threads(threads)
-    return seconds[torch.float32] / seconds[torch.bfloat16]
+    float32, bfloat16 = map(min, zip(*rounds, strict=True))
+    return float32 / bfloat16
 
 
 def set_up_process() -> None:
@@ -139,10 +134,9 @@ def pick_machine(precision: str, group: Group = ALONE) -> Machine:
         name = "mps"
     workers = min(torch.get_num_threads(), MOST_WORKERS) if name == "cpu" else 1
     if precision == "auto":
+        fast = name == "cpu" and bfloat16_gain() > CASTS
         if name == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = name == "cpu" and bfloat16_gain() > CASTS
         precision = group.from_main("bf16" if fast else "fp32")
     return Machine(torch.device(name), precision, group, workers)
 

@@ -115,7 +115,7 @@ def embedder(source: ModelFolders, machine: Machine, batch_size: int = 64) -> Em
     Raises: UserError if the backbone is not usable.
     """
     config, _ = read_model_config(source)
-    set_max_seq_length(config, 0, min(128, config.max_position_embeddings))
+    set_max_seq_length(config, min(128, config.max_position_embeddings))
     config.pooling = TUNING["probe"].pooling
     tokenizer = load_tokenizer(source.backbone, config)
     model = TUNING["probe"].build(source, config, fresh_head=True).requires_grad_(False)

@@ -67,7 +67,7 @@ class Predictor:
     ) -> None:
         set_up_process()
         machine = pick_machine(precision_for(args.precision, [args.model_name_or_path]))
-        self.classifier = Classifier.from_source(source, machine, args.per_device_eval_batch_size)
+        self.classifier = Classifier(source, machine, args.per_device_eval_batch_size)
         self.options = Options(args.safe_csv, args.reject_below)
         self.form, self.record = form, record
 

@@ -158,7 +158,7 @@ class Registry:
             self.check_served(members)
         source, adapters = open_model(str(folder)), []
         if source.method.fits_bank(source.config):
-            backend, configs = self.backbone_of(source), source.configs or [source.config]
+            backend, configs = self.backbone_of(source), source.configs
             adapters = [Adapter(*facts) for facts in zip(members, configs, stamps, strict=True)]
             for adapter in adapters:
                 self.prefixes.get(adapter)
@@ -205,7 +205,7 @@ class Registry:
 
         Raises: UserError if a prefix has other settings of the backbone than the first.
         """
-        folders, configs = source.folders[0], source.configs or [source.config]
+        folders, configs = source.folders[0], source.configs
         key = folders.backbone.resolve(), source.config.pooling
         if key not in self.backbones:
             bert = source.method.build(folders, configs[0]).bert

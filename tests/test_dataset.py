@@ -326,6 +326,7 @@ def test_a_sample_depends_on_the_seed_and_keeps_the_order(tmp_path):
     assert split.sample(99, seed=1) is split
 
 
+@pytest.mark.upgrade
 def test_each_distinct_text_is_encoded_once_and_truncation_is_counted(tmp_path, backbone, caplog):
     path = write_csv(tmp_path / "a.csv", [("cat", 0), ("dog the cat", 1), ("cat", 0)])
     data = batches.encode(AutoTokenizer.from_pretrained(backbone), read(path), 4)

@@ -45,6 +45,7 @@ def tuned(make_model, backbone, tmp_path):
     return [str(tmp_path / f"{number}") for number in range(3)], models
 
 
+@pytest.mark.upgrade
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
     "prefix_index", [(0, 1, 2), (2, 0, 2), (1, 1, 1), (2, 0, 0, 0, 1, 0, 2, 0, 2), (0,) * 8 + (1,)]
@@ -103,9 +104,11 @@ def test_a_prefix_beyond_the_positions_is_refused(backbone):
         (62, 15, "pass --pre_seq_len 49 and --max_seq_length 15 or less"),
         (0, 65, "^--max_seq_length 65: more than the 64 positions"),
     ):
+        config.pre_seq_len = virtual
         with pytest.raises(UserError, match=said):
-            set_max_seq_length(config, virtual, length)
-    set_max_seq_length(config, 50, 14)
+            set_max_seq_length(config, length)
+    config.pre_seq_len = 50
+    set_max_seq_length(config, 14)
     assert config.max_seq_length == 14
 
 
@@ -150,7 +153,7 @@ def test_bad_model_folders_are_refused(backbone, tmp_path):
         "wider", edit_config(intermediate_size=64)
     )
     assert "has its weights as pytorch_model*.bin" in broken("pickled", pickled)
-    assert "no usable model.safetensors" in broken("truncated", truncated)
+    assert "model.safetensors cannot be read: " in broken("truncated", truncated)
     assert "do not belong together" in broken("vocabulary", edit_config(vocab_size=20))
     assert "has no tokenizer" in broken("words", without_words)
     assert "config.json: hidden_size: expected a whole number, got a text; correct it" in broken(
@@ -160,6 +163,7 @@ def test_bad_model_folders_are_refused(backbone, tmp_path):
     assert "cannot be read" in broken("empty", lambda folder: (folder / "config.json").unlink())
 
 
+@pytest.mark.upgrade
 def test_a_model_folder_without_its_head_is_refused(make_model, backbone, tmp_path):
     """If it keeps its labels: their head would otherwise be initialised at random."""
     folder = tmp_path / "tuned"

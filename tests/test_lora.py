@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from arguments import parse_args
 from conftest import train
 from model import load
-from model.source import count_parameters, new_model
+from model.source import new_model
 from runtime.files import UserError
 from test_model import CLASSES, IDS, MASKS, assert_equal, open_folder, save
 
@@ -38,7 +38,7 @@ def test_a_new_adapter_changes_nothing_and_trains_head_and_small_matrices(
     mask = MASKS["padded"]
     assert torch.equal(model(IDS, attention_mask=mask).logits, plain(IDS, mask).logits)
     assert all(p.any() for name, p in model.named_parameters() if "lora_A" in name)
-    counts = count_parameters(model)
+    counts = source.count(model)
     assert counts["trainable_parameters_without_head"] == 2 * 2 * (3 * 16 + 16 * 3)
     assert counts["stored_parameters"] == counts["trainable_parameters"]
     trained = {name for name, one in model.named_parameters() if one.requires_grad}

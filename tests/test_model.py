@@ -16,7 +16,7 @@ from model.folders import locate
 from model.loading import load_tokenizer
 from model.methods import TUNING, method_of
 from model.sequence_classification import classification_loss
-from model.source import count_parameters, read_model_config
+from model.source import ModelSource, read_model_config
 from runtime.files import UserError
 
 LAYERS, HEADS, HIDDEN, CLASSES, PREFIX = 2, 2, 16, 3, 5
@@ -113,6 +113,7 @@ KINDS = {
 }
 
 
+@pytest.mark.upgrade
 @pytest.mark.parametrize("long", [None, 0.0, 1e-9])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,6 +149,7 @@ def test_a_model_computes_the_same_in_every_mode(make_model, kind):
     assert torch.equal(model.train()(IDS, attention_mask=MASKS["padded"]).logits, called)
 
 
+@pytest.mark.upgrade
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_changes_no_gradient(make_model, kind):
     """With dropout on: its random numbers must be repeated."""
@@ -250,6 +252,11 @@ def test_parameter_counts_match_a_hand_calculation(make_model, kind, trainable, 
     assert predicting == {**counts, **nothing}
 
 
+def count_parameters(model):
+    config = model.config
+    return ModelSource([], [config], config, method_of(config), "").count(model)
+
+
 def peer_of(model, backbone):
     """Build transformers' own BERT with the weights of a fully fine-tuned model."""
     peer = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=CLASSES)
@@ -257,6 +264,7 @@ def peer_of(model, backbone):
     return peer.eval()
 
 
+@pytest.mark.upgrade
 def test_loss_is_a_sum_and_matches_transformers(make_model, backbone):
     model = peer_of(make_model(), backbone)
     labels = torch.tensor([0, 2, 1])
@@ -282,6 +290,7 @@ def save(model, backbone, folder):
     return open_folder(folder)
 
 
+@pytest.mark.upgrade
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_model_returns_equal_logits(make_model, backbone, tmp_path, kind):
     model = make_model(*KINDS[kind])

@@ -134,6 +134,7 @@ def test_a_few_equal_predictions_are_no_collapse(run, tmp_path, caplog, monkeypa
     assert "try --learning_rate 7e-05" in caplog.text
 
 
+@pytest.mark.upgrade
 def test_long_texts_are_cut_before_they_are_tokenized(backbone, tmp_path, monkeypatch):
     """Defect 18: a field of 50 MB took minutes and 3 GiB. The tokens are the same."""
     config, _ = read_model_config(locate(backbone))

@@ -166,6 +166,7 @@ def test_a_plain_loop_learns_the_same_weights(backbone, make_model, data):
     assert moved == set(np.concatenate(data.token_ids))
 
 
+@pytest.mark.upgrade
 def test_the_averaged_weights_are_evaluated_and_kept(make_model, data, monkeypatch):
     model, evaluated, steps = make_model(), [], []
     usual = trainer.training_step

@@ -196,7 +196,7 @@ def our_scoring(texts: list[str], folders: list[str]) -> Measure:
     set_up_process()
     mixed = len(folders) > 1
     source = open_model(folders if mixed else folders[0], by_row=mixed)
-    classifier = Classifier.from_source(source, pick_machine("auto"))
+    classifier = Classifier(source, pick_machine("auto"))
     index = np.arange(len(texts)) % len(folders) if mixed else None
     return timed(lambda: classifier.logits(rows_of(texts), index), len(texts))
 
