@@ -200,6 +200,8 @@ def find_dialect(
         if stated := re.fullmatch(r'"?sep=(.)"?\s*', line):
             line, skipped = file.readline(LONGEST), 1
             delimiters = delimiters if form.delimiter else [stated[1]]
+        while line and not line.strip():  # else a cell that starts with a carriage return loses it
+            line = file.readline(LONGEST)
     starts = []
     for delimiter in delimiters:
         blanks = form.quoting != "none" and f'{delimiter} "' in line

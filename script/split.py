@@ -117,7 +117,7 @@ def read_file(args: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, dic
     if table.empty:
         raise UserError(f"{args.file}: no row has both a text and a label")
     rows = pd.DataFrame({"text": texts[table.index]})
-    rows["label"] = one_spelling(read_labels(args.file, table, [*table.index], form, required=True))
+    rows["label"] = one_spelling(read_labels(args.file, table, [*table.index], form, needed=True))
     keys = rows["text"].map(text_key)
     rows["group"] = groups.connected(keys, *(table[name] for name in args.group_by))
     rows["time"] = parse_times(table, args) if args.time_column else 0

@@ -134,7 +134,7 @@ def distinct(data: str, count: int) -> list[str]:
     import dataset
     from runtime.file_format import FileFormat
 
-    split = dataset.read_split(data, FileFormat(), labels_required=False)
+    split = dataset.read_split(data, FileFormat(), needs_labels=False)
     return list(dict.fromkeys(split.texts))[:count]
 
 
