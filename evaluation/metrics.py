@@ -1,7 +1,10 @@
 """Metrics of a whole file, from the predictions of its rows. N rows, C classes.
 
 To add a metric, add it to `Tally.metrics`, or to `Tally.report_metrics` if choosing an epoch does
-not need it, and give it a title in `TITLES`: tables, reports and all_results.json then show it.
+not need it, and give it a title in `TITLES`: all_results.json, the closing table, report.html and
+the model card then show it. A metric comes from the sums of `Tally`, never from rows; a new sum is
+an attribute, which `Sums` adds up (in float, since counts of whole numbers may overflow in
+products). Others choose metrics of their own: `pages.CARDS`, `--metric_for_best_model`, the study.
 
 With several labels per row, calibration is measured by label: each label of each row is one
 decision, right or wrong, with the confidence max(p, 1 - p). Everything else is by row: a row is
@@ -22,7 +25,8 @@ COVERAGES = (1, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 IN_MATRIX = 50  # classes at most in a confusion matrix
 MISTAKES = 20  # most confident mistakes shown in a report
 
-# Rows of the summary table, by their keys in all_results.json without `eval_` and `test_`.
+# Rows of the summary table, by their keys in all_results.json without `eval_` and `test_`; of at
+# most 24 characters.
 TITLES = {
     "rows": "rows",
     "accuracy": "accuracy",
@@ -137,7 +141,7 @@ class Tally(Sums):
             "support": support.tolist(),
         }
 
-    def report_metrics(self) -> dict[str, float]:
+    def report_metrics(self, multi_label: bool) -> dict[str, float]:
         """Compute F1 weighted by class support, and the `calibration_error`."""
         classes = self.per_class()
         weights = np.maximum(classes["support"], 1e-9)
@@ -253,7 +257,11 @@ class Score:
         """
         whole = self.whole()
         tally = whole.tally
-        results = tally.metrics(self.multi_label) | tally.report_metrics() | whole.results()
+        results = (
+            tally.metrics(self.multi_label)
+            | tally.report_metrics(self.multi_label)
+            | whole.results()
+        )
         if self.reject_below:
             results["rejected_share"] = 1 - self.kept / tally.rows
             results["accuracy_kept"] = self.kept_hits / self.kept if self.kept else None

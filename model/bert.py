@@ -10,7 +10,7 @@
   BertLayer.feed_forward_chunk.
 - from_pretrained(output_loading_info=True) lists keys: missing, unexpected and mismatched.
 - ACT2CLS has the names of the activations.
-In runtime/, below model/:
+In runtime/, on which model/ is built:
 - batches.py: a tokenizer returns `encodings`, each with `overflowing` tokens.
 - training_state.py: the state of fused AdamW, its `found_inf`, and torch._foreach_lerp_.
 

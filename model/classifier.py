@@ -91,12 +91,18 @@ class Classifier:
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def logits(self, rows: TextRows, prefix_index: np.ndarray | None = None) -> torch.Tensor:
-        """Compute the logits of all rows, see `predict`. prefix_index: see `runtime.batches`."""
+        """Compute the logits of all rows, see `predict`.
+
+        prefix_index: each row's place in --prefix_paths, int64 [N].
+        """
         data = encode(self.tokenizer, rows, self.max_seq_length, prefix_index)
         return predict(self.model, data, self.batch_size, self.machine)
 
     def member_logits(self, rows: TextRows) -> torch.Tensor:
-        """Compute the logits of each member of an ensemble: [K, N, C]; K is 1 for other models."""
+        """Compute the logits of each prefix that is being trained: [K, N, C].
+
+        K is 1 for other models, and for opened ones, whose prefixes are averaged already.
+        """
         count = getattr(self.model.config, "num_prefixes", 1)
         data = encode(self.tokenizer, rows, self.max_seq_length).for_each_prefix(count)
         logits = predict(self.model, data, self.batch_size, self.machine)

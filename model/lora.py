@@ -13,7 +13,7 @@ from transformers import BertConfig
 
 from model.loading import Size
 from model.sequence_classification import POOLINGS, BertForSequenceClassification
-from model.tuning import OWN_POOLINGS, AdapterMethod
+from model.tuning import AdapterMethod, adapter_kind
 from runtime.files import UserError
 
 TARGETS = ("query", "value")  # of each layer, as in the paper and in PEFT
@@ -59,7 +59,7 @@ class Lora(AdapterMethod):
     flags, adds = ("lora_r", "lora_alpha"), (".lora_",)
     model_class = BertLoraForSequenceClassification
     of_peft = ("LORA",)
-    peft_types = ("LORA", *(f"{pooling}_LORA" for pooling in OWN_POOLINGS))
+    peft_types = tuple(adapter_kind("LORA", pooling) for pooling in POOLINGS)
     Settings = TypedDict(
         "Settings",
         {"r": Size, "lora_alpha": float, "target_modules": Required[list[str]]}
@@ -68,8 +68,7 @@ class Lora(AdapterMethod):
     )
 
     def peft_type(self, config: BertConfig) -> str:
-        is_berts = POOLINGS[config.pooling].is_berts
-        return "LORA" if is_berts else f"{config.pooling.upper()}_LORA"
+        return adapter_kind("LORA", config.pooling)
 
     def configure(self, config, settings, tuned):
         super().configure(config, settings, tuned)

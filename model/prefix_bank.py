@@ -1,7 +1,7 @@
 """Many prefixes on one frozen backbone; each row of a batch has its own, or all of them.
 
 K prefixes, P length of the longest (of all, or in a batch), G prefixes in a batch, B batch, T text
-tokens, L layers, H heads, D head size (HD the hidden size), C classes (the labels of all prefixes).
+tokens, L layers, H heads, D head size (HD the hidden size), C classes (the most of any prefix).
 """
 
 from dataclasses import dataclass
@@ -90,8 +90,8 @@ class PrefixBank(nn.Module):
     ) -> None:
         """lengths: of the prefixes, [K]. heads: weight [K, C, HD] and bias [K, C].
 
-        head_dtype: to which the heads round. That of a single prefix rounds to the precision of the
-        backbone.
+        head_dtype: to which the heads round. The head of a single prefix, which a server must
+        equal, rounds to the precision of the machine.
         """
         super().__init__()
         self.bert, self.config, self.head_dtype = bert, config, head_dtype
@@ -107,7 +107,11 @@ class PrefixBank(nn.Module):
         tuned: list[TunedPrefix],
         head_dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """Join tuned prefixes of any length; labels that one lacks have the logit `UNKNOWN`."""
+        """Join tuned prefixes of any length.
+
+        Shorter heads get `UNKNOWN` at their end. Labels are not matched by name: that does
+        `ModelSource.read_prefixes`, and a server cuts the end off.
+        """
         parts, pad = [prefix.slots for prefix in tuned], nn.functional.pad
         lengths = torch.tensor([part.shape[3] for part in parts], device=parts[0].device)
         longest = max(part.shape[3] for part in parts)
@@ -152,7 +156,7 @@ class PrefixBank(nn.Module):
             prefix=lambda layer: slots[layer][:, :, chosen, :longest],  # [2, H, G, P, D]
             table_rows=rows,
         )
-        pooled = POOLINGS[self.config.pooling].pool(outputs, attention_mask)
+        pooled = POOLINGS[self.config.pooling](outputs, attention_mask)
         return SequenceClassifierOutput(logits=self.head(self.dropout(pooled), prefix_index))
 
     def share(

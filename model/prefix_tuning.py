@@ -17,7 +17,7 @@ from model.loading import Size
 from model.prefix_bank import LearnedSlots, PrefixBank, Stacked, TunedPrefix
 from model.prefix_encoder import by_layer, keys_and_values, prefix_width
 from model.sequence_classification import POOLINGS, BertPrefixForSequenceClassification
-from model.tuning import HEAD, OWN_POOLINGS, AdapterMethod
+from model.tuning import HEAD, AdapterMethod, adapter_kind
 from runtime.columns import ENSEMBLE_FOLDER
 from runtime.files import UserError
 
@@ -37,8 +37,8 @@ class Prefix(AdapterMethod):
     flags = ("pre_seq_len", "prefix_depth", "prefix_projection", "prefix_hidden_size")
     model_class = BertPrefixForSequenceClassification
     # PEFT can load the first; the others are of depth input or of other poolings
-    peft_types = ("PREFIX_TUNING", "INPUT_PREFIX", *(f"{name}_PREFIX" for name in OWN_POOLINGS))
-    peft_types += tuple(f"{name}_INPUT_PREFIX" for name in OWN_POOLINGS)
+    peft_types = ("PREFIX_TUNING", *(adapter_kind("INPUT_PREFIX", pooling) for pooling in POOLINGS))
+    peft_types += tuple(adapter_kind("PREFIX", p) for p in POOLINGS if not POOLINGS[p].reads_pooler)
     of_peft = ("PREFIX_TUNING",)
     Settings = TypedDict(
         "Settings",
@@ -61,7 +61,7 @@ class Prefix(AdapterMethod):
                 "PEFT cannot load a prefix of depth input: its prompt tuning reads the first "
                 "virtual token where this model reads [CLS]"
             )
-        if not POOLINGS[config.pooling].is_berts:
+        if not POOLINGS[config.pooling].reads_pooler:
             return f"PEFT cannot load a prefix with {config.pooling} pooling"
         return ""
 
@@ -69,7 +69,7 @@ class Prefix(AdapterMethod):
         if not self.not_for_peft(config):
             return "PREFIX_TUNING"
         kind = "INPUT_PREFIX" if config.prefix_depth == "input" else "PREFIX"
-        return kind if POOLINGS[config.pooling].is_berts else f"{config.pooling.upper()}_{kind}"
+        return adapter_kind(kind, config.pooling)
 
     def configure(self, config, settings, tuned):
         super().configure(config, settings, tuned)

@@ -16,29 +16,37 @@ from model.bert import ATTENTION, LastLayer
 from model.prefix_encoder import PrefixEncoder, by_layer, ready_mask
 
 
-def pool_cls(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
-    """Return the output of BERT's pooler, a dense layer over [CLS]."""
-    return outputs.pooler_output
-
-
-def pool_mean(outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
-    """Average the text's tokens, as in Sentence-BERT (https://arxiv.org/abs/1908.10084)."""
-    # at depth "input" virtual tokens come last
-    states = outputs.last_hidden_state[:, : mask.shape[1]].float()
-    weights = mask[..., None].float()  # [B, T, 1]
-    return (states * weights).sum(dim=1) / weights.sum(dim=1)
+def pool_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Average the tokens, as in Sentence-BERT (https://arxiv.org/abs/1908.10084)."""
+    return (states * mask).sum(dim=1) / mask.sum(dim=1)
 
 
 class Pooling(NamedTuple):
-    """What the head reads of a text."""
+    """What the head reads of a text.
 
-    pool: Callable[[ModelOutput, torch.Tensor], torch.Tensor]  # BertModel's, mask [B, T]: [B, HD]
-    # whether it is BERT's own, its pooler: all that transformers and PEFT can load; no other
-    # pooling may read the pooler, whose weights are then neither loaded nor stored
-    is_berts: bool = False
+    To add one, give it a function, a row in `POOLINGS`, and its name in `--pooling` of
+    `arguments.GROUPS`, which imports nothing heavy.
+    """
+
+    # from the text's last states, float32 [B, T, HD], and a mask of its tokens, float32 [B, T, 1],
+    # to [B, HD]; None: BERT's pooler, a dense layer over [CLS]. That alone can be loaded by
+    # transformers and PEFT. With others, the pooler's weights are neither loaded nor stored.
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
+
+    @property
+    def reads_pooler(self) -> bool:
+        """Whether it is BERT's own."""
+        return self.function is None
+
+    def __call__(self, outputs: ModelOutput, mask: torch.Tensor) -> torch.Tensor:
+        """Pool the outputs of BertModel; mask [B, T]: of the text. Returns [B, HD]."""
+        if self.function is None:
+            return outputs.pooler_output
+        states = outputs.last_hidden_state[:, : mask.shape[1]]  # depth "input": virtual ones last
+        return self.function(states.float(), mask[..., None].float())
 
 
-POOLINGS = {"cls": Pooling(pool_cls, is_berts=True), "mean": Pooling(pool_mean)}
+POOLINGS = {"cls": Pooling(None), "mean": Pooling(pool_mean)}
 
 
 class BertForSequenceClassification(transformers.BertForSequenceClassification):
@@ -51,7 +59,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         config.pooling = getattr(config, "pooling", "cls")
         super().__init__(config)
         self.set_attn_implementation(ATTENTION)
-        if POOLINGS[config.pooling].is_berts:
+        if POOLINGS[config.pooling].reads_pooler:
             last = config.num_hidden_layers - 1
             self.bert.encoder.layer[last] = LastLayer(config, layer_idx=last)
         self.post_init()
@@ -63,7 +71,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         inputs = self.bert_inputs(input_ids, attention_mask)
         inputs["attention_mask"] = ready_mask(inputs["attention_mask"])
         outputs = self.bert(**inputs, **options)
-        pooled = POOLINGS[self.config.pooling].pool(outputs, attention_mask)
+        pooled = POOLINGS[self.config.pooling](outputs, attention_mask)
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
 
     def bert_inputs(

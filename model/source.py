@@ -115,14 +115,16 @@ class ModelSource:
             if not keys <= {*map(label_key, known)} and keys <= {*label_numbers(known)}:
                 known = [str(number) for number in range(len(known))]
                 logger.info("%s names no labels: using %s, in this order", folder, known)
-            fits = self.tuned_pooling == self.config.pooling and keys <= {*map(label_key, known)}
-            self.fresh_head = not fits
-            names = known if fits else names
-            if self.fresh_head:
-                message = (
-                    "warning: initialising a new head: that of %s, for labels %s, does not fit"
-                )
-                logger.warning(message, folder, name_list(known))
+            why = ""
+            if self.tuned_pooling != self.config.pooling:
+                why = f"--pooling {self.tuned_pooling}"
+            elif not keys <= {*map(label_key, known)}:
+                why = f"labels {name_list(known)}"
+            self.fresh_head = bool(why)
+            names = names if why else known
+            if why:
+                message = "warning: initialising a new head: that of %s, for %s, does not fit"
+                logger.warning(message, folder, why)
         loading.set_labels(self.config, names)
 
     def build(self) -> nn.Module:
@@ -202,7 +204,8 @@ def new_model(settings: dict[str, Any]) -> ModelSource:
         reads_pooler = POOLER not in method.unread(config)
         if reads_pooler and f"{POOLER}dense.weight" not in read_shapes(weights):
             raise UserError(
-                f"{folders.backbone} has no pooler for the head to read: pass --pooling mean"
+                f"{folders.backbone} has no pooler for the head to read: pass another pooling, "
+                "such as --pooling mean"
             )
         config.backbone_sha256 = backbone_sha256(folders.backbone)
         if os.path.isabs(folders.name):  # a folder, not a name on the hub
@@ -221,7 +224,8 @@ def open_model(
     problem_type: str | None = None,
     by_row: bool = False,
 ) -> ModelSource:
-    """Return a tuned model: a model or adapter folder, one of several prefixes, or a list of these.
+    """Return a tuned model: of a model or adapter folder, of a folder that contains several
+    prefixes, or of a list of adapter folders of prefixes.
 
     Several prefixes are averaged; they must have the same labels, unless each row names its own
     (`by_row`). Raises: UserError if a folder is not usable, or if they do not fit together.

@@ -21,7 +21,11 @@ from model.sequence_classification import POOLINGS, BertForSequenceClassificatio
 from runtime.files import UserError, to_json
 
 HEAD, POOLER = "classifier.", "bert.pooler."
-OWN_POOLINGS = [name.upper() for name, pooling in POOLINGS.items() if not pooling.is_berts]
+
+
+def adapter_kind(kind: str, pooling: str) -> str:
+    """Return the name of a kind of adapter with a pooling: PEFT must refuse what it cannot do."""
+    return kind if POOLINGS[pooling].reads_pooler else f"{pooling.upper()}_{kind}"
 
 
 class TuningMethod:
@@ -42,7 +46,7 @@ class TuningMethod:
 
     def library(self, config: BertConfig) -> str | None:
         """Return the library that can load a tuned model, besides this program."""
-        return "transformers" if POOLINGS[config.pooling].is_berts else None
+        return "transformers" if POOLINGS[config.pooling].reads_pooler else None
 
     def configure(self, config: BertConfig, settings: dict[str, Any], tuned: bool) -> None:
         """Write the method and the `settings` of a run that concern it into the config.
@@ -50,9 +54,9 @@ class TuningMethod:
         tuned: whether the model was tuned before; then it keeps its pooling if no flag is given.
         Raises: UserError if it has no pooler, and the flags ask for one.
         """
-        own, wanted = POOLINGS[config.pooling].is_berts, settings["pooling"]
-        lacks_pooler = tuned and config.tuning_method == "full" and not own
-        if lacks_pooler and wanted and POOLINGS[wanted].is_berts:
+        stores_pooler, wanted = POOLINGS[config.pooling].reads_pooler, settings["pooling"]
+        lacks_pooler = tuned and config.tuning_method == "full" and not stores_pooler
+        if lacks_pooler and wanted and POOLINGS[wanted].reads_pooler:
             raise UserError(
                 f"--pooling {wanted}: {settings['model_name_or_path']} was tuned with --pooling "
                 f"{config.pooling}, so it has no pooler: omit the flag"
@@ -69,11 +73,11 @@ class TuningMethod:
         return False
 
     def unread(self, config: BertConfig) -> tuple[str, ...]:
-        """Return name prefixes of parameters that the pooling does not read."""
-        return () if POOLINGS[config.pooling].is_berts else (POOLER,)
+        """Return the beginnings of the names of parameters that the pooling does not read."""
+        return () if POOLINGS[config.pooling].reads_pooler else (POOLER,)
 
     def may_lack(self, name: str, config: BertConfig) -> bool:
-        """Whether a backbone may lack a parameter, which is not the head's."""
+        """Whether the backbone's files may lack this parameter; not asked for the head's."""
         new = self.unread(config) if config.architectures == TUNED else (POOLER,)
         return name.startswith(new)
 

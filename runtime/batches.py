@@ -40,7 +40,6 @@ class TextRows(Protocol):
     """The fields of a `dataset.Split` that are used here."""
 
     path: str  # blank: no warning
-    table: pd.DataFrame
     texts: list[str]
     rows: list[int]
     label_ids: np.ndarray | None

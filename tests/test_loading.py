@@ -278,7 +278,7 @@ def test_a_bert_without_a_pooler_is_tuned_as_the_message_says(run, backbone, tmp
         capsys.readouterr()
         run(*flags, status=2)
         said = one_line((2, capsys.readouterr().err))
-        assert f"{bare} has no pooler" in said and said.endswith("pass --pooling mean")
+        assert f"{bare} has no pooler" in said and said.endswith("such as --pooling mean")
         run(*flags, "--pooling", "mean")
 
 

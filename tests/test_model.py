@@ -15,7 +15,7 @@ from model import prefix_encoder
 from model.folders import locate
 from model.loading import load_tokenizer
 from model.methods import TUNING, method_of
-from model.sequence_classification import classification_loss
+from model.sequence_classification import POOLINGS, classification_loss
 from model.source import ModelSource, read_model_config
 from runtime.files import UserError
 
@@ -166,6 +166,18 @@ def test_gradient_checkpointing_changes_no_gradient(make_model, kind):
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("kind", ["full", "prefix", "input"])
+def test_a_pooling_reads_the_tokens_of_the_text_alone(make_model, pooling, kind):
+    """Neither padding nor virtual tokens: a row has the same logits alone as in a padded batch."""
+    model = make_model(*KINDS[kind], "--pooling", pooling)
+    mask = MASKS["padded"]
+    together = model(IDS, attention_mask=mask).logits
+    for row, length in enumerate(mask.sum(dim=1)):
+        alone = model(IDS[row : row + 1, :length], mask[row : row + 1, :length]).logits
+        assert_equal(together[row], alone[0])
 
 
 def test_virtual_tokens_at_the_input_are_not_pooled(make_model):
@@ -379,9 +391,8 @@ def test_unsupported_adapters_and_wrong_backbones_are_refused(make_model, backbo
             open_folder(tmp_path)
         return str(error.value)
 
-    kinds = (
-        "PREFIX_TUNING, INPUT_PREFIX, MEAN_PREFIX, MEAN_INPUT_PREFIX, LORA, MEAN_LORA, PROBE, BIAS"
-    )
+    kinds = ", ".join(kind for method in TUNING.values() for kind in method.peft_types)
+    assert kinds.startswith("PREFIX_TUNING, INPUT_PREFIX, MEAN_INPUT_PREFIX, MEAN_PREFIX, LORA")
     for change in ({"peft_type": "IA3"}, {"task_type": "CAUSAL_LM"}):
         assert f"only {kinds} with SEQ_CLS" in broken(**change)
     assert "num_layers is 12, but its backbone has 2" in broken(num_layers=12)
