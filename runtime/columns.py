@@ -24,7 +24,7 @@ from runtime.file_format import (
 from runtime.files import UserError, read_json
 from runtime.flags import fill
 
-ENSEMBLE_FOLDER = "prefix-{}"  # of each prefix of an ensemble, in one folder
+MEMBER_FOLDER = "prefix-{}"  # of each prefix of an ensemble, in one folder
 DEFAULTS = {  # of the settings that are never unset
     "text_column_names": ["text"],
     "label_column_name": "label",
@@ -97,7 +97,7 @@ def fill_format(settings: dict[str, Any]) -> FileFormat:
 
 def is_member(name: str) -> bool:
     """Whether a folder has the name of one prefix of an ensemble."""
-    return bool(re.fullmatch(ENSEMBLE_FOLDER.format(r"\d+"), name))
+    return bool(re.fullmatch(MEMBER_FOLDER.format(r"\d+"), name))
 
 
 def remembered_settings(folder: Path) -> Settings:

@@ -122,7 +122,7 @@ def test_logits_and_gradients_equal_the_reference_written_out(
 ):
     """long: use torch's fused attention, with this dropout; None: our own."""
     model, gradients = without_dropout(make_model(*KINDS[kind])), []
-    monkeypatch.setattr(prefix_encoder, "is_fused", lambda *_: long is not None)
+    monkeypatch.setattr(prefix_encoder, "prefers_fused", lambda *_: long is not None)
     if long is not None:
         for layer in model.train().bert.encoder.layer:
             layer.attention.self.dropout.p = long
