@@ -110,8 +110,8 @@ def run(args: Namespace) -> None:
     with processes.joined() as group, opened(*where, group.is_main) as output:
         # prepare: machine, model, data and record, the same in all processes
         calibrated = [] if args.do_train else model_folders(vars(args))
-        choice = precision_for(output.precision(args.precision), calibrated)
-        machine = pick_machine(group.from_main(choice), group)
+        precision = precision_for(output.precision(args.precision), calibrated)
+        machine = pick_machine(group.from_main(precision), group)
         source, data, record = group.agree(
             lambda: prepare(args, machine), compared=lambda prepared: identity(prepared[-1])
         )
@@ -143,10 +143,9 @@ def run(args: Namespace) -> None:
         if args.do_train and data.eval is not None:
             logits = classifier.member_logits(data.eval)
             # all processes must change their heads by the same numbers, so the main one fits them
-            fitted = group.from_main(calibrate(logits, data) if group.is_main else None)
-            calibration, figures = fitted
+            calibration, facts = group.from_main(calibrate(logits, data) if group.is_main else None)
             source.method.change_logits(model, calibration.temperature, calibration.biases)
-            results |= figures
+            results |= facts
         if args.do_train and group.is_main:
             with writing(output.staging):
                 source.save(model, output.staging)
@@ -159,8 +158,7 @@ def run(args: Namespace) -> None:
             for split in data.to_predict():
                 classify(split)
             return
-        # explaining scores further texts: the other processes do not know them, and none has a row
-        explain = group.size == 1 and not args.prefix_column
+        explain = group.size == 1 and not args.prefix_column  # it scores texts that have no row
         options = Options(args.safe_csv, args.reject_below)
         results |= score(classify, data, source.multi_label, output, options, explain)
 

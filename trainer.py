@@ -130,10 +130,9 @@ def train(
 ) -> dict[str, float]:
     """Train the model in place, and leave it with a moving average of its trainable weights.
 
-    eval_set: evaluated after each epoch; with `load_best_model_at_end`, the model ends with the
-    average of the best epoch. save: receives state and tensors after each epoch and every
-    `save_steps` steps. checkpoint: the run is resumed, and ends as if it had never stopped.
-    stop_requested: returns a signal number after the step at which to save and stop.
+    eval_set: evaluated after each epoch; the best one may be kept. save: receives state and tensors
+    after epochs and every `save_steps` steps. checkpoint: the run is resumed, and ends as if it had
+    never stopped. stop_requested: returns a signal number after the step at which to stop.
 
     Returns `train_loss` (mean over all examples), `train_runtime` (seconds, with evaluations),
     `train_samples_per_second`, `train_steps` and, if an epoch was chosen, `best_epoch`.
@@ -143,9 +142,9 @@ def train(
     steps_per_epoch = math.ceil(len(train_set) / args.num_prefixes / step_size)
     total, is_main = steps_per_epoch * args.num_train_epochs, machine.group.is_main
     progress = Progress(total, steps_per_epoch, args.logging_steps, write_metrics, is_main)
-    optimizer, metric = build_optimizer(model, args), args.metric_for_best_model
-    keep = args.load_best_model_at_end
-    state = TrainingState(model, optimizer, progress, args.ema_decay, metric, keep, checkpoint)
+    best = args.metric_for_best_model, args.load_best_model_at_end
+    optimizer = build_optimizer(model, args)
+    state = TrainingState(model, optimizer, progress, args.ema_decay, *best, checkpoint)
     one_class = False
 
     with logging_redirect_tqdm(), progress:
