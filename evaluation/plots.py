@@ -118,7 +118,7 @@ def reliability(run: Run) -> Plots:
     axis.plot(x, y, "o-", color=BLUE, clip_on=False, label="this model, with predictions per point")
     for place, count in zip(zip(x, y, strict=True), rows, strict=True):
         axis.annotate(f"{count:,.0f}", place, (5, -11), textcoords="offset points", fontsize=8)
-    axis.legend(loc="upper left")
+    axis.legend(loc="lower right")
     error = calibration_error(bins)
     yield axis, f"Reliability curve; confidence is off by {error:.1%} on average."
 
