@@ -16,8 +16,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from runtime import flags
-from runtime.file_format import MULTI_LABEL, SINGLE_LABEL, several_columns
-from runtime.files import UserError, read_json
 from runtime.flags import Parser, boolean, choice, column_names, encoding, fill, number, value
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -99,7 +97,7 @@ READING = (  # how a file is read: flags of main.py and split.sh
     ("--text_column_names", value(column_names, "A,B"), None, f"columns [text, {TUNED_FOLDER}]"),
     ("--label_column_name", value(flags.label_columns, "NAME"), None,
      f"a column; A,B,C: a column of 0 and 1 for each label [label, {TUNED_FOLDER}]"),
-    ("--problem_type", choice(SINGLE_LABEL, MULTI_LABEL), None,
+    ("--problem_type", choice(flags.SINGLE_LABEL, flags.MULTI_LABEL), None,
      "multi-label: a row has several labels, or none, such as a|b or ['a', 'b'] "
      f"[single, {TUNED_FOLDER}]"),
     ("--label_separator", value(flags.separator, "S"), None, "between labels in one cell [|]"),
@@ -311,6 +309,8 @@ def check_method(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--prefix and --tuning_method {args.tuning_method} exclude each other")
     method, tuned_by = "prefix" if args.prefix else args.tuning_method, None
     if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        from runtime.files import UserError, read_json  # --help needs no packages
+
         entries = {}
         for name in ("adapter_config.json", "config.json"):  # PEFT writes the first alone
             with suppress(UserError):  # model/ reports what is wrong
@@ -355,11 +355,11 @@ def fill_prefix(parser: Parser, args: argparse.Namespace) -> None:
 
 def check_training(parser: Parser, args: argparse.Namespace) -> None:
     """Check the flags of training, evaluation and checkpoints, and fill in their defaults."""
-    kind = MULTI_LABEL if several_columns(args.label_column_name) else SINGLE_LABEL
+    kind = (flags.SINGLE_LABEL, flags.MULTI_LABEL)[flags.several_columns(args.label_column_name)]
     fill(vars(args), {"problem_type": kind, "eval_strategy": "epoch" if args.do_eval else "no"})
-    multi_label = args.problem_type == MULTI_LABEL
+    multi_label = args.problem_type == flags.MULTI_LABEL
     if args.label_separator and not multi_label:
-        parser.error(f"--label_separator needs --problem_type {MULTI_LABEL}")
+        parser.error(f"--label_separator needs --problem_type {flags.MULTI_LABEL}")
     if args.eval_strategy == "no":
         needs = ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model")
         if given := [name for name in needs if getattr(args, name)]:

@@ -174,6 +174,8 @@ def read_split(path: str | Path, form: FileFormat, needs_labels: bool = True) ->
     table = open_table(path, form, needs_labels)
     split = next(read_chunks(table, None, needs_labels))
     log_remarks(table, split.dropped, len(split))
+    if sha256(path) != table.sha256:
+        raise UserError(f"{path} changed while it was read: start the command again")
     facts = {"malformed": table.malformed, "read_as": table.read_as(), "sha256": table.sha256}
     return replace(split, **facts)
 
@@ -261,10 +263,7 @@ class Data:
         return {f"{name}_rows": len(file) for name, file in self.files().items()}
 
     def to_predict(self) -> Iterator[Split]:
-        """Yield the validation file and the chunks of the test file, in the order of `score`.
-
-        The processes of a group wait for each other at each.
-        """
+        """Yield the validation file and the test file's chunks, in the order of `score`."""
         if self.eval is not None:
             yield self.eval
         if self.test is not None:

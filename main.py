@@ -11,12 +11,12 @@ from runtime.startup import check_packages, one_line_on_interrupt, open_closed_s
 if __name__ == "__main__":  # answer --help and typos before torch loads, which takes seconds
     one_line_on_interrupt()
     open_closed_streams()
-    check_packages("torch", "transformers", "pandas", "sklearn", "matplotlib", "jinja2", "msgspec")
 
 from arguments import DEFAULT_BACKBONE, parse_args
 
 if __name__ == "__main__":
     parse_args()
+    check_packages("torch", "transformers", "pandas", "sklearn", "matplotlib", "jinja2", "msgspec")
     print("loading libraries ...", file=sys.stderr)
 
 import logging

@@ -11,7 +11,7 @@
 - from_pretrained(output_loading_info=True) lists keys: missing, unexpected and mismatched.
 - ACT2CLS has the names of the activations.
 In runtime/, on which model/ is built:
-- batches.py: a tokenizer returns `encodings`, each with `overflowing` tokens.
+- batches.py: a tokenizer returns `encodings`, each with `overflowing` and `word_ids`.
 - training_state.py: the state of fused AdamW, its `found_inf`, and torch._foreach_lerp_.
 
 B batch, T text tokens, P virtual tokens, HD hidden size, V words of the vocabulary, U words in use.

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from model.predictions import average
 from model.prefix_encoder import by_layer, on_gpu, ready_mask
 from model.sequence_classification import POOLINGS
-from runtime.file_format import MULTI_LABEL
+from runtime.flags import MULTI_LABEL
 
 UNKNOWN = -1e4  # logit of a label that a prefix does not know
 

@@ -32,9 +32,9 @@ from model.methods import TUNING, method_of
 from model.prefix_bank import UNKNOWN, PrefixBank, TunedPrefix
 from model.prefix_tuning import read_prefix
 from model.tuning import POOLER, TuningMethod
-from runtime.file_format import MULTI_LABEL, SINGLE_LABEL, FileFormat
+from runtime.file_format import FileFormat
 from runtime.files import UserError, name_list, read_json
-from runtime.flags import fill
+from runtime.flags import MULTI_LABEL, SINGLE_LABEL, fill
 from runtime.labels import label_key, label_numbers
 from runtime.training_state import WEIGHT
 
@@ -279,7 +279,8 @@ def check_alike(
     names = ("problem_type", "max_seq_length", "pooling")
     for path, folder, config in zip(paths, folders, configs, strict=True):
         if not method_of(config).fits_bank(config):
-            raise UserError(f"--prefix_paths: {path} is not a prefix of depth all")
+            what = "the adapter folder of a prefix of depth all"
+            raise UserError(f"--prefix_paths: {path} is not {what}")
         values = {name: (getattr(config, name), getattr(configs[0], name)) for name in names}
         values["backbone"] = folder.backbone, folders[0].backbone
         for name, (value, first) in values.items():

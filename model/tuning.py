@@ -116,8 +116,8 @@ class TuningMethod:
         def may_lack(name: str) -> bool:
             return new_head if self.is_head(name) else self.may_lack(name, config)
 
-        backbone = folders.backbone
-        model = load_weights(self.model_class, backbone, config, may_lack, not new_head)
+        backbone, strict = folders.backbone, not (new_head or self.adds)
+        model = load_weights(self.model_class, backbone, config, may_lack, strict)
         if fresh_head and f"{HEAD}weight" in read_shapes(backbone / WEIGHTS):  # it was loaded
             nn.init.normal_(model.classifier.weight, std=config.initializer_range)
             nn.init.zeros_(model.classifier.bias)

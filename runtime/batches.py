@@ -19,6 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:  # saves half a second in scripts that only read CSV files
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -180,17 +181,26 @@ def tokenize(
     """Return the token ids of each text, cut to `max_length` of them, and whether it was cut."""
     options = {"truncation": True, "max_length": max_length}
     options |= {"return_attention_mask": False, "return_token_type_ids": False}
-    # the tokenizer would take minutes and gigabytes for texts of megabytes: their start is enough
-    # if it ends with a whole word and its tokens are too many
+    # the tokenizer would take minutes and gigabytes for texts of megabytes
     limit = CHARACTERS_PER_TOKEN * max_length
-    starts = [text if len(text) <= limit else text[:limit].rpartition(" ")[0] for text in texts]
-    tokens = tokenizer(starts, **options)
+    tokens = tokenizer([text[:limit] for text in texts], **options)
     token_ids, encodings = tokens["input_ids"], tokens.encodings
     for number, text in enumerate(texts):
-        if len(text) > limit and not encodings[number].overflowing:
+        if len(text) > limit and not ends_before_last_word(encodings[number]):
             whole = tokenizer([text], **options)
             token_ids[number], encodings[number] = whole["input_ids"][0], whole.encodings[0]
     return token_ids, [bool(encoding.overflowing) for encoding in encodings]
+
+
+def ends_before_last_word(encoding: "Encoding") -> bool:
+    """Whether the tokens that are kept end before the last word, so that its end cannot matter."""
+    if not encoding.overflowing:
+        return False
+    kept, last = (
+        max((word for word in part.word_ids if word is not None), default=-1)
+        for part in (encoding, encoding.overflowing[-1])
+    )
+    return kept < last
 
 
 def training_batches(

@@ -13,16 +13,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from runtime.csv_reader import Table
-from runtime.file_format import (
-    MULTI_LABEL,
-    SETTINGS,
-    FileFormat,
-    Reading,
-    read_split_record,
-    several_columns,
-)
+from runtime.file_format import SETTINGS, FileFormat, Reading, read_split_record
 from runtime.files import UserError, read_json
-from runtime.flags import fill
+from runtime.flags import MULTI_LABEL, fill, several_columns
 
 MEMBER_FOLDER = "prefix-{}"  # of each prefix of an ensemble, in one folder
 DEFAULTS = {  # of the settings that are never unset

@@ -12,10 +12,9 @@ from typing import Annotated, Any, Literal, Self, TypedDict
 from msgspec import Meta
 
 from runtime.files import UserError, name_list, read_json, sha256
-from runtime.flags import DELIMITERS, QUOTINGS, is_encoding
+from runtime.flags import DELIMITERS, MULTI_LABEL, QUOTINGS, is_encoding
 
 LABEL_SEPARATOR = "|"
-SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 UTF8 = "utf-8"
 SHOWN = 60  # characters of a text
 
@@ -23,11 +22,6 @@ SHOWN = 60  # characters of a text
 def plain_name(encoding: str) -> str:
     """Return the name of an encoding: UTF8 for all of its names, and others as they are."""
     return UTF8 if codecs.lookup(encoding).name == UTF8 else encoding
-
-
-def several_columns(label_column_name: str | None) -> bool:
-    """Whether the value of --label_column_name is several columns, each of 0 and 1 for a label."""
-    return "," in (label_column_name or "")
 
 
 class Reading(TypedDict, total=False):

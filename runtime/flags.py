@@ -11,6 +11,7 @@ from typing import NoReturn
 
 DELIMITERS = {"comma": ",", "tab": "\t", "semicolon": ";", "pipe": "|"}
 QUOTINGS = ("minimal", "none")
+SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 path = os.path.expanduser  # a shell leaves `~` as it is in `--flag=~/folder`
 
 
@@ -70,6 +71,11 @@ def column_names(text: str) -> list[str]:
     if len(set(names)) < len(names):
         raise ArgumentTypeError(f"'{text}' names a column twice")
     return names
+
+
+def several_columns(label_column_name: str | None) -> bool:
+    """Whether the value of --label_column_name is several columns, each of 0 and 1 for a label."""
+    return "," in (label_column_name or "")
 
 
 def label_columns(text: str) -> str:

@@ -12,9 +12,9 @@ from itertools import chain, compress
 import pandas as pd
 
 from runtime.advice import row_list
-from runtime.csv_reader import text_key
-from runtime.file_format import LABEL_SEPARATOR, MULTI_LABEL, FileFormat
+from runtime.file_format import LABEL_SEPARATOR, FileFormat
 from runtime.files import UserError, name_list
+from runtime.flags import MULTI_LABEL
 
 TRUE, FALSE = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no", ""}
 
@@ -32,6 +32,13 @@ def label_key(label: str) -> str:
 def is_list(text: str) -> bool:
     """Whether a cell looks like a list of Python or JSON."""
     return text[:1] == "[" and text[-1:] == "]"
+
+
+def look_alike_key(label: str) -> str:
+    """Return a key that is the same for labels that a reader may take for the same."""
+    text = unicodedata.normalize("NFKC", label).casefold()
+    visible = (character for character in text if unicodedata.category(character) != "Cf")
+    return " ".join("".join(visible).split())
 
 
 def cell_labels(cell: str, separator: str) -> list[str]:
@@ -140,7 +147,7 @@ def label_remarks(counts: dict[str, int], form: FileFormat) -> list[str]:
     """Return what may be wrong with labels. counts: of the training rows, by label."""
     remarks, alike = [], {}
     for name in counts:
-        alike.setdefault(text_key(name), []).append(name)
+        alike.setdefault(look_alike_key(name), []).append(name)
     if pairs := [names for names in alike.values() if len(names) > 1]:
         shown = " and ".join(ascii(name[:40]) for name in pairs[0])
         more = f" (and {len(pairs) - 1} more)" if len(pairs) > 1 else ""

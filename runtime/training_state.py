@@ -103,11 +103,13 @@ class TrainingState:
         """Restore what `state_dict` returned. Raises: CheckpointError if it is of another model."""
         for name, parameter in trainable(self.model).items():
             weight = tensors.get(WEIGHT + name)
-            if weight is None or weight.shape != parameter.shape:
+            moments = {moment: tensors.get(f"{moment}/{name}") for moment in MOMENTS}
+            lacks = any(tensor is None for tensor in (weight, *moments.values()))
+            if lacks or weight.shape != parameter.shape:
                 raise CheckpointError(f"the checkpoint is of another model: {name} does not fit")
             parameter.data.copy_(weight)
             self.optimizer.state[parameter] = {
-                moment: tensors[f"{moment}/{name}"].to(parameter.device) for moment in MOMENTS
+                moment: tensor.to(parameter.device) for moment, tensor in moments.items()
             }
         self.average.load(with_prefix(tensors, RAW))
         self.best.state = state["best"]

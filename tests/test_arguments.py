@@ -354,6 +354,14 @@ def test_help_imports_no_torch():
     assert shown.stdout.endswith("False\n")
 
 
+@pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("--no_such_flag", 2)])
+def test_help_and_typos_need_no_packages(flag, status):
+    command = [sys.executable, "-S", "main.py", flag]  # without site-packages
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == status, shown.stderr
+    assert "not installed" not in shown.stderr
+
+
 def test_a_tuned_prefix_needs_no_prefix_flags_and_refuses_them(tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text("{}")
     task = [*TASK, "--model_name_or_path", str(tmp_path)]

@@ -81,7 +81,7 @@ def test_a_bank_loads_its_backbone_once(tuned):
 def test_incompatible_prefixes_are_refused(tuned, make_model, backbone, tmp_path):
     paths, _ = tuned
     save(make_model(*KINDS["input"]), backbone, tmp_path / "input")
-    with pytest.raises(UserError, match="input is not a prefix of depth all"):
+    with pytest.raises(UserError, match="input is not the adapter folder of a prefix of depth all"):
         open_model([*paths, str(tmp_path / "input")], by_row=True)
     with pytest.raises(UserError, match="is not tuned yet"):
         open_model([*paths, backbone], by_row=True)

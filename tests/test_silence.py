@@ -165,6 +165,9 @@ def test_long_texts_are_cut_before_they_are_tokenized(backbone, tmp_path, monkey
     ids = batches.encode(noted, rows(), 8).token_ids
     assert ids == tokenizer(["a cat, " * 9], truncation=True, max_length=8).input_ids
     assert max(lengths) <= 800
+    rows.texts = ["中" * 100_000]  # without a blank
+    batches.encode(noted, rows(), 8)
+    assert max(lengths) <= 800
 
 
 # ------------------------------------------------------------------------- processes and shells
