@@ -175,7 +175,8 @@ def run(argv: list[str]) -> None:
     for name, text in files.items():
         (folder / name).write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     print(table.to_string(index=False), end="\n\n")
-    print("comparisons on unseen texts:")
+    if tests:
+        print("comparisons on unseen texts:")
     for test in tests:
         print(f"{test['protocol']:9} {significance.sentence(test)} ({test['texts']:,} texts)")
     if points:
