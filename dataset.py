@@ -17,7 +17,7 @@ import pandas as pd
 from runtime.advice import row_list
 from runtime.csv_reader import Table, text_key
 from runtime.file_format import FileFormat
-from runtime.files import UserError, name_list, sha256
+from runtime.files import UserError, check_unchanged, name_list
 from runtime.labels import (
     label_counts,
     label_key,
@@ -174,8 +174,7 @@ def read_split(path: str | Path, form: FileFormat, needs_labels: bool = True) ->
     table = open_table(path, form, needs_labels)
     split = next(read_chunks(table, None, needs_labels))
     log_remarks(table, split.dropped, len(split))
-    if sha256(path) != table.sha256:
-        raise UserError(f"{path} changed while it was read: start the command again")
+    check_unchanged(path, table.sha256)
     facts = {"malformed": table.malformed, "read_as": table.read_as(), "sha256": table.sha256}
     return replace(split, **facts)
 
@@ -214,8 +213,7 @@ class TestFile:
         for chunk in read_chunks(table, CHUNK_ROWS, self.labelled):
             if len(chunk):
                 yield chunk.number_labels(self.names)
-        if sha256(self.path) != self.sha256:
-            raise UserError(f"{self.path} changed while it was read: start the command again")
+        check_unchanged(self.path, self.sha256)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,14 @@ def run_and_report(function: Callable[..., None], *args) -> int:
     return 0
 
 
+def help_or_run(text: str, function: Callable[..., None], argv: list[str]) -> int:
+    """Print a script's help if it is asked for, else call its function, see `run_and_report`."""
+    if {"-h", "--help"} & {*argv}:
+        print(text)
+        return 0
+    return run_and_report(function, argv)
+
+
 def plural(count: int, noun: str) -> str:
     """Return a number with its noun, such as `1 row` or `2 rows`."""
     return f"{count:,} {noun}" + "s" * (count != 1)
@@ -123,6 +131,12 @@ def sha256(path: str | Path) -> str:
     check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_unchanged(path: str | Path, checksum: str) -> None:
+    """Check that a file still has its checksum, after it was read. Raises: UserError."""
+    if sha256(path) != checksum:
+        raise UserError(f"{path} changed while it was read: start the command again")
 
 
 def sync(path: Path) -> None:

@@ -44,7 +44,7 @@ from runtime.batches import encode, rows_of
 from runtime.columns import fill_format
 from runtime.file_format import SETTINGS as READING
 from runtime.file_format import FileFormat
-from runtime.files import UserError, run_and_report
+from runtime.files import UserError, help_or_run
 from runtime.flags import fill, unused_flag
 from runtime.machine import Machine, pick_machine, set_up_process
 from runtime.output_folder import opened
@@ -269,10 +269,7 @@ def score_and_publish(
 
 def main(argv: list[str]) -> int:
     """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
-    if {"-h", "--help"} & {*argv}:
-        print(__doc__)
-        return 0
-    return run_and_report(run, argv)
+    return help_or_run(__doc__, run, argv)
 
 
 if __name__ == "__main__":

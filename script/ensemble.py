@@ -30,7 +30,7 @@ from evaluation.predictions import FILES
 from model.predictions import to_logits
 from runtime.csv_reader import Table
 from runtime.file_format import SETTINGS, FileFormat
-from runtime.files import UserError, run_and_report, sha256
+from runtime.files import UserError, help_or_run, sha256
 from runtime.flags import contains, unused_flag
 from runtime.record import RUN_FILE, differences, read_record
 from script.baseline import Built, score_and_publish
@@ -184,10 +184,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
-    if {"-h", "--help"} & {*argv}:
-        print(__doc__)
-        return 0
-    return run_and_report(run, argv)
+    return help_or_run(__doc__, run, argv)
 
 
 if __name__ == "__main__":
