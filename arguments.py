@@ -137,6 +137,10 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--max_seq_length", TOKENS, None, f"longer texts are cut to N tokens [128, {TUNED_FOLDER}]"),
     ("--per_device_eval_batch_size", INT, 64, "[%(default)s]"),
     ("--precision", choice("auto", "fp32", "bf16"), "auto", "auto: bf16 if fast here [auto]"),
+    ("--engine", choice("auto", "torch", "openvino"), None, "that predicts with a tuned model; "
+     "auto: OpenVINO for files above half a megabyte on a CPU, else torch [auto]"),
+    ("--int8", SWITCH, False, "OpenVINO multiplies in 8 bits; refused if the tuned model's "
+     "validation predictions get worse"),
     ("--seed", SEED, 42, "seed of weights, row order and dropout [%(default)s]"),
 ),
 "prefix tuning": (
@@ -221,7 +225,9 @@ TASKS = {  # the tasks that use a flag, if not all do: a flag without an effect 
     **dict.fromkeys((*TRAINING_FLAGS, "train_file", "seed"), ("do_train",)),
     "validation_file": ("do_eval",),
     "test_file": ("do_predict",),
-    **dict.fromkeys("per_device_eval_batch_size safe_csv reject_below".split(), SCORING),
+    **dict.fromkeys(
+        "per_device_eval_batch_size safe_csv reject_below engine int8".split(), SCORING
+    ),
 }
 USED_WITH_TEXT = (
     "text problem_type drop_empty reject_below model_name_or_path prefix_paths max_seq_length "
@@ -271,6 +277,12 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
     for name in ("prefix_paths", "text"):
         if getattr(args, name) and (args.do_train or args.do_eval):
             parser.error(f"--{name} works only with --do_predict")
+    for name in ("engine", "int8"):
+        if getattr(args, name) and args.do_train:
+            parser.error(f"--{name}: training predicts with torch; predict in a run of its own")
+    if args.int8 and (args.prefix_paths or args.engine == "torch"):
+        other = "--prefix_paths" if args.prefix_paths else "--engine torch"
+        parser.error(f"--int8 and {other} exclude each other")
     if args.prefix_paths and args.model_name_or_path != DEFAULT_BACKBONE:
         parser.error("--prefix_paths: the folders name their backbone; omit --model_name_or_path")
 

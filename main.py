@@ -20,6 +20,7 @@ if __name__ == "__main__":
     print("loading libraries ...", file=sys.stderr)
 
 import logging
+import os
 import signal
 from argparse import Namespace
 from contextlib import suppress
@@ -34,6 +35,7 @@ import trainer
 from dataset import Data, RowPrefixes, Split
 from evaluation.calibration import calibrate
 from evaluation.predictions import Options, check_columns
+from evaluation.quantization import check_int8
 from evaluation.scoring import publish, score, show
 from evaluation.tables import schedule_name, summary
 from evaluation.texts import label_texts
@@ -47,7 +49,7 @@ from runtime.batches import encode
 from runtime.checkpoint import Checkpoint, Tensors
 from runtime.columns import fill_format, model_folders, precision_for
 from runtime.files import UserError, read_json, writing
-from runtime.machine import Machine, pick_machine, set_up_process
+from runtime.machine import Machine, engine_for, pick_machine, set_up_process
 from runtime.output_folder import OutputFolder, opened, recorder
 from runtime.processes import Group, stop_signals
 from runtime.record import check_same_run, describe_run, identity
@@ -111,7 +113,8 @@ def run(args: Namespace) -> None:
         # prepare: machine, model, data and record, the same in all processes
         calibrated = [] if args.do_train else model_folders(vars(args))
         precision = precision_for(output.precision(args.precision), calibrated)
-        machine = pick_machine(group.from_main(precision), group)
+        engine = group.from_main(engine_of(args))
+        machine = pick_machine(group.from_main(precision), group, engine, args.int8)
         source, data, record = group.agree(
             lambda: prepare(args, machine), compared=lambda prepared: identity(prepared[-1])
         )
@@ -131,8 +134,11 @@ def run(args: Namespace) -> None:
             source.method.initialise(model, source.tokenizer, vars(args), data.train.texts)
         else:
             model = source.build()
-        machine.place(model)
         results = data.count_rows() | source.count(model)
+        if args.do_train:
+            machine.place(model)
+        else:
+            model = source.place(model, machine)
 
         # train; the model ends with its best epoch on the validation file, else with the last
         if args.do_train:
@@ -150,6 +156,10 @@ def run(args: Namespace) -> None:
             with writing(output.staging):
                 source.save(model, output.staging)
 
+        if args.int8:
+            folder = Path(args.model_name_or_path)
+            check_int8(classifier.logits, folder, source.labels, source.multi_label)
+
         # score; the model sees the test file only now that every choice has been made
         def classify(split: Split) -> torch.Tensor:
             return classifier.logits(split, data.prefixes and data.prefixes.index(split))
@@ -164,6 +174,16 @@ def run(args: Namespace) -> None:
 
         # publish; a limit of 0 means that checkpoints were only for resuming
         publish(output, record, results, keep_checkpoints=args.save_total_limit != 0)
+
+
+def engine_of(args: Namespace) -> str:
+    """Return the engine to predict with."""
+    if args.do_train:
+        return "torch"
+    tasks = (args.do_eval, args.validation_file), (args.do_predict, args.test_file)
+    paths = [path for wanted, path in tasks if wanted and os.path.isfile(path)]
+    choice = args.engine or ("openvino" if args.int8 else None)
+    return engine_for(choice, sum(map(os.path.getsize, paths)))
 
 
 def classifier_of(args: Namespace) -> Classifier:

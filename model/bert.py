@@ -3,13 +3,15 @@
 `pytest -m upgrade` runs the tests that notice a change of it.
 
 - BertModel passes keyword arguments that it does not know to the attention function of each
-  layer: `prefix`, `table_rows` and `fused` of `prefix_encoder.attend`.
+  layer: `prefix`, `table_rows` and `traced` of `prefix_encoder.attend`.
 - AttentionInterface and AttentionMaskInterface take a function by name;
   ALL_MASK_ATTENTION_FUNCTIONS has the masks of sdpa: bool, or None if nothing is masked.
 - BertCrossAttention.forward works on a BertSelfAttention, which has its weights and their names;
   BertLayer.feed_forward_chunk.
 - from_pretrained(output_loading_info=True) lists keys: missing, unexpected and mismatched.
 - ACT2CLS has the names of the activations.
+- openvino.frontend translates traced modules; openvino.convert_model, which calls it, sends usage
+  data to a server.
 In runtime/, on which model/ is built:
 - batches.py: a tokenizer returns `encodings`, each with `overflowing` and `word_ids`.
 - training_state.py: the state of fused AdamW, its `found_inf`, and torch._foreach_lerp_.
@@ -17,6 +19,7 @@ In runtime/, on which model/ is built:
 B batch, T text tokens, P virtual tokens, HD hidden size, V words of the vocabulary, U words in use.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,3 +138,16 @@ def read_weights(
         )
     fresh = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     return model, fresh, set(report["unexpected_keys"])
+
+
+def to_openvino(module: nn.Module, example: list[torch.Tensor]):
+    """Translate a module into an `openvino.Model`. example: inputs to trace it with."""
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    inputs = tuple(example)
+    with torch.inference_mode(), warnings.catch_warnings(action="ignore"):  # about torch.jit
+        traced = torch.jit.trace(module, inputs, strict=False, check_trace=False)
+    decoder = TorchScriptPythonDecoder(traced, example_input=inputs)  # must outlive its use
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    return frontend.convert(frontend.load(decoder))

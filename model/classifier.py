@@ -70,8 +70,7 @@ class Classifier:
         self.title = source.method.title(source.config)
         self.machine, self.batch_size, self.model = machine, batch_size, model
         if model is None:
-            self.model = source.build()
-            machine.place(self.model)
+            self.model = source.place(source.build(), machine)
 
     def __call__(self, texts: str | Iterable[str]) -> list[dict]:
         """Label one text or many, such as a list or a column of a table.

@@ -143,7 +143,8 @@ class PrefixBank(nn.Module):
         lengths = self.lengths[prefix_index]  # [B]
         if on_gpu(input_ids):  # each row has a copy, since finding what rows share would wait
             longest, chosen = slots.shape[4], prefix_index
-            rows = torch.arange(len(prefix_index), device=prefix_index.device), 1
+            each = torch.arange(len(prefix_index), device=prefix_index.device)
+            rows = each, each[:, None]
         else:
             longest, (chosen, rows) = int(lengths.max()), self.share(prefix_index)
         position = torch.arange(longest + input_ids.shape[1], device=input_ids.device)
@@ -161,7 +162,7 @@ class PrefixBank(nn.Module):
 
     def share(
         self, prefix_index: torch.Tensor
-    ) -> tuple[torch.Tensor | slice, tuple[torch.Tensor, int] | None]:
+    ) -> tuple[torch.Tensor | slice, tuple[torch.Tensor, torch.Tensor] | None]:
         """Return the prefixes that a batch needs, G of them, and `table_rows`, see `attend`."""
         used, group = prefix_index.unique(return_inverse=True)  # [G]; each row's index into it, [B]
         if len(used) == 1:
@@ -191,10 +192,11 @@ class PrefixBank(nn.Module):
         return SequenceClassifierOutput(logits=average(logits, multi_label))
 
 
-def table_rows(group: torch.Tensor) -> tuple[torch.Tensor, int]:
+def table_rows(group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Place each row in a table of G prefixes times R rows; group: int64 [B], each row's prefix.
 
-    Returns the places, int64 [B], and R, the number of rows of the most common prefix.
+    R is the number of rows of the most common prefix. Returns the place of each row, int64 [B], and
+    the row at each place, int64 [G, R], 0 if it is empty.
     """
     counts = group.bincount()
     size = int(counts.max())
@@ -203,4 +205,6 @@ def table_rows(group: torch.Tensor) -> tuple[torch.Tensor, int]:
     first = (counts.cumsum(0) - counts)[group[order]]  # [B], sorted: start of its prefix
     place = torch.empty_like(group)
     place[order] = group[order] * size + in_order - first
-    return place, size
+    source = torch.zeros_like(counts).repeat(size)
+    source[place] = in_order
+    return place, source.view(-1, size)

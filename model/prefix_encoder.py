@@ -103,8 +103,8 @@ def attend(
     scaling: float,
     dropout: float = 0.0,
     prefix: Callable[[int], torch.Tensor] | None = None,
-    table_rows: tuple[torch.Tensor, int] | None = None,
-    fused: bool = False,
+    table_rows: tuple[torch.Tensor, torch.Tensor] | None = None,
+    traced: bool = False,
     **unused,
 ) -> tuple[torch.Tensor, None]:
     """Attend over [prefix; text], or text alone, as an attention function of transformers.
@@ -114,17 +114,19 @@ def attend(
     the prefix for each row; else one matrix product covers all rows that share a prefix.
 
     query, key, value: [B, H, T, D]; with depth "input" T counts the virtual tokens too, and in the
-    last layer there is one query. attention_mask: bool [B, 1, T or 1, P+T], True where to attend.
-    table_rows: None if all rows share one prefix. Else (place, R): the rows are put into a table of
-    G groups of R places, some of them empty, so that one product per group multiplies its rows by
-    its prefix; row i is at place[i], int64 [B], of the G*R. See `prefix_bank.table_rows`.
-    fused: always use torch's fused attention, so that one graph serves every shape.
+    last layer there is one query. attention_mask: bool [B, 1, T or 1, P+T], True where to attend,
+    or float, which is added to the scores.
+    table_rows: None if all rows share one prefix. Else (place, source): the rows are put into a
+    table of G groups of R places, so that one product per group multiplies its rows by its prefix.
+    Row i is at place[i], int64 [B], of the G*R; each place has the row source[g, r], int64 [G, R].
+    Places without a row of their own repeat another, unread. See `prefix_bank.table_rows`.
+    traced: make no choice that depends on the shape, so that one graph serves every shape.
     Returns [B, T, H, D].
     """
     # under autocast the text is bfloat16, but the prefix may not be
     slots = None if prefix is None else prefix(module.layer_idx).to(key.dtype)
     virtual, length = (0 if slots is None else slots.shape[3]), key.shape[2]
-    if fused or prefers_fused(query, virtual, length, dropout):
+    if not traced and prefers_fused(query, virtual, length, dropout):
         if slots is not None:
             key, value = prepend(slots[0], key, table_rows), prepend(slots[1], value, table_rows)
         return attend_fused(query, key, value, attention_mask, scaling, dropout), None
@@ -136,49 +138,54 @@ def attend(
         """Multiply each row, [H, B, T, M], by its prefix's matrix, [H, G, M, N]: [H, B, T, N]."""
         heads, groups, _, width = matrix.shape
         if table_rows is not None:
-            place, size = table_rows
-            table = rows.new_zeros(heads, groups * size, *rows.shape[2:])
-            rows = table.index_copy(1, place, rows)
+            rows = rows.index_select(1, table_rows[1].flatten())  # [H, G*R, T, M]
         product = rows.reshape(heads, groups, -1, rows.shape[3]) @ matrix  # [H, G, R*T, N]
         product = product.view(*rows.shape[:3], width)
-        return product if table_rows is None else product[:, place]
+        return product if table_rows is None else product.index_select(1, table_rows[0])
 
-    scores = query @ key.mT  # [H, B, T, T]
+    scores = query @ key.transpose(2, 3)  # [H, B, T, T]
     if slots is not None:
-        scores = torch.cat([over_prefix(query, slots[0].mT), scores], dim=3)  # [H, B, T, P+T]
+        to_prefix = over_prefix(query, slots[0].transpose(2, 3))
+        scores = torch.cat([to_prefix, scores], dim=3)  # [H, B, T, P+T]
     mask = None if attention_mask is None else attention_mask.transpose(0, 1)
-    weights = attention_weights(scores, mask, dropout)
+    weights = attention_weights(scores, mask, dropout, 0 if traced else FEWEST)
     out = weights[..., virtual : virtual + length] @ value
     if slots is not None:
         out = out + over_prefix(weights[..., :virtual], slots[1])
     return out.permute(1, 2, 0, 3), None  # [H, B, T, D] -> [B, T, H, D]
 
 
-def attention_weights(
-    scores: torch.Tensor, mask: torch.Tensor | None, dropout: float
-) -> torch.Tensor:
-    """Turn scores into weights of their type: [..., N] -> [..., N, or 16 if N is less].
+FEWEST = 16  # torch's softmax over fewer numbers takes several times as long
 
-    The softmax is computed in float32. dropout: applied whenever it is not 0.
+
+def attention_weights(
+    scores: torch.Tensor, mask: torch.Tensor | None, dropout: float, fewest: int = FEWEST
+) -> torch.Tensor:
+    """Turn scores into weights of their type: [..., N] -> [..., N, or `fewest` if N is less].
+
+    The softmax is computed in float32. mask: see `attend`. dropout: applied whenever it is not 0.
     """
-    if mask is not None:
+    if mask is not None and mask.is_floating_point():
+        scores = scores + mask
+    elif mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    # torch's softmax over fewer than 16 numbers takes several times as long as over 16
-    if (missing := 16 - scores.shape[3]) > 0:
+    if fewest and (missing := fewest - scores.shape[3]) > 0:
         scores = nn.functional.pad(scores, (0, missing), value=-torch.inf)
     weights = scores.softmax(dim=3, dtype=torch.float32)
     return nn.functional.dropout(weights, dropout).to(scores.dtype)
 
 
 def prepend(
-    slots: torch.Tensor, text: torch.Tensor, table_rows: tuple[torch.Tensor, int] | None
+    slots: torch.Tensor,
+    text: torch.Tensor,
+    table_rows: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
     """Put each row's prefix before its text: [H, G, P, D] and [B, H, T, D] -> [B, H, P+T, D]."""
     slots = slots.transpose(0, 1)  # [G, H, P, D]
     if table_rows is None:
         return torch.cat([slots.expand(text.shape[0], -1, -1, -1), text], dim=2)
-    place, size = table_rows
-    return torch.cat([slots[place // size], text], dim=2)
+    place, source = table_rows
+    return torch.cat([slots[place // source.shape[1]], text], dim=2)
 
 
 def attend_fused(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
 from model import adapter, loading
+from model.engine import ready
 from model.folders import (
     ADAPTER_CONFIG,
     AdapterSettings,
@@ -36,6 +37,7 @@ from runtime.file_format import FileFormat
 from runtime.files import UserError, name_list, read_json
 from runtime.flags import MULTI_LABEL, SINGLE_LABEL, fill
 from runtime.labels import label_key, label_numbers
+from runtime.machine import Machine
 from runtime.training_state import WEIGHT
 
 logger = logging.getLogger(__name__)
@@ -134,6 +136,16 @@ class ModelSource:
         if self.is_bank:
             model = PrefixBank.from_tuned(model.bert, self.config, self.read_prefixes()).eval()
         return model.requires_grad_(False)
+
+    def place(self, model: nn.Module, machine: Machine) -> nn.Module:
+        """Place a model on a machine to predict with; returns it, or its form for the engine."""
+        fits_bank = self.method.fits_bank(self.config)
+        if machine.engine != "torch" and fits_bank and not self.is_bank:
+            tuned, rounded_to = self.read_prefixes(), machine.dtype  # as a server, which it equals
+            model = PrefixBank.from_tuned(model.bert, self.config, tuned, rounded_to).eval()
+        model.bert = ready(model.bert, machine, self.config.pooling, fits_bank)
+        machine.place(model)
+        return model
 
     def read_prefixes(self) -> list[TunedPrefix]:
         """Read K prefixes, with heads for the labels of all of them."""

@@ -15,13 +15,15 @@ import torch
 from torch import nn
 
 from runtime.batches import Encoded
-from runtime.files import UserError
+from runtime.files import UserError, name_list
 from runtime.processes import ALONE, Group
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 CGROUP = Path("/sys/fs/cgroup")
 MOST_WORKERS = 8  # Python's lock would keep more waiting
+ENGINES = ("auto", "torch", "openvino")
+SMALL = 2**19  # bytes of texts: a graph for OpenVINO takes a second or two to make
 CASTS = 1.3  # bfloat16 products must be this many times as fast, to make up for casts
 
 
@@ -33,12 +35,15 @@ class Machine:
     precision: str  # "fp32", or "bf16": matrix products in bfloat16, trainable weights in float32
     group: Group = ALONE  # of processes; the main one shows progress
     workers: int = 1  # batches that are scored at once, see `in_workers`
+    engine: str = "torch"  # that predicts with tuned models; "openvino" only on a CPU
+    int8: bool = False  # whether the engine multiplies in 8 bits
 
     def __str__(self) -> str:
         several = f", {self.group.size} processes that share each batch" * (self.group.size > 1)
         threads = f", {torch.get_num_threads()} threads" * (self.device.type == "cpu")
         threads += f", scoring with {self.workers} workers" * (self.workers > 1)
-        return f"device {self.device}{threads}, precision {self.precision}{several}"
+        engine = f", engine {self.engine}" * (self.engine != "torch") + ", int8" * self.int8
+        return f"device {self.device}{threads}, precision {self.precision}{engine}{several}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,7 +53,9 @@ class Machine:
     def describe(self) -> dict:
         """Return the machine's part of a run's settings."""
         size = self.group.size
-        return {"device": str(self.device), "precision": self.precision, "processes": size}
+        engine = None if self.engine == "torch" else self.engine  # as before there was another
+        facts = {"device": str(self.device), "precision": self.precision, "processes": size}
+        return facts | {"engine": engine}
 
     def place(self, model: nn.Module) -> None:
         """Move a model to the device.
@@ -122,13 +129,18 @@ def set_up_process() -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def pick_machine(precision: str, group: Group = ALONE) -> Machine:
+def pick_machine(
+    precision: str, group: Group = ALONE, engine: str = "torch", int8: bool = False
+) -> Machine:
     """Pick CUDA, else MPS, else the CPU; "auto" is bf16 if its products are faster there.
 
-    Raises: UserError for an unknown precision.
+    engine: to predict with; "auto" is OpenVINO on a CPU, else torch. int8: needs OpenVINO.
+    Raises: UserError for an unknown precision or engine, and for OpenVINO if there is a GPU.
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"precision '{precision}' is unknown: pass auto, fp32 or bf16")
+    if engine not in ENGINES:
+        raise UserError(f"engine '{engine}' is unknown: pass {name_list(ENGINES)}")
     name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu" and torch.backends.mps.is_available() and group.size == 1:  # gloo has no MPS
         name = "mps"
@@ -138,7 +150,18 @@ def pick_machine(precision: str, group: Group = ALONE) -> Machine:
         if name == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = group.from_main("bf16" if fast else "fp32")
-    return Machine(torch.device(name), precision, group, workers)
+    if engine == "auto":
+        engine = "openvino" if name == "cpu" else "torch"
+    if engine == "openvino" and name != "cpu":
+        raise UserError("--engine openvino is for CPUs, and this machine has a GPU: omit it")
+    if int8 and engine == "torch":
+        raise UserError("--int8 needs a CPU and --engine openvino: omit it")
+    return Machine(torch.device(name), precision, group, workers, engine, int8)
+
+
+def engine_for(choice: str | None, size: int) -> str:
+    """Return the engine to predict files of `size` bytes with, unless one is chosen."""
+    return choice or ("auto" if size > SMALL else "torch")
 
 
 @cache

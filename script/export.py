@@ -44,7 +44,7 @@ class Logits(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Map int64 [B, T] tokens and mask to logits [B, C], for texts of every length."""
-        return self.model(input_ids, attention_mask, fused=True).logits
+        return self.model(input_ids, attention_mask, traced=True).logits
 
 
 def example(classifier: Classifier, batch: int, tokens: int) -> dict[str, torch.Tensor]:
@@ -100,7 +100,7 @@ def difference(classifier: Classifier, path: Path) -> float:
 
 def run(folder: str, output_dir: Path) -> None:
     """Export the model in `folder`. Raises: UserError if that is not possible."""
-    classifier = load(folder, "fp32")
+    classifier = load(folder, "fp32", engine="torch")
     if isinstance(classifier.model, PrefixBank):
         raise UserError(f"{folder} has several prefixes: export each of them, such as prefix-1")
     classifier.model.cpu()

@@ -27,6 +27,7 @@ import ray
 import dataset
 from arguments import DIR, INT, SWITCH, parse_args
 from evaluation.predictions import Options, check_added, predict_file
+from evaluation.quantization import check_int8
 from model.classifier import Classifier
 from model.source import ModelSource, open_model
 from runtime.columns import fill_format, precision_for
@@ -43,13 +44,14 @@ from runtime.files import (
     writing,
 )
 from runtime.flags import Parser, unused_flag
-from runtime.machine import pick_machine, set_up_process
+from runtime.machine import engine_for, pick_machine, set_up_process
+from runtime.processes import ALONE
 from runtime.record import Record, describe_run, run_differences
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 FLAGS = {f"--{name}" for name in SETTINGS} | set(  # of main.py that change predictions
     "--problem_type --safe_csv --reject_below --max_seq_length --per_device_eval_batch_size "
-    "--precision".split()
+    "--precision --engine --int8".split()
 )
 
 
@@ -66,8 +68,11 @@ class Predictor:
         self, args: Namespace, source: ModelSource, form: FileFormat, record: dict
     ) -> None:
         set_up_process()
-        machine = pick_machine(precision_for(args.precision, [args.model_name_or_path]))
+        folder, engine = args.model_name_or_path, engine_for(args.engine, 0)
+        machine = pick_machine(precision_for(args.precision, [folder]), ALONE, engine, args.int8)
         self.classifier = Classifier(source, machine, args.per_device_eval_batch_size)
+        if args.int8:
+            check_int8(self.classifier.logits, Path(folder), source.labels, source.multi_label)
         self.options = Options(args.safe_csv, args.reject_below)
         self.form, self.record = form, record
 
@@ -163,6 +168,8 @@ def run(args: Namespace, flags: list[str]) -> None:
     print(f"{len(files)} files, {len(files) - len(left)} of them already finished", flush=True)
     if not left:
         return
+    choice = settings.engine or ("openvino" if settings.int8 else None)
+    settings.engine = engine_for(choice, sum(os.path.getsize(row["path"]) for row in left))
     ray.init(num_cpus=args.workers, log_to_driver=False, configure_logging=False)
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
     began, workers = time.perf_counter(), min(len(left), int(ray.cluster_resources()["CPU"]))

@@ -22,11 +22,12 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from arguments import DIR, FILE, INF, INT, NAME
+from arguments import DIR, FILE, INF, INT, NAME, SWITCH
 from runtime.columns import precision_for
 from runtime.files import UserError, name_list, run_and_report
 from runtime.flags import Parser, choice, number, value
-from runtime.machine import pick_machine, set_up_process
+from runtime.machine import ENGINES, pick_machine, set_up_process
+from runtime.processes import ALONE
 from serving.app import create_app
 from serving.engine import Settings
 from serving.models import Registry, find_models
@@ -62,6 +63,9 @@ FLAGS = (
     ("--allow_updates", DIR | {"metavar": "FOLDER"}, None,
      "let /v1/load_adapter and /v1/unload_adapter change what is served, from below FOLDER"),
     ("--precision", choice("auto", "fp32", "bf16"), "auto", ""),
+    ("--engine", choice(*ENGINES), "auto", "that predicts; auto: OpenVINO on a CPU [auto]"),
+    ("--int8", SWITCH, False, "OpenVINO multiplies in 8 bits; a model whose validation "
+     "predictions get worse is refused"),
     ("--cache_gib", SIZE, 1.0, "memory for prefixes; those used last stay [%(default)s]"),
     ("--max_batch_tokens", INT, LIMITS.max_batch_tokens, "[%(default)s]"),
     ("--max_queue", INT, LIMITS.max_queue, "texts that may wait; more get 429 [%(default)s]"),
@@ -116,7 +120,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{where}: {error.strerror or error}") from None
     set_up_process()
     folders = find_models(paths)
-    machine = pick_machine(precision_for(args.precision, folders.values()))
+    precision = precision_for(args.precision, folders.values())
+    machine = pick_machine(precision, ALONE, args.engine, args.int8)
     registry = Registry(machine, int(args.cache_gib * 2**30))
     registry.add_all(folders, named=paths)
     shared, models = len(registry.backbones), len(registry.models)

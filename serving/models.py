@@ -15,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evaluation.quantization import check_int8
+from model.engine import ready
 from model.folders import ADAPTER_CONFIG, ensemble_folders, find_backbone
+from model.predictions import average
 from model.prefix_bank import PrefixBank, TunedPrefix
 from model.source import ModelSource, open_model
-from runtime.batches import Encoded
+from runtime.batches import Encoded, TextRows, tokenize
 from runtime.columns import is_member, remembered_settings
 from runtime.file_format import FileFormat
 from runtime.files import UserError, read_json
@@ -27,6 +30,7 @@ from serving.prefixes import Adapter, PrefixCache, stamps_of
 
 logger = logging.getLogger(__name__)
 
+PART = 32  # rows
 OF_BACKBONE = (  # settings of a config that a prefix cannot choose
     "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
     "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
@@ -39,10 +43,10 @@ class Backend:
     """A BERT in memory: one that prefixes share, or a whole model, which has no prefixes here."""
 
     def __init__(self, source: ModelSource, module: nn.Module, cache: PrefixCache) -> None:
+        """module: on the machine of the cache."""
         self.folders, self.config = source.folders[0], source.config
         self.tokenizer, self.cache, self.machine = source.tokenizer, cache, cache.machine
-        self.module = module.requires_grad_(False).eval()
-        self.machine.place(module)
+        self.module = module
 
     def prepare(self, model: "Model") -> list[TunedPrefix]:
         """Return the prefixes that a row of the model needs. Raises: UserError."""
@@ -82,6 +86,15 @@ class Model:
     adapters: list[Adapter] = field(default_factory=list)
     form: FileFormat = field(default_factory=FileFormat)  # of the files that it was trained on
     entry: dict[str, Any] = field(default_factory=dict)  # in /v1/models
+
+    def classify(self, rows: TextRows) -> Tensor:
+        """Score rows outside the queue: float32 [N, C]."""
+        token_ids, _ = tokenize(self.backend.tokenizer, rows.texts, self.max_seq_length)
+        prefixes, logits = self.backend.prepare(self), []
+        for start in range(0, len(token_ids), PART):
+            part = token_ids[start : start + PART]
+            logits += self.backend.logits(part, [prefixes] * len(part))
+        return average(torch.stack(logits, dim=1)[..., : len(self.labels)], self.multi_label)
 
 
 def read_scores(folder: Path) -> dict[str, float]:
@@ -165,7 +178,8 @@ class Registry:
         elif known_backbone:
             raise UserError(f"{folder} has no prefix of depth all")
         else:
-            backend = Backend(source, source.build(), self.prefixes)
+            module = source.place(source.build(), self.machine).eval()
+            backend = Backend(source, module, self.prefixes)
         form = FileFormat.from_settings(remembered_settings(folder))
         states = [path.stat() for m in members for path in m.glob("*model.safetensors")]
         averaged = f", {len(members)} averaged" * (len(members) > 1)
@@ -184,6 +198,8 @@ class Registry:
         }
         facts = source.labels, source.multi_label, source.config.max_seq_length
         model = Model(name, *facts, backend, adapters, form, entry)
+        if self.machine.int8:
+            check_int8(model.classify, folder, source.labels, source.multi_label)
         self.models[name] = model  # requests that began with the old one end with it
         return model
 
@@ -208,7 +224,9 @@ class Registry:
         folders, configs = source.folders[0], source.configs
         key = folders.backbone.resolve(), source.config.pooling
         if key not in self.backbones:
-            bert = source.method.build(folders, configs[0]).bert
+            bert = source.method.build(folders, configs[0]).bert.requires_grad_(False).eval()
+            bert = ready(bert, self.machine, source.config.pooling, with_prefix=True)
+            self.machine.place(bert)
             self.backbones[key] = Backend(source, bert, self.prefixes)
         backend = self.backbones[key]
         for path, config in zip(source.folders, configs, strict=True):

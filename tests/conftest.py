@@ -351,7 +351,7 @@ def registry_of(
     folders: dict[str, Path], cache_bytes: int = 2**30, precision: str = "fp32"
 ) -> Registry:
     """Load models to serve."""
-    registry = Registry(pick_machine(precision), cache_bytes)
+    registry = Registry(pick_machine(precision, engine="auto"), cache_bytes)
     for name, folder in folders.items():
         registry.add(name, folder)
     return registry

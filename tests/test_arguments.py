@@ -40,12 +40,14 @@ FLAGS = """
     --drop_malformed
     --early_stopping_patience
     --ema_decay
+    --engine
     --eval_strategy
     --evaluation_strategy
     --gradient_accumulation_steps
     --gradient_checkpointing
     --head_learning_rate
     --hidden_dropout_prob
+    --int8
     --label_column_name
     --label_separator
     --learning_rate

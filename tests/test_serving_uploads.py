@@ -34,7 +34,7 @@ def test_a_csv_file_gets_the_bytes_that_main_writes(served, predict, tmp_path):
         post = functools.partial(httpx.post, f"{base}/v1/predict_csv")
         for name, folder in served.items():
             for path, extra in ((texts, {}), (odd, options)):
-                flags = ["--drop_empty"] if extra else []
+                flags = ["--engine", "openvino"] + ["--drop_empty"] * bool(extra)
                 for flag in [*extra][:2]:
                     flags += [f"--{flag}", extra[flag]]
                 assert predict(folder, "--test_file", str(path), *flags)[0] == 0

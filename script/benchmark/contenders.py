@@ -162,7 +162,7 @@ def write_engine(data: str, full: Path, folder: Path) -> None:
 
     folder.mkdir()
     shutil.copy(full / "tokenizer.json", folder)
-    classifier, path = load(str(full), "fp32"), folder.with_suffix(".onnx")
+    classifier, path = load(str(full), "fp32", engine="torch"), folder.with_suffix(".onnx")
     export.write(classifier, path)
     if folder.name == "ort-int8":
         # reduce_range: 8-bit products overflow on processors without VNNI

@@ -1,0 +1,151 @@
+"""BERT as one graph of OpenVINO, to predict with on CPUs; torch stays the reference.
+
+Torch spends much of a small batch's time between operations, and holds Python's lock while it does.
+The engine runs the whole graph in one call, without the lock.
+
+B batch, T text tokens, N tokens with the virtual ones, P virtual tokens, L layers, H heads, D head
+size (HD the hidden size), G prefixes in a batch.
+"""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import BertModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from model.bert import to_openvino
+from model.sequence_classification import POOLINGS
+from runtime.machine import Machine
+
+MASKED = -1e4  # is added to the scores of padding
+
+
+class Graph(nn.Module):
+    """A BERT from word embeddings to what the pooling reads, in a form that can be traced."""
+
+    def __init__(self, bert: BertModel, pooler: bool) -> None:
+        super().__init__()
+        self.bert, self.pooler = bert, pooler
+
+    def forward(self, inputs_embeds, mask, position_ids, place=None, source=None, *slots):
+        """Map embeddings [B, T, HD] to [B, HD] of the pooler, or to all states.
+
+        mask: added to the scores, [B, N]. position_ids: [1 or B, T]. place, source: `table_rows` of
+        `prefix_encoder.attend`. slots: [2, H, G, P, D] of each layer.
+        """
+        options = {"prefix": slots.__getitem__, "table_rows": (place, source)} if slots else {}
+        states, pooled = self.bert(
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask[:, None, None],
+            position_ids=position_ids,
+            traced=True,
+            return_dict=False,
+            **options,
+        )
+        return pooled if self.pooler else states
+
+
+class CompiledBert(nn.Module):
+    """A compiled BertModel; it is called as one, by any number of threads at once."""
+
+    def __init__(self, bert: BertModel, machine: Machine, pooling: str, with_prefix: bool) -> None:
+        """pooling: it is computed no further than that reads.
+
+        with_prefix: calls pass a `prefix` of any length, in the machine's precision.
+        """
+        import openvino  # only for those who use it
+
+        super().__init__()
+        config = bert.config
+        heads, width = config.num_attention_heads, config.hidden_size
+        self.words, self.pooler = bert.get_input_embeddings(), POOLINGS[pooling].reads_pooler
+        self.layers = config.num_hidden_layers if with_prefix else 0
+        example = [torch.zeros(2, 3, width), torch.zeros(2, 3), torch.arange(3)[None]]
+        shapes = [[-1, -1, width], [-1, -1], [-1, -1]]
+        if with_prefix:
+            slots = torch.zeros(2, heads, 2, 4, width // heads, dtype=machine.dtype)
+            example[1] = torch.zeros(2, 4 + 3)
+            example += [torch.arange(2), torch.arange(2)[:, None], *[slots] * self.layers]
+            shapes += [[-1], [-1, -1], *[[2, heads, -1, -1, width // heads]] * self.layers]
+        model = to_openvino(Graph(bert, self.pooler).eval(), example)
+        model.reshape(dict(zip(model.inputs, shapes, strict=True)))
+        settings = {
+            "NUM_STREAMS": machine.workers,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": "bf16" if machine.precision == "bf16" else "f32",
+        }
+        if machine.int8:
+            store_in_int8(model)
+            # activations become integers in every call, each group of 32 with its own scale
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "32"
+        self.compiled = openvino.Core().compile_model(model, "CPU", settings)
+        self.bfloat16 = lambda array: openvino.Tensor(array, array.shape, openvino.Type.bf16)
+        self.requests = threading.local()  # one for each thread
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the word embeddings."""
+        return self.words
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        *,
+        attention_mask: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        prefix: Callable[[int], torch.Tensor] | None = None,
+        table_rows: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Compute what the pooling reads; arguments as of BertModel and `prefix_encoder.attend`."""
+        if inputs_embeds is None:
+            inputs_embeds = self.words(input_ids)
+        rows, tokens = inputs_embeds.shape[:2]
+        if position_ids is None:
+            position_ids = torch.arange(tokens)[None]
+        inputs = [inputs_embeds, (1 - attention_mask.float()) * MASKED, position_ids]
+        if self.layers:
+            table_rows = table_rows or (torch.arange(rows), torch.arange(rows)[None])
+            inputs += [*table_rows, *map(prefix, range(self.layers))]
+        if not hasattr(self.requests, "own"):
+            self.requests.own = self.compiled.create_infer_request()
+        outputs = self.requests.own.infer([self.shared(x) for x in inputs], share_inputs=True)
+        output = torch.from_numpy(outputs[0])
+        if self.pooler:
+            return BaseModelOutputWithPooling(pooler_output=output)
+        return BaseModelOutputWithPooling(last_hidden_state=output)
+
+    def shared(self, tensor: torch.Tensor):
+        """Return an input of the graph that shares a tensor's memory; NumPy has no bfloat16."""
+        if tensor.dtype != torch.bfloat16:
+            return tensor.contiguous().numpy()
+        return self.bfloat16(tensor.contiguous().view(torch.uint16).numpy())
+
+
+def store_in_int8(model) -> None:
+    """Round the weights of a graph's matrix products to 8 bits, with a scale for each output.
+
+    As `nncf.compress_weights(mode=INT8_SYM)` does, which would bring 20 packages.
+    """
+    import openvino.opset15 as ops
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul":
+            continue
+        constant = node.input_value(1).get_node()
+        if constant.get_type_name() != "Constant":
+            continue
+        axis = 1 if node.get_attributes()["transpose_b"] else 0  # of the inputs
+        scale = np.abs(constant.data).max(axis=axis, keepdims=True).clip(1e-9) / 127
+        rounded = ops.constant((constant.data / scale).round().astype(np.int8))
+        weight = ops.multiply(ops.convert(rounded, "f32"), ops.constant(scale))
+        node.input(1).replace_source_output(weight.output(0))
+
+
+def ready(bert: BertModel, machine: Machine, pooling: str, with_prefix: bool = False) -> nn.Module:
+    """Return a frozen BERT to predict with: compiled, if that is the machine's engine."""
+    if machine.engine == "torch":
+        return bert
+    return CompiledBert(bert, machine, pooling, with_prefix)
