@@ -3,7 +3,7 @@
 `pytest -m upgrade` runs the tests that notice a change of it.
 
 - BertModel passes keyword arguments that it does not know to the attention function of each
-  layer: `prefix`, `table_rows` and `traced` of `prefix_encoder.attend`.
+  layer: `prefix`, `table_rows` and so on of `prefix_encoder.attend`.
 - AttentionInterface and AttentionMaskInterface take a function by name;
   ALL_MASK_ATTENTION_FUNCTIONS has the masks of sdpa: bool, or None if nothing is masked.
 - BertCrossAttention.forward works on a BertSelfAttention, which has its weights and their names;
@@ -55,6 +55,9 @@ class LastLayer(BertLayer):
         """Map states [B, T, HD] to [B, 1, HD]; the mask is [B, 1, T, T or P+T], or None."""
         # contiguous, else PyTorch multiplies row by row if weights are frozen: other rounding
         first = hidden_states[:, :1].contiguous()
+        if "packed" in options:  # of all rows, which are one: [1, N, HD] -> [B, 1, HD]
+            first = hidden_states[0].index_select(0, options["packed"][0][:, 0])[:, None]
+            options["first_only"] = True
         if attention_mask is not None:
             attention_mask = attention_mask[:, :, :1]
         options.pop("encoder_attention_mask", None)

@@ -114,7 +114,8 @@ def predict(model: nn.Module, data: Encoded, batch_size: int, machine: Machine) 
 
     Raises: UserError for a logit that is not finite, since it would count as a prediction.
     """
-    model.eval()
+    if model.training:
+        model.eval()
     group = machine.group
     share = math.ceil(len(data.token_ids) / (group.size * machine.workers)) or 1  # all are busy
     mine = group.share(length_batches(data, min(batch_size, share)))

@@ -3,8 +3,8 @@
 Torch spends much of a small batch's time between operations, and holds Python's lock while it does.
 The engine runs the whole graph in one call, without the lock.
 
-B batch, T text tokens, N tokens with the virtual ones, P virtual tokens, L layers, H heads, D head
-size (HD the hidden size), G prefixes in a batch.
+B batch, T text tokens of the longest row, N text tokens of all rows, P virtual tokens, L layers, H
+heads, D head size (HD the hidden size), G prefixes in a batch.
 """
 
 import threading
@@ -20,6 +20,8 @@ from model.bert import to_openvino
 from model.sequence_classification import POOLINGS
 from runtime.machine import Machine
 
+SHAPES = "30"  # of batches, whose kernels are kept: each takes about 3 MB
+PACKED = 16  # tokens
 MASKED = -1e4  # is added to the scores of padding
 
 
@@ -30,18 +32,20 @@ class Graph(nn.Module):
         super().__init__()
         self.bert, self.pooler = bert, pooler
 
-    def forward(self, inputs_embeds, mask, position_ids, place=None, source=None, *slots):
-        """Map embeddings [B, T, HD] to [B, HD] of the pooler, or to all states.
+    def forward(self, embeds, positions, mask, tokens, back, place=None, source=None, *slots):
+        """Map packed tokens to [B, HD] of the pooler, or to all states, [1, N, HD].
 
-        mask: added to the scores, [B, N]. position_ids: [1 or B, T]. place, source: `table_rows` of
-        `prefix_encoder.attend`. slots: [2, H, G, P, D] of each layer.
+        embeds: of words, [1, N, HD]. positions: [1, N]. mask: added to the scores, [B, P+T].
+        tokens, back, place, source: `packed` and `table_rows` of `prefix_encoder.attend`. slots:
+        [2, H, G, P, D] of each layer.
         """
         options = {"prefix": slots.__getitem__, "table_rows": (place, source)} if slots else {}
         states, pooled = self.bert(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             attention_mask=mask[:, None, None],
-            position_ids=position_ids,
+            position_ids=positions,
             traced=True,
+            packed=(tokens, back),
             return_dict=False,
             **options,
         )
@@ -63,11 +67,12 @@ class CompiledBert(nn.Module):
         heads, width = config.num_attention_heads, config.hidden_size
         self.words, self.pooler = bert.get_input_embeddings(), POOLINGS[pooling].reads_pooler
         self.layers = config.num_hidden_layers if with_prefix else 0
-        example = [torch.zeros(2, 3, width), torch.zeros(2, 3), torch.arange(3)[None]]
-        shapes = [[-1, -1, width], [-1, -1], [-1, -1]]
+        numbers, virtual = torch.arange(6), 4 * with_prefix  # two rows of three tokens
+        example = [torch.zeros(1, 6, width), numbers[None] % 3, torch.zeros(2, virtual + 3)]
+        example += [numbers.view(2, 3), numbers]
+        shapes = [[1, -1, width], [1, -1], [-1, -1], [-1, -1], [-1]]
         if with_prefix:
-            slots = torch.zeros(2, heads, 2, 4, width // heads, dtype=machine.dtype)
-            example[1] = torch.zeros(2, 4 + 3)
+            slots = torch.zeros(2, heads, 2, virtual, width // heads, dtype=machine.dtype)
             example += [torch.arange(2), torch.arange(2)[:, None], *[slots] * self.layers]
             shapes += [[-1], [-1, -1], *[[2, heads, -1, -1, width // heads]] * self.layers]
         model = to_openvino(Graph(bert, self.pooler).eval(), example)
@@ -76,12 +81,14 @@ class CompiledBert(nn.Module):
             "NUM_STREAMS": machine.workers,
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "INFERENCE_PRECISION_HINT": "bf16" if machine.precision == "bf16" else "f32",
+            "CPU_RUNTIME_CACHE_CAPACITY": SHAPES,
         }
         if machine.int8:
             store_in_int8(model)
             # activations become integers in every call, each group of 32 with its own scale
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "32"
         self.compiled = openvino.Core().compile_model(model, "CPU", settings)
+        self.tensor = openvino.Tensor
         self.bfloat16 = lambda array: openvino.Tensor(array, array.shape, openvino.Type.bf16)
         self.requests = threading.local()  # one for each thread
 
@@ -100,28 +107,44 @@ class CompiledBert(nn.Module):
         table_rows: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> BaseModelOutputWithPooling:
         """Compute what the pooling reads; arguments as of BertModel and `prefix_encoder.attend`."""
-        if inputs_embeds is None:
-            inputs_embeds = self.words(input_ids)
-        rows, tokens = inputs_embeds.shape[:2]
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        rows, length = given.shape[:2]
+        mask = attention_mask[:, -length:] != 0  # [B, T]; the mask of a prefix comes first
+        # the tokens without padding, a multiple of PACKED of them: few kernels serve all batches
+        packed = mask.flatten().nonzero()[:, 0]
+        packed = nn.functional.pad(packed, (0, -len(packed) % PACKED))
+        tokens = (mask.flatten().cumsum(0) - 1).clamp(min=0).view(rows, length)
+        away = (1 - attention_mask.float()) * MASKED
+        if rows == 1:  # nearly all texts that are alone have one shape then, which saves 1 ms
+            missing = -length % PACKED
+            tokens = nn.functional.pad(tokens, (0, missing))
+            away = nn.functional.pad(away, (0, missing), value=MASKED)
         if position_ids is None:
-            position_ids = torch.arange(tokens)[None]
-        inputs = [inputs_embeds, (1 - attention_mask.float()) * MASKED, position_ids]
+            position_ids = torch.arange(length)[None]
+        positions = position_ids.expand(rows, length).flatten()[packed]
+        embeds = given.flatten(0, 1)[packed]
+        embeds = self.words(embeds) if inputs_embeds is None else embeds
+        inputs = [embeds[None], positions[None], away, tokens, packed]
         if self.layers:
             table_rows = table_rows or (torch.arange(rows), torch.arange(rows)[None])
             inputs += [*table_rows, *map(prefix, range(self.layers))]
         if not hasattr(self.requests, "own"):
             self.requests.own = self.compiled.create_infer_request()
-        outputs = self.requests.own.infer([self.shared(x) for x in inputs], share_inputs=True)
-        output = torch.from_numpy(outputs[0])
+        request = self.requests.own
+        for number, tensor in enumerate(inputs):
+            request.set_input_tensor(number, self.shared(tensor))
+        request.infer()
+        output = torch.from_numpy(request.get_output_tensor(0).data.copy())
         if self.pooler:
             return BaseModelOutputWithPooling(pooler_output=output)
-        return BaseModelOutputWithPooling(last_hidden_state=output)
+        return BaseModelOutputWithPooling(last_hidden_state=output[0][tokens[:, :length]])
 
     def shared(self, tensor: torch.Tensor):
         """Return an input of the graph that shares a tensor's memory; NumPy has no bfloat16."""
-        if tensor.dtype != torch.bfloat16:
-            return tensor.contiguous().numpy()
-        return self.bfloat16(tensor.contiguous().view(torch.uint16).numpy())
+        tensor = tensor.contiguous()
+        if tensor.dtype == torch.bfloat16:
+            return self.bfloat16(tensor.view(torch.uint16).numpy())
+        return self.tensor(tensor.numpy(), shared_memory=True)
 
 
 def store_in_int8(model) -> None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -113,8 +112,9 @@ def encode(
     index: see `dataset.RowPrefixes`; a text with two prefixes counts as two texts.
     """
     prefixes = [None] * len(split.texts) if index is None else index.tolist()
-    keys = pd.Series(list(zip(split.texts, prefixes, strict=True)), dtype=object)
-    text_index, distinct = pd.factorize(keys, use_na_sentinel=False)  # no -1: the last text
+    distinct: dict[tuple, int] = {}  # texts with their prefixes, and their places
+    pairs = zip(split.texts, prefixes, strict=True)
+    text_index = np.array([distinct.setdefault(pair, len(distinct)) for pair in pairs], np.int64)
     token_ids, is_cut = tokenize(tokenizer, [text for text, _ in distinct], max_length)
     if split.path:
         warn(tokenizer, split, token_ids, np.array(is_cut)[text_index], max_length)

@@ -10,6 +10,7 @@ each. serving/README.md describes the interface.
 import argparse
 import gc
 import logging
+import os
 import re
 import resource
 import signal
@@ -119,6 +120,9 @@ def run(args: argparse.Namespace) -> None:
         where = f"--host {args.host} --port {args.port}"
         raise UserError(f"{where}: {error.strerror or error}") from None
     set_up_process()
+    # else oneDNN keeps a kernel for each shape of a batch, gigabytes in all; the libraries read it
+    # when they compute for the first time
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
     folders = find_models(paths)
     precision = precision_for(args.precision, folders.values())
     machine = pick_machine(precision, ALONE, args.engine, args.int8)

@@ -26,7 +26,8 @@ from serving.models import Model
 logger = logging.getLogger(__name__)
 
 MOST_PREFIXES = 32  # of a batch, since it has a copy of each
-MOST_PADDING = 64  # tokens, about what another call of the model costs
+# Tokens of padding, about what another call of the engine costs. OpenVINO computes little for them.
+MOST_PADDING = {"torch": 64, "openvino": 512}
 
 Row = tuple[Model, tuple[int, ...]]  # a text to score: its model and tokens
 
@@ -80,6 +81,7 @@ class Batcher:
         self, machine: Machine, max_batch_tokens: int, max_queue: int, metrics: Metrics
     ) -> None:
         self.metrics, self.max_batch_tokens, self.max_queue = metrics, max_batch_tokens, max_queue
+        self.most_padding = MOST_PADDING[machine.engine]
         self.turns: OrderedDict[Model, deque[Item]] = OrderedDict()  # the next model comes first
         self.size, self.closed = 0, False
         self.speed = 100.0  # texts per second, a moving average
@@ -191,7 +193,7 @@ class Batcher:
                 for item in batch:
                     if item.job.model is model:
                         item.job.finish(item.number, HTTPException(503, why))
-        for part in by_length([row for row in rows if row[0] in prepared]):
+        for part in by_length([row for row in rows if row[0] in prepared], self.most_padding):
             token_ids = [list(ids) for _, ids in part]
             scored = backend.logits(token_ids, [prepared[model] for model, _ in part])
             for (model, ids), logits in zip(part, scored, strict=True):
@@ -203,13 +205,13 @@ class Batcher:
                     item.job.finish(item.number, outcome)
 
 
-def by_length(rows: list[Row]) -> list[list[Row]]:
-    """Cut rows into parts of similar length, so that none has more than `MOST_PADDING` tokens."""
+def by_length(rows: list[Row], most_padding: int) -> list[list[Row]]:
+    """Cut rows into parts of similar length, none with more than so many tokens of padding."""
     parts: list[list[Row]] = []
-    padding = MOST_PADDING + 1
+    padding = most_padding + 1
     for row in sorted(rows, key=lambda row: -len(row[1])):
         padding += len(parts[-1][0][1]) - len(row[1]) if parts else 0
-        if padding > MOST_PADDING:
+        if padding > most_padding:
             parts.append([])
             padding = 0
         parts[-1].append(row)

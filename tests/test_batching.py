@@ -95,7 +95,7 @@ def test_equal_texts_are_scored_once_and_those_of_clients_that_left_never(queue)
 
 def test_texts_of_a_batch_have_similar_lengths():
     rows = [("model", (0,) * length) for length in (3, 128, 5, 120, 10, 60, 19, 64)]
-    lengths = [[len(ids) for _, ids in part] for part in by_length(rows)]
+    lengths = [[len(ids) for _, ids in part] for part in by_length(rows, 64)]
     assert lengths == [[128, 120], [64, 60, 19], [10, 5, 3]]
 
 
