@@ -66,6 +66,7 @@ TUNING = {
 }
 # fmt: on
 MOSTLY_SEEN = 0.5  # share of the validation rows
+FEW_STEPS, CONTRASTIVE_STEPS = 32, 50  # the head cannot be learned from scratch in fewer steps
 METHODS = tuple(name for name in TUNING if " " not in name)  # others: kinds of prefix
 USES = {"train": "train", "validation": "val", "test": "test"}
 FILES = {f"{use}_file": f"csv/{name}_simple.csv" for use, name in USES.items()}
@@ -147,14 +148,19 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--prefix", SWITCH, False, "same as --tuning_method prefix"),
     ("--prefix_depth", choice("all", "input"), None, "in every layer, or only at the input [all]"),
     ("--pre_seq_len", INT, None, "number of virtual tokens [all 128, input 16]"),
-    ("--num_prefixes", INT, None,
-     "train N prefixes side by side in one run; they predict together [1]"),
+    ("--num_prefixes", INT, None, "train N prefixes at once; they predict together [1]"),
     ("--prefix_init", choice("random", "text"), None,
      "initialise at random, or from the backbone's encoding of words [text; random if projected]"),
     ("--prefix_init_text", STR, None,
      "words to start from, repeated to the prefix's length [those of training texts]"),
     ("--prefix_projection", SWITCH, None, "reparametrise the prefix with an MLP [False]"),
     ("--prefix_hidden_size", INT, None, "hidden size of the --prefix_projection MLP [512]"),
+),
+"full tuning": (
+    ("--contrastive_steps", COUNT, None, "first move texts of a label together, as SetFit does, "
+     "and fit the head; then the defaults are mean pooling and a tenth of the rate "
+     f"[{CONTRASTIVE_STEPS} if texts are new, and neither --num_train_epochs nor --pooling cls is "
+     f"given, whose default is fewer than {FEW_STEPS} steps; else 0]"),
 ),
 "lora tuning": (
     ("--lora_r", INT, None, "rank of the matrices beside each query and value matrix [8]"),
@@ -223,8 +229,7 @@ TRAINING += tuple(f"{method} tuning" for method in METHOD_FLAGS)
 TRAINING_FLAGS = [row[0].split()[0][2:] for title in TRAINING for row in GROUPS[title]]
 TASKS = {  # the tasks that use a flag, if not all do: a flag without an effect is an error
     **dict.fromkeys((*TRAINING_FLAGS, "train_file", "seed"), ("do_train",)),
-    "validation_file": ("do_eval",),
-    "test_file": ("do_predict",),
+    **{"validation_file": ("do_eval",), "test_file": ("do_predict",)},
     **dict.fromkeys(
         "per_device_eval_batch_size safe_csv reject_below engine int8".split(), SCORING
     ),

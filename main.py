@@ -39,9 +39,10 @@ from evaluation.quantization import check_int8
 from evaluation.scoring import publish, score, show
 from evaluation.tables import schedule_name, summary
 from evaluation.texts import label_texts
+from model import contrastive
 from model.bert import train_words_in_use
 from model.classifier import Classifier
-from model.schedule import fill_schedule, learning_rate_warning
+from model.schedule import fill_schedule, fill_start, learning_rate_warning
 from model.source import ModelSource, new_model, open_model, read_tensors
 from runtime import checkpoint as checkpoints
 from runtime import processes
@@ -53,6 +54,7 @@ from runtime.machine import Machine, engine_for, pick_machine, set_up_process
 from runtime.output_folder import OutputFolder, opened, recorder
 from runtime.processes import Group, stop_signals
 from runtime.record import check_same_run, describe_run, identity
+from runtime.training_state import trainable
 
 logger = logging.getLogger("main")
 
@@ -226,7 +228,11 @@ def prepare(args: Namespace, machine: Machine) -> tuple[ModelSource, Data, dict]
     # schedule: for the backbone's width, and texts that repeat or new ones, unless flags set it
     if args.do_train:
         width, measured = source.config.hidden_size, source.name == DEFAULT_BACKBONE
-        schedule = fill_schedule(settings, data.seen_share, width)
+        fresh = not (source.started_from or source.multi_label)
+        start = fill_start(settings, len(data.train), data.seen_share, width, fresh)
+        if args.pooling:
+            source.config.pooling = described["pooling"] = args.pooling
+        schedule = fill_schedule(settings, data.seen_share, width) | start
         shown = ", ".join(f"{name} {value}" for name, value in schedule.items())
         shown += "" if measured else "; not measured on this backbone"
         logger.info("%s, hidden size %d: %s", schedule_name(data.seen_share), width, shown)
@@ -282,6 +288,11 @@ def tune(
     evaluates = args.eval_strategy == "epoch"
     eval_set = encode(source.tokenizer, data.eval, length) if evaluates else None
     train_words_in_use(model, train_set.token_ids)
+    if args.contrastive_steps and not checkpoint:
+        if is_main:
+            logger.info("%d contrastive steps, then the head", args.contrastive_steps)
+            contrastive.start(model, train_set, machine, args.contrastive_steps, args.seed)
+        model.load_state_dict(machine.group.tensors_from_main(trainable(model)), strict=False)
 
     if checkpoint:  # the run may have been killed before it removed older checkpoints
         checkpoints.prune(output.staging, args.save_total_limit, checkpoint.state["best_step"])

@@ -6,7 +6,15 @@
 from bisect import bisect_left
 from typing import Any
 
-from arguments import MOSTLY_SEEN, SCHEDULE, WIDTHS, fill, tuning_of
+from arguments import (
+    CONTRASTIVE_STEPS,
+    FEW_STEPS,
+    MOSTLY_SEEN,
+    SCHEDULE,
+    WIDTHS,
+    fill,
+    tuning_of,
+)
 
 
 def coming_texts(seen_share: float) -> str:
@@ -39,6 +47,27 @@ def fill_schedule(settings: dict[str, Any], seen_share: float, width: int) -> di
         chosen["rdrop_alpha"] = 0  # two equal predictions
     fill(settings, chosen)
     return {name: settings[name] for name in ("learning_rate", "head_learning_rate", *SCHEDULE)}
+
+
+def fill_start(
+    settings: dict[str, Any], rows: int, seen_share: float, width: int, fresh: bool
+) -> dict[str, int]:
+    """Fill in and return how full tuning starts: contrastively, if the default steps are few.
+
+    Call it before `fill_schedule`: a head that starts from a fit needs a tenth of the usual rate,
+    else it soon forgets the fit. Epochs or a pooling that flags set are kept.
+    rows: of the training file. fresh: whether the head is new, and a row has one label.
+    """
+    size = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    steps = -(-rows // size) * tuning_of(settings)[1].new[0]
+    free = settings["num_train_epochs"] is None and settings["pooling"] in (None, "mean")
+    new = fresh and settings["tuning_method"] == "full" and coming_texts(seen_share) == "new"
+    few = new and free and steps < FEW_STEPS
+    fill(settings, {"contrastive_steps": CONTRASTIVE_STEPS if few else 0})
+    if settings["contrastive_steps"]:
+        rate = default_rate(settings, width)[1] / 10
+        fill(settings, {"pooling": "mean", "learning_rate": rate})
+    return {"contrastive_steps": settings["contrastive_steps"]}
 
 
 def learning_rate_warning(settings: dict[str, Any], width: int) -> str | None:

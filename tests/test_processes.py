@@ -58,7 +58,9 @@ def losses(folder) -> np.ndarray:
     return np.array([one.get("loss", one.get("eval_loss")) for one in map(json.loads, lines)])
 
 
-@pytest.mark.parametrize("flags", [(), ("--prefix", "--num_prefixes", "3")])
+@pytest.mark.parametrize(
+    "flags", [(), ("--prefix", "--num_prefixes", "3"), ("--contrastive_steps", "3")]
+)
 def test_two_processes_learn_the_same_as_one(command, tmp_path, flags):
     flags += ("--pre_seq_len", "3") if "--prefix" in flags else ()
     flags += ("--hidden_dropout_prob", "0")  # its masks differ

@@ -42,6 +42,7 @@ RESUMED = {
         *"--rdrop_alpha 1 --hidden_dropout_prob 0.1 --load_best_model_at_end False".split(),
         *"--class_weights balanced".split(),
     ),
+    "contrastive": ("--contrastive_steps", "3", "--hidden_dropout_prob", "0.1"),
     "neither evaluation nor average": ("--eval_strategy", "no", "--ema_decay", "0"),
 }
 
