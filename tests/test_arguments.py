@@ -31,6 +31,7 @@ FLAGS = """
     --attention_probs_dropout_prob
     --class_weights
     --column_names
+    --contrastive_steps
     --csv_encoding
     --delimiter
     --do_eval

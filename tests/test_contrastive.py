@@ -73,10 +73,10 @@ def test_batches_have_every_row_once_in_an_epoch():
     assert len(next(contrastive.row_batches(3, seed=1))) == 3
 
 
-def test_the_start_moves_texts_of_a_label_together_and_fits_the_head(data, make_model):  # noqa: F811
-    """Only the trained words change, and the head classifies the training rows."""
+def test_the_start_moves_texts_of_a_label_together_and_fits_the_head(data, make_model, monkeypatch):  # noqa: F811
     model = make_model("--pooling", "mean")
     labels = torch.from_numpy(data.labels)
+    monkeypatch.setattr(contrastive, "RATE", 5e-3)  # so small a model learns slowly
     contrastive.start(model, data, FP32, 0, seed=1)
     before = states_of(model, data)
     contrastive.start(model, data, FP32, 60, seed=1)
