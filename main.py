@@ -50,7 +50,7 @@ from runtime.batches import encode
 from runtime.checkpoint import Checkpoint, Tensors
 from runtime.columns import fill_format, model_folders, precision_for
 from runtime.files import UserError, read_json, writing
-from runtime.machine import Machine, engine_for, pick_machine, set_up_process
+from runtime.machine import Machine, engine_for, fastest_threads, pick_machine, set_up_process
 from runtime.output_folder import OutputFolder, opened, recorder
 from runtime.processes import Group, stop_signals
 from runtime.record import check_same_run, describe_run, identity
@@ -114,9 +114,13 @@ def run(args: Namespace) -> None:
     with processes.joined() as group, opened(*where, group.is_main) as output:
         # prepare: machine, model, data and record, the same in all processes
         calibrated = [] if args.do_train else model_folders(vars(args))
-        precision = precision_for(output.precision(args.precision), calibrated)
+        precision = args.precision
+        if precision == "auto":
+            precision = precision_for(output.measured("precision") or "auto", calibrated)
         engine = group.from_main(engine_of(args))
         machine = pick_machine(group.from_main(precision), group, engine, args.int8)
+        if args.do_train and machine.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(output.measured("threads") or fastest_threads())
         source, data, record = group.agree(
             lambda: prepare(args, machine), compared=lambda prepared: identity(prepared[-1])
         )
@@ -212,6 +216,8 @@ def prepare(args: Namespace, machine: Machine) -> tuple[ModelSource, Data, dict]
     form = source.complete(form, settings)
     logger.info("%s, model %s", machine, source.name)
     described = source.settings(settings) | machine.describe()
+    if args.do_train:
+        described |= {"threads": torch.get_num_threads()}
 
     # data: read, check, audit for leaks
     tasks = ("train", args.do_train, args.train_file), ("eval", args.do_eval, args.validation_file)

@@ -24,6 +24,7 @@ CGROUP = Path("/sys/fs/cgroup")
 MOST_WORKERS = 8  # Python's lock would keep more waiting
 ENGINES = ("auto", "torch", "openvino")
 SMALL = 2**19  # bytes of texts: a graph for OpenVINO takes a second or two to make
+FEWER = 1.3  # fewer threads must be this many times as fast
 CASTS = 1.3  # bfloat16 products must be this many times as fast, to make up for casts
 
 
@@ -113,6 +114,31 @@ def bfloat16_gain() -> float:
     torch.set_num_threads(threads)
     float32, bfloat16 = map(min, zip(*rounds, strict=True))
     return float32 / bfloat16
+
+
+def product_seconds(threads: int) -> float:
+    """Measure the wall time of ten products of matrices by several threads."""
+    torch.set_num_threads(threads)
+    matrix, began = torch.ones(384, 384), time.perf_counter()
+    for _ in range(10):
+        (matrix @ matrix).relu_()
+    return time.perf_counter() - began
+
+
+def fastest_threads() -> int:
+    """Measure how many threads compute fastest, beside whatever else this machine does.
+
+    After each product the threads wait for the slowest; beside other processes, which take turns
+    with it, one thread is often faster than several. Fewer must be much faster: equal runs should
+    use equally many, since their number changes how sums are rounded.
+    """
+    most = torch.get_num_threads()
+    counts = sorted({most, max(1, most // 2), 1}, reverse=True)
+    rounds = [[product_seconds(count) for count in counts] for _ in range(5)]
+    torch.set_num_threads(most)
+    medians = dict(zip(counts, np.median(rounds, axis=0), strict=True))
+    fastest = min(counts, key=medians.__getitem__)
+    return fastest if medians[most] > FEWER * medians[fastest] else most
 
 
 def set_up_process() -> None:

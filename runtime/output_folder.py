@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from runtime import checkpoint
 from runtime.files import UserError, read_json, sync, to_json, write_text, writing
@@ -123,10 +124,10 @@ class OutputFolder:
                 "auto, or start over with --overwrite_output_dir"
             )
 
-    def precision(self, choice: str) -> str:
-        """Return that of the run to resume, for "auto": measured again, it may differ."""
+    def measured(self, name: str) -> Any:
+        """Return a setting of the run to resume, if any: measured again, it may differ."""
         earlier = (self.unfinished or self.finished).get("settings", {})
-        return earlier.get("precision", choice) if self.auto and choice == "auto" else choice
+        return earlier.get(name) if self.auto else None
 
     def is_finished(self, record: dict) -> bool:
         """Whether the run is to be resumed but its folder already contains all its results.

@@ -28,7 +28,7 @@ FREE_SETTINGS = set(
 # Settings that only change how sums are rounded, so that a run resumes with others. Of the last two
 # the product counts: it is the number of rows of a step.
 STEP_SIZE = ("per_device_train_batch_size", "gradient_accumulation_steps")
-ROUNDING = ("per_device_eval_batch_size", "gradient_checkpointing", *STEP_SIZE)
+ROUNDING = ("per_device_eval_batch_size", "gradient_checkpointing", "threads", *STEP_SIZE)
 
 
 class File(TypedDict):

@@ -9,6 +9,7 @@ import signal
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import main
@@ -47,16 +48,24 @@ RESUMED = {
 }
 
 
-def test_a_run_resumes_in_the_precision_that_it_started_in(run, stop_at, monkeypatch):
+def test_a_run_resumes_with_the_precision_and_the_threads_it_started_with(
+    run, stop_at, monkeypatch
+):
     """Measured on a busy machine, bfloat16 may look slow that was fast before."""
     auto = ("--precision", "auto", "--resume_from_checkpoint", "auto")
     monkeypatch.setattr(machine, "bfloat16_gain", lambda: 2.0)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr("main.fastest_threads", lambda: 3)
     stop_at(4)
     run(*auto, status=143)
     stop_at(None)
     monkeypatch.setattr(machine, "bfloat16_gain", lambda: 0.5)
+    monkeypatch.setattr("main.fastest_threads", lambda: pytest.fail("measured again"))
     folder = run(*auto)
-    assert load(folder, "run.json")["settings"]["precision"] == "bf16"
+    settings = load(folder, "run.json")["settings"]
+    assert (settings["precision"], settings["threads"]) == ("bf16", 3)
     before = hashes(folder)
     assert hashes(run(*auto)) == before  # it has already finished
 

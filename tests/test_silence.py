@@ -391,6 +391,19 @@ def test_bfloat16_is_used_only_where_it_is_faster(monkeypatch, gain, precision):
     assert machine.pick_machine("bf16").precision == "bf16"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "threads"),
+    [({4: 1, 2: 1, 1: 1.2}, 4), ({4: 1, 2: 0.8, 1: 2}, 4), ({4: 3, 2: 1, 1: 2}, 2)],
+)
+def test_fewer_threads_are_used_only_where_they_are_much_faster(monkeypatch, seconds, threads):
+    chosen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(machine, "product_seconds", seconds.__getitem__)
+    assert machine.fastest_threads() == threads
+    assert chosen[-1] == 4
+
+
 def test_a_container_with_few_cores_gets_few_threads(tmp_path, monkeypatch):
     """Defect 24: its quota was ignored."""
     assert machine.cpu_quota(tmp_path) == math.inf
