@@ -6,7 +6,6 @@ P-tuning v2. Nothing heavy is imported here, so `--help` and typos are answered 
 
 import argparse
 import importlib.util
-import math
 import os
 import sys
 from collections.abc import Mapping
@@ -16,7 +15,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from runtime import flags
-from runtime.flags import Parser, boolean, choice, column_names, encoding, fill, number, value
+
+from runtime.flags import (  # isort: skip
+    COUNT, DIR, DROPOUT, FILE, INT, NAME, POSITIVE, PROBABILITY, RATE, SEED, STEPS, STR, SWITCH,
+    TOKENS, Parser, choice, column_names, encoding, fill, number, value,
+)  # fmt: skip
 
 DEFAULT_BACKBONE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -73,16 +76,6 @@ FILES = {f"{use}_file": f"csv/{name}_simple.csv" for use, name in USES.items()}
 SCORING = ("do_predict", "do_eval")
 PRE_SEQ_LEN = {"all": 128, "input": 16}
 
-INF = math.inf
-SWITCH = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}  # --flag [True|False]
-NAME, STR = value(metavar="NAME"), value(metavar="STR")
-FILE, DIR = value(flags.path, "FILE"), value(flags.path, "DIR")
-INT, COUNT = value(number(int, 1, INF)), value(number(int, 0, INF))
-RATE = value(number(float, 0, 1e30, open_low=True), "LR")
-POSITIVE, STEPS = value(number(float, 0, INF, open_low=True), "X"), value(number(float, 0, INF))
-TOKENS, SEED = value(number(int, 3, 1e6)), value(number(int, 0, 2**32 - 1))
-DROPOUT, PROBABILITY = (value(number(float, 0, high), "P") for high in (0.99, 1))
-
 
 def by_method(name: str) -> str:
     """List the default of a schedule flag for every tuning method, for the help text."""
@@ -138,10 +131,9 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--max_seq_length", TOKENS, None, f"longer texts are cut to N tokens [128, {TUNED_FOLDER}]"),
     ("--per_device_eval_batch_size", INT, 64, "[%(default)s]"),
     ("--precision", choice("auto", "fp32", "bf16"), "auto", "auto: bf16 if fast here [auto]"),
-    ("--engine", choice("auto", "torch", "openvino"), None, "that predicts with a tuned model; "
-     "auto: OpenVINO for files above half a megabyte on a CPU, else torch [auto]"),
-    ("--int8", SWITCH, False, "OpenVINO multiplies in 8 bits; refused if the tuned model's "
-     "validation predictions get worse"),
+    ("--engine", choice("auto", "torch", "openvino"), None,
+     "to predict with; auto: OpenVINO for files above half a megabyte on a CPU [auto]"),
+    ("--int8", SWITCH, False, "predict in 8 bits, unless that harms the validation predictions"),
     ("--seed", SEED, 42, "seed of weights, row order and dropout [%(default)s]"),
 ),
 "prefix tuning": (
@@ -229,10 +221,8 @@ TRAINING += tuple(f"{method} tuning" for method in METHOD_FLAGS)
 TRAINING_FLAGS = [row[0].split()[0][2:] for title in TRAINING for row in GROUPS[title]]
 TASKS = {  # the tasks that use a flag, if not all do: a flag without an effect is an error
     **dict.fromkeys((*TRAINING_FLAGS, "train_file", "seed"), ("do_train",)),
-    **{"validation_file": ("do_eval",), "test_file": ("do_predict",)},
-    **dict.fromkeys(
-        "per_device_eval_batch_size safe_csv reject_below engine int8".split(), SCORING
-    ),
+    **{"validation_file": ("do_eval",), "test_file": ("do_predict",), "int8": SCORING},
+    **dict.fromkeys("per_device_eval_batch_size safe_csv reject_below engine".split(), SCORING),
 }
 USED_WITH_TEXT = (
     "text problem_type drop_empty reject_below model_name_or_path prefix_paths max_seq_length "
@@ -279,15 +269,11 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"nothing to do: pass {tasks}")
     if args.prefix_column and not args.prefix_paths:
         parser.error("--prefix_column needs --prefix_paths")
-    for name in ("prefix_paths", "text"):
-        if getattr(args, name) and (args.do_train or args.do_eval):
-            parser.error(f"--{name} works only with --do_predict")
-    for name in ("engine", "int8"):
-        if getattr(args, name) and args.do_train:
-            parser.error(f"--{name}: training predicts with torch; predict in a run of its own")
+    for name in ("prefix_paths", "text", "engine", "int8"):
+        if getattr(args, name) and (args.do_train or (args.do_eval and name in USED_WITH_TEXT)):
+            parser.error(f"--{name} works only with --do_predict, in a run without --do_train")
     if args.int8 and (args.prefix_paths or args.engine == "torch"):
-        other = "--prefix_paths" if args.prefix_paths else "--engine torch"
-        parser.error(f"--int8 and {other} exclude each other")
+        parser.error("--int8 excludes --prefix_paths and --engine torch")
     if args.prefix_paths and args.model_name_or_path != DEFAULT_BACKBONE:
         parser.error("--prefix_paths: the folders name their backbone; omit --model_name_or_path")
 

@@ -129,3 +129,15 @@ def choice(*words: str) -> dict:
 def fill(settings: dict, defaults: dict) -> None:
     """Set each setting that is None to its default."""
     settings.update({k: v for k, v in defaults.items() if settings[k] is None})
+
+
+# The kinds of most flags.
+INF = math.inf
+SWITCH = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}  # --flag [True|False]
+NAME, STR = value(metavar="NAME"), value(metavar="STR")
+FILE, DIR = value(path, "FILE"), value(path, "DIR")
+INT, COUNT = value(number(int, 1, INF)), value(number(int, 0, INF))
+RATE = value(number(float, 0, 1e30, open_low=True), "LR")
+POSITIVE, STEPS = value(number(float, 0, INF, open_low=True), "X"), value(number(float, 0, INF))
+TOKENS, SEED = value(number(int, 3, 1e6)), value(number(int, 0, 2**32 - 1))
+DROPOUT, PROBABILITY = (value(number(float, 0, high), "P") for high in (0.99, 1))

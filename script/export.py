@@ -23,12 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arguments import DIR
 from model import load
 from model.classifier import Classifier
 from model.prefix_bank import PrefixBank
 from runtime.files import UserError, run_and_report
-from runtime.flags import Parser
+from runtime.flags import DIR, Parser
 
 INPUTS = ("input_ids", "attention_mask")
 SHAPES = ((1, 3), (2, 16), (5, 9))  # batch and tokens, to compare

@@ -25,7 +25,7 @@ from pathlib import Path
 import ray
 
 import dataset
-from arguments import DIR, INT, SWITCH, parse_args
+from arguments import parse_args
 from evaluation.predictions import Options, check_added, predict_file
 from evaluation.quantization import check_int8
 from model.classifier import Classifier
@@ -43,7 +43,7 @@ from runtime.files import (
     write_text,
     writing,
 )
-from runtime.flags import Parser, unused_flag
+from runtime.flags import DIR, INT, SWITCH, Parser, unused_flag
 from runtime.machine import engine_for, pick_machine, set_up_process
 from runtime.processes import ALONE
 from runtime.record import Record, describe_run, run_differences

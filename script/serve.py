@@ -24,10 +24,9 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from arguments import DIR, FILE, INF, INT, NAME, SWITCH
 from runtime.columns import precision_for
 from runtime.files import UserError, name_list, run_and_report
-from runtime.flags import Parser, choice, number, value
+from runtime.flags import DIR, FILE, INF, INT, NAME, SWITCH, Parser, choice, number, value
 from runtime.machine import ENGINES, pick_machine, set_up_process
 from runtime.processes import ALONE
 from serving.app import create_app

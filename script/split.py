@@ -19,12 +19,26 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from arguments import DIR, FILE, INF, INT, NAME, READING, SEED, STR, SWITCH, USES
+from arguments import READING, USES
 from runtime.advice import row_list
 from runtime.csv_reader import Table, text_key
 from runtime.file_format import SETTINGS, FileFormat, SplitRecord
 from runtime.files import UserError, name_list, plural, read_json, run_and_report, sha256
-from runtime.flags import MULTI_LABEL, Parser, column_names, number, value
+from runtime.flags import (
+    DIR,
+    FILE,
+    INF,
+    INT,
+    MULTI_LABEL,
+    NAME,
+    SEED,
+    STR,
+    SWITCH,
+    Parser,
+    column_names,
+    number,
+    value,
+)
 from runtime.labels import label_counts, label_key, label_remarks, read_labels
 from script import groups
 

@@ -76,9 +76,9 @@ def test_do_predict_offers_the_engine_and_records_it(served, files, tmp_path, mo
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--do_train --engine openvino", "training predicts with torch"),
-        ("--do_predict --int8 --engine torch", "exclude each other"),
-        ("--do_predict --int8 --prefix_paths a b", "exclude each other"),
+        ("--do_train --engine openvino", "--engine works only with --do_predict, in a run without"),
+        ("--do_predict --int8 --engine torch", "--int8 excludes"),
+        ("--do_predict --int8 --prefix_paths a b", "--int8 excludes"),
         ("--do_predict --text hello --engine torch", "has no effect with --text"),
     ],
 )

@@ -135,7 +135,7 @@ def test_each_contender_measures(numbered, tiny, tmp_path):
     contenders.make_models(numbered, tmp_path, {"full", *contenders.MIXED})
     for table, arguments in (
         (contenders.TUNING, (numbered, 2)),
-        (contenders.SCORING, (contenders.distinct(numbered, 16),)),
+        (contenders.SCORING | contenders.SINGLE, (contenders.distinct(numbered, 16),)),
     ):
         for name, contender in table.items():
             if not {*contenders.ENGINES} & {*contender.models} and "compiled" not in name:
@@ -146,14 +146,15 @@ def test_each_contender_measures(numbered, tiny, tmp_path):
 def test_the_benchmark_runs_contenders_and_neighbours_as_processes(
     numbered, tiny, forks, tmp_path, capsys
 ):
-    pickle.dumps((contenders.TUNING, contenders.SCORING))  # as new processes need
+    pickle.dumps((contenders.TUNING, contenders.SCORING, contenders.SINGLE))  # as processes need
     flags = ["--data", numbered, "--steps", "2", "--texts", "16", "--rounds", "1", "--output_dir"]
     flags += [str(tmp_path / "out"), "--only", "ours, full", "ours, prefix 20", "--neighbours", "1"]
     assert benchmark.main(flags) == 0
     assert multiprocessing.active_children() == []  # a neighbour ran on for ever
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert found["tuning"].keys() == {"ours, full", "ours, prefix 20"}
-    assert found["scoring distinct texts"].keys() == {"ours, full"}
+    kinds = {"ours, full", "ours, full, torch", "ours, full, int8"}
+    assert found["scoring distinct texts"].keys() == kinds
     for one in (*found["tuning"].values(), *found["scoring distinct texts"].values()):
         assert min(one["rate"], one["peak_memory_bytes"]) > 0
     assert "x ours, full" in capsys.readouterr().out

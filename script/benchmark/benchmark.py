@@ -3,7 +3,7 @@
     bash script/benchmark.sh [--data FILE] [--rounds N] [--only NAME...] [--neighbours N]
 
 The rivals are HF Trainer, PEFT, pipeline, OpenVINO and onnxruntime, each in its best precision on
-this machine. Each contender has its own process, and they run in turn, one at a time. Prints two
+this machine. Each contender has its own process, and they run in turn, one at a time. Prints three
 tables and writes all figures to benchmark.json.
 """
 
@@ -17,9 +17,8 @@ from concurrent.futures import BrokenExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from arguments import DIR, FILE
 from runtime.files import UserError, run_and_report
-from runtime.flags import Parser
+from runtime.flags import DIR, FILE, Parser
 from script.benchmark import contenders
 from script.benchmark.contenders import Contender, Measure
 from script.benchmark.processes import format_table, started, worker, write_figures
@@ -99,13 +98,13 @@ def alternate(
 def compare(args: Namespace) -> None:
     """Measure the contenders, print the tables, and write the figures."""
     on_gpu, precision, _ = contenders.best()
-    tuning, scoring = (
+    tuning, scoring, single = (
         {name: table[name] for name in table if any(part in name for part in args.only)}
-        for table in (contenders.TUNING, contenders.SCORING)
+        for table in (contenders.TUNING, contenders.SCORING, contenders.SINGLE)
     )
     if on_gpu:  # the engines that are pinned here compute on the CPU
-        cpu_only = set(contenders.ENGINES)
-        scoring = {name: row for name, row in scoring.items() if not cpu_only & {*row.models}}
+        parts = ("OpenVINO", "onnxruntime", "int8")
+        scoring = {k: row for k, row in scoring.items() if not any(part in k for part in parts)}
     models = {model for row in scoring.values() for model in row.models}
     texts, results = contenders.distinct(args.data, args.texts), {}
     with tempfile.TemporaryDirectory() as parent, ExitStack() as neighbours:
@@ -116,6 +115,7 @@ def compare(args: Namespace) -> None:
         for title, table, arguments in (
             ("tuning", tuning, (args.data, args.steps)),
             ("scoring distinct texts", scoring, (texts,)),
+            ("scoring one text at a time, on one thread", single, (texts,)),
         ):
             results[title] = alternate(table, arguments, parent, args.rounds)
             print(f"\n{title}", format_table(results[title], COLUMNS), sep="\n", flush=True)

@@ -9,6 +9,7 @@ needs.
 """
 
 import io
+import os
 import shutil
 import tempfile
 import time
@@ -23,6 +24,7 @@ BATCH = 32  # rows of a training step, for every contender
 SCORING_BATCH = 64  # texts
 MOST_TOKENS = 384  # of a text; with a prefix of 128, BERT has no more positions
 CALIBRATION_TEXTS = 300  # of int8
+SINGLE_TEXTS = 256  # of a measurement without batches
 FIXED = "--num_train_epochs 1 --hidden_dropout_prob 0 --rdrop_alpha 0 --save_strategy no".split()
 FIXED += ["--max_seq_length", str(MOST_TOKENS), "--per_device_train_batch_size", str(BATCH)]
 
@@ -169,9 +171,12 @@ def write_engine(data: str, full: Path, folder: Path) -> None:
         quantize_dynamic(path, folder / "model.onnx", per_channel=True, reduce_range=True)
         return
     model = openvino.Core().read_model(path)
-    if folder.name == "int8":
+    if folder.name.startswith("int8"):
+        os.environ["CI"] = "true"  # else nncf sends usage data to a server
         import nncf
-
+    if folder.name == "int8 weights":
+        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+    if folder.name == "int8":
         cut = {"truncation": True, "max_length": MOST_TOKENS}
         texts = distinct(data, CALIBRATION_TEXTS)
         encoded = [classifier.tokenizer(text, return_tensors="np", **cut) for text in texts]
@@ -181,7 +186,9 @@ def write_engine(data: str, full: Path, folder: Path) -> None:
     openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
 
 
-def our_scoring(texts: list[str], folders: list[str]) -> Measure:
+def our_scoring(
+    texts: list[str], folders: list[str], engine: str = "auto", int8: bool = False
+) -> Measure:
     """Time `main.py --do_predict` on texts in memory: tokenizing and computing the logits.
 
     If there are several folders, the rows use them in turn.
@@ -192,17 +199,31 @@ def our_scoring(texts: list[str], folders: list[str]) -> Measure:
     from model.source import open_model
     from runtime.batches import rows_of
     from runtime.machine import pick_machine, set_up_process
+    from runtime.processes import ALONE
 
     set_up_process()
     mixed = len(folders) > 1
     source = open_model(folders if mixed else folders[0], by_row=mixed)
-    classifier = Classifier(source, pick_machine("auto"))
+    classifier = Classifier(source, pick_machine("auto", ALONE, engine, int8))
     index = np.arange(len(texts)) % len(folders) if mixed else None
     return timed(lambda: classifier.logits(rows_of(texts), index), len(texts))
 
 
-def hf_pipeline(texts: list[str], folders: list[str], compiled: bool = False) -> Measure:
-    """Time `pipeline("text-classification")` at its fastest."""
+def ours_alone(texts: list[str], folders: list[str]) -> Measure:
+    """Time `model.load` on one text after the other, on one thread."""
+    import torch
+
+    from model import load
+
+    torch.set_num_threads(1)
+    classifier, texts = load(folders[0]), texts[:SINGLE_TEXTS]
+    return timed(lambda: [classifier(text) for text in texts], len(texts))
+
+
+def hf_pipeline(
+    texts: list[str], folders: list[str], compiled: bool = False, alone: bool = False
+) -> Measure:
+    """Time `pipeline("text-classification")` at its fastest; alone: see `ours_alone`."""
     import torch
     import transformers
 
@@ -214,6 +235,10 @@ def hf_pipeline(texts: list[str], folders: list[str], compiled: bool = False) ->
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         model_kwargs={"attn_implementation": attention},
     )
+    if alone:
+        torch.set_num_threads(1)
+        texts = texts[:SINGLE_TEXTS]
+        return timed(lambda: [pipe(text) for text in texts], len(texts))
     if compiled:
         pipe.model.forward = torch.compile(pipe.model.forward, dynamic=True)
     return timed(lambda: pipe(texts, batch_size=SCORING_BATCH), len(texts))
@@ -253,6 +278,8 @@ def openvino_scoring(texts: list[str], folders: list[str]) -> Measure:
 
     hint = {"fp32": "f32"}.get(best()[1], "bf16")
     settings = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": hint}
+    if folders[0].endswith("int8 weights"):
+        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "32"
     model = openvino.Core().compile_model(f"{folders[0]}/model.xml", "CPU", settings)
 
     def run(batches: Iterator[dict]) -> Iterable:
@@ -287,7 +314,12 @@ def onnxruntime_scoring(texts: list[str], folders: list[str]) -> Measure:
 
 
 BEST = {"train_sampling_strategy": "group_by_length"}
-ENGINES = ("int8", "openvino", "ort-int8")  # other than torch; the pinned packages need a CPU
+ENGINES = (
+    "int8",
+    "int8 weights",
+    "openvino",
+    "ort-int8",
+)  # other than torch; the pinned packages need a CPU
 MIXED = tuple(map(str, range(16)))
 TUNING = {
     "original recipe": Contender(partial(hf_trainer, pad_to=256)),
@@ -305,10 +337,18 @@ SCORING = {
     "HF pipeline, compiled": Contender(partial(hf_pipeline, compiled=True)),
     "OpenVINO": Contender(openvino_scoring, ["openvino"]),
     "OpenVINO, int8": Contender(openvino_scoring, ["int8"]),
+    "OpenVINO, int8 weights": Contender(openvino_scoring, ["int8 weights"]),
     "onnxruntime, int8": Contender(onnxruntime_scoring, ["ort-int8"]),
 }
-SCORING["ours, full"] = Contender(our_scoring, rivals=list(SCORING))
+ours_int8 = partial(our_scoring, engine="openvino", int8=True)
 SCORING |= {
+    "ours, full": Contender(our_scoring, rivals=list(SCORING)),
+    "ours, full, torch": Contender(partial(our_scoring, engine="torch"), rivals=["HF pipeline"]),
+    "ours, full, int8": Contender(ours_int8, rivals=list(SCORING)),
     "ours, prefix 128": Contender(our_scoring, ["0"], ["HF pipeline"]),
     "ours, 16 prefixes mixed": Contender(our_scoring, MIXED, ["HF pipeline", "ours, prefix 128"]),
+}
+SINGLE = {
+    "HF pipeline": Contender(partial(hf_pipeline, alone=True)),
+    "ours": Contender(ours_alone, rivals=["HF pipeline"]),
 }

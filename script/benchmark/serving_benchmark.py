@@ -1,12 +1,12 @@
-"""Measure the server with 1, 10, 100 and 1,000 tuned prefixes, and its rivals with 16 models.
+"""Measure the server with 1, 16, 100 and 1,000 tuned prefixes, and its rivals with 16 models.
 
     bash script/serving_benchmark.sh PREFIX FULL [flags]
 
 PREFIX: the adapter folder of a prefix, which is copied, with other weights, as often as needed.
 FULL: a model folder, for the rivals. The load comes from locust, in another process: first 64 users
-who wait for nothing but the answer find the most texts per second; then requests at random times,
-half as many per second, measure the latencies. Each request has one text for one model, both drawn
-at random.
+who wait for nothing but the answer find the most texts per second; then one such user, and requests
+at random times, a tenth, half and nine tenths as many per second, measure the latencies. Each
+request has one text for one model, both drawn at random.
 """
 
 import os
@@ -25,9 +25,8 @@ from urllib.request import urlopen
 import pandas as pd
 from safetensors.torch import load_file, save_file
 
-from arguments import DIR, FILE
 from runtime.files import UserError, run_and_report
-from runtime.flags import Parser
+from runtime.flags import DIR, FILE, Parser
 from runtime.processes import end_with_parent
 from script import serve
 from script.benchmark import rival_servers
@@ -36,16 +35,25 @@ from script.benchmark.processes import format_table, started, write_figures
 PORT = 8765
 URL = f"http://127.0.0.1:{PORT}"
 BUSY_USERS, RANDOM_USERS = 64, 100
+SHARES = (
+    0.1,
+    0.5,
+    0.9,
+)  # of the most requests per second: loads under which latencies are measured
 PERCENTILES = (50, 95, 99)  # of the latencies, in ms
-KINDS = ("prefixes", "pipelines", "lora")
+KINDS = ("pipelines", "lora", "prefixes")
 COLUMNS = {
     "texts/s": lambda row: f"{row['texts_per_second']:.0f}",
-    "p50, p95, p99": lambda row: ", ".join(
-        f"{row['at_half_load'][f'p{p}_ms']:.0f}" for p in PERCENTILES
-    ),
+    **{
+        f"p50, p95, p99 at {share:.0%}": lambda row, share=share: ", ".join(
+            f"{row['loads'][f'{share:.0%}'][f'p{p}_ms']:.0f}" for p in PERCENTILES
+        )
+        for share in SHARES
+    },
+    "lone": lambda row: f"{row['loads']['lone']['p50_ms']:.0f}",
     "memory": lambda row: f"{row['memory_bytes'] / 2**30:.2f} GiB",
     "start-up": lambda row: f"{row['start_up_seconds']:.1f} s",
-    "errors": lambda row: str(row["errors"] + row["at_half_load"]["errors"]),
+    "errors": lambda row: str(sum(load["errors"] for load in row["loads"].values())),
 }
 
 
@@ -97,25 +105,30 @@ def memory(server: Process) -> int:
     return pages * resource.getpagesize()
 
 
-def measure(server: tuple, data: str, models: int, seconds: int) -> dict:
-    """Measure a server, a function and its arguments, under both loads."""
-    send = partial(load, data, models)
+def measure(server: tuple, data: str, models: int, seconds: int, rates: dict[str, float]) -> dict:
+    """Measure a server, a function and its arguments.
+
+    Besides the usual loads, latencies are measured at `rates`, requests per second by their names.
+    """
+
+    def send(users: int, interval: float) -> dict[str, float]:
+        row = load(data, models, users, interval, seconds)
+        times = {f"p{p}_ms": float(row[f"{p}%"]) for p in PERCENTILES}
+        return {"rate": float(row["Requests/s"]), "errors": int(row["Failure Count"]), **times}
+
     start = time.perf_counter()
     with started(*server) as process:
         wait_for(process)
         start_up, idle = time.perf_counter() - start, memory(process)
-        send(BUSY_USERS, 0, seconds)  # warms up
-        busy = send(BUSY_USERS, 0, seconds)
-        rate = float(busy["Requests/s"])
-        half = send(RANDOM_USERS, 2 * RANDOM_USERS / rate, seconds)
+        send(BUSY_USERS, 0)  # warms up
+        loads = {"most": send(BUSY_USERS, 0), "lone": send(1, 0)}
+        most = loads["most"]["rate"]
+        rates = {f"{share:.0%}": share * most for share in SHARES} | rates
+        for name, rate in rates.items():
+            loads[name] = send(RANDOM_USERS, RANDOM_USERS / rate)
         return {
-            "texts_per_second": rate,
-            "errors": int(busy["Failure Count"]),
-            "at_half_load": {
-                **{f"p{p}_ms": float(half[f"{p}%"]) for p in PERCENTILES},
-                "rate": float(half["Requests/s"]),
-                "errors": int(half["Failure Count"]),
-            },
+            "texts_per_second": most,
+            "loads": loads,
             "start_up_seconds": start_up,
             "memory_at_start_bytes": idle,
             "memory_bytes": memory(process),
@@ -124,9 +137,10 @@ def measure(server: tuple, data: str, models: int, seconds: int) -> dict:
 
 def compare(args: Namespace, flags: list[str]) -> None:
     """Measure the server and its rivals, print a table, and write all figures."""
-    contenders = [(count, "prefixes") for count in args.counts]
-    contenders += [(args.rivals, kind) for kind in KINDS] if args.rivals else []
+    contenders = [(args.rivals, kind) for kind in KINDS] if args.rivals else []
+    contenders += [(count, "prefixes") for count in args.counts]
     results: dict[str, dict] = {}
+    rates: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as parent:
         models = Path(parent) / "models"
         for count, kind in contenders:
@@ -137,7 +151,9 @@ def compare(args: Namespace, flags: list[str]) -> None:
                 for number in range(count):
                     copy_prefix(args.prefix, models / str(number), number)
                 server = (serve.main, [str(models), "--port", str(PORT), *flags])
-            results[f"{count} {kind}"] = measure(server, args.data, count, args.seconds)
+            results[f"{count} {kind}"] = measure(server, args.data, count, args.seconds, rates)
+            if kind == KINDS[0]:  # ours are measured at their half load, too
+                rates["50% of the pipelines"] = results[f"{count} {kind}"]["loads"]["50%"]["rate"]
     print(format_table(results, COLUMNS))
     write_figures(args.output_dir, "serving.json", results)
 
@@ -149,7 +165,7 @@ def main(argv: list[str]) -> int:
     add("prefix", type=Path, metavar="PREFIX")
     add("full", type=Path, metavar="FULL")
     add("--data", **FILE, default="csv/test_simple.csv", help="CSV file with the column text")
-    add("--counts", type=int, nargs="*", default=[1, 10, 100, 1000], help="[%(default)s]")
+    add("--counts", type=int, nargs="*", default=[1, 100, 1000], help="[%(default)s]")
     add("--rivals", type=int, default=16, help="models of each rival; 0: no rivals [%(default)s]")
     add("--seconds", type=int, default=15, help="of each load [%(default)s]")
     add("--output_dir", **DIR, default="checkpoints/serving")
