@@ -35,11 +35,7 @@ from script.benchmark.processes import format_table, started, write_figures
 PORT = 8765
 URL = f"http://127.0.0.1:{PORT}"
 BUSY_USERS, RANDOM_USERS = 64, 100
-SHARES = (
-    0.1,
-    0.5,
-    0.9,
-)  # of the most requests per second: loads under which latencies are measured
+SHARES = (0.1, 0.5, 0.9)  # of the most requests per second: loads to measure latencies under
 PERCENTILES = (50, 95, 99)  # of the latencies, in ms
 KINDS = ("pipelines", "lora", "prefixes")
 COLUMNS = {
