@@ -24,7 +24,7 @@ PART = b'--x\r\ncontent-disposition: form-data; name="%s"%s\r\n\r\n'
 CURL = "; send one CSV file: curl -F file=@FILE URL"
 
 
-def test_a_csv_file_gets_the_bytes_that_main_writes(served, predict, tmp_path):
+def test_a_csv_file_gets_the_file_that_main_writes(served, predict, tmp_path):
     """As the body and in a form, whose fields do what the query does."""
     texts, odd = tmp_path / "texts.csv", tmp_path / "odd.csv"
     write_csv(texts, [("=1+1", "a cat", "é"), ('"', "the, band", "x")], ("id", "text", "other"))
@@ -48,11 +48,10 @@ def test_a_csv_file_gets_the_bytes_that_main_writes(served, predict, tmp_path):
                 ]
                 first, *others = [answer.content for answer in answers]
                 assert others == [first] * 3
-                if name in ("short", "long", "several"):  # a bank rounds in another order
-                    tables = [pd.read_csv(io.BytesIO(content)) for content in (first, wanted)]
-                    pd.testing.assert_frame_equal(*tables, atol=2e-6, rtol=0)
-                else:
-                    assert first == wanted, name
+                # batches of other rows are rounded in another order
+                tables = [pd.read_csv(io.BytesIO(content)) for content in (first, wanted)]
+                pd.testing.assert_frame_equal(*tables, atol=2e-6, rtol=0)
+                assert re.sub(rb"\d\.\d+", b"", first) == re.sub(rb"\d\.\d+", b"", wanted), name
 
 
 BAD = {
