@@ -269,9 +269,11 @@ def check_tasks(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"nothing to do: pass {tasks}")
     if args.prefix_column and not args.prefix_paths:
         parser.error("--prefix_column needs --prefix_paths")
-    for name in ("prefix_paths", "text", "engine", "int8"):
-        if getattr(args, name) and (args.do_train or (args.do_eval and name in USED_WITH_TEXT)):
-            parser.error(f"--{name} works only with --do_predict, in a run without --do_train")
+    for name in ("prefix_paths", "text"):
+        if getattr(args, name) and (args.do_train or args.do_eval):
+            parser.error(f"--{name} works only with --do_predict")
+    if args.do_train and (args.engine or args.int8):
+        parser.error("--engine and --int8 work only in a run without --do_train")
     if args.int8 and (args.prefix_paths or args.engine == "torch"):
         parser.error("--int8 excludes --prefix_paths and --engine torch")
     if args.prefix_paths and args.model_name_or_path != DEFAULT_BACKBONE:

@@ -120,7 +120,8 @@ def run(args: Namespace) -> None:
         engine = group.from_main(engine_of(args))
         machine = pick_machine(group.from_main(precision), group, engine, args.int8)
         if args.do_train and machine.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(output.measured("threads") or fastest_threads())
+            earlier, most = output.measured("threads"), torch.get_num_threads()
+            torch.set_num_threads(min(earlier, most) if earlier else fastest_threads())
         source, data, record = group.agree(
             lambda: prepare(args, machine), compared=lambda prepared: identity(prepared[-1])
         )
@@ -188,7 +189,7 @@ def engine_of(args: Namespace) -> str:
         return "torch"
     tasks = (args.do_eval, args.validation_file), (args.do_predict, args.test_file)
     paths = [path for wanted, path in tasks if wanted and os.path.isfile(path)]
-    choice = args.engine or ("openvino" if args.int8 else None)
+    choice = args.engine or ("auto" if args.int8 else None)
     return engine_for(choice, sum(map(os.path.getsize, paths)))
 
 

@@ -18,6 +18,7 @@ from model.sequence_classification import classification_loss
 from runtime.columns import remembered_settings
 from runtime.file_format import FileFormat
 from runtime.files import UserError
+from runtime.record import RUN_FILE, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,10 @@ def check_int8(
             f"--int8: {folder} has no {path.name} to compare with; train it with --do_eval, or "
             "omit --int8"
         )
+    if read_record(folder / RUN_FILE).get("settings", {}).get("safe_csv"):
+        raise UserError(f"--int8: --safe_csv has changed the texts in {path}: omit --int8")
     form = FileFormat.from_settings(remembered_settings(folder)).written_here()
-    split = read_split(path, replace(form, label_names=None))
+    split = read_split(path, replace(form, multi_label=multi_label))
     split = split.sample(MOST, seed=0).number_labels(labels)
     if len(set(split.keys)) < FEWEST:
         raise UserError(f"--int8: {path} has fewer than {FEWEST} texts: omit --int8")

@@ -1,5 +1,6 @@
 """The device and the precision to compute with."""
 
+import importlib.util
 import math
 import os
 import time
@@ -176,12 +177,15 @@ def pick_machine(
         if name == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = group.from_main("bf16" if fast else "fp32")
-    if engine == "auto":
-        engine = "openvino" if name == "cpu" else "torch"
+    installed = importlib.util.find_spec("openvino") is not None
+    if int8 and (name != "cpu" or engine == "torch"):
+        raise UserError("--int8 needs OpenVINO and a CPU without a GPU: omit it")
     if engine == "openvino" and name != "cpu":
         raise UserError("--engine openvino is for CPUs, and this machine has a GPU: omit it")
-    if int8 and engine == "torch":
-        raise UserError("--int8 needs a CPU and --engine openvino: omit it")
+    if (engine == "openvino" or int8) and not installed:
+        raise UserError("openvino is not installed: run pip install -r requirements.txt")
+    if engine == "auto":
+        engine = "openvino" if name == "cpu" and installed else "torch"
     return Machine(torch.device(name), precision, group, workers, engine, int8)
 
 

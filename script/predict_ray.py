@@ -3,12 +3,12 @@
     bash script/predict_ray.sh MODEL TEXTS --output_dir DIR [--workers N] [flags of main.py]
 
 MODEL is a model or adapter folder. Each CSV, TSV, JSON lines or Parquet file of the folder TEXTS
-becomes DIR/NAME.csv, with the bytes that `main.py --do_predict` would write as predictions.csv.
-Beside it, DIR/NAME.json records the model, the input and the flags by their checksums and values. A
-file appears when it is whole, and is not predicted again if its record fits, so the same command
-resumes. If the record differs, nothing is predicted; --overwrite_output_dir predicts such files
-again. A lost worker is started again and repeats its file. A file that cannot be read is named at
-the end; the rest is predicted.
+becomes DIR/NAME.csv, with the bytes that `main.py --do_predict` with the same --engine would write
+as predictions.csv. Beside it, DIR/NAME.json records the model, the input and the flags by their
+checksums and values. A file appears when it is whole, and is not predicted again if its record
+fits, so the same command resumes. If the record differs, nothing is predicted;
+--overwrite_output_dir predicts such files again. A lost worker is started again and repeats its
+file. A file that cannot be read is named at the end; the rest is predicted.
 
 With RAY_ADDRESS set, the workers are those of a cluster, whose machines need this program, MODEL,
 TEXTS and DIR at the same places. Otherwise there are N workers here [one per core].
@@ -61,6 +61,13 @@ class PredictionRecord(Record, total=False):
     predictions_sha256: str
 
 
+def classifier_of(args: Namespace, source: ModelSource) -> Classifier:
+    """Load the model."""
+    precision = precision_for(args.precision, [args.model_name_or_path])
+    machine = pick_machine(precision, ALONE, engine_for(args.engine, 0), args.int8)
+    return Classifier(source, machine, args.per_device_eval_batch_size)
+
+
 class Predictor:
     """A worker: loads the model once, then predicts file after file."""
 
@@ -68,11 +75,7 @@ class Predictor:
         self, args: Namespace, source: ModelSource, form: FileFormat, record: dict
     ) -> None:
         set_up_process()
-        folder, engine = args.model_name_or_path, engine_for(args.engine, 0)
-        machine = pick_machine(precision_for(args.precision, [folder]), ALONE, engine, args.int8)
-        self.classifier = Classifier(source, machine, args.per_device_eval_batch_size)
-        if args.int8:
-            check_int8(self.classifier.logits, Path(folder), source.labels, source.multi_label)
+        self.classifier = classifier_of(args, source)
         self.options = Options(args.safe_csv, args.reject_below)
         self.form, self.record = form, record
 
@@ -159,17 +162,21 @@ def run(args: Namespace, flags: list[str]) -> None:
     form = fill_format(vars(settings))
     source = open_model(args.model, settings.max_seq_length, settings.problem_type)
     form = source.complete(form, vars(settings))
-    record = describe_run(source.settings(vars(settings)), source.describe(), source.labels, {})
     output_dir = Path(args.output_dir)
     files = list_files(Path(args.texts), output_dir)
+    if not settings.engine:  # one for all files
+        size = sum(os.path.getsize(row["path"]) for row in files)
+        settings.engine = "auto" if settings.int8 or engine_for(None, size) == "auto" else None
+    record = describe_run(source.settings(vars(settings)), source.describe(), source.labels, {})
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     left = [row for row in files if not is_finished(row, record, args.overwrite_output_dir)]
     print(f"{len(files)} files, {len(files) - len(left)} of them already finished", flush=True)
     if not left:
         return
-    choice = settings.engine or ("openvino" if settings.int8 else None)
-    settings.engine = engine_for(choice, sum(os.path.getsize(row["path"]) for row in left))
+    if settings.int8:
+        classify, folder = classifier_of(settings, source).logits, Path(args.model)
+        check_int8(classify, folder, source.labels, source.multi_label)
     ray.init(num_cpus=args.workers, log_to_driver=False, configure_logging=False)
     ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
     began, workers = time.perf_counter(), min(len(left), int(ray.cluster_resources()["CPU"]))

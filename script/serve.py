@@ -66,8 +66,8 @@ FLAGS = (
      "let /v1/load_adapter and /v1/unload_adapter change what is served, from below FOLDER"),
     ("--precision", choice("auto", "fp32", "bf16"), "auto", ""),
     ("--engine", choice(*ENGINES), "auto", "that predicts; auto: OpenVINO on a CPU [auto]"),
-    ("--int8", SWITCH, False, "OpenVINO multiplies in 8 bits; a model whose validation "
-     "predictions get worse is refused"),
+    ("--int8", SWITCH, False, "predict in 8 bits; a model is refused if that harms its "
+     "validation predictions, or if it has too few"),
     ("--cache_gib", SIZE, 1.0, "memory for prefixes; those used last stay [%(default)s]"),
     ("--max_batch_tokens", INT, LIMITS.max_batch_tokens, "[%(default)s]"),
     ("--max_queue", INT, LIMITS.max_queue, "texts that may wait; more get 429 [%(default)s]"),

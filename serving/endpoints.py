@@ -238,7 +238,7 @@ async def load_adapter(body: LoadRequest, engine: Shared) -> dict:
             model = await asyncio.to_thread(engine.registry.add, body.name, folder, True)
         except (UserError, OSError) as error:
             logger.warning("not loaded: %s", error)
-            message = "refused: it is damaged, no prefix, or tuned on another backbone"
+            message = "refused: it is damaged, no prefix, worse in 8 bits, or of another backbone"
             raise HTTPException(422, f"path: {message} (see the server's log)") from None
     logger.info("loaded %s", body.name)
     return model.entry

@@ -76,7 +76,10 @@ def test_do_predict_offers_the_engine_and_records_it(served, files, tmp_path, mo
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--do_train --engine openvino", "--engine works only with --do_predict, in a run without"),
+        (
+            "--do_train --engine openvino",
+            "--engine and --int8 work only in a run without --do_train",
+        ),
         ("--do_predict --int8 --engine torch", "--int8 excludes"),
         ("--do_predict --int8 --prefix_paths a b", "--int8 excludes"),
         ("--do_predict --text hello --engine torch", "has no effect with --text"),
@@ -153,6 +156,28 @@ def test_a_folder_with_too_little_to_compare_is_refused(served, tmp_path):
     for folder, why in ((tmp_path, "no validation_predictions.csv"), (served["full"], "fewer")):
         with pytest.raises(UserError, match=why):
             check_int8(classify, Path(folder), ["0", "1", "2"], False)
+
+
+def test_labels_are_read_as_the_model_reads_them(judged, monkeypatch):
+    """Several labels in a cell; numbers that stand for names; texts that --safe_csv changed."""
+    folder, truth, logits = judged
+    path = folder / "validation_predictions.csv"
+    table = pd.read_csv(path)
+    check_int8(lambda rows: logits.exp().logit(), folder, ["a", "b"], True)
+    settings = {"label_names": {"0": "a", "1": "b"}}
+    monkeypatch.setattr(quantization, "remembered_settings", lambda folder: settings)
+    write_csv(path, table.assign(label=truth).to_numpy().tolist(), [*table])
+    check_int8(lambda rows: logits, folder, ["a", "b"], False)
+    (folder / "run.json").write_text('{"files": [], "settings": {"safe_csv": true}}')
+    with pytest.raises(UserError, match="--safe_csv has changed"):
+        check_int8(lambda rows: logits, folder, ["a", "b"], False)
+
+
+def test_without_openvino_torch_predicts(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert pick_machine("fp32", engine="auto").engine == "torch"
+    with pytest.raises(UserError, match="not installed: run pip install"):
+        pick_machine("fp32", engine="openvino")
 
 
 def test_the_server_checks_each_model(served, monkeypatch):

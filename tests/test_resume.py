@@ -55,14 +55,16 @@ def test_a_run_resumes_with_the_precision_and_the_threads_it_started_with(
     auto = ("--precision", "auto", "--resume_from_checkpoint", "auto")
     monkeypatch.setattr(machine, "bfloat16_gain", lambda: 2.0)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    threads = [4]
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr("main.fastest_threads", lambda: 3)
     stop_at(4)
     run(*auto, status=143)
     stop_at(None)
     monkeypatch.setattr(machine, "bfloat16_gain", lambda: 0.5)
     monkeypatch.setattr("main.fastest_threads", lambda: pytest.fail("measured again"))
+    threads.append(4)
     folder = run(*auto)
     settings = load(folder, "run.json")["settings"]
     assert (settings["precision"], settings["threads"]) == ("bf16", 3)
