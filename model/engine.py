@@ -22,6 +22,7 @@ from runtime.machine import Machine
 
 SHAPES = "30"  # of batches, whose kernels are kept: each takes about 3 MB
 PACKED = 16  # tokens
+KEPT: list = []  # compiled models that are never freed
 MASKED = -1e4  # is added to the scores of padding
 
 
@@ -88,6 +89,8 @@ class CompiledBert(nn.Module):
             # activations become integers in every call, each group of 32 with its own scale
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "32"
         self.compiled = openvino.Core().compile_model(model, "CPU", settings)
+        if machine.int8:  # a process that frees one may crash later, when it trains
+            KEPT.append(self.compiled)
         self.tensor = openvino.Tensor
         self.bfloat16 = lambda array: openvino.Tensor(array, array.shape, openvino.Type.bf16)
         self.requests = threading.local()  # one for each thread
