@@ -113,15 +113,7 @@ def run(args: Namespace) -> None:
     where = args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint
     with processes.joined() as group, opened(*where, group.is_main) as output:
         # prepare: machine, model, data and record, the same in all processes
-        calibrated = [] if args.do_train else model_folders(vars(args))
-        precision = args.precision
-        if precision == "auto":
-            precision = precision_for(output.measured("precision") or "auto", calibrated)
-        engine = group.from_main(engine_of(args))
-        machine = pick_machine(group.from_main(precision), group, engine, args.int8)
-        if args.do_train and machine.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            earlier, most = output.measured("threads"), torch.get_num_threads()
-            torch.set_num_threads(min(earlier, most) if earlier else fastest_threads())
+        machine = choose_machine(args, output, group)
         source, data, record = group.agree(
             lambda: prepare(args, machine), compared=lambda prepared: identity(prepared[-1])
         )
@@ -183,14 +175,27 @@ def run(args: Namespace) -> None:
         publish(output, record, results, keep_checkpoints=args.save_total_limit != 0)
 
 
+def choose_machine(args: Namespace, output: OutputFolder, group: Group) -> Machine:
+    """Choose device, precision, engine and, for training, threads; a resumed run keeps its own."""
+    calibrated = [] if args.do_train else model_folders(vars(args))
+    precision = args.precision
+    if precision == "auto":
+        precision = precision_for(output.measured("precision") or "auto", calibrated)
+    engine = group.from_main(engine_of(args))
+    machine = pick_machine(group.from_main(precision), group, engine, args.int8)
+    if args.do_train and machine.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        earlier, most = output.measured("threads"), torch.get_num_threads()
+        torch.set_num_threads(min(earlier, most) if earlier else fastest_threads())
+    return machine
+
+
 def engine_of(args: Namespace) -> str:
     """Return the engine to predict with."""
     if args.do_train:
         return "torch"
     tasks = (args.do_eval, args.validation_file), (args.do_predict, args.test_file)
     paths = [path for wanted, path in tasks if wanted and os.path.isfile(path)]
-    choice = args.engine or ("auto" if args.int8 else None)
-    return engine_for(choice, sum(map(os.path.getsize, paths)))
+    return engine_for(args.engine, args.int8, sum(map(os.path.getsize, paths)))
 
 
 def classifier_of(args: Namespace) -> Classifier:

@@ -143,28 +143,34 @@ def attend(
     # heads first: [B, H, T, D] -> [H, B, T, D]
     query, key, value = (x.transpose(0, 1) for x in (query * scaling, key, value))
 
-    def over_prefix(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """Multiply each row, [H, B, T, M], by its prefix's matrix, [H, G, M, N]: [H, B, T, N]."""
-        heads, groups, _, width = matrix.shape
-        if table_rows is not None:
-            rows = rows.index_select(1, table_rows[1].flatten())  # [H, G*R, T, M]
-        product = rows.reshape(heads, groups, -1, rows.shape[3]) @ matrix  # [H, G, R*T, N]
-        product = product.view(*rows.shape[:3], width)
-        return product if table_rows is None else product.index_select(1, table_rows[0])
-
     scores = query @ key.transpose(2, 3)  # [H, B, T, T]
     if slots is not None:
-        to_prefix = over_prefix(query, slots[0].transpose(2, 3))
+        to_prefix = over_prefix(query, slots[0].transpose(2, 3), table_rows)
         scores = torch.cat([to_prefix, scores], dim=3)  # [H, B, T, P+T]
     mask = None if attention_mask is None else attention_mask.transpose(0, 1)
     weights = attention_weights(scores, mask, dropout, 0 if traced else FEWEST)
     out = weights[..., virtual : virtual + length] @ value
     if slots is not None:
-        out = out + over_prefix(weights[..., :virtual], slots[1])
+        out = out + over_prefix(weights[..., :virtual], slots[1], table_rows)
     out = out.permute(1, 2, 0, 3)  # [H, B, T, D] -> [B, T, H, D]
     if packed is not None and not first_only:
         out = out.flatten(0, 1).index_select(0, back)[None]
     return out, None
+
+
+def over_prefix(
+    rows: torch.Tensor,
+    matrix: torch.Tensor,
+    table_rows: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """Multiply each row, [H, B, T, M], by its prefix's matrix, [H, G, M, N]: [H, B, T, N]."""
+    heads, groups, _, width = matrix.shape
+    if table_rows is not None:
+        place, source = table_rows
+        rows = rows.index_select(1, source.flatten())  # [H, G*R, T, M]
+    product = rows.reshape(heads, groups, -1, rows.shape[3]) @ matrix  # [H, G, R*T, N]
+    product = product.view(*rows.shape[:3], width)
+    return product if table_rows is None else product.index_select(1, place)
 
 
 def unpack(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -189,9 +189,9 @@ def pick_machine(
     return Machine(torch.device(name), precision, group, workers, engine, int8)
 
 
-def engine_for(choice: str | None, size: int) -> str:
+def engine_for(choice: str | None, int8: bool, size: int) -> str:
     """Return the engine to predict files of `size` bytes with, unless one is chosen."""
-    return choice or ("auto" if size > SMALL else "torch")
+    return choice or ("auto" if int8 or size > SMALL else "torch")
 
 
 @cache

@@ -64,7 +64,7 @@ class PredictionRecord(Record, total=False):
 def classifier_of(args: Namespace, source: ModelSource) -> Classifier:
     """Load the model."""
     precision = precision_for(args.precision, [args.model_name_or_path])
-    machine = pick_machine(precision, ALONE, engine_for(args.engine, 0), args.int8)
+    machine = pick_machine(precision, ALONE, args.engine or "torch", args.int8)
     return Classifier(source, machine, args.per_device_eval_batch_size)
 
 
@@ -166,7 +166,8 @@ def run(args: Namespace, flags: list[str]) -> None:
     files = list_files(Path(args.texts), output_dir)
     if not settings.engine:  # one for all files
         size = sum(os.path.getsize(row["path"]) for row in files)
-        settings.engine = "auto" if settings.int8 or engine_for(None, size) == "auto" else None
+        engine = engine_for(None, settings.int8, size)
+        settings.engine = None if engine == "torch" else engine
     record = describe_run(source.settings(vars(settings)), source.describe(), source.labels, {})
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
