@@ -128,16 +128,7 @@ def run(args: Namespace) -> None:
         output.start(record, checkpoint)
 
         # model
-        if args.do_train:
-            model = source.build_trainable(args.seed, args.gradient_checkpointing)
-            source.method.initialise(model, source.tokenizer, vars(args), data.train.texts)
-        else:
-            model = source.build()
-        results = data.count_rows() | source.count(model)
-        if args.do_train:
-            machine.place(model)
-        else:
-            model = source.place(model, machine)
+        model, results = build(args, source, data, machine)
 
         # train; the model ends with its best epoch on the validation file, else with the last
         if args.do_train:
@@ -187,6 +178,23 @@ def choose_machine(args: Namespace, output: OutputFolder, group: Group) -> Machi
         earlier, most = output.measured("threads"), torch.get_num_threads()
         torch.set_num_threads(min(earlier, most) if earlier else fastest_threads())
     return machine
+
+
+def build(
+    args: Namespace, source: ModelSource, data: Data, machine: Machine
+) -> tuple[nn.Module, dict]:
+    """Load the model to train or to predict with, on the machine; count rows and parameters."""
+    if args.do_train:
+        model = source.build_trainable(args.seed, args.gradient_checkpointing)
+        source.method.initialise(model, source.tokenizer, vars(args), data.train.texts)
+    else:
+        model = source.build()
+    counts = data.count_rows() | source.count(model)  # a compiled model has no parameters
+    if args.do_train:
+        machine.place(model)
+    else:
+        model = source.place(model, machine)
+    return model, counts
 
 
 def engine_of(args: Namespace) -> str:

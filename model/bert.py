@@ -38,12 +38,15 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import BertCrossAttention, BertLayer
 from transformers.utils import logging as transformers_logging
 
-from model.prefix_encoder import attend
+from model.prefix_encoder import attend, attend_packed
 
 ACTIVATIONS = tuple(ACT2CLS)
 ATTENTION = "optional_prefix"  # without a prefix it is ordinary attention
 AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+PACKED_ATTENTION = "optional_prefix_packed"
+AttentionInterface.register(PACKED_ATTENTION, attend_packed)
+for name in (ATTENTION, PACKED_ATTENTION):
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 class LastLayer(BertLayer):

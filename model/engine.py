@@ -16,7 +16,7 @@ from torch import nn
 from transformers import BertModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from model.bert import to_openvino
+from model.bert import PACKED_ATTENTION, to_openvino
 from model.sequence_classification import POOLINGS
 from runtime.machine import Machine
 
@@ -31,21 +31,21 @@ class Graph(nn.Module):
 
     def __init__(self, bert: BertModel, pooler: bool) -> None:
         super().__init__()
+        bert.set_attn_implementation(PACKED_ATTENTION)
         self.bert, self.pooler = bert, pooler
 
     def forward(self, embeds, positions, mask, tokens, back, place=None, source=None, *slots):
         """Map packed tokens to [B, HD] of the pooler, or to all states, [1, N, HD].
 
         embeds: of words, [1, N, HD]. positions: [1, N]. mask: added to the scores, [B, P+T].
-        tokens, back, place, source: `packed` and `table_rows` of `prefix_encoder.attend`. slots:
-        [2, H, G, P, D] of each layer.
+        tokens, back, place, source: `packed` and `table_rows` of `prefix_encoder.attend_packed`.
+        slots: [2, H, G, P, D] of each layer.
         """
         options = {"prefix": slots.__getitem__, "table_rows": (place, source)} if slots else {}
         states, pooled = self.bert(
             inputs_embeds=embeds,
             attention_mask=mask[:, None, None],
             position_ids=positions,
-            traced=True,
             packed=(tokens, back),
             return_dict=False,
             **options,

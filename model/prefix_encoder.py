@@ -105,8 +105,6 @@ def attend(
     prefix: Callable[[int], torch.Tensor] | None = None,
     table_rows: tuple[torch.Tensor, torch.Tensor] | None = None,
     traced: bool = False,
-    packed: tuple[torch.Tensor, torch.Tensor] | None = None,
-    first_only: bool = False,
     **unused,
 ) -> tuple[torch.Tensor, None]:
     """Attend over [prefix; text], or text alone, as an attention function of transformers.
@@ -123,15 +121,8 @@ def attend(
     Row i is at place[i], int64 [B], of the G*R; each place has the row source[g, r], int64 [G, R].
     Places without a row of their own repeat another, unread. See `prefix_bank.table_rows`.
     traced: make no choice that depends on the shape, so that one graph serves every shape.
-    packed: the tokens of all rows come without padding, as one row of N: [1, H, N, D]. Given
-    (tokens, back), token t of row b is number tokens[b, t], int64 [B, T], and number n is back[n]
-    of the B*T. first_only: but the queries are [B, H, 1, D], in the last layer.
-    Returns [B, T, H, D]; packed, [1, N, H, D].
+    Returns [B, T, H, D].
     """
-    if packed is not None:
-        tokens, back = packed
-        key, value = unpack(key, tokens), unpack(value, tokens)
-        query = query if first_only else unpack(query, tokens)
     # under autocast the text is bfloat16, but the prefix may not be
     slots = None if prefix is None else prefix(module.layer_idx).to(key.dtype)
     virtual, length = (0 if slots is None else slots.shape[3]), key.shape[2]
@@ -152,10 +143,32 @@ def attend(
     out = weights[..., virtual : virtual + length] @ value
     if slots is not None:
         out = out + over_prefix(weights[..., :virtual], slots[1], table_rows)
-    out = out.permute(1, 2, 0, 3)  # [H, B, T, D] -> [B, T, H, D]
-    if packed is not None and not first_only:
-        out = out.flatten(0, 1).index_select(0, back)[None]
-    return out, None
+    return out.permute(1, 2, 0, 3), None  # [H, B, T, D] -> [B, T, H, D]
+
+
+def attend_packed(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    packed: tuple[torch.Tensor, torch.Tensor],
+    first_only: bool = False,
+    **options,
+) -> tuple[torch.Tensor, None]:
+    """Attend as `attend`, traced, if the tokens of all rows come as one row, without padding.
+
+    query, key, value: [1, H, N, D]; with `first_only`, in the last layer, the queries are
+    [B, H, 1, D]. packed: (tokens, back); token t of row b is number tokens[b, t] of the N, int64
+    [B, T], and token n is number back[n] of the B*T. options: of `attend`.
+    Returns [1, N, H, D]; with `first_only`, [B, 1, H, D].
+    """
+    tokens, back = packed
+    key, value = unpack(key, tokens), unpack(value, tokens)
+    query = query if first_only else unpack(query, tokens)
+    out, _ = attend(module, query, key, value, attention_mask, traced=True, **options)
+    return out if first_only else out.flatten(0, 1).index_select(0, back)[None], None
 
 
 def over_prefix(
@@ -174,7 +187,7 @@ def over_prefix(
 
 
 def unpack(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Return packed tokens, [1, H, N, D], as rows, [B, H, T, D]; tokens: see `attend`."""
+    """Return packed tokens, [1, H, N, D], as rows, [B, H, T, D]; tokens: see `attend_packed`."""
     rows = states[0].transpose(0, 1).index_select(0, tokens.flatten())  # [B*T, H, D]
     return rows.unflatten(0, tokens.shape).transpose(1, 2)
 
