@@ -9,6 +9,7 @@ heads, D head size (HD the hidden size), G prefixes in a batch.
 
 import threading
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from runtime.machine import Machine
 
 SHAPES = "30"  # of batches, whose kernels are kept: each takes about 3 MB
 PACKED = 16  # tokens
-KEPT: list = []  # compiled models that are never freed
 MASKED = -1e4  # is added to the scores of padding
 
 
@@ -88,9 +88,7 @@ class CompiledBert(nn.Module):
             store_in_int8(model)
             # activations become integers in every call, each group of 32 with its own scale
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "32"
-        self.compiled = openvino.Core().compile_model(model, "CPU", settings)
-        if machine.int8:  # a process that frees one may crash later, when it trains
-            KEPT.append(self.compiled)
+        self.compiled = core().compile_model(model, "CPU", settings)
         self.tensor = openvino.Tensor
         self.bfloat16 = lambda array: openvino.Tensor(array, array.shape, openvino.Type.bf16)
         self.requests = threading.local()  # one for each thread
@@ -148,6 +146,18 @@ class CompiledBert(nn.Module):
         if tensor.dtype == torch.bfloat16:
             return self.bfloat16(tensor.view(torch.uint16).numpy())
         return self.tensor(tensor.numpy(), shared_memory=True)
+
+
+@cache
+def core():
+    """Return OpenVINO, which lives as long as the process.
+
+    Its CPU plugin gives the thread that loads it a stack for signals. Freed by another thread, that
+    stack is gone, and the next signal to the first thread, Ctrl-C included, ends the process.
+    """
+    import openvino  # only for those who use it
+
+    return openvino.Core()
 
 
 def store_in_int8(model) -> None:

@@ -1,6 +1,9 @@
 """OpenVINO predicts what torch does; 8 bits are refused if they harm a model."""
 
+import gc
 import json
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +103,23 @@ def test_nothing_reports_home(monkeypatch):
     assert not sent
     openvino.convert_model(torch.nn.Linear(2, 2), example_input=torch.zeros(1, 2))
     assert sent  # else this test could not fail
+
+
+def test_signals_arrive_after_another_thread_freed_the_model(served):
+    """Else the process, here a worker of pytest, crashes: see `engine.core`."""
+    models, seen = [load(served["full"], "fp32", engine="openvino")], []
+
+    def free():
+        models.clear()
+        gc.collect()
+
+    thread = threading.Thread(target=free)
+    thread.start()
+    thread.join()
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
+    signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+    assert seen
 
 
 # ---------------------------------------------------------------------------------------- int8
