@@ -392,13 +392,3 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--save_total_limit needs --save_strategy epoch or steps")
     if not asked:
         fill(vars(args), {"save_total_limit": 0})
-
-
-def tuning_of(settings: dict[str, Any]) -> tuple[str, Tuning]:
-    """Return the name and the row of `TUNING` that applies to the settings of a run."""
-    name = settings["tuning_method"]
-    if settings.get("prefix_projection"):
-        name = f"projected {name}"
-    elif settings.get("prefix_depth") == "input":
-        name = f"input {name}"
-    return name, TUNING[name]

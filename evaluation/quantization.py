@@ -54,15 +54,7 @@ def check_int8(
     logits = to_logits(probability, multi_label), classify(split)
     before, after = (Predictions.from_logits(x, multi_label) for x in logits)
     truth = torch.from_numpy(split.label_ids)
-    losses = [
-        np.array(
-            [
-                classification_loss(*row).item()
-                for row in zip(x.split(1), truth.split(1), strict=True)
-            ]
-        )
-        for x in logits
-    ]
+    losses = [classification_loss(x, truth, by_row=True).numpy() for x in logits]
     right = after.is_right(split.label_ids).astype(float) - before.is_right(split.label_ids)
     fall, least_fall = interval(-right, split.keys)
     rise, least_rise = interval(losses[1] - losses[0], split.keys)

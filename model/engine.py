@@ -9,7 +9,7 @@ heads, D head size (HD the hidden size), G prefixes in a batch.
 
 import threading
 from collections.abc import Callable
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -88,7 +88,11 @@ class CompiledBert(nn.Module):
             store_in_int8(model)
             # activations become integers in every call, each group of 32 with its own scale
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "32"
-        self.compiled = core().compile_model(model, "CPU", settings)
+        # OpenVINO gives the thread that first compiles a stack for signals, and frees it with the
+        # last model. In a thread that lives on, the next signal, Ctrl-C included, would then crash
+        with ThreadPoolExecutor(1) as thread:
+            compiling = thread.submit(openvino.Core().compile_model, model, "CPU", settings)
+        self.compiled = compiling.result()
         self.tensor = openvino.Tensor
         self.bfloat16 = lambda array: openvino.Tensor(array, array.shape, openvino.Type.bf16)
         self.requests = threading.local()  # one for each thread
@@ -146,18 +150,6 @@ class CompiledBert(nn.Module):
         if tensor.dtype == torch.bfloat16:
             return self.bfloat16(tensor.view(torch.uint16).numpy())
         return self.tensor(tensor.numpy(), shared_memory=True)
-
-
-@cache
-def core():
-    """Return OpenVINO, which lives as long as the process.
-
-    Its CPU plugin gives the thread that loads it a stack for signals. Freed by another thread, that
-    stack is gone, and the next signal to the first thread, Ctrl-C included, ends the process.
-    """
-    import openvino  # only for those who use it
-
-    return openvino.Core()
 
 
 def store_in_int8(model) -> None:

@@ -11,10 +11,21 @@ from arguments import (
     FEW_STEPS,
     MOSTLY_SEEN,
     SCHEDULE,
+    TUNING,
     WIDTHS,
+    Tuning,
     fill,
-    tuning_of,
 )
+
+
+def tuning_of(settings: dict[str, Any]) -> tuple[str, Tuning]:
+    """Return the name and the row of `TUNING` that applies to the settings of a run."""
+    name = settings["tuning_method"]
+    if settings.get("prefix_projection"):
+        name = f"projected {name}"
+    elif settings.get("prefix_depth") == "input":
+        name = f"input {name}"
+    return name, TUNING[name]
 
 
 def coming_texts(seen_share: float) -> str:

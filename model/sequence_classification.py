@@ -136,9 +136,12 @@ def divergence(logits: torch.Tensor, multi_label: bool) -> torch.Tensor:
 
 
 def classification_loss(
-    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    by_row: bool = False,
 ) -> torch.Tensor:
-    """Sum the losses of all rows of a batch, in float32.
+    """Sum the losses of all rows of a batch, in float32; by_row: return them all, [B].
 
     int64 labels [B]: cross-entropy. float labels [B, C]: binary cross-entropy, averaged over the
     classes (as in transformers). With a sum, micro-batches of any size add up to the batch.
@@ -149,5 +152,6 @@ def classification_loss(
         losses = nn.functional.binary_cross_entropy_with_logits(
             logits, labels, pos_weight=weights, reduction="none"
         )
-        return losses.mean(dim=1).sum()
-    return nn.functional.cross_entropy(logits, labels, weight=weights, reduction="sum")
+        return losses.mean(dim=1) if by_row else losses.mean(dim=1).sum()
+    reduction = "none" if by_row else "sum"
+    return nn.functional.cross_entropy(logits, labels, weight=weights, reduction=reduction)

@@ -106,7 +106,7 @@ def test_nothing_reports_home(monkeypatch):
 
 
 def test_signals_arrive_after_another_thread_freed_the_model(served):
-    """Else the process, here a worker of pytest, crashes: see `engine.core`."""
+    """Else the process, here a worker of pytest, crashes: see `CompiledBert`."""
     models, seen = [load(served["full"], "fp32", engine="openvino")], []
 
     def free():

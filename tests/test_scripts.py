@@ -5,8 +5,10 @@ import json
 import multiprocessing
 import pickle
 import re
+import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -19,6 +21,7 @@ from conftest import REAL_DATA, ROOT, ROWS, bash, make_backbone, one_line, write
 from runtime import batches
 from runtime.machine import pick_machine
 from script.benchmark import benchmark, contenders, processes
+from script.benchmark.contenders import Contender
 
 
 def test_the_run_scripts_do_the_whole_job(clone):
@@ -143,10 +146,29 @@ def test_each_contender_measures(numbered, tiny, tmp_path):
                 assert contender.set_up(*arguments, folders)() > 0, name
 
 
+def test_whole_runs_are_timed_and_scored(numbered, tiny, forks, tmp_path, monkeypatch):
+    for name in contenders.FILES.values():
+        shutil.copy(numbered, tmp_path / name)
+    flags = ["--num_train_epochs", "1", *contenders.FIXED[-2:]]  # the tiny backbone
+    rival, ours = (
+        partial(contenders.hf_run, num_train_epochs=1),
+        partial(contenders.our_run, flags=flags),
+    )
+    monkeypatch.setattr(contenders, "WHOLE", {"ours": Contender(ours)})
+    flags = ["--whole_runs", str(tmp_path), "--rounds", "1", "--output_dir", str(tmp_path)]
+    assert benchmark.main(flags) == 0
+    found = json.loads((tmp_path / "whole_runs.json").read_text())["ours"]
+    contenders.make_models(numbered, tmp_path, set())
+    for row in (found, rival(str(tmp_path), [str(tmp_path / "full")])()):  # not to be forked
+        assert 0 <= row["test_accuracy"] == row["eval_accuracy"] <= 1  # the same file
+        assert row["seconds"] > 0
+
+
 def test_the_benchmark_runs_contenders_and_neighbours_as_processes(
     numbered, tiny, forks, tmp_path, capsys
 ):
-    pickle.dumps((contenders.TUNING, contenders.SCORING, contenders.SINGLE))  # as processes need
+    tables = (contenders.TUNING, contenders.SCORING, contenders.SINGLE, contenders.WHOLE)
+    pickle.dumps(tables)  # as processes need
     flags = ["--data", numbered, "--steps", "2", "--texts", "16", "--rounds", "1", "--output_dir"]
     flags += [str(tmp_path / "out"), "--only", "ours, full", "ours, prefix 20", "--neighbours", "1"]
     assert benchmark.main(flags) == 0

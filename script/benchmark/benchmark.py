@@ -1,10 +1,14 @@
 """Compare this project's speed and memory with its rivals' on this machine.
 
     bash script/benchmark.sh [--data FILE] [--rounds N] [--only NAME...] [--neighbours N]
+    bash script/benchmark.sh --whole_runs DIR [--rounds N] [--only NAME...]
 
 The rivals are HF Trainer, PEFT, pipeline, OpenVINO and onnxruntime, each in its best precision on
 this machine. Each contender has its own process, and they run in turn, one at a time. Prints three
 tables and writes all figures to benchmark.json.
+
+--whole_runs compares what a user waits for instead: whole runs on the three split files of a
+folder, with evaluation. Writes whole_runs.json.
 """
 
 import resource
@@ -30,6 +34,11 @@ COLUMNS = {
     "memory": lambda row: f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
     "ratio": lambda row: ", ".join(f"{x:.2f}x {name}" for name, x in row["ratios"].items()),
 }
+RUN_COLUMNS = {
+    "seconds": lambda row: f"{row['seconds']:.0f}",
+    "validation": lambda row: f"{row['eval_accuracy']:.4f}",
+    "test": lambda row: f"{row['test_accuracy']:.4f}",
+}
 measures: list[Measure] = []  # of this process: that of its contender
 
 
@@ -41,8 +50,8 @@ def set_up(contender: Callable[..., Measure], arguments: tuple) -> None:
     measures[:] = [contender(*arguments)]
 
 
-def measure() -> tuple[float, int]:
-    """Measure the contender of this process: examples per second, and peak memory in bytes."""
+def measure() -> tuple[float | dict, int]:
+    """Measure the contender of this process: see `Measure`, and peak memory in bytes."""
     import torch
 
     rate = measures[0]()
@@ -95,9 +104,36 @@ def alternate(
     return figures
 
 
+def whole_runs(args: Namespace, parent: str) -> dict[str, dict]:
+    """Time whole runs, one after the other in each round: medians, and the `runs` behind them."""
+    figures: dict[str, dict] = {}
+    for number in range(args.rounds):
+        for name, contender in contenders.WHOLE.items():
+            if any(part in name for part in args.only):
+                arguments = (args.whole_runs, [f"{parent}/{model}" for model in contender.models])
+                with worker() as process:
+                    process.submit(set_up, contender.set_up, arguments).result()
+                    found, memory = process.submit(measure).result()
+                runs = figures.setdefault(name, {"runs": []})["runs"]
+                runs.append(found | {"peak_memory_bytes": memory})
+                print(f"round {number + 1}, {name}: {found}", flush=True)
+    for row in figures.values():
+        keys = row["runs"][0]
+        row |= {key: statistics.median(run[key] for run in row["runs"]) for key in keys}
+    print("", format_table(figures, RUN_COLUMNS), sep="\n")
+    return figures
+
+
 def compare(args: Namespace) -> None:
     """Measure the contenders, print the tables, and write the figures."""
     on_gpu, precision, _ = contenders.best()
+    if args.whole_runs:
+        data = f"{args.whole_runs}/{contenders.FILES['train']}"
+        with tempfile.TemporaryDirectory() as parent:
+            with worker() as process:
+                process.submit(contenders.make_models, data, Path(parent), set()).result()
+            figures = {"threads": THREADS, "precision": precision, **whole_runs(args, parent)}
+        return write_figures(args.output_dir, "whole_runs.json", figures)
     tuning, scoring, single = (
         {name: table[name] for name in table if any(part in name for part in args.only)}
         for table in (contenders.TUNING, contenders.SCORING, contenders.SINGLE)
@@ -129,6 +165,7 @@ def main(argv: list[str]) -> int:
     parser = Parser("bash script/benchmark.sh", __doc__)
     add = parser.add_argument
     add("--data", **FILE, default="csv/train_simple.csv", help="CSV of the columns text and label")
+    add("--whole_runs", **DIR, help="time whole runs on this folder's split files instead")
     add("--steps", type=int, default=STEPS, help="training steps per measurement [%(default)s]")
     add("--texts", type=int, default=2048, help="texts scored per measurement [%(default)s]")
     add("--rounds", type=int, default=5, help="rounds, reported by their median [%(default)s]")
