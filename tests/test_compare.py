@@ -1,6 +1,7 @@
 """The study: which runs it makes, which it does not repeat, and what it computes."""
 
 import json
+import shutil
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -15,7 +16,7 @@ import main
 from conftest import ROWS, one_line, write_csv
 from runtime.files import UserError
 from script import baseline, ensemble
-from script.study import compare, runs, summary
+from script.study import compare, reproduce, runs, search, summary
 from script.study.runs import METHODS, Run, plan
 from script.study.significance import COMPARISONS, compare_named
 
@@ -34,20 +35,22 @@ def folders(tmp_path) -> list[str]:
 
 
 @pytest.fixture
-def study(folders, tmp_path, backbone, monkeypatch, capsys):
-    """Call the study on the tiny backbone; returns its output.
-
-    Its runs are function calls here, because each process would load torch again.
-    """
+def in_process(monkeypatch) -> None:
+    """Make a study's runs function calls, because each process would load torch again."""
     modules = {"main.py": main, "script.baseline": baseline, "script.ensemble": ensemble}
 
-    def in_process(command, **streams):
+    def call(command, **streams):
         monkeypatch.setattr(sys, "orig_argv", command)
         start = 2 if command[1] == "main.py" else 3
         status = modules[command[start - 1]].main(command[start:])
         return Namespace(wait=lambda: status)
 
-    monkeypatch.setattr(runs.subprocess, "Popen", in_process)
+    monkeypatch.setattr(runs.subprocess, "Popen", call)
+
+
+@pytest.fixture
+def study(folders, tmp_path, backbone, in_process, capsys):
+    """Call the study on the tiny backbone; returns its output."""
     original, *unseen = folders
 
     def call(*flags: str) -> str:
@@ -315,3 +318,66 @@ def test_a_study_over_sizes_draws_a_curve(study, tmp_path):
     assert 'aria-label="Accuracy on unseen texts by number of training texts: majority' in page
     with pytest.raises(UserError, match="leaves none out, use 'all' instead"):
         study("--train_sizes", str(len(ROWS)))
+
+
+# ------------------------------------------------------------------ search and reproduce
+
+
+@pytest.fixture
+def tiny_probe(backbone, monkeypatch) -> None:
+    flags = ["--model_name_or_path", backbone, "--max_seq_length", "16"]
+    monkeypatch.setitem(METHODS, "probe", [*METHODS["probe"], *flags])
+
+
+def test_the_search_tries_each_change_without_the_test_files(
+    folders, tmp_path, in_process, tiny_probe, capsys
+):
+    for folder in folders:
+        (Path(folder) / "test_simple.csv").unlink()
+    output = str(tmp_path / "search")
+    argv = [*folders[1:], "--methods", "probe", "--output_dir", output]
+    assert search.main(argv) == 0
+    found = json.loads((tmp_path / "search" / "search.json").read_text())["probe"]
+    assert [*found][:6] == [*search.changes("probe")]
+    assert found["half the epochs"]["seconds"] > 0
+    first = capsys.readouterr().out
+    assert search.main(argv) == 0
+    assert "2 runs, 2 of them already finished" in capsys.readouterr().out and "defaults" in first
+
+
+def test_of_the_changes_those_that_help_are_tried_together():
+    names = [*search.changes("full")]
+    gains = dict(zip(names, (0.5, 0.6, 0.7, 0.4, 0.5, 0.6), strict=True))
+    table = {name: {"accuracy": gain} for name, gain in gains.items()}
+    assert search.helpful(table) == ["twice the rate", "the other regularisation"]
+
+
+def test_the_published_predictions_give_the_published_figures(
+    folders, tmp_path, in_process, tiny_probe, monkeypatch, capsys
+):
+    def prepare(source: Path, folder: Path) -> None:
+        for number, name in enumerate(folders[1:]):
+            shutil.copytree(name, folder / "small" / str(number), dirs_exist_ok=True)
+
+    monkeypatch.setattr(reproduce.data, "prepare", prepare)
+    changed = []
+    monkeypatch.setattr(reproduce, "git", lambda name, *_: changed if name == "status" else "abc")
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
+    part = reproduce.Part("small", 4, ("majority", "probe"), folds=2)
+    monkeypatch.setattr(reproduce, "PARTS", {"small": part})
+    argv = ["source", "--only", "small", "--output_dir", str(tmp_path / "out")]
+    assert reproduce.main(argv) == 0
+    predictions = pd.read_csv(tmp_path / "predictions.csv.gz", dtype={"text": str})
+    assert len(predictions) == 3 * (2 + 1)  # rows of both folds: seeds of the probe, majority
+    right = predictions["label"] == predictions["predicted"]
+    for row in json.loads((tmp_path / "methods.json").read_text()):
+        own = right[predictions["method"] == row["method"]]
+        assert row["accuracy"] == pytest.approx(own.groupby(predictions["text"]).mean().mean())
+        assert row["calibration"]["all"] == row["pooled ECE"]
+    before = (tmp_path / "predictions.csv.gz").read_bytes()
+    capsys.readouterr()
+    assert reproduce.main(argv) == 0
+    assert "6 runs, 6 of them already finished" in capsys.readouterr().out
+    assert (tmp_path / "predictions.csv.gz").read_bytes() == before
+    changed.append("main.py")
+    assert "commit them" in one_line((reproduce.main(argv), capsys.readouterr().err))

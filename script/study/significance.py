@@ -174,11 +174,16 @@ def compare_named(runs: list[Run], comparisons: list[str]) -> list[dict]:
             if None not in scores and (test := paired_test(*scores)):
                 row = {"protocol": protocol, "one": one, "other": other, "named": text}
                 tests.append(row | test)
+    correct(tests)
+    return tests
+
+
+def correct(tests: list[dict]) -> None:
+    """Correct the p values of tests for their number, and say which differences are shown."""
     for test, corrected in zip(tests, holm([test["p"] for test in tests]), strict=True):
         low, high = test["interval"]
         test["p_holm"] = corrected
         test["shown"] = corrected < SIGNIFICANT and not low <= 0 <= high
-    return tests
 
 
 def sentence(test: dict) -> str:
