@@ -1,6 +1,7 @@
 """The data of the study: where each file comes from, and the split files that are made of it."""
 
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +32,7 @@ SOURCES = {
 PARTS = ("train", "val", "test")
 FREQUENT = 5  # categories of the videos that keep their name
 FOLDS = 5
+FEW, DRAWS = (8, 64), 5  # texts a label
 
 
 def check_sources(folder: Path) -> None:
@@ -76,7 +78,8 @@ def prepare(source: Path, folder: Path) -> None:
     published: as it is. cleaned: its distinct titles. raw: titles as people wrote them, the five
     most frequent categories and "other"; those of a video are in the same fold. time: the same
     titles, the latest for the test. channel: fewer titles, those of a channel in the same fold.
-    emotion, banking77: their own test files.
+    emotion, banking77: their own test files. emotion-8, emotion-64: draws of so many training
+    texts of each label.
     Raises: UserError, see `check_sources`.
     """
     check_sources(source)
@@ -98,6 +101,11 @@ def prepare(source: Path, folder: Path) -> None:
 
     emotion = tables("sets/emotion", "", *PARTS)
     write(folder / "emotion", **dict(zip(PARTS, emotion, strict=True)))
+    train, *others = emotion
+    for size, draw in product(FEW, range(DRAWS)):
+        few = train.groupby("label").sample(size, random_state=draw)
+        place = folder / f"emotion-{size}" / str(draw)
+        write(place, **dict(zip(PARTS, (few, *others), strict=True)))
     customers, test = tables("sets/banking77", "", "train", "test")
     keep = {"test_size": 0.1, "stratify": customers["label"], "random_state": 0}
     train, val = train_test_split(customers, **keep)

@@ -28,6 +28,7 @@ FREE = (*BASELINES,)
 TUNED = ("full", "prefix", "4 prefixes", "lora")
 SMALL = ("bias", "probe", "input prefix")
 CURVE = ("TF-IDF, linear", "combined, linear", "combined, SVM", "full", "prefix", "lora")
+FEWEST = ("combined, linear", "combined, SVM", "full", "prefix", "lora")
 SIZES = ("250", "500", "1000", "all")
 # Named before the runs; Holm's correction is over all data sets.
 COMPARISONS = ["full:best free", "prefix:full", "lora:full", "4 prefixes:full"]
@@ -67,6 +68,9 @@ PARTS = {
     "cleaned": Part("cleaned", 5, ALL, folds=data.FOLDS),
     "time": Part("time", 3, ALL),
     "channel": Part("channel", 5, ALL, folds=data.FOLDS),
+    **{
+        f"emotion-{size}": Part(f"emotion-{size}", 5, FEWEST, folds=data.DRAWS) for size in data.FEW
+    },
     "raw, small methods": Part("raw", 5, SMALL, folds=data.FOLDS),
     "emotion, small methods": Part("emotion", 3, SMALL),
     "raw, curve": Part("raw", 5, CURVE, folds=data.FOLDS, sizes=SIZES),
