@@ -152,7 +152,7 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--contrastive_steps", COUNT, None, "first move texts of a label together, as SetFit does, "
      "and fit the head; then the defaults are mean pooling and a tenth of the rate "
      f"[{CONTRASTIVE_STEPS} if texts are new, and neither --num_train_epochs nor --pooling cls is "
-     f"given, whose default is fewer than {FEW_STEPS} steps; else 0]"),
+     f"given, whose default is at most {FEW_STEPS} steps; else 0]"),
 ),
 "lora tuning": (
     ("--lora_r", INT, None, "rank of the matrices beside each query and value matrix [8]"),

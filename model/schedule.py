@@ -73,7 +73,7 @@ def fill_start(
     steps = -(-rows // size) * tuning_of(settings)[1].new[0]
     free = settings["num_train_epochs"] is None and settings["pooling"] in (None, "mean")
     new = fresh and settings["tuning_method"] == "full" and coming_texts(seen_share) == "new"
-    few = new and free and steps < FEW_STEPS
+    few = new and free and steps <= FEW_STEPS
     fill(settings, {"contrastive_steps": CONTRASTIVE_STEPS if few else 0})
     if settings["contrastive_steps"]:
         rate = default_rate(settings, width)[1] / 10

@@ -19,10 +19,10 @@ TASK = ["--do_train", "--do_eval", "--output_dir", "out"]
     ("rows", "seen_share", "fresh", "flags", "few"),
     [
         (32, 0.1, True, "", True),
-        (224, 0.1, True, "--learning_rate 1e-4", True),  # 7 batches, 4 epochs
-        (225, 0.1, True, "", False),
-        (112, 0.1, True, "--per_device_train_batch_size 8 --gradient_accumulation_steps 2", True),
-        (113, 0.1, True, "--per_device_train_batch_size 8 --gradient_accumulation_steps 2", False),
+        (256, 0.1, True, "--learning_rate 1e-4", True),  # 8 batches, 4 epochs
+        (257, 0.1, True, "", False),
+        (128, 0.1, True, "--per_device_train_batch_size 8 --gradient_accumulation_steps 2", True),
+        (129, 0.1, True, "--per_device_train_batch_size 8 --gradient_accumulation_steps 2", False),
         (32, 0.5, True, "", False),
         (32, 0.1, False, "", False),
         (32, 0.1, True, "--num_train_epochs 4", False),
