@@ -347,9 +347,9 @@ def test_the_search_tries_each_change_without_the_test_files(
 
 def test_of_the_changes_those_that_help_are_tried_together():
     names = [*search.changes("full")]
-    gains = dict(zip(names, (0.5, 0.6, 0.7, 0.4, 0.5, 0.6, 0.8), strict=True))
+    gains = dict(zip(names, (0.5, 0.6, 0.7, 0.4, 0.8, 0.5, 0.6), strict=True))
     table = {name: {"accuracy": gain} for name, gain in gains.items()}
-    assert search.helpful(table) == ["twice the rate", "the other regularisation", names[-1]]
+    assert search.helpful(table) == ["twice the rate", "a contrastive start", names[-1]]
 
 
 def test_the_published_predictions_give_the_published_figures(

@@ -173,6 +173,11 @@ def test_the_speeds_are_those_of_the_benchmarks():
     rows = benchmark["scoring one text at a time, on one thread"].values()
     for cells, row in zip(read_table("results/README.md", header).values(), rows, strict=True):
         assert cells == [f"{row['rate']:,.0f}", f"{row['peak_memory_bytes'] / gib:.2f} GiB"]
+    header = "a whole run on the published split | seconds | validation | test"
+    rows = [row for row in read_study("whole_runs.json").values() if isinstance(row, dict)]
+    for cells, row in zip(read_table("results/README.md", header).values(), rows, strict=True):
+        shares = [f"{100 * row[f'{name}_accuracy']:.1f} %" for name in ("eval", "test")]
+        assert cells == [f"{row['seconds']:.0f}", *shares]
     header = "models | texts/s | lone request | p50, p95, p99 at half load | p99 at 90 % | memory"
     rows = read_study("serving.json").values()
     for cells, row in zip(read_table("results/README.md", header).values(), rows, strict=True):

@@ -159,6 +159,7 @@ def test_whole_runs_are_timed_and_scored(numbered, tiny, forks, tmp_path, monkey
     assert benchmark.main(flags) == 0
     found = json.loads((tmp_path / "whole_runs.json").read_text())["ours"]
     contenders.make_models(numbered, tmp_path, set())
+    assert found["runs"][0]["peak_memory_bytes"] > 0
     for row in (found, rival(str(tmp_path), [str(tmp_path / "full")])()):  # not to be forked
         assert 0 <= row["test_accuracy"] == row["eval_accuracy"] <= 1  # the same file
         assert row["seconds"] > 0

@@ -104,8 +104,11 @@ def alternate(
     return figures
 
 
-def whole_runs(args: Namespace, parent: str) -> dict[str, dict]:
-    """Time whole runs, one after the other in each round: medians, and the `runs` behind them."""
+def whole_runs(args: Namespace, parent: str, about: dict) -> None:
+    """Time whole runs, one after the other in each round; writes the figures after each.
+
+    They are medians, with the `runs` behind them. about: is written, too.
+    """
     figures: dict[str, dict] = {}
     for number in range(args.rounds):
         for name, contender in contenders.WHOLE.items():
@@ -114,14 +117,12 @@ def whole_runs(args: Namespace, parent: str) -> dict[str, dict]:
                 with worker() as process:
                     process.submit(set_up, contender.set_up, arguments).result()
                     found, memory = process.submit(measure).result()
-                runs = figures.setdefault(name, {"runs": []})["runs"]
-                runs.append(found | {"peak_memory_bytes": memory})
-                print(f"round {number + 1}, {name}: {found}", flush=True)
-    for row in figures.values():
-        keys = row["runs"][0]
-        row |= {key: statistics.median(run[key] for run in row["runs"]) for key in keys}
+                row = figures.setdefault(name, {"runs": []})
+                row["runs"].append(found | {"peak_memory_bytes": memory})
+                row |= {key: statistics.median(run[key] for run in row["runs"]) for key in found}
+                print(f"round {number + 1} of {args.rounds}, {name}: done", flush=True)
+                write_figures(args.output_dir, "whole_runs.json", about | figures)
     print("", format_table(figures, RUN_COLUMNS), sep="\n")
-    return figures
 
 
 def compare(args: Namespace) -> None:
@@ -132,8 +133,7 @@ def compare(args: Namespace) -> None:
         with tempfile.TemporaryDirectory() as parent:
             with worker() as process:
                 process.submit(contenders.make_models, data, Path(parent), set()).result()
-            figures = {"threads": THREADS, "precision": precision, **whole_runs(args, parent)}
-        return write_figures(args.output_dir, "whole_runs.json", figures)
+            return whole_runs(args, parent, {"threads": THREADS, "precision": precision})
     tuning, scoring, single = (
         {name: table[name] for name in table if any(part in name for part in args.only)}
         for table in (contenders.TUNING, contenders.SCORING, contenders.SINGLE)

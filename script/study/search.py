@@ -30,17 +30,17 @@ def changes(method: str) -> dict[str, list[str]]:
     rate, (epochs, dropout, *_) = row.rates[0], row.new
     kept = ("0", "0", "True") if dropout else ("0.1", "1", "False")
     names = ("--hidden_dropout_prob", "--rdrop_alpha", "--load_best_model_at_end")
-    start = ["--contrastive_steps", "100", "--pooling", "mean", "--learning_rate", f"{rate / 2:g}"]
+    start = ["--contrastive_steps", "100", "--pooling", "cls", "--learning_rate", f"{rate / 2:g}"]
     return {
         DEFAULTS: [],
         "half the rate": ["--learning_rate", f"{rate / 2:g}"],
         "twice the rate": ["--learning_rate", f"{rate * 2:g}"],
         "half the epochs": ["--num_train_epochs", f"{epochs // 2}"],
+        **({"a contrastive start": start} if method == "full" else {}),
         "the other pooling": ["--pooling", "cls" if method == "probe" else "mean"],
         "the other regularisation": [
             word for pair in zip(names, kept, strict=True) for word in pair
         ],
-        **({"a contrastive start": start} if method == "full" else {}),
     }
 
 
