@@ -390,8 +390,8 @@ for tokens in (20, 128):
         partial(ours, flags=["--prefix", "--pre_seq_len", str(tokens)]),
         rivals=[f"PEFT prefix {tokens}", "ours, full"],
     )
-# Each at the shortest schedule found that reaches 94.6 or 94.1 % on the published split, PEFT at the
-# longest that was tried (results/LOG.md).
+# Each at the shortest schedule found that reaches 94.6 or 94.1 % on the published split, PEFT at
+# the longest that was tried (results/LOG.md).
 WHOLE = {
     "HF Trainer, by length": Contender(partial(hf_run, num_train_epochs=6, learning_rate=2e-4)),
     "ours, full": Contender(partial(our_run, flags=["--num_train_epochs", "4"])),
