@@ -20,7 +20,7 @@ from arguments import parse_args
 from conftest import REAL_DATA, ROOT, ROWS, bash, make_backbone, one_line, write_csv
 from runtime import batches
 from runtime.machine import pick_machine
-from script.benchmark import benchmark, contenders, processes
+from script.benchmark import benchmark, contenders, processes, scoring
 from script.benchmark.contenders import Contender
 
 
@@ -138,7 +138,7 @@ def test_each_contender_measures(numbered, tiny, tmp_path):
     contenders.make_models(numbered, tmp_path, {"full", *contenders.MIXED})
     for table, arguments in (
         (contenders.TUNING, (numbered, 2)),
-        (contenders.SCORING | contenders.SINGLE, (contenders.distinct(numbered, 16),)),
+        (scoring.SCORING | scoring.SINGLE, (contenders.distinct(numbered, 16),)),
     ):
         for name, contender in table.items():
             if not {*contenders.ENGINES} & {*contender.models} and "compiled" not in name:
@@ -168,7 +168,7 @@ def test_whole_runs_are_timed_and_scored(numbered, tiny, forks, tmp_path, monkey
 def test_the_benchmark_runs_contenders_and_neighbours_as_processes(
     numbered, tiny, forks, tmp_path, capsys
 ):
-    tables = (contenders.TUNING, contenders.SCORING, contenders.SINGLE, contenders.WHOLE)
+    tables = (contenders.TUNING, scoring.SCORING, scoring.SINGLE, contenders.WHOLE)
     pickle.dumps(tables)  # as processes need
     flags = ["--data", numbered, "--steps", "2", "--texts", "16", "--rounds", "1", "--output_dir"]
     flags += [str(tmp_path / "out"), "--only", "ours, full", "ours, prefix 20", "--neighbours", "1"]

@@ -26,6 +26,7 @@ from runtime.flags import DIR, FILE, Parser
 from script.benchmark import contenders
 from script.benchmark.contenders import Contender, Measure
 from script.benchmark.processes import format_table, started, worker, write_figures
+from script.benchmark.scoring import SCORING, SINGLE
 
 THREADS = 2
 STEPS = 50  # one of the groups that the Trainer sorts by length: no contender gets easy lengths
@@ -136,7 +137,7 @@ def compare(args: Namespace) -> None:
             return whole_runs(args, parent, {"threads": THREADS, "precision": precision})
     tuning, scoring, single = (
         {name: table[name] for name in table if any(part in name for part in args.only)}
-        for table in (contenders.TUNING, contenders.SCORING, contenders.SINGLE)
+        for table in (contenders.TUNING, SCORING, SINGLE)
     )
     if on_gpu:  # the engines that are pinned here compute on the CPU
         parts = ("OpenVINO", "onnxruntime", "int8")
