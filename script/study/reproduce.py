@@ -22,7 +22,7 @@ from evaluation.metrics import calibration_error, confidence_counts
 from runtime.files import UserError, run_and_report, to_json, write_text
 from runtime.flags import DIR, Parser
 from script.study import compare, data, significance, summary
-from script.study.runs import BASELINES, Run, execute, group, is_tuned, plan
+from script.study.runs import BASELINES, Run, execute, group, plan, uses_seed
 
 FREE = (*BASELINES,)
 TUNED = ("full", "prefix", "4 prefixes", "lora")
@@ -95,7 +95,6 @@ def rows_of(part: Part, run: Run) -> pd.DataFrame:
     """Return the predictions of a run as they are published: the text as a hash."""
     table, fold = run.predictions, Path(run.data).name
     hashes = [sha256(text.encode()).hexdigest()[:DIGITS] for text in table["text"]]
-    varies = is_tuned(run.method) or run.method == "ensemble" or run.size
     return pd.DataFrame(
         {
             "text": hashes,
@@ -103,7 +102,7 @@ def rows_of(part: Part, run: Run) -> pd.DataFrame:
             "protocol": run.protocol,
             "method": run.method,
             "rows": run.results["train_rows"] if run.size else "all",
-            "seed": run.seed if varies else "",
+            "seed": run.seed if uses_seed(run.method, run.size) else "",
             "fold": fold if part.folds else "",
             "label": [label for (label,) in run.rows.labels],
             "predicted": table["answer"],

@@ -59,6 +59,11 @@ def is_tuned(method: str) -> bool:
     return METHODS[method][0] == TUNE[0]
 
 
+def uses_seed(method: str, size: int | None) -> bool:
+    """Return whether a run of a method on `size` rows (None: all) differs from seed to seed."""
+    return is_tuned(method) or method == "ensemble" or size is not None
+
+
 def group(things: Iterable[T], key: Callable[[T], Hashable]) -> dict[Hashable, list[T]]:
     """Group things by a key, in the order in which the keys occur first."""
     groups: dict[Hashable, list[T]] = {}
@@ -159,9 +164,9 @@ def plan(args: argparse.Namespace) -> list[Run]:
             seed = args.seeds[number % len(args.seeds)]
             members: dict[int | None, list[str]] = {}  # folders of an ensemble, by size
             for method, size in product(args.methods, sizes):
-                uses_seed = is_tuned(method) or size or method == "ensemble"
+                varies = uses_seed(method, size)
                 name = method.replace(", ", "-").replace(" ", "-")
-                name = f"{protocol}-{name}-{number if uses_seed else number % len(folders)}"
+                name = f"{protocol}-{name}-{number if varies else number % len(folders)}"
                 folder = Path(args.output_dir) / (name + (f"-n{size}" if size else ""))
                 if method not in NO_MEMBERS:
                     members.setdefault(size, []).append(str(folder))
@@ -169,9 +174,9 @@ def plan(args: argparse.Namespace) -> list[Run]:
                 if method == "ensemble":
                     flags = [*members.get(size, []), *flags]
                 else:
-                    flags += run_flags(args, method, data, seed if uses_seed else None, size)
+                    flags += run_flags(args, method, data, seed if varies else None, size)
                 # a baseline runs once for each folder; an ensemble needs members
-                if (uses_seed or number < len(folders)) and (method != "ensemble" or members):
+                if (varies or number < len(folders)) and (method != "ensemble" or members):
                     command = (*METHODS[method], *flags)
                     runs.append(Run(protocol, method, data, seed, size, folder, command))
     return runs
