@@ -334,7 +334,9 @@ def serving(registry, **limits):
     app = create_app(registry, Settings(**limits))
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    # uvicorn's own logging closes all handlers, and absl's, which OpenVINO loads, closes the stream
+    # that pytest captures with
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", log_config=None))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
