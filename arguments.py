@@ -148,12 +148,6 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--prefix_projection", SWITCH, None, "reparametrise the prefix with an MLP [False]"),
     ("--prefix_hidden_size", INT, None, "hidden size of the --prefix_projection MLP [512]"),
 ),
-"full tuning": (
-    ("--contrastive_steps", COUNT, None, "first move texts of a label together, as SetFit does, "
-     "and fit the head; then the defaults are mean pooling and a tenth of the rate "
-     f"[{CONTRASTIVE_STEPS} if texts are new, and neither --num_train_epochs nor --pooling cls is "
-     f"given, whose default is at most {FEW_STEPS} steps; else 0]"),
-),
 "lora tuning": (
     ("--lora_r", INT, None, "rank of the matrices beside each query and value matrix [8]"),
     ("--lora_alpha", POSITIVE, None, "their product is scaled by X over the rank [16]"),
@@ -185,6 +179,10 @@ GROUPS = {  # each flag: name, kind, default and help
     ("--ema_decay", value(number(float, 0, 0.999999), "D"), 0.99,
      "decay of the moving average of the weights, which is evaluated and saved; 0: off [0.99]"),
     ("--gradient_checkpointing", SWITCH, False, "recompute activations: less memory, more time"),
+    ("--contrastive_steps", COUNT, None, "first move texts of a label together, as SetFit does, "
+     "and fit the head; then the defaults are mean pooling and a tenth of the rate "
+     f"[{CONTRASTIVE_STEPS} if texts are new, and neither --num_train_epochs nor --pooling cls is "
+     f"given, whose default is at most {FEW_STEPS} steps; else 0]"),
     ("--class_weights", value(flags.path, "balanced|FILE"), None,
      "weights of the labels in the loss: the inverse of their frequency, or a JSON file such as "
      "{\"spam\": 5}; all others have 1 [all 1]"),
@@ -379,6 +377,8 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--metric_for_best_model: micro_f1 is for multi-label data, else use accuracy")
     if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
         parser.error("--report_to tensorboard: first run .venv/bin/pip install tensorboard")
+    if args.contrastive_steps and (args.tuning_method == "probe" or (args.num_prefixes or 1) > 1):
+        parser.error("--contrastive_steps: a probe and several prefixes cannot start so; omit it")
     if args.warmup_steps > 1 and args.warmup_steps % 1:
         parser.error("--warmup_steps must be a whole number of steps, or a share below 1")
     # checkpoints that were not asked for are removed when the run finishes

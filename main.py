@@ -42,7 +42,7 @@ from evaluation.texts import label_texts
 from model import contrastive
 from model.bert import train_words_in_use
 from model.classifier import Classifier
-from model.schedule import fill_schedule, fill_start, learning_rate_warning
+from model.schedule import fill_schedule, fill_start, learning_rate_warning, start_rate
 from model.source import ModelSource, new_model, open_model, read_tensors
 from runtime import checkpoint as checkpoints
 from runtime import processes
@@ -311,7 +311,8 @@ def tune(
     if args.contrastive_steps and not checkpoint:
         if is_main:
             logger.info("%d contrastive steps, then the head", args.contrastive_steps)
-            contrastive.start(model, train_set, machine, args.contrastive_steps, args.seed)
+            rate = start_rate(vars(args), source.config.hidden_size)
+            contrastive.start(model, train_set, machine, args.contrastive_steps, rate, args.seed)
         model.load_state_dict(machine.group.tensors_from_main(trainable(model)), strict=False)
 
     if checkpoint:  # the run may have been killed before it removed older checkpoints

@@ -15,7 +15,7 @@ from model.sequence_classification import classification_loss
 from runtime.batches import Encoded, chunks
 from runtime.machine import Machine
 
-ROWS, RATE = 16, 5e-5  # of a step; the rate rises for a tenth of the steps, and then falls
+ROWS = 16  # of a step
 SCORED_ROWS = 64
 
 
@@ -60,8 +60,13 @@ def fit_head(states: torch.Tensor, labels: torch.Tensor, head: nn.Linear, weight
         head.bias.copy_(bias)
 
 
-def start(model: nn.Module, data: Encoded, machine: Machine, steps: int, seed: int) -> None:
-    """Train the backbone in place for some steps, and fit the head."""
+def start(
+    model: nn.Module, data: Encoded, machine: Machine, steps: int, rate: float, seed: int
+) -> None:
+    """Train what is tuned below the head for some steps, in place, and fit the head.
+
+    rate: it rises to it for a tenth of the steps, and then falls to 0.
+    """
     labels = machine.send(torch.from_numpy(data.labels))
     weights = data.label_weights and machine.send(torch.tensor(data.label_weights))
     head, model.classifier = model.classifier, nn.Identity()  # logits are then what it reads
@@ -71,7 +76,7 @@ def start(model: nn.Module, data: Encoded, machine: Machine, steps: int, seed: i
     model.train()
     for step, rows in zip(range(steps), row_batches(len(data), seed), strict=False):
         factor = min((step + 1) / max(steps / 10, 1), 1) * (1 - step / steps)
-        optimizer.param_groups[0]["lr"] = RATE * factor
+        optimizer.param_groups[0]["lr"] = rate * factor
         pair_loss(machine.logits(model, data, data.text_index[rows]), labels[rows]).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

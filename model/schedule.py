@@ -42,6 +42,11 @@ def default_rate(settings: dict[str, Any], width: int) -> tuple[float, float, fl
     return tuning.lowest, tuning.rates[place], tuning.highest[place]
 
 
+def start_rate(settings: dict[str, Any], width: int) -> float:
+    """Return the highest learning rate of a contrastive start: a quarter of the default one."""
+    return default_rate(settings, width)[1] / 4
+
+
 def fill_schedule(settings: dict[str, Any], seen_share: float, width: int) -> dict:
     """Fill in and return the learning rates and the `SCHEDULE`.
 

@@ -190,6 +190,8 @@ def test_prefix_is_short_for_the_tuning_method_prefix():
         (["--seed", "4294967296"], "--seed: 4294967296 is out of range"),
         (["--num_train_epochs", "0"], "--num_train_epochs: 0 is out of range"),
         (["--num_train_epochs", "2.5"], "--num_train_epochs: '2.5' is not a whole number"),
+        (["--contrastive_steps", "3", "--tuning_method", "probe"], "start so; omit it"),
+        (["--contrastive_steps", "3", "--prefix", "--num_prefixes", "2"], "start so; omit it"),
         (["--pre_seq_len", "4"], "--pre_seq_len needs --tuning_method prefix"),
         (["--prefix", "--pre_seq_len", "0"], "--pre_seq_len: 0 is out of range"),
         (["--prefix", "--prefix_hidden_size", "9"], "--prefix_hidden_size needs --prefix_projec"),

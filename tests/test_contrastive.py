@@ -73,13 +73,12 @@ def test_batches_have_every_row_once_in_an_epoch():
     assert len(next(contrastive.row_batches(3, seed=1))) == 3
 
 
-def test_the_start_moves_texts_of_a_label_together_and_fits_the_head(data, make_model, monkeypatch):  # noqa: F811
+def test_the_start_moves_texts_of_a_label_together_and_fits_the_head(data, make_model):  # noqa: F811
     model = make_model("--pooling", "mean")
     labels = torch.from_numpy(data.labels)
-    monkeypatch.setattr(contrastive, "RATE", 5e-3)  # so small a model learns slowly
-    contrastive.start(model, data, FP32, 0, seed=1)
+    contrastive.start(model, data, FP32, 0, 1.0, seed=1)
     before = states_of(model, data)
-    contrastive.start(model, data, FP32, 60, seed=1)
+    contrastive.start(model, data, FP32, 60, 5e-3, seed=1)  # so small a model learns slowly
     after = states_of(model, data)
     assert contrastive.pair_loss(after, labels) < contrastive.pair_loss(before, labels) * 0.9
     logits = FP32.logits(model, data, data.text_index).detach()

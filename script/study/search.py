@@ -36,7 +36,7 @@ def changes(method: str) -> dict[str, list[str]]:
         "half the rate": ["--learning_rate", f"{rate / 2:g}"],
         "twice the rate": ["--learning_rate", f"{rate * 2:g}"],
         "half the epochs": ["--num_train_epochs", f"{epochs // 2}"],
-        **({"a contrastive start": start} if method == "full" else {}),
+        **({"a contrastive start": start} if method != "probe" else {}),
         "the other pooling": ["--pooling", "cls" if method == "probe" else "mean"],
         "the other regularisation": [
             word for pair in zip(names, kept, strict=True) for word in pair
