@@ -17,12 +17,10 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from evaluation.intervals import BINS
-from evaluation.metrics import calibration_error, confidence_counts
-from runtime.files import UserError, run_and_report, to_json, write_text
+from runtime.files import UserError, read_json, run_and_report, to_json, write_text
 from runtime.flags import DIR, Parser
 from script.study import compare, data, significance, summary
-from script.study.runs import BASELINES, Run, execute, group, plan, uses_seed
+from script.study.runs import BASELINES, Run, execute, plan, uses_seed
 
 FREE = (*BASELINES,)
 TUNED = ("full", "prefix", "4 prefixes", "lora")
@@ -37,6 +35,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 CODE = (".", ":!results", ":!tests", ":!*.md", ":!.ci")  # what the figures depend on, and more
 DIGITS = 12  # of a text's hash
+PREDICTIONS = "predictions.csv.gz"
+ROW, RUN = ["data", "fold", "text"], ["data", "protocol", "method", "rows", "seed", "fold"]
 
 
 class Part(NamedTuple):
@@ -112,42 +112,50 @@ def rows_of(part: Part, run: Run) -> pd.DataFrame:
     )
 
 
-def calibration(runs: list[Run]) -> dict[str, float]:
-    """Return the calibration error of all rows of some runs, and of seen and unseen ones."""
-    table, errors = pd.concat(run.predictions for run in runs), {}
-    for name, chosen in {"all": table, **dict(iter(table.groupby("seen")))}.items():
-        confidence, right = chosen[["confidence", "right"]].to_numpy(float).T
-        kind = {True: "seen", False: "unseen"}.get(name, name)
-        errors[kind] = calibration_error(confidence_counts(confidence, right, BINS))
-    return errors
+def figures(name: str, runs: list[Run]) -> dict[str, list[dict]]:
+    """Compute the rows that a finished part adds to each table."""
+    part, tables = PARTS[name], {"methods": [], "tests": [], "curve": []}
+    if part.sizes != ("all",):
+        tables["curve"] = summary.learning_curve(runs)
+    else:
+        tables["methods"] = summary.summarise(runs)
+        tables["tests"] = significance.compare_named(runs, COMPARISONS)
+    tables["runs"] = [run.entry() for run in runs]
+    return {
+        title: [{"part": name, "data": part.folder} | row for row in rows]
+        for title, rows in tables.items()
+    }
 
 
-def collect(finished: dict[str, list[Run]]) -> None:
-    """Write the tables of the finished parts, and the predictions of their runs, to results/."""
-    methods, tests, curve, tables = [], [], [], {}
-    for name, runs in finished.items():
-        part = PARTS[name]
-        if part.sizes != ("all",):
-            curve += summary.learning_curve(runs)
-        else:
-            whole = group(runs, lambda run: run.method)
-            for row in summary.summarise(runs):
-                row |= {"data": part.folder, "calibration": calibration(whole[row["method"]])}
-                methods.append(row)
-            for test in significance.compare_named(runs, COMPARISONS):
-                tests.append({"data": part.folder} | test)
-        for run in runs:
-            tables.setdefault(run.folder, rows_of(part, run))
-    significance.correct(tests)
-    runs = list({run.folder: run for each in finished.values() for run in each}.values())
-    files = {"methods": methods, "tests": tests, "curve": curve}
-    files["runs"] = [run.entry() for run in runs]
-    files["parts"] = {"parts": list(finished), "code": code_commits(runs)}
-    for name, content in files.items():
-        write_text(RESULTS / f"{name}.json", to_json(content))
-    text = pd.concat(tables.values()).to_csv(index=False)
-    packed = gzip.compress(text.encode(), mtime=0)  # the same predictions, the same bytes
-    (RESULTS / "predictions.csv.gz").write_bytes(packed)
+def collect(name: str, runs: list[Run]) -> None:
+    """Add the rows of a finished part to the tables in results/, and the predictions of its runs.
+
+    Those of other parts are kept if they come from the same code, of whatever machine.
+    """
+    tables, code = figures(name, runs), code_commits(runs)
+    file, parts = RESULTS / "parts.json", RESULTS / PREDICTIONS
+    old = read_json(file) if file.exists() else {}
+    kept = (
+        [part for part in old.get("parts", []) if part != name] if old.get("code") == code else []
+    )
+    order = [*PARTS].index
+    for title, rows in tables.items():
+        path = RESULTS / f"{title}.json"
+        rows += [row for row in read_json(path, list) if row["part"] in kept] if kept else []
+        rows.sort(key=lambda row: order(row["part"]))
+        if title == "tests":
+            significance.correct(rows)
+        write_text(path, to_json(rows))
+    predictions = pd.concat(rows_of(PARTS[name], run) for run in runs).astype(str)
+    if kept:
+        earlier = pd.read_csv(parts, dtype=str, keep_default_na=False)
+        new = predictions[RUN].agg("\n".join, axis=1).unique()
+        known = earlier[RUN].agg("\n".join, axis=1).isin(new)
+        predictions = pd.concat([earlier[~known], predictions])
+    predictions = predictions.sort_values([*ROW, *RUN], kind="stable")  # equal hashes compress
+    packed = gzip.compress(predictions.to_csv(index=False).encode(), mtime=0)  # always equal bytes
+    parts.write_bytes(packed)
+    write_text(file, to_json({"parts": sorted([*kept, name], key=order), "code": code}))
 
 
 def reproduce(args: argparse.Namespace) -> None:
@@ -155,16 +163,11 @@ def reproduce(args: argparse.Namespace) -> None:
     if git("status", "--porcelain", "--", *CODE):
         raise UserError("files were changed since the last commit: commit them, or run git stash")
     data.prepare(Path(args.source), Path(args.output_dir) / "data")
-    finished = {}
-    for name, part in PARTS.items():
-        runs = part.plan(args.output_dir)
-        if name in args.only:
-            print(f"\n{name}", flush=True)
-            execute(runs)
-        if all(run.is_finished() for run in runs):
-            finished[name] = runs
-            if name in args.only:
-                collect(finished)
+    for name in (name for name in PARTS if name in args.only):
+        print(f"\n{name}", flush=True)
+        runs = PARTS[name].plan(args.output_dir)
+        execute(runs)
+        collect(name, runs)
 
 
 def main(argv: list[str]) -> int:

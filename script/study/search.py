@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from arguments import TUNING
-from runtime.files import run_and_report, to_json, write_text
+from runtime.files import read_json, run_and_report, to_json, write_text
 from runtime.flags import DIR, Parser
 from script.study.runs import METHODS, Run, execute, is_tuned
 
@@ -27,20 +27,15 @@ DEFAULTS, TOGETHER = "defaults", "what helped"
 def changes(method: str) -> dict[str, list[str]]:
     """Return the flags of each change of a method's defaults for new texts, by name."""
     row = TUNING[method]
-    rate, (epochs, dropout, *_) = row.rates[0], row.new
-    kept = ("0", "0", "True") if dropout else ("0.1", "1", "False")
-    names = ("--hidden_dropout_prob", "--rdrop_alpha", "--load_best_model_at_end")
+    rate, epochs = row.rates[0], row.new[0]
     start = ["--contrastive_steps", "100", "--pooling", "cls", "--learning_rate", f"{rate / 2:g}"]
     return {
         DEFAULTS: [],
+        **({"a contrastive start": start} if method != "probe" else {}),
         "half the rate": ["--learning_rate", f"{rate / 2:g}"],
         "twice the rate": ["--learning_rate", f"{rate * 2:g}"],
         "half the epochs": ["--num_train_epochs", f"{epochs // 2}"],
-        **({"a contrastive start": start} if method != "probe" else {}),
         "the other pooling": ["--pooling", "cls" if method == "probe" else "mean"],
-        "the other regularisation": [
-            word for pair in zip(names, kept, strict=True) for word in pair
-        ],
     }
 
 
@@ -72,7 +67,8 @@ def tried(args: Namespace, method: str, name: str, flags: list[str]) -> dict:
 
 def search(args: Namespace) -> None:
     """Try everything, print the table and write it."""
-    found: dict[str, dict[str, dict]] = {}
+    path = Path(args.output_dir) / "search.json"
+    found: dict[str, dict[str, dict]] = read_json(path) if path.exists() else {}
     for method in args.methods:
         table, options = {}, changes(method)
         for name, flags in options.items():
@@ -85,7 +81,7 @@ def search(args: Namespace) -> None:
         columns = ["accuracy", "log loss", "seconds", "flags"]
         shown = pd.DataFrame.from_dict(table, orient="index")[columns].round(4)
         print(f"\n{method}: {best}", shown.to_string(), sep="\n", flush=True)
-        write_text(Path(args.output_dir) / "search.json", to_json(found))
+        write_text(path, to_json(found))
 
 
 def main(argv: list[str]) -> int:

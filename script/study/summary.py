@@ -58,16 +58,17 @@ def summarise(runs: list[Run]) -> list[dict]:
     rows = []
     for (protocol, method), ours in group(runs, lambda run: (run.protocol, run.method)).items():
         row = {"protocol": protocol, "method": method, "runs": len(ours)}
+        table = pd.concat(run.predictions for run in ours)
         for column, seen in ACCURACIES.items():
             scores = scores_of(ours, seen)
             row[column] = scores and scores.mean
             row[f"{column} interval"] = scores and scores.interval()
+            chosen = table.loc[table["seen"].isin(seen), ["confidence", "right"]].to_numpy(float)
+            error = calibration_error(confidence_counts(*chosen.T, BINS)) if len(chosen) else None
+            row[POOLED + f" {column}".removesuffix(" accuracy")] = error
         for column, (key, _) in MEANS.items():
             values = [run.results[key] for run in ours if run.results.get(key) is not None]
             row[column] = float(np.mean(values)) if values else None
-        table = pd.concat(run.predictions[["confidence", "right"]] for run in ours)
-        confidence, right = table.to_numpy(float).T
-        row[POOLED] = calibration_error(confidence_counts(confidence, right, BINS))
         rows.append(row)
     return rows
 
