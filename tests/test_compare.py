@@ -355,43 +355,43 @@ def test_of_the_changes_those_that_help_are_tried_together():
 def test_the_published_predictions_give_the_published_figures(
     folders, tmp_path, in_process, tiny_probe, monkeypatch, capsys
 ):
+    """Whether one machine makes them, or two; runs of other code are not kept."""
+
     def prepare(source: Path, folder: Path) -> None:
         for number, name in enumerate(folders[1:]):
             shutil.copytree(name, folder / "small" / str(number), dirs_exist_ok=True)
 
     monkeypatch.setattr(reproduce.data, "prepare", prepare)
-    monkeypatch.setattr(reproduce, "git", lambda name, *_: name != "status" and "abc")
-    monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
-    part = reproduce.Part("small", 4, ("majority", "probe"), folds=2)
-    monkeypatch.setattr(reproduce, "PARTS", {"small": part})
-    argv = ["source", "--only", "small", "--output_dir", str(tmp_path / "out")]
-    assert reproduce.main(argv) == 0
-    predictions = pd.read_csv(tmp_path / "predictions.csv.gz", dtype={"text": str})
-    assert len(predictions) == 3 * (2 + 1)  # rows of both folds: seeds of the probe, majority
+    code = ["abc"]
+    monkeypatch.setattr(reproduce, "git", lambda name, *_: name != "status" and code[0])
+    part = reproduce.Part("small", 4, ("majority", "probe", "ensemble"), folds=2)
+
+    def call(seeds: int, machine: str, results: str) -> dict[str, bytes]:
+        (tmp_path / results).mkdir(exist_ok=True)
+        monkeypatch.setattr(reproduce, "RESULTS", tmp_path / results)
+        monkeypatch.setattr(reproduce, "PARTS", (part._replace(seeds=seeds),))
+        assert reproduce.main(["source", "--output_dir", str(tmp_path / machine)]) == 0
+        return {path.name: path.read_bytes() for path in (tmp_path / results).iterdir()}
+
+    whole = call(4, "one", "results")
+    assert not [*(tmp_path / "one").rglob("*.safetensors")]
+    predictions = pd.read_csv(tmp_path / "results" / "predictions.csv.gz", dtype={"text": str})
+    assert len(predictions) == 3 * (2 + 2 + 1)  # rows of both folds: two seeds of two, majority
     right = predictions["label"] == predictions["predicted"]
-    for row in json.loads((tmp_path / "methods.json").read_text()):
+    for row in json.loads(whole["methods.json"]):
         own = right[predictions["method"] == row["method"]]
         assert row["accuracy"] == pytest.approx(own.groupby(predictions["text"]).mean().mean())
         assert row["pooled ECE on unseen"] == row["pooled ECE"]  # no text is seen
-    before = (tmp_path / "predictions.csv.gz").read_bytes()
     capsys.readouterr()
-    assert reproduce.main(argv) == 0
-    assert "6 runs, 6 of them already finished" in capsys.readouterr().out
-    assert (tmp_path / "predictions.csv.gz").read_bytes() == before
+    assert call(4, "one", "results") == whole
+    assert not capsys.readouterr().out  # nothing is run again
 
-    # another machine adds a part; other code starts anew
-    for code, parts in (("abc", ["small", "more"]), ("def", ["more"])):
-        monkeypatch.setattr(reproduce, "git", lambda name, *_, code=code: name != "status" and code)
-        more = reproduce.Part("small", 1, ("look-up",), folds=1)
-        monkeypatch.setattr(reproduce, "PARTS", {"small": part, "more": more})
-        argv[2:] = ["more", "--output_dir", str(tmp_path / "elsewhere")]
-        assert reproduce.main(argv) == 0
-        assert json.loads((tmp_path / "parts.json").read_text()) == {"parts": parts, "code": [code]}
-        rows = json.loads((tmp_path / "methods.json").read_text())
-        assert [row["part"] for row in rows] == ["small", "small", "more"][-2 * len(parts) + 1 :]
-        found = pd.read_csv(tmp_path / "predictions.csv.gz", dtype={"text": str})
-        assert (found["method"] == "look-up").sum() > 0
-        old = found[found["method"] != "look-up"][[*predictions]].reset_index(drop=True)
-        assert old.equals(predictions) if code == "abc" else old.empty
+    call(2, "two", "others")
+    both = call(4, "three", "others")
+    assert both["predictions.csv.gz"] == whole["predictions.csv.gz"]
+    assert capsys.readouterr().out.count("small\n3 runs, 0 of them") == 4  # two on each machine
+    code[0] = "def"
+    assert len(json.loads(call(2, "three", "others")["runs.json"])["runs"]) == 6
+    assert "are of other code" in capsys.readouterr().err
     monkeypatch.setattr(reproduce, "git", lambda *_: " M main.py")
-    assert "commit them" in one_line((reproduce.main(argv), capsys.readouterr().err))
+    assert "commit them" in one_line((reproduce.main(["source"]), capsys.readouterr().err))

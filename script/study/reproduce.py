@@ -1,16 +1,18 @@
 """Reproduce: all figures of the README that come from a study, on several data sets.
 
-    bash script/reproduce.sh SOURCE [--only PART...] [--output_dir DIR]
+    bash script/reproduce.sh SOURCE [--only DATA...] [--output_dir DIR]
 
-SOURCE: a folder with the files that script/study/data.py lists. The parts run in order of
-importance, about eight hours on two idle cores; a stopped one resumes, and finished runs are not
-repeated. The tables of the finished parts, and the predictions behind them, go to results/.
+SOURCE: a folder with the files that script/study/data.py lists. First every data set has a run of
+each method, then more seeds. What has finished is written to results/ at once: the predictions of
+all runs, and the tables that are computed from them. Runs that are there are not repeated, if the
+code is the same; so a stopped study resumes, on another machine, too.
 """
 
 import argparse
 import gzip
 import subprocess
 import sys
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -19,28 +21,28 @@ import pandas as pd
 
 from runtime.files import UserError, read_json, run_and_report, to_json, write_text
 from runtime.flags import DIR, Parser
+from runtime.labels import label_key
 from script.study import compare, data, significance, summary
-from script.study.runs import BASELINES, Run, execute, plan, uses_seed
+from script.study.runs import BASELINES, Run, execute, group, plan, uses_seed
 
-FREE = (*BASELINES,)
 TUNED = ("full", "prefix", "4 prefixes", "lora")
 SMALL = ("bias", "probe", "input prefix")
-CURVE = ("TF-IDF, linear", "combined, linear", "combined, SVM", "full", "prefix", "lora")
-FEWEST = ("combined, linear", "combined, SVM", "full", "prefix", "lora")
+ALL = (*BASELINES, *TUNED, "ensemble")
+FEW = ("combined, linear", "combined, SVM", "full", "prefix", "lora")
 SIZES = ("250", "500", "1000", "all")
-# Named before the runs; Holm's correction is over all data sets.
+# Named before the runs, on these data; Holm's correction is over all of them.
 COMPARISONS = ["full:best free", "prefix:full", "lora:full", "4 prefixes:full"]
 COMPARISONS += ["ensemble:best single"]
+TESTED = ("raw", "emotion", "banking77", "published", "cleaned")
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 CODE = (".", ":!results", ":!tests", ":!*.md", ":!.ci")  # what the figures depend on, and more
 DIGITS = 12  # of a text's hash
-PREDICTIONS = "predictions.csv.gz"
-ROW, RUN = ["data", "fold", "text"], ["data", "protocol", "method", "rows", "seed", "fold"]
+KEY = ["data", "protocol", "method", "rows", "seed", "fold"]  # of a run
 
 
 class Part(NamedTuple):
-    """A study: `folder` of the data, how many seeds, and which methods."""
+    """Runs on one data set: `folder` of the data, how many seeds, and which methods."""
 
     folder: str
     seeds: int
@@ -59,22 +61,112 @@ class Part(NamedTuple):
         return plan(compare.parse_args([*argv, "--output_dir", f"{output_dir}/{self.folder}"]))
 
 
-ALL = (*FREE, *TUNED, "ensemble")
-PARTS = {
-    "raw": Part("raw", 15, ALL, folds=data.FOLDS),
-    "emotion": Part("emotion", 3, ALL),
-    "banking77": Part("banking77", 3, ALL),
-    "published": Part("published", 3, ALL, protocol="original"),
-    "cleaned": Part("cleaned", 5, ALL, folds=data.FOLDS),
-    "time": Part("time", 3, ALL),
-    "channel": Part("channel", 5, ALL, folds=data.FOLDS),
-    **{
-        f"emotion-{size}": Part(f"emotion-{size}", 5, FEWEST, folds=data.DRAWS) for size in data.FEW
-    },
-    "raw, small methods": Part("raw", 5, SMALL, folds=data.FOLDS),
-    "emotion, small methods": Part("emotion", 3, SMALL),
-    "raw, curve": Part("raw", 5, CURVE, folds=data.FOLDS, sizes=SIZES),
-}
+PARTS = (  # in order of importance
+    Part("raw", 5, ALL, folds=data.FOLDS),
+    Part("emotion", 3, ALL),
+    Part("banking77", 3, ALL),
+    Part("published", 3, ALL, protocol="original"),
+    Part("cleaned", 5, ALL, folds=data.FOLDS),
+    Part("time", 3, ALL),
+    Part("channel", 5, ALL, folds=data.FOLDS),
+    *(Part(f"emotion-{size}", 5, FEW, folds=data.DRAWS) for size in data.FEW),
+    Part("raw", 5, (*FEW, "TF-IDF, linear"), folds=data.FOLDS, sizes=SIZES),
+    Part("raw", 5, SMALL, folds=data.FOLDS),
+    Part("emotion", 3, SMALL),
+)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A finished run as results/ has it, with what the tables of a study read."""
+
+    protocol: str
+    method: str
+    size: int | None
+    results: dict
+    predictions: pd.DataFrame  # as `Run.predictions`
+
+
+def key_of(part: Part, run: Run) -> tuple[str, ...]:
+    """Return the `KEY` of a run."""
+    seed = str(run.seed) if uses_seed(run.method, run.size) else ""
+    fold = Path(run.data).name if part.folds else ""
+    return part.folder, run.protocol, run.method, str(run.size or "all"), seed, fold
+
+
+def rows_of(key: tuple[str, ...], run: Run) -> pd.DataFrame:
+    """Return the predictions of a run as they are published: the text as a hash."""
+    table = run.predictions
+    columns = {
+        "text": [sha256(text.encode()).hexdigest()[:DIGITS] for text in table["text"]],
+        "label": [label_key(label) for (label,) in run.rows.labels],
+        "predicted": table["answer"].map(label_key),
+        "confidence": table["confidence"].map("{:.4f}".format),
+        "seen": table["seen"].map({True: "1", False: "0"}),
+    }
+    rows = pd.DataFrame(dict(zip(KEY, key, strict=True)) | columns)
+    return rows.sort_values("text", kind="stable")
+
+
+class Results:
+    """The finished runs in a folder: runs.json, predictions.csv.gz and tables of both."""
+
+    def __init__(self, folder: Path, code: str) -> None:
+        """code: the commit of the code; runs of another one are left out."""
+        self.folder, self.code, self.runs = folder, code, {}
+        self.rows: dict[tuple[str, ...], pd.DataFrame] = {}
+        path = folder / "runs.json"
+        found = read_json(path) if path.exists() else {}
+        if found.get("code") == code:
+            self.runs = {tuple(run[name] for name in KEY): run for run in found["runs"]}
+            table = pd.read_csv(folder / "predictions.csv.gz", dtype=str, keep_default_na=False)
+            self.rows = dict(iter(table.groupby(KEY, sort=False)))
+        elif found:
+            print(f"the runs in {folder} are of other code: they will be replaced", file=sys.stderr)
+
+    def recorded(self, folder: str) -> list[Recorded]:
+        """Return the runs on one data set."""
+        found = []
+        for key, run in self.runs.items():
+            if run["data"] == folder:
+                rows = self.rows[key]
+                columns = {"answer": rows["predicted"], "right": rows["predicted"] == rows["label"]}
+                columns |= {"confidence": rows["confidence"].astype(float), "run": " ".join(key)}
+                table = rows[["text"]].assign(**columns, seen=rows["seen"] == "1")
+                size = None if run["rows"] == "all" else int(run["rows"])
+                found.append(Recorded(*key[1:3], size, run["results"], table))
+        return found
+
+    def add(self, runs: dict[tuple[str, ...], Run]) -> None:
+        """Add finished runs by key, and write all files."""
+        for key, run in runs.items():
+            self.runs[key] = dict(zip(KEY, key, strict=True)) | run.entry()
+            self.rows[key] = rows_of(key, run)
+        order = sorted(self.rows)
+        # texts one after the other, with all that was predicted for them: so they compress
+        table = pd.concat(self.rows[key] for key in order)
+        table = table.sort_values(["data", "text"], kind="stable")
+        packed = gzip.compress(table.to_csv(index=False).encode(), mtime=0)  # always equal bytes
+        (self.folder / "predictions.csv.gz").write_bytes(packed)
+        content = {"code": self.code, "runs": [self.runs[key] for key in order]}
+        write_text(self.folder / "runs.json", to_json(content))
+        for name, rows in self.tables().items():
+            write_text(self.folder / f"{name}.json", to_json(rows))
+
+    def tables(self) -> dict[str, list[dict]]:
+        """Compute the tables: figures of the methods, tests, and learning curves."""
+        methods, tests, curve = [], [], []
+        for folder in dict.fromkeys(part.folder for part in PARTS):
+            runs = self.recorded(folder)
+            whole = [run for run in runs if run.size is None]
+            methods += [{"data": folder} | row for row in summary.summarise(whole)]
+            if folder in TESTED:
+                found = significance.compare_named(whole, COMPARISONS)
+                tests += [{"data": folder} | test for test in found]
+            if len(whole) < len(runs):
+                curve += [{"data": folder} | point for point in summary.learning_curve(runs)]
+        significance.correct(tests)
+        return {"methods": methods, "tests": tests, "curve": curve}
 
 
 def git(*arguments: str) -> str:
@@ -85,97 +177,40 @@ def git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def code_commits(runs: list[Run]) -> list[str]:
-    """Return the last commits that changed code before the runs: one, if all have the same code."""
-    commits = {run.record["commit"] for run in runs}
-    return sorted({git("log", "-1", "--format=%H", commit, "--", *CODE) for commit in commits})
-
-
-def rows_of(part: Part, run: Run) -> pd.DataFrame:
-    """Return the predictions of a run as they are published: the text as a hash."""
-    table, fold = run.predictions, Path(run.data).name
-    hashes = [sha256(text.encode()).hexdigest()[:DIGITS] for text in table["text"]]
-    return pd.DataFrame(
-        {
-            "text": hashes,
-            "data": part.folder,
-            "protocol": run.protocol,
-            "method": run.method,
-            "rows": run.results["train_rows"] if run.size else "all",
-            "seed": run.seed if uses_seed(run.method, run.size) else "",
-            "fold": fold if part.folds else "",
-            "label": [label for (label,) in run.rows.labels],
-            "predicted": table["answer"],
-            "confidence": table["confidence"].round(4),
-            "seen": table["seen"].astype(int),
-        }
-    )
-
-
-def figures(name: str, runs: list[Run]) -> dict[str, list[dict]]:
-    """Compute the rows that a finished part adds to each table."""
-    part, tables = PARTS[name], {"methods": [], "tests": [], "curve": []}
-    if part.sizes != ("all",):
-        tables["curve"] = summary.learning_curve(runs)
-    else:
-        tables["methods"] = summary.summarise(runs)
-        tables["tests"] = significance.compare_named(runs, COMPARISONS)
-    tables["runs"] = [run.entry() for run in runs]
-    return {
-        title: [{"part": name, "data": part.folder} | row for row in rows]
-        for title, rows in tables.items()
-    }
-
-
-def collect(name: str, runs: list[Run]) -> None:
-    """Add the rows of a finished part to the tables in results/, and the predictions of its runs.
-
-    Those of other parts are kept if they come from the same code, of whatever machine.
-    """
-    tables, code = figures(name, runs), code_commits(runs)
-    file, parts = RESULTS / "parts.json", RESULTS / PREDICTIONS
-    old = read_json(file) if file.exists() else {}
-    kept = (
-        [part for part in old.get("parts", []) if part != name] if old.get("code") == code else []
-    )
-    order = [*PARTS].index
-    for title, rows in tables.items():
-        path = RESULTS / f"{title}.json"
-        rows += [row for row in read_json(path, list) if row["part"] in kept] if kept else []
-        rows.sort(key=lambda row: order(row["part"]))
-        if title == "tests":
-            significance.correct(rows)
-        write_text(path, to_json(rows))
-    predictions = pd.concat(rows_of(PARTS[name], run) for run in runs).astype(str)
-    if kept:
-        earlier = pd.read_csv(parts, dtype=str, keep_default_na=False)
-        new = predictions[RUN].agg("\n".join, axis=1).unique()
-        known = earlier[RUN].agg("\n".join, axis=1).isin(new)
-        predictions = pd.concat([earlier[~known], predictions])
-    predictions = predictions.sort_values([*ROW, *RUN], kind="stable")  # equal hashes compress
-    packed = gzip.compress(predictions.to_csv(index=False).encode(), mtime=0)  # always equal bytes
-    parts.write_bytes(packed)
-    write_text(file, to_json({"parts": sorted([*kept, name], key=order), "code": code}))
-
-
 def reproduce(args: argparse.Namespace) -> None:
-    """Run the parts, and collect after each. Raises: UserError."""
+    """Run what is missing in results/, and add it. Raises: UserError."""
     if git("status", "--porcelain", "--", *CODE):
         raise UserError("files were changed since the last commit: commit them, or run git stash")
+    results = Results(RESULTS, git("log", "-1", "--format=%H", "--", *CODE))
     data.prepare(Path(args.source), Path(args.output_dir) / "data")
-    for name in (name for name in PARTS if name in args.only):
-        print(f"\n{name}", flush=True)
-        runs = PARTS[name].plan(args.output_dir)
-        execute(runs)
-        collect(name, runs)
+    steps: list[tuple[int, Part, list[Run]]] = []
+    for part in (part for part in PARTS if part.folder in args.only):
+        runs = part.plan(args.output_dir)
+        fixed = group(
+            (run for run in runs if not uses_seed(run.method, run.size)), lambda r: r.data
+        )
+        seeded = (run for run in runs if uses_seed(run.method, run.size))
+        groups = group(seeded, lambda run: (run.data, run.seed))
+        for number, ((folder, _), ours) in enumerate(groups.items()):
+            steps.append((number // max(1, part.folds), part, [*fixed.get(folder, []), *ours]))
+    for _, part, runs in sorted(steps, key=lambda step: step[0]):
+        missing = {key_of(part, run): run for run in runs if key_of(part, run) not in results.runs}
+        if missing:
+            print(f"\n{part.folder}", flush=True)
+            # an average reads the files of its members, which this machine may not have
+            averages = any(run.method == "ensemble" for run in missing.values())
+            execute(runs if averages else [*missing.values()])
+            results.add(missing)
+            for weights in (path for run in runs for path in run.folder.rglob("*.safetensors")):
+                weights.unlink()  # a hundred megabytes for each run of full tuning
 
 
 def main(argv: list[str]) -> int:
     """Run from the command line; return 0, or 2 after a one-line error that the user can fix."""
     parser = Parser("bash script/reproduce.sh", __doc__)
-    add = parser.add_argument
+    add, names = parser.add_argument, [*dict.fromkeys(part.folder for part in PARTS)]
     add("source", **DIR, help="folder of the source files")
-    add("--only", nargs="+", default=[*PARTS], choices=PARTS, metavar="PART", help="[all]")
+    add("--only", nargs="+", default=names, choices=names, metavar="DATA", help="[all]")
     add("--output_dir", **DIR, default="checkpoints/reproduce", help="[%(default)s]")
     return run_and_report(reproduce, parser.parse_args(argv))
 
