@@ -338,7 +338,7 @@ def test_the_search_tries_each_change_without_the_test_files(
     argv = [*folders[1:], "--methods", "probe", "--output_dir", output]
     assert search.main(argv) == 0
     found = json.loads((tmp_path / "search" / "search.json").read_text())["probe"]
-    assert [*found][:5] == [*search.changes("probe")]
+    assert [*found][:4] == [*search.changes("probe")]
     assert found["half the epochs"]["seconds"] > 0
     first = capsys.readouterr().out
     assert search.main(argv) == 0
@@ -347,9 +347,9 @@ def test_the_search_tries_each_change_without_the_test_files(
 
 def test_of_the_changes_those_that_help_are_tried_together():
     names = [*search.changes("full")]
-    gains = dict(zip(names, (0.5, 0.8, 0.6, 0.7, 0.4, 0.6), strict=True))
+    gains = dict(zip(names, (0.5, 0.7, 0.8, 0.4, 0.6, 0.5), strict=True))
     table = {name: {"accuracy": gain} for name, gain in gains.items()}
-    assert search.helpful(table) == ["a contrastive start", "twice the rate", names[-1]]
+    assert search.helpful(table) == ["a contrastive start, half the epochs", "the other pooling"]
 
 
 def test_the_published_predictions_give_the_published_figures(

@@ -21,7 +21,7 @@ from runtime.flags import DIR, Parser
 from script.study.runs import METHODS, Run, execute, is_tuned
 
 SEARCHED = [name for name in METHODS if is_tuned(name) and name != "4 prefixes"]  # as one prefix
-DEFAULTS, TOGETHER = "defaults", "what helped"
+DEFAULTS, STARTED, TOGETHER = "defaults", "a contrastive start", "what helped"
 
 
 def changes(method: str) -> dict[str, list[str]]:
@@ -29,21 +29,22 @@ def changes(method: str) -> dict[str, list[str]]:
     row = TUNING[method]
     rate, epochs = row.rates[0], row.new[0]
     start = ["--contrastive_steps", "100", "--pooling", "cls", "--learning_rate", f"{rate / 2:g}"]
+    half = ["--num_train_epochs", f"{epochs // 2}"]
+    starts = {STARTED: start, f"{STARTED}, half the epochs": [*start, *half]}
     return {
         DEFAULTS: [],
-        **({"a contrastive start": start} if method != "probe" else {}),
-        "half the rate": ["--learning_rate", f"{rate / 2:g}"],
-        "twice the rate": ["--learning_rate", f"{rate * 2:g}"],
-        "half the epochs": ["--num_train_epochs", f"{epochs // 2}"],
+        **(starts if method != "probe" else {}),
+        "half the epochs": half,
         "the other pooling": ["--pooling", "cls" if method == "probe" else "mean"],
+        "half the rate": ["--learning_rate", f"{rate / 2:g}"],
     }
 
 
 def helpful(table: dict[str, dict]) -> list[str]:
-    """Return the changes with a higher accuracy than the defaults, of two rates the better one."""
+    """Return the changes with a higher accuracy than the defaults; of two starts the better one."""
     gain = {name: row["accuracy"] - table[DEFAULTS]["accuracy"] for name, row in table.items()}
-    rates = sorted((name for name in gain if name.endswith("the rate")), key=gain.get)
-    return [name for name in gain if gain[name] > 0 and name not in rates[:1]]
+    starts = sorted((name for name in gain if name.startswith(STARTED)), key=gain.get)
+    return [name for name in gain if gain[name] > 0 and name not in starts[:-1]]
 
 
 def tried(args: Namespace, method: str, name: str, flags: list[str]) -> dict:
