@@ -69,7 +69,9 @@ TUNING = {
 }
 # fmt: on
 MOSTLY_SEEN = 0.5  # share of the validation rows
-FEW_STEPS, CONTRASTIVE_STEPS = 32, 50  # the head cannot be learned from scratch in fewer steps
+# A contrastive start for new texts, with few optimizer steps by default, and with more: its steps,
+# what the head reads, and the share of the usual rate (results/LOG.md).
+FEW_STEPS, STARTS = 32, {True: (50, "mean", 0.1), False: (100, "cls", 0.5)}
 METHODS = tuple(name for name in TUNING if " " not in name)  # others: kinds of prefix
 USES = {"train": "train", "validation": "val", "test": "test"}
 FILES = {f"{use}_file": f"csv/{name}_simple.csv" for use, name in USES.items()}
@@ -180,9 +182,10 @@ GROUPS = {  # each flag: name, kind, default and help
      "decay of the moving average of the weights, which is evaluated and saved; 0: off [0.99]"),
     ("--gradient_checkpointing", SWITCH, False, "recompute activations: less memory, more time"),
     ("--contrastive_steps", COUNT, None, "first move texts of a label together, as SetFit does, "
-     "and fit the head; then the defaults are mean pooling and a tenth of the rate "
-     f"[{CONTRASTIVE_STEPS} if texts are new, and neither --num_train_epochs nor --pooling cls is "
-     f"given, whose default is at most {FEW_STEPS} steps; else 0]"),
+     "and fit the head; then the default rate is half the usual one, or with at most "
+     f"{FEW_STEPS} steps a tenth, with mean pooling [full tuning for new texts: "
+     f"{STARTS[False][0]}, or {STARTS[True][0]} with so few steps, or 0 then if --pooling cls or "
+     "--num_train_epochs is given; else 0]"),
     ("--class_weights", value(flags.path, "balanced|FILE"), None,
      "weights of the labels in the loss: the inverse of their frequency, or a JSON file such as "
      "{\"spam\": 5}; all others have 1 [all 1]"),

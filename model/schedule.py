@@ -7,10 +7,10 @@ from bisect import bisect_left
 from typing import Any
 
 from arguments import (
-    CONTRASTIVE_STEPS,
     FEW_STEPS,
     MOSTLY_SEEN,
     SCHEDULE,
+    STARTS,
     TUNING,
     WIDTHS,
     Tuning,
@@ -68,21 +68,22 @@ def fill_schedule(settings: dict[str, Any], seen_share: float, width: int) -> di
 def fill_start(
     settings: dict[str, Any], rows: int, seen_share: float, width: int, fresh: bool
 ) -> dict[str, int]:
-    """Fill in and return how full tuning starts: contrastively, if the default steps are few.
+    """Fill in and return how full tuning for new texts starts: contrastively.
 
-    Call it before `fill_schedule`: a head that starts from a fit needs a tenth of the usual rate,
-    else it soon forgets the fit. Epochs or a pooling that flags set are kept.
+    Call it before `fill_schedule`: a head that starts from a fit needs a lower rate, else it soon
+    forgets the fit. With few steps, epochs or a pooling that flags set are kept instead.
     rows: of the training file. fresh: whether the head is new, and a row has one label.
     """
     size = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     steps = -(-rows // size) * tuning_of(settings)[1].new[0]
+    few = steps <= FEW_STEPS
     free = settings["num_train_epochs"] is None and settings["pooling"] in (None, "mean")
     new = fresh and settings["tuning_method"] == "full" and coming_texts(seen_share) == "new"
-    few = new and free and steps <= FEW_STEPS
-    fill(settings, {"contrastive_steps": CONTRASTIVE_STEPS if few else 0})
+    start, pooling, share = STARTS[few]
+    fill(settings, {"contrastive_steps": start if new and (free or not few) else 0})
     if settings["contrastive_steps"]:
-        rate = default_rate(settings, width)[1] / 10
-        fill(settings, {"pooling": "mean", "learning_rate": rate})
+        rate = default_rate(settings, width)[1] * share
+        fill(settings, {"pooling": pooling, "learning_rate": rate})
     return {"contrastive_steps": settings["contrastive_steps"]}
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import main
-from arguments import CONTRASTIVE_STEPS, parse_args
+from arguments import parse_args
 from conftest import ROWS
 from model import contrastive
 from model.schedule import fill_schedule, fill_start
@@ -16,35 +16,40 @@ TASK = ["--do_train", "--do_eval", "--output_dir", "out"]
 
 
 @pytest.mark.parametrize(
-    ("rows", "seen_share", "fresh", "flags", "few"),
+    ("rows", "seen_share", "fresh", "flags", "steps"),
     [
-        (32, 0.1, True, "", True),
-        (256, 0.1, True, "--learning_rate 1e-4", True),  # 8 batches, 4 epochs
-        (257, 0.1, True, "", False),
-        (128, 0.1, True, "--per_device_train_batch_size 8 --gradient_accumulation_steps 2", True),
-        (129, 0.1, True, "--per_device_train_batch_size 8 --gradient_accumulation_steps 2", False),
-        (32, 0.5, True, "", False),
-        (32, 0.1, False, "", False),
-        (32, 0.1, True, "--num_train_epochs 4", False),
-        (32, 0.1, True, "--pooling cls", False),
-        (32, 0.1, True, "--pooling mean", True),
-        (32, 0.1, True, "--contrastive_steps 0", False),
-        (32, 0.1, True, "--tuning_method bias", False),
+        (32, 0.1, True, "", 50),
+        (256, 0.1, True, "--learning_rate 1e-4", 50),  # 8 batches, 4 epochs
+        (257, 0.1, True, "", 100),
+        (128, 0.1, True, "--per_device_train_batch_size 8 --gradient_accumulation_steps 2", 50),
+        (129, 0.1, True, "--per_device_train_batch_size 8 --gradient_accumulation_steps 2", 100),
+        (32, 0.5, True, "", 0),
+        (257, 0.5, True, "", 0),
+        (32, 0.1, False, "", 0),
+        (32, 0.1, True, "--num_train_epochs 4", 0),
+        (257, 0.1, True, "--num_train_epochs 4", 100),
+        (32, 0.1, True, "--pooling cls", 0),
+        (257, 0.1, True, "--pooling mean", 100),
+        (32, 0.1, True, "--pooling mean", 50),
+        (32, 0.1, True, "--contrastive_steps 0", 0),
+        (32, 0.1, True, "--tuning_method bias", 0),
     ],
 )
-def test_few_steps_for_new_texts_start_contrastively(rows, seen_share, fresh, flags, few):
-    """Unless flags say otherwise; with a tenth of the rate, and all else as it is."""
+def test_full_tuning_for_new_texts_starts_contrastively(rows, seen_share, fresh, flags, steps):
+    """Unless flags say otherwise; with a part of the rate, and all else as it is."""
     args = parse_args([*TASK, *flags.split()])
     given = args.pooling
     found = fill_start(vars(args), rows, seen_share, 384, fresh)
-    assert found == {"contrastive_steps": CONTRASTIVE_STEPS if few else 0}
+    assert found == {"contrastive_steps": steps}
     assert args.contrastive_steps == found["contrastive_steps"]
-    assert args.pooling == ("mean" if few else given)
+    default = {50: "mean", 100: "cls"}.get(steps)
+    assert args.pooling == (given or default)
     other = parse_args([*TASK, *flags.split()])
     schedule, usual = (fill_schedule(vars(one), seen_share, 384) for one in (args, other))
-    if few and "--learning_rate" not in flags:
+    if steps and "--learning_rate" not in flags:
         for name in ("learning_rate", "head_learning_rate"):
-            assert schedule.pop(name) == pytest.approx(usual.pop(name) / 10)
+            share = {50: 10, 100: 2}[steps]
+            assert schedule.pop(name) == pytest.approx(usual.pop(name) / share)
     assert schedule == usual
 
 

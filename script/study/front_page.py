@@ -1,0 +1,201 @@
+"""The tables of the project's pages, written from results/.
+
+    .venv/bin/python -m script.study.front_page
+
+A page has a table of `TABLES` between the lines <!-- NAME --> and <!-- end -->. Accuracies are
+means over distinct texts, in percent, with 95 % intervals; the best figure of a column is bold.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from runtime.files import read_json, write_text
+from script.study.reproduce import RESULTS, ROOT, TESTED
+from script.study.runs import BASELINES
+from script.study.summary import FORMATS
+
+PAGES = (ROOT / "README.md", RESULTS / "README.md")
+FREE, AVERAGE = "best free baseline", "average of all"
+METHODS = {
+    FREE: FREE,
+    "full": "full fine-tuning",
+    "prefix": "prefix",
+    "4 prefixes": "4 prefixes",
+    "lora": "LoRA",
+    "bias": "bias",
+    "input prefix": "prefix at the input",
+    "probe": "probe",
+    "ensemble": AVERAGE,
+}
+ON_FRONT = (FREE, "full", "prefix", "lora", "ensemble")
+DATA = {
+    "raw": "titles",
+    "cleaned": "cleaned titles",
+    "time": "later titles",
+    "channel": "other channels",
+    "emotion": "tweets",
+    "banking77": "customers",
+    "published": "published split",
+}
+Row = dict[str, object]
+Cell = Callable[[Row], str]
+
+
+def read(name: str) -> list[Row]:
+    """Return the rows of a table of `Results`."""
+    return read_json(RESULTS / f"{name}.json", list)
+
+
+def methods_of(data: str) -> dict[str, Row]:
+    """Return the rows of a data set by method; the validation files choose the best free one."""
+    rows = {row["method"]: row for row in read("methods") if row["data"] == data}
+    free = [row for method, row in rows.items() if method in BASELINES]
+    return rows | ({FREE: max(free, key=lambda row: row["validation"])} if free else {})
+
+
+def percent(column: str, interval: bool = False) -> Cell:
+    """Return what formats a share and, if asked for, its interval."""
+
+    def cell(row: Row) -> str:
+        if row[column] is None:
+            return ""
+        ends = [100 * end for end in row[f"{column} interval"]] if interval else []
+        return f"{100 * row[column]:.1f}" + (" ({:.1f}–{:.1f})".format(*ends) if ends else "")
+
+    return cell
+
+
+def markdown(header: list[str], rows: list[list[str]], best: Callable | None = max) -> str:
+    """Return a table; `best` chooses the figure of each column that is bold."""
+    for place in range(1, len(header) if best else 0):
+        figures = {float(row[place].split()[0]): row for row in rows if row[place]}
+        if len(figures) > 1:
+            row = figures[best(figures)]
+            row[place] = f"**{row[place]}**"
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def compared(methods: tuple[str, ...], columns: dict[str, tuple[str, Cell]], best=max) -> str:
+    """Return a table of methods; columns: by title, the data set and what formats a row of it."""
+    found = {data: methods_of(data) for data, _ in columns.values()}
+    rows = []
+    for method in methods:
+        cells = [
+            cell(found[data][method]) if method in found[data] else ""
+            for data, cell in columns.values()
+        ]
+        rows += [[METHODS[method], *cells]] * any(cells)
+    return markdown(["method", *columns], rows, best)
+
+
+def accuracies(*names: str) -> dict[str, tuple[str, Cell]]:
+    """Return the columns of accuracies on data sets."""
+    return {DATA[name]: (name, percent("on unseen", interval=True)) for name in names}
+
+
+def best_free() -> str:
+    """Return the best free baselines by data set."""
+    rows = [[DATA[name], methods_of(name)[FREE]["method"]] for name in DATA if methods_of(name)]
+    return markdown(["texts", FREE], rows, best=None)
+
+
+def tests() -> str:
+    """Return the tests that were named before; those that show a difference are bold."""
+    cells: dict[str, dict[str, str]] = {}
+    for test in read("tests"):
+        other, _, one = test["named"].partition(":")
+        ends = "{:+.1f} to {:+.1f}".format(*(100 * end for end in test["interval"]))
+        cell = f"{100 * test['difference']:+.1f} ({ends}), p = {test['p_holm']:.3g}"
+        name = f"{METHODS[other]} against {METHODS.get(one, one)}"
+        cells.setdefault(name, {})[test["data"]] = f"**{cell}**" if test["shown"] else cell
+    rows = [[name, *(each.get(data, "") for data in TESTED)] for name, each in cells.items()]
+    return markdown(["points", *(DATA[data] for data in TESTED)], rows, best=None)
+
+
+def curve() -> str:
+    """Return the accuracies by number of training texts."""
+    points = read("curve")
+    sizes = sorted({point["size"] for point in points})
+    cells: dict[str, dict[float, str]] = {}
+    for point in points:
+        row = {"on unseen": point["mean"], "on unseen interval": point["interval"]}
+        cells.setdefault(point["method"], {})[point["size"]] = percent("on unseen", True)(row)
+    rows = [
+        [METHODS.get(name, name), *(cells[name].get(size, "") for size in sizes)] for name in cells
+    ]
+    return markdown(["training titles", *(f"{size:,.0f}" for size in sizes)], rows)
+
+
+def few() -> str:
+    """Return accuracy and macro F1 with few tweets a label, beside SetFit."""
+    both: Cell = lambda row: f"{100 * row['accuracy']:.1f} / {100 * row['macro F1']:.1f}"  # noqa: E731
+    names = {"8 tweets a label": "emotion-8", "64": "emotion-64", "all": "emotion"}
+    return compared((FREE, "full", "prefix", "lora"), {n: (d, both) for n, d in names.items()})
+
+
+def cost() -> str:
+    """Return what a method costs: titles, one run."""
+    columns = {"trained weights": "trained", "stored": "bytes", "seconds": "seconds"}
+    columns |= {"memory": "memory", "texts/s": "rows/s"}
+    cells = {
+        title: ("raw", lambda row, key=key: "" if row[key] is None else FORMATS[key](row[key]))
+        for title, key in columns.items()
+    }
+    return compared([*METHODS][1:-1], cells, best=None)
+
+
+ERRORS = {
+    f"{DATA[name]}{kind.removeprefix('pooled ECE').replace(' on', ',')}": (
+        name,
+        lambda row, kind=kind: "" if row[kind] is None else f"{row[kind]:.3f}",
+    )
+    for name in ("raw", "cleaned", "time", "emotion", "banking77", "published")
+    for kind in ("pooled ECE", "pooled ECE on seen", "pooled ECE on unseen")
+    if kind == "pooled ECE" or name == "published"
+}
+FRONT = {
+    DATA["raw"]: ("raw", percent("on unseen")),
+    f"{DATA['emotion']}, macro F1": ("emotion", percent("macro F1")),
+    DATA["banking77"]: ("banking77", percent("accuracy")),
+    DATA["published"]: ("published", percent("accuracy")),
+}
+REPEATED = {
+    title: ("published", percent(column, interval=True))
+    for title, column in (("all", "accuracy"), ("seen", "on seen"), ("unseen", "on unseen"))
+}
+TABLES = {
+    "front": lambda: compared(ON_FRONT, FRONT),
+    "titles": lambda: compared([*METHODS], accuracies("raw", "cleaned", "time", "channel")),
+    "sets": lambda: compared([*METHODS], accuracies("emotion", "banking77")),
+    "free": best_free,
+    "tests": tests,
+    "few": few,
+    "curve": curve,
+    "repeated": lambda: compared([*METHODS], REPEATED),
+    "confidence": lambda: compared([*METHODS], ERRORS, best=min),
+    "cost": cost,
+}
+
+
+def filled(page: str) -> str:
+    """Return a page with its tables made anew."""
+    return re.sub(
+        r"(<!-- (\w+) -->\n).*?(\n<!-- end -->)",
+        lambda found: found[1] + TABLES[found[2]]() + found[3],
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def main(pages: tuple[Path, ...] = PAGES) -> int:
+    """Write the tables of the pages."""
+    for path in pages:
+        write_text(path, filled(path.read_text(encoding="utf-8")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
