@@ -96,19 +96,13 @@ def accuracies(*names: str) -> dict[str, tuple[str, Cell]]:
     return {DATA[name]: (name, percent("on unseen", interval=True)) for name in names}
 
 
-def best_free() -> str:
-    """Return the best free baselines by data set."""
-    rows = [[DATA[name], methods_of(name)[FREE]["method"]] for name in DATA if methods_of(name)]
-    return markdown(["texts", FREE], rows, best=None)
-
-
 def tests() -> str:
     """Return the tests that were named before; those that show a difference are bold."""
     cells: dict[str, dict[str, str]] = {}
     for test in read("tests"):
         other, _, one = test["named"].partition(":")
         ends = "{:+.1f} to {:+.1f}".format(*(100 * end for end in test["interval"]))
-        cell = f"{100 * test['difference']:+.1f} ({ends}), p = {test['p_holm']:.3g}"
+        cell = f"{100 * test['difference']:+.1f} ({ends}), p = {test['p_holm']:.2g}"
         name = f"{METHODS[other]} against {METHODS.get(one, one)}"
         cells.setdefault(name, {})[test["data"]] = f"**{cell}**" if test["shown"] else cell
     rows = [[name, *(each.get(data, "") for data in TESTED)] for name, each in cells.items()]
@@ -166,11 +160,12 @@ REPEATED = {
     title: ("published", percent(column, interval=True))
     for title, column in (("all", "accuracy"), ("seen", "on seen"), ("unseen", "on unseen"))
 }
+CHOSEN = {title: (name, lambda row: row["method"]) for name, title in DATA.items()}
 TABLES = {
     "front": lambda: compared(ON_FRONT, FRONT),
     "titles": lambda: compared([*METHODS], accuracies("raw", "cleaned", "time", "channel")),
     "sets": lambda: compared([*METHODS], accuracies("emotion", "banking77")),
-    "free": best_free,
+    "free": lambda: compared((FREE,), CHOSEN, best=None),
     "tests": tests,
     "few": few,
     "curve": curve,
