@@ -49,6 +49,7 @@ class Tuning(NamedTuple):
     seen: tuple  # SCHEDULE, if most texts are seen
     new: tuple  # and if not
     flags: Mapping[str, Any] = MappingProxyType({})  # its own ones: their defaults
+    starts: bool = False  # contrastively, if texts are new; all that can do if they are few
     peft_type: str = ""  # of an adapter that PEFT wrote, if it is no prefix
 
 
@@ -56,22 +57,21 @@ KEEP_BEST = (12, 0, 0, 0, True)
 # fmt: off
 TUNING = {
     "full":   Tuning(1e-6, (2e-4, 5e-5, 2e-5), (1e-3, 1e-4, 5e-5),
-                     (8, 0, 0.1, 0, True), (4, 0.1, 0.1, 1, False)),
+                     (8, 0, 0.1, 0, True), (4, 0.1, 0.1, 1, False), starts=True),
     "prefix": Tuning(1e-3, (3e-2, 1e-2, 5e-3), (1, 0.1, 0.1), KEEP_BEST, (8, 0.1, 0, 1, False),
                      {"prefix_depth": "all", "prefix_init": "text", "prefix_projection": False}),
     "projected prefix": Tuning(2e-5, (1e-3, 3e-4, 1e-4), (1e-2, 3e-3, 1e-3), KEEP_BEST, KEEP_BEST),
     "input prefix": Tuning(1e-3, (3e-2, 1e-2, 5e-3), (1, 0.1, 0.1), KEEP_BEST, KEEP_BEST),
     "lora":   Tuning(1e-5, (2e-3, 5e-4, 2e-4), (2e-2, 5e-3, 2e-3),
-                     KEEP_BEST, (8, 0.1, 0, 1, False), {"lora_r": 8, "lora_alpha": 16.0}, "LORA"),
+                     KEEP_BEST, (8, 0.1, 0, 1, False),
+                     {"lora_r": 8, "lora_alpha": 16.0}, starts=True, peft_type="LORA"),
     "probe":  Tuning(1e-4, (3e-3, 1e-3, 1e-3), (0.1, 0.1, 0.1), KEEP_BEST, KEEP_BEST),
     "bias":   Tuning(1e-4, (3e-3, 1e-3, 5e-4), (3e-2, 1e-2, 1e-2),
                      (8, 0, 0, 0, True), (8, 0, 0, 0, True)),
 }
 # fmt: on
 MOSTLY_SEEN = 0.5  # share of the validation rows
-# A contrastive start for new texts, with few optimizer steps by default, and with more: its steps,
-# what the head reads, and the share of the usual rate (results/LOG.md).
-FEW_STEPS, STARTS = 32, {True: (50, "mean", 0.1), False: (100, "cls", 0.5)}
+FEW_STEPS, STARTS = 32, {True: (50, "mean", 0.1), False: (100, "cls", 0.5)}  # see fill_start
 METHODS = tuple(name for name in TUNING if " " not in name)  # others: kinds of prefix
 USES = {"train": "train", "validation": "val", "test": "test"}
 FILES = {f"{use}_file": f"csv/{name}_simple.csv" for use, name in USES.items()}
@@ -182,13 +182,11 @@ GROUPS = {  # each flag: name, kind, default and help
      "decay of the moving average of the weights, which is evaluated and saved; 0: off [0.99]"),
     ("--gradient_checkpointing", SWITCH, False, "recompute activations: less memory, more time"),
     ("--contrastive_steps", COUNT, None, "first move texts of a label together, as SetFit does, "
-     "and fit the head; then the default rate is half the usual one, or with at most "
-     f"{FEW_STEPS} steps a tenth, with mean pooling [full tuning for new texts: "
-     f"{STARTS[False][0]}, or {STARTS[True][0]} with so few steps, or 0 then if --pooling cls or "
-     "--num_train_epochs is given; else 0]"),
+     "and fit the head; the default rate is then half the usual one, or a tenth with mean pooling "
+     f"if at most {FEW_STEPS} steps follow [new texts: {STARTS[True][0]} if so few follow, unless "
+     f"epochs or pooling are given, else {STARTS[False][0]} for full and lora; 0 otherwise]"),
     ("--class_weights", value(flags.path, "balanced|FILE"), None,
-     "weights of the labels in the loss: the inverse of their frequency, or a JSON file such as "
-     "{\"spam\": 5}; all others have 1 [all 1]"),
+     "of the labels in the loss: by inverse frequency, or a JSON file like {\"a\": 5} [all 1]"),
     ("--max_train_samples", INT, None, "train on N rows drawn at random with --seed [all]"),
     ("--logging_steps", INT, 50, "steps between lines of metrics.jsonl [%(default)s]"),
     ("--report_to", choice("none", "tensorboard"), "none", "also log to TensorBoard [none]"),
@@ -359,6 +357,11 @@ def fill_prefix(parser: Parser, args: argparse.Namespace) -> None:
     fill(vars(args), {"pre_seq_len": PRE_SEQ_LEN[args.prefix_depth]})
 
 
+def can_start(settings: dict[str, Any]) -> bool:
+    """Return whether a run can start contrastively: one model with more to tune than a head."""
+    return settings["tuning_method"] != "probe" and settings["num_prefixes"] == 1
+
+
 def check_training(parser: Parser, args: argparse.Namespace) -> None:
     """Check the flags of training, evaluation and checkpoints, and fill in their defaults."""
     kind = (flags.SINGLE_LABEL, flags.MULTI_LABEL)[flags.several_columns(args.label_column_name)]
@@ -380,7 +383,7 @@ def check_training(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--metric_for_best_model: micro_f1 is for multi-label data, else use accuracy")
     if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
         parser.error("--report_to tensorboard: first run .venv/bin/pip install tensorboard")
-    if args.contrastive_steps and (args.tuning_method == "probe" or (args.num_prefixes or 1) > 1):
+    if args.contrastive_steps and not can_start(vars(args)):
         parser.error("--contrastive_steps: a probe and several prefixes cannot start so; omit it")
     if args.warmup_steps > 1 and args.warmup_steps % 1:
         parser.error("--warmup_steps must be a whole number of steps, or a share below 1")

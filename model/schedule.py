@@ -14,6 +14,7 @@ from arguments import (
     TUNING,
     WIDTHS,
     Tuning,
+    can_start,
     fill,
 )
 
@@ -68,19 +69,21 @@ def fill_schedule(settings: dict[str, Any], seen_share: float, width: int) -> di
 def fill_start(
     settings: dict[str, Any], rows: int, seen_share: float, width: int, fresh: bool
 ) -> dict[str, int]:
-    """Fill in and return how full tuning for new texts starts: contrastively.
+    """Fill in and return for how many steps a run for new texts starts contrastively.
 
     Call it before `fill_schedule`: a head that starts from a fit needs a lower rate, else it soon
-    forgets the fit. With few steps, epochs or a pooling that flags set are kept instead.
+    forgets the fit. `STARTS`, by whether few optimizer steps follow: the start's own steps, the
+    pooling, the share of the usual rate. Before few, epochs or a pooling of flags are kept instead.
     rows: of the training file. fresh: whether the head is new, and a row has one label.
     """
     size = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-    steps = -(-rows // size) * tuning_of(settings)[1].new[0]
-    few = steps <= FEW_STEPS
+    tuning = tuning_of(settings)[1]
+    few = -(-rows // size) * tuning.new[0] <= FEW_STEPS
     free = settings["num_train_epochs"] is None and settings["pooling"] in (None, "mean")
-    new = fresh and settings["tuning_method"] == "full" and coming_texts(seen_share) == "new"
-    start, pooling, share = STARTS[few]
-    fill(settings, {"contrastive_steps": start if new and (free or not few) else 0})
+    new = fresh and can_start(settings) and coming_texts(seen_share) == "new"
+    steps, pooling, share = STARTS[few]
+    starts = new and (free if few else tuning.starts)
+    fill(settings, {"contrastive_steps": steps if starts else 0})
     if settings["contrastive_steps"]:
         rate = default_rate(settings, width)[1] * share
         fill(settings, {"pooling": pooling, "learning_rate": rate})

@@ -32,10 +32,16 @@ TASK = ["--do_train", "--do_eval", "--output_dir", "out"]
         (257, 0.1, True, "--pooling mean", 100),
         (32, 0.1, True, "--pooling mean", 50),
         (32, 0.1, True, "--contrastive_steps 0", 0),
-        (32, 0.1, True, "--tuning_method bias", 0),
+        (32, 0.1, True, "--tuning_method bias", 50),  # one batch, 8 epochs
+        (129, 0.1, True, "--tuning_method bias", 0),
+        (129, 0.1, True, "--tuning_method lora", 100),
+        (128, 0.1, True, "--prefix", 50),
+        (129, 0.1, True, "--prefix", 0),
+        (32, 0.1, True, "--prefix --num_prefixes 2", 0),
+        (32, 0.1, True, "--tuning_method probe", 0),
     ],
 )
-def test_full_tuning_for_new_texts_starts_contrastively(rows, seen_share, fresh, flags, steps):
+def test_runs_for_new_texts_start_contrastively(rows, seen_share, fresh, flags, steps):
     """Unless flags say otherwise; with a part of the rate, and all else as it is."""
     args = parse_args([*TASK, *flags.split()])
     given = args.pooling
