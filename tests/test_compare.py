@@ -347,9 +347,9 @@ def test_the_search_tries_each_change_without_the_test_files(
 
 def test_of_the_changes_those_that_help_are_tried_together():
     names = [*search.changes("full")]
-    gains = dict(zip(names, (0.5, 0.7, 0.8, 0.4, 0.6, 0.5), strict=True))
+    gains = dict(zip(names, (0.5, 0.4, 0.6, 0.5, 0.7, 0.8), strict=True))
     table = {name: {"accuracy": gain} for name, gain in gains.items()}
-    assert search.helpful(table) == ["a contrastive start, half the epochs", "the other pooling"]
+    assert search.helpful(table) == ["the other pooling", "a contrastive start, half the epochs"]
 
 
 def test_the_published_predictions_give_the_published_figures(

@@ -25,19 +25,23 @@ DEFAULTS, STARTED, TOGETHER = "defaults", "a contrastive start", "what helped"
 
 
 def changes(method: str) -> dict[str, list[str]]:
-    """Return the flags of each change of a method's defaults for new texts, by name."""
+    """Return the flags of each change of a method's defaults for new texts, by name.
+
+    Without a start unless one is named, whatever the defaults are.
+    """
     row = TUNING[method]
     rate, epochs = row.rates[0], row.new[0]
-    start = ["--contrastive_steps", "100", "--pooling", "cls", "--learning_rate", f"{rate / 2:g}"]
+    start = ["--contrastive_steps", "100", "--learning_rate", f"{rate / 2:g}"]
     half = ["--num_train_epochs", f"{epochs // 2}"]
     starts = {STARTED: start, f"{STARTED}, half the epochs": [*start, *half]}
-    return {
+    others = {
         DEFAULTS: [],
-        **(starts if method != "probe" else {}),
         "half the epochs": half,
         "the other pooling": ["--pooling", "cls" if method == "probe" else "mean"],
         "half the rate": ["--learning_rate", f"{rate / 2:g}"],
     }
+    others = {name: ["--contrastive_steps", "0", *flags] for name, flags in others.items()}
+    return others | (starts if method != "probe" else {})
 
 
 def helpful(table: dict[str, dict]) -> list[str]:
