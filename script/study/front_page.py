@@ -79,8 +79,12 @@ def markdown(header: list[str], rows: list[list[str]], best: Callable | None = m
 
 
 def compared(methods: tuple[str, ...], columns: dict[str, tuple[str, Cell]], best=max) -> str:
-    """Return a table of methods; columns: by title, the data set and what formats a row of it."""
+    """Return a table of methods; columns: by title, the data set and what formats a row of it.
+
+    A data set without results yet has no column.
+    """
     found = {data: methods_of(data) for data, _ in columns.values()}
+    columns = {title: column for title, column in columns.items() if found[column[0]]}
     rows = []
     for method in methods:
         cells = [
