@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from arguments import parse_args
+from script.study import front_page, reproduce
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("[!.]*/README.md"), ROOT / "results" / "LOG.md"])
@@ -185,6 +186,19 @@ def test_the_speeds_are_those_of_the_benchmarks():
         half = ", ".join(f"{loads['50%'][f'p{q}_ms']:.0f}" for q in (50, 95, 99))
         lone, busy = f"{loads['lone']['p50_ms']:.0f} ms", f"{loads['90%']['p99_ms']:.0f} ms"
         assert cells == [f"{row['texts_per_second']:.0f}", lone, f"{half} ms", busy, memory]
+
+
+def test_the_tables_of_the_study_come_from_the_published_predictions():
+    def rounded(text: str) -> list:
+        return json.loads(text, parse_float=lambda figure: round(float(figure), 6))
+
+    code = json.loads((reproduce.RESULTS / "runs.json").read_text())["code"]
+    for name, rows in reproduce.Results(reproduce.RESULTS, code).tables().items():
+        stored = (reproduce.RESULTS / f"{name}.json").read_text()
+        assert rounded(json.dumps(rows)) == rounded(stored), name
+    for page in front_page.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert front_page.filled(text) == text, "run: python -m script.study.front_page"
 
 
 def test_the_best_free_baseline_is_that_of_the_validation_files():

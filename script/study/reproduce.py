@@ -23,7 +23,7 @@ from runtime.files import UserError, read_json, run_and_report, to_json, write_t
 from runtime.flags import DIR, Parser
 from runtime.labels import label_key
 from script.study import compare, data, significance, summary
-from script.study.runs import BASELINES, Run, execute, group, plan, uses_seed
+from script.study.runs import BASELINES, METHODS, Run, execute, group, plan, uses_seed
 
 TUNED = ("full", "prefix", "4 prefixes", "lora")
 SMALL = ("bias", "probe", "input prefix")
@@ -131,9 +131,10 @@ class Results:
             print(f"the runs in {folder} are of other code: they will be replaced", file=sys.stderr)
 
     def recorded(self, folder: str) -> list[Recorded]:
-        """Return the runs on one data set."""
-        found = []
-        for key, run in self.runs.items():
+        """Return the runs on one data set, always in the same order."""
+        found, order = [], [*METHODS]
+        for key in sorted(self.runs, key=lambda key: (order.index(key[2]), key)):
+            run = self.runs[key]
             if run["data"] == folder:
                 rows = self.rows[key]
                 columns = {"answer": rows["predicted"], "right": rows["predicted"] == rows["label"]}
@@ -148,6 +149,10 @@ class Results:
         for key, run in runs.items():
             self.runs[key] = dict(zip(KEY, key, strict=True)) | run.entry()
             self.rows[key] = rows_of(key, run)
+        self.write()
+
+    def write(self) -> None:
+        """Write all files."""
         order = sorted(self.rows)
         # texts one after the other, with all that was predicted for them: so they compress
         table = pd.concat(self.rows[key] for key in order)
@@ -211,6 +216,7 @@ def reproduce(args: argparse.Namespace) -> None:
             results.add(missing)
             for weights in (path for run in runs for path in run.folder.rglob("*.safetensors")):
                 weights.unlink()  # a hundred megabytes for each run of full tuning
+    results.write()  # tables, whose code may have changed
 
 
 def main(argv: list[str]) -> int:
