@@ -74,8 +74,8 @@ def markdown(header: list[str], rows: list[list[str]], best: Callable | None = m
         if len(figures) > 1:
             row = figures[best(figures)]
             row[place] = f"**{row[place]}**"
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    head, *body = [f"| {' | '.join(line)} |" for line in (header, *rows)]
+    return "\n".join([head, "|" + "---|" * len(header), *body])
 
 
 def compared(methods: tuple[str, ...], columns: dict[str, tuple[str, Cell]], best=max) -> str:
@@ -182,8 +182,8 @@ TABLES = {
 def filled(page: str) -> str:
     """Return a page with its tables made anew."""
     return re.sub(
-        r"(<!-- (\w+) -->\n).*?(\n<!-- end -->)",
-        lambda found: found[1] + TABLES[found[2]]() + found[3],
+        r"(<!-- (\w+) -->\n).*?\n?(<!-- end -->)",
+        lambda found: found[1] + TABLES[found[2]]() + "\n" + found[3],
         page,
         flags=re.DOTALL,
     )
