@@ -43,6 +43,21 @@ def test_the_validation_files_choose_the_best_free_baseline(results):
     assert "| full fine-tuning | **70.0 (50.0–75.0)** |" in front_page.TABLES["titles"]()
 
 
+def test_setfit_stands_beside_the_methods(results, tmp_path):
+    results(("emotion-8", "full", 0.6, 0.4, 0.3))
+    rows = (
+        {"test_accuracy": 0.4, "test_macro_f1": 0.5},
+        {"test_accuracy": 0.6, "test_macro_f1": 0.5},
+    )
+    runs = dict(zip(("emotion-8/0", "emotion-8/1"), rows, strict=True)) | {"emotion-64/0": rows[1]}
+    (tmp_path / "setfit.json").write_text(json.dumps(runs))
+    lines = front_page.TABLES["few"]().splitlines()
+    assert lines[-2:] == [
+        "| full fine-tuning | 40.0 / 30.0 |  |",
+        "| SetFit | **50.0 / 50.0** | 60.0 / 50.0 |",
+    ]
+
+
 def test_the_tests_are_a_row_for_each_comparison(tmp_path, monkeypatch):
     monkeypatch.setattr(front_page, "RESULTS", tmp_path)
     test = {"data": "raw", "named": "full:best free", "difference": 0.021}

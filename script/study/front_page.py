@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 from runtime.files import read_json, write_text
 from script.study.reproduce import RESULTS, ROOT, TESTED
@@ -51,8 +52,18 @@ def read(name: str) -> list[Row]:
 def methods_of(data: str) -> dict[str, Row]:
     """Return the rows of a data set by method; the validation files choose the best free one."""
     rows = {row["method"]: row for row in read("methods") if row["data"] == data}
-    free = [row for method, row in rows.items() if method in BASELINES]
-    return rows | ({FREE: max(free, key=lambda row: row["validation"])} if free else {})
+    if free := [row for method, row in rows.items() if method in BASELINES]:
+        rows[FREE] = max(free, key=lambda row: row["validation"])
+    if runs := [run for name, run in rival().items() if name.split("/")[0] == data]:
+        names = {"accuracy": "test_accuracy", "macro F1": "test_macro_f1"}
+        rows["SetFit"] = {name: fmean(run[key] for run in runs) for name, key in names.items()}
+    return rows
+
+
+def rival() -> dict[str, Row]:
+    """Return the runs of `script.study.setfit_rival` by folder."""
+    path = RESULTS / "setfit.json"
+    return read_json(path) if path.exists() else {}
 
 
 def percent(column: str, interval: bool = False) -> Cell:
@@ -91,7 +102,7 @@ def compared(methods: tuple[str, ...], columns: dict[str, tuple[str, Cell]], bes
             cell(found[data][method]) if method in found[data] else ""
             for data, cell in columns.values()
         ]
-        rows += [[METHODS[method], *cells]] * any(cells)
+        rows += [[METHODS.get(method, method), *cells]] * any(cells)
     return markdown(["method", *columns], rows, best)
 
 
@@ -129,9 +140,13 @@ def curve() -> str:
 
 def few() -> str:
     """Return accuracy and macro F1 with few tweets a label, beside SetFit."""
-    both: Cell = lambda row: f"{100 * row['accuracy']:.1f} / {100 * row['macro F1']:.1f}"  # noqa: E731
+
+    def both(row: Row) -> str:
+        return f"{100 * row['accuracy']:.1f} / {100 * row['macro F1']:.1f}"
+
     names = {"8 tweets a label": "emotion-8", "64": "emotion-64", "all": "emotion"}
-    return compared((FREE, "full", "prefix", "lora"), {n: (d, both) for n, d in names.items()})
+    columns = {title: (name, both) for title, name in names.items()}
+    return compared((FREE, "full", "prefix", "lora", "SetFit"), columns)
 
 
 def cost() -> str:
