@@ -386,6 +386,13 @@ def test_the_published_predictions_give_the_published_figures(
     assert call(4, "one", "results") == whole
     assert not capsys.readouterr().out  # nothing is run again
 
+    runs = json.loads(whole["runs.json"])  # killed before it was written
+    runs["runs"].pop()
+    (tmp_path / "results" / "runs.json").write_text(json.dumps(runs))
+    assert call(4, "one", "results")["predictions.csv.gz"] == whole["predictions.csv.gz"]
+    assert set(call(4, "one", "results")) == set(whole)
+    capsys.readouterr()
+
     call(2, "two", "others")
     both = call(4, "three", "others")
     assert both["predictions.csv.gz"] == whole["predictions.csv.gz"]

@@ -18,7 +18,7 @@ from script.study.runs import BASELINES
 from script.study.summary import FORMATS
 
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
-FREE, AVERAGE = "best free baseline", "average of all"
+FREE = "best free baseline"
 METHODS = {
     FREE: FREE,
     "full": "full fine-tuning",
@@ -28,7 +28,7 @@ METHODS = {
     "bias": "bias",
     "input prefix": "prefix at the input",
     "probe": "probe",
-    "ensemble": AVERAGE,
+    "ensemble": "average of all",
 }
 ON_FRONT = (FREE, "full", "prefix", "lora", "ensemble")
 DATA = {
@@ -66,14 +66,24 @@ def rival() -> dict[str, Row]:
     return read_json(path) if path.exists() else {}
 
 
-def percent(column: str, interval: bool = False) -> Cell:
-    """Return what formats a share and, if asked for, its interval."""
+def figure(column: str, form: Callable[[float], str]) -> Cell:
+    """Return what formats a figure of a row, if the row has it."""
+    return lambda row: "" if row[column] is None else form(row[column])
+
+
+def percent(column: str) -> Cell:
+    """Return what formats a share."""
+    return figure(column, lambda share: f"{100 * share:.1f}")
+
+
+def with_interval(column: str) -> Cell:
+    """Return what formats a share and its interval."""
 
     def cell(row: Row) -> str:
-        if row[column] is None:
-            return ""
-        ends = [100 * end for end in row[f"{column} interval"]] if interval else []
-        return f"{100 * row[column]:.1f}" + (" ({:.1f}–{:.1f})".format(*ends) if ends else "")
+        shown = percent(column)(row)
+        return shown and shown + " ({:.1f}–{:.1f})".format(
+            *(100 * end for end in row[f"{column} interval"])
+        )
 
     return cell
 
@@ -108,7 +118,7 @@ def compared(methods: tuple[str, ...], columns: dict[str, tuple[str, Cell]], bes
 
 def accuracies(*names: str) -> dict[str, tuple[str, Cell]]:
     """Return the columns of accuracies on data sets."""
-    return {DATA[name]: (name, percent("on unseen", interval=True)) for name in names}
+    return {DATA[name]: (name, with_interval("on unseen")) for name in names}
 
 
 def tests() -> str:
@@ -131,7 +141,7 @@ def curve() -> str:
     cells: dict[str, dict[float, str]] = {}
     for point in points:
         row = {"on unseen": point["mean"], "on unseen interval": point["interval"]}
-        cells.setdefault(point["method"], {})[point["size"]] = percent("on unseen", True)(row)
+        cells.setdefault(point["method"], {})[point["size"]] = with_interval("on unseen")(row)
     rows = [
         [METHODS.get(name, name), *(cells[name].get(size, "") for size in sizes)] for name in cells
     ]
@@ -153,21 +163,16 @@ def cost() -> str:
     """Return what a method costs: titles, one run."""
     columns = {"trained weights": "trained", "stored": "bytes", "seconds": "seconds"}
     columns |= {"memory": "memory", "texts/s": "rows/s"}
-    cells = {
-        title: ("raw", lambda row, key=key: "" if row[key] is None else FORMATS[key](row[key]))
-        for title, key in columns.items()
-    }
+    cells = {title: ("raw", figure(key, FORMATS[key])) for title, key in columns.items()}
     return compared([*METHODS][1:-1], cells, best=None)
 
 
 ERRORS = {
-    f"{DATA[name]}{kind.removeprefix('pooled ECE').replace(' on', ',')}": (
-        name,
-        lambda row, kind=kind: "" if row[kind] is None else f"{row[kind]:.3f}",
-    )
+    DATA[name]: (name, figure("pooled ECE", "{:.3f}".format))
     for name in ("raw", "cleaned", "time", "emotion", "banking77", "published")
-    for kind in ("pooled ECE", "pooled ECE on seen", "pooled ECE on unseen")
-    if kind == "pooled ECE" or name == "published"
+} | {
+    f"{DATA['published']}, {kind}": ("published", figure(f"pooled ECE on {kind}", "{:.3f}".format))
+    for kind in ("seen", "unseen")
 }
 FRONT = {
     DATA["raw"]: ("raw", percent("on unseen")),
@@ -176,7 +181,7 @@ FRONT = {
     DATA["published"]: ("published", percent("accuracy")),
 }
 REPEATED = {
-    title: ("published", percent(column, interval=True))
+    title: ("published", with_interval(column))
     for title, column in (("all", "accuracy"), ("seen", "on seen"), ("unseen", "on unseen"))
 }
 CHOSEN = {title: (name, lambda row: row["method"]) for name, title in DATA.items()}

@@ -10,6 +10,7 @@ code is the same; so a stopped study resumes, on another machine, too.
 
 import argparse
 import gzip
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -153,12 +154,14 @@ class Results:
 
     def write(self) -> None:
         """Write all files."""
-        order = sorted(self.rows)
+        order = sorted(self.runs)  # after a kill, the predictions may have one more
         # texts one after the other, with all that was predicted for them: so they compress
         table = pd.concat(self.rows[key] for key in order)
         table = table.sort_values(["data", "text"], kind="stable")
         packed = gzip.compress(table.to_csv(index=False).encode(), mtime=0)  # always equal bytes
-        (self.folder / "predictions.csv.gz").write_bytes(packed)
+        new = self.folder / "predictions.csv.gz.new"
+        new.write_bytes(packed)
+        os.replace(new, self.folder / "predictions.csv.gz")  # whole or not at all
         content = {"code": self.code, "runs": [self.runs[key] for key in order]}
         write_text(self.folder / "runs.json", to_json(content))
         for name, rows in self.tables().items():
@@ -199,13 +202,12 @@ def reproduce(args: argparse.Namespace) -> None:
     steps: list[tuple[int, Part, list[Run]]] = []
     for part in (part for part in PARTS if part.folder in args.only):
         runs = part.plan(args.output_dir)
-        fixed = group(
-            (run for run in runs if not uses_seed(run.method, run.size)), lambda r: r.data
-        )
-        seeded = (run for run in runs if uses_seed(run.method, run.size))
+        once = [run for run in runs if not uses_seed(run.method, run.size)]
+        seeded = [run for run in runs if uses_seed(run.method, run.size)]
         groups = group(seeded, lambda run: (run.data, run.seed))
         for number, ((folder, _), ours) in enumerate(groups.items()):
-            steps.append((number // max(1, part.folds), part, [*fixed.get(folder, []), *ours]))
+            needed = [run for run in once if run.data == folder]
+            steps.append((number // max(1, part.folds), part, [*needed, *ours]))
     for _, part, runs in sorted(steps, key=lambda step: step[0]):
         missing = {key_of(part, run): run for run in runs if key_of(part, run) not in results.runs}
         if missing:
