@@ -88,19 +88,29 @@ def size_plot(points: list[dict]) -> tuple[Figure, str]:
     return axis.figure, f"Accuracy on unseen texts by number of training texts: {'; '.join(words)}."
 
 
+def draw_plots(rows: list[dict], points: list[dict]) -> dict[str, tuple[Figure, str]]:
+    """Draw the plots of a study by name; points: may be empty."""
+    with matplotlib.style.context(STYLE):
+        drawn = {"accuracy": accuracy_plot(rows)}
+        return drawn | ({"learning_curve": size_plot(points)} if points else {})
+
+
+def plot_files(drawn: dict[str, tuple[Figure, str]]) -> dict[str, str]:
+    """Return the plots as files: names and contents."""
+    with matplotlib.style.context([STYLE, {"svg.fonttype": "path"}]):
+        return {
+            f"{name}.svg": svg_file(figure).replace(INK, "#222222")
+            for name, (figure, _) in drawn.items()
+        }
+
+
 def render_study(rows: list[dict], points: list[dict], **values) -> dict[str, str]:
     """Render the page of a study and its plots: file names and contents.
 
     points: may be empty. values: everything else that study.html shows, by its names there.
     """
+    drawn = draw_plots(rows, points)
     with matplotlib.style.context(STYLE):
-        drawn = {"accuracy": accuracy_plot(rows)}
-        drawn |= {"learning_curve": size_plot(points)} if points else {}
         pictures = {name: svg(*plot) for name, plot in drawn.items()}
-    with matplotlib.style.context([STYLE, {"svg.fonttype": "path"}]):
-        files = {
-            f"{name}.svg": svg_file(figure).replace(INK, "#222222")
-            for name, (figure, _) in drawn.items()
-        }
     page = fill("study.html", Path(__file__).parent, rows=rows, pictures=pictures, **values)
-    return {"report.html": page, **files}
+    return {"report.html": page, **plot_files(drawn)}

@@ -4,8 +4,8 @@
 
 SOURCE: a folder with the files that script/study/data.py lists. First every data set has a run of
 each method, then more seeds. What has finished is written to results/ at once: the predictions of
-all runs, and the tables that are computed from them. Runs that are there are not repeated, if the
-code is the same; so a stopped study resumes, on another machine, too.
+all runs, and tables and plots of them. Runs that are there are not repeated, if the code is the
+same; so a stopped study resumes, on another machine, too.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import pandas as pd
 from runtime.files import UserError, read_json, run_and_report, to_json, write_text
 from runtime.flags import DIR, Parser
 from runtime.labels import label_key
-from script.study import compare, data, significance, summary
+from script.study import compare, data, pages, significance, summary
 from script.study.runs import BASELINES, METHODS, Run, execute, group, plan, uses_seed
 
 TUNED = ("full", "prefix", "4 prefixes", "lora")
@@ -36,6 +36,7 @@ SIZES = ("250", "500", "1000", "all")
 COMPARISONS = ["full:best free", "prefix:full", "lora:full", "4 prefixes:full"]
 COMPARISONS += ["ensemble:best single"]
 TESTED = ("raw", "emotion", "banking77", "published", "cleaned")
+PLOTTED = ("published", "raw")  # a panel each
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 # What the predictions depend on; the tables are computed anew from them.
@@ -164,8 +165,12 @@ class Results:
         os.replace(new, self.folder / "predictions.csv.gz")  # whole or not at all
         content = {"code": self.code, "runs": [self.runs[key] for key in order]}
         write_text(self.folder / "runs.json", to_json(content))
-        for name, rows in self.tables().items():
+        tables = self.tables()
+        for name, rows in tables.items():
             write_text(self.folder / f"{name}.json", to_json(rows))
+        if rows := [row for row in tables["methods"] if row["data"] in PLOTTED]:
+            for name, text in pages.plot_files(pages.draw_plots(rows, tables["curve"])).items():
+                write_text(self.folder / name, text)
 
     def tables(self) -> dict[str, list[dict]]:
         """Compute the tables: figures of the methods, tests, and learning curves."""
@@ -179,8 +184,9 @@ class Results:
             if folder in TESTED:
                 found = significance.compare_named(whole, COMPARISONS)
                 tests += [{"data": folder} | test for test in found]
-            if len(whole) < len(runs):
-                curve += [{"data": folder} | point for point in summary.learning_curve(runs)]
+            sized = {run.method for run in runs if run.size}
+            points = summary.learning_curve([run for run in runs if run.method in sized])
+            curve += [{"data": folder} | point for point in points]
         significance.correct(tests)
         return {"methods": methods, "tests": tests, "curve": curve}
 

@@ -30,6 +30,7 @@ def size(value: float) -> str:
 # Columns of the table that are means of the runs' figures: keys in all_results.json, and formats.
 MEANS = {
     "seen": ("test_seen_share", shown),
+    "of rows": ("test_accuracy", shown),
     "macro F1": ("test_macro_f1", shown),
     "log loss": ("test_loss", shown),
     "ECE": ("test_ece", shown),
