@@ -134,8 +134,9 @@ def tests() -> str:
         cell = f"{100 * test['difference']:+.1f} ({ends}), p = {test['p_holm']:.2g}"
         name = f"{METHODS[other]} against {METHODS.get(one, one)}"
         cells.setdefault(name, {})[test["data"]] = f"**{cell}**" if test["shown"] else cell
-    rows = [[name, *(each.get(data, "") for data in TESTED)] for name, each in cells.items()]
-    return markdown(["points", *(DATA[data] for data in TESTED)], rows, best=None)
+    tested = [data for data in TESTED if any(data in each for each in cells.values())]
+    rows = [[name, *(each.get(data, "") for data in tested)] for name, each in cells.items()]
+    return markdown(["points", *(DATA[data] for data in tested)], rows, best=None)
 
 
 def curve() -> str:
