@@ -4,10 +4,10 @@
     checkpoints/setfit/bin/pip install -r script/requirements-setfit.txt
     checkpoints/setfit/bin/python script/study/setfit_rival.py BACKBONE FOLDER...
 
-BACKBONE: a local folder. Each FOLDER contains {train,test}_simple.csv; its name's end is the seed.
-Adds a line of test figures for each to results/setfit.json; a folder that is in it is skipped. It
-tunes as SetFit does by default, but for at most `MOST_STEPS` steps: all pairs of more texts would
-take days on a CPU.
+BACKBONE: a local folder. Each FOLDER contains {train,test}_simple.csv; its name is the seed, if it
+is a number. Adds a line of test figures for each to results/setfit.json; a folder that is in it is
+skipped. It tunes as SetFit does by default, but for at most `MOST_STEPS` steps: all pairs of more
+texts would take days on a CPU.
 """
 
 import json
@@ -28,18 +28,15 @@ def main(backbone: str, *folders: str) -> None:
     """Tune on each folder's training file, and score its test file."""
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for folder in map(Path, folders):
-        name = f"{folder.parent.name}/{folder.name}"
+        draw = folder.name if folder.name.isdigit() else ""
+        name = f"{folder.parent.name}/{draw}" if draw else folder.name
         if name in found:
             continue
         start, read = time.perf_counter(), {"dtype": str, "keep_default_na": False}
         train, test = (pd.read_csv(folder / f"{n}_simple.csv", **read) for n in ("train", "test"))
         steps = {"max_steps": MOST_STEPS} if len(train) > 100 else {}
-        place, seed = (
-            str(folder.parent / "setfit"),
-            int(folder.name) if folder.name.isdigit() else 0,
-        )
-        quiet = {"save_strategy": "no", "report_to": "none"}
-        settings = TrainingArguments(place, seed=seed, **quiet, **steps)
+        place, quiet = f"{folder.parent}/setfit", {"save_strategy": "no", "report_to": "none"}
+        settings = TrainingArguments(place, seed=int(draw or 0), **quiet, **steps)
         model = SetFitModel.from_pretrained(backbone)
         trainer = Trainer(model=model, args=settings, train_dataset=Dataset.from_pandas(train))
         trainer.train()
