@@ -36,7 +36,6 @@ def stored(size: float) -> str:
 
 
 def test_the_sizes_and_scores_in_the_text_are_those_of_the_study():
-    """The scores that the text names are those of the published split."""
     sizes = front_page.methods_of("raw")
     for name, (_, parameters, size) in read_table(
         "model/README.md", "method | trainable | parameters | stored"
@@ -47,8 +46,8 @@ def test_the_sizes_and_scores_in_the_text_are_those_of_the_study():
             assert size.endswith(stored(row["bytes"]))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"a prefix takes {stored(sizes['prefix']['bytes'])}" in " ".join(text.split())
-    if dictionary := front_page.methods_of("published").get("look-up"):
-        assert f"{100 * dictionary['of rows']:.2f} %" in text
+    dictionary = front_page.methods_of("published")["look-up"]["of rows"]
+    assert f"{100 * dictionary:.2f} %" in text
 
 
 def test_the_speeds_are_those_of_the_benchmarks():

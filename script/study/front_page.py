@@ -176,7 +176,8 @@ def free() -> str:
     """Return the accuracies of all free baselines; those that validation chooses are bold."""
 
     def cell(column: str, row: Row) -> str:
-        return f"**{percent(column)(row)}**" if "chosen" in row else percent(column)(row)
+        shown = percent(column)(row)
+        return f"**{shown}**" if "chosen" in row else shown
 
     columns = {
         title: (name, partial(cell, "of rows" if name == "published" else "accuracy"))
