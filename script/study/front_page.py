@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from runtime.files import read_json, write_text
-from script.study.reproduce import RESULTS, ROOT, TESTED
+from script.study.reproduce import RESULTS, ROOT, TESTED, TUNED
 from script.study.runs import BASELINES
 from script.study.summary import FORMATS
 
@@ -216,7 +216,7 @@ TABLES = {
     "few": few,
     "curve": curve,
     "repeated": lambda: compared([*METHODS], REPEATED),
-    "confidence": lambda: compared(COMPARED, ERRORS, best=min),
+    "confidence": lambda: compared((FREE, *TUNED, "ensemble"), ERRORS, best=min),
     "cost": cost,
 }
 
